@@ -1,0 +1,30 @@
+"""`olmoe VERB [hydra overrides]`, the same as `python -m olmoe_train.VERB`."""
+
+import runpy
+import sys
+
+VERBS = {
+    "prepare": "turn a corpus into tokens on disk",
+    "train": "pretrain or fine-tune",
+    "evaluate": "validation loss and perplexity",
+    "export": "write a run's checkpoint as a Hugging Face directory",
+    "generate": "continue a prompt",
+}
+
+
+def main() -> int:
+    if len(sys.argv) < 2 or sys.argv[1] in ("-h", "--help"):
+        print("usage: olmoe VERB [key=value ...]      olmoe VERB --help lists a verb's keys\n")
+        print("\n".join(f"  {verb:<10} {meaning}" for verb, meaning in VERBS.items()))
+        return 0 if len(sys.argv) > 1 else 2
+    verb = sys.argv[1]
+    if verb not in VERBS:
+        print(f"error: no verb {verb!r}; there are {', '.join(VERBS)}", file=sys.stderr)
+        return 2
+    del sys.argv[1]
+    runpy.run_module(f"olmoe_train.{verb}", run_name="__main__", alter_sys=True)  # ends in sys.exit
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,347 @@
+"""Every option of every verb: frozen dataclasses, checked before anything is allocated.
+
+Hydra composes YAML from configs/ onto these schemas (cli.py), `OmegaConf.to_object` turns the result into the
+dataclasses once at start-up, and `validate()` (validation.py) reports all cross-field errors at once. The
+string under a field is its documentation: meaning, then unit; `olmoe VERB --help` prints it.
+"""
+
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Any
+
+from omegaconf import MISSING
+
+from olmoe_train.model.configuration import OlmoeConfig
+
+
+class Precision(Enum):
+    bf16 = "bf16"
+    fp32 = "fp32"
+
+
+class Device(Enum):
+    auto = "auto"
+    cpu = "cpu"
+    cuda = "cuda"
+
+
+class ActivationCheckpointing(Enum):
+    none = "none"
+    selective = "selective"
+    full = "full"
+
+
+class Strategy(Enum):
+    fsdp = "fsdp"
+    ddp = "ddp"
+
+
+class Convention(Enum):
+    olmoe = "olmoe"
+    olmoe_0924 = "olmoe_0924"
+    hf = "hf"
+    megatron = "megatron"
+
+
+class BalanceScope(Enum):
+    micro_batch = "micro_batch"
+    global_batch = "global_batch"
+
+
+class Schedule(Enum):
+    cosine = "cosine"
+    linear = "linear"
+    constant = "constant"
+
+
+class WandbMode(Enum):
+    online = "online"
+    offline = "offline"
+    disabled = "disabled"
+
+
+class SourceKind(Enum):
+    python_stdlib = "python_stdlib"
+
+
+class ExpertsBackend(Enum):
+    auto = "auto"
+    loop = "loop"
+    grouped_mm = "grouped_mm"
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    init_from: str | None = None
+    """HF directory whose weights start the run; its config.json must agree with the fields below. null: random init."""
+    vocab_size: int = 50304
+    """Rows of the embedding and the head. At least the tokenizer's vocabulary; may be padded up for speed."""
+    hidden_size: int = 2048
+    """Width of the residual stream (D)."""
+    intermediate_size: int = 1024
+    """Width of one expert (F)."""
+    num_hidden_layers: int = 16
+    """Decoder layers (L)."""
+    num_attention_heads: int = 16
+    """Query heads; divides hidden_size."""
+    num_key_value_heads: int | None = None
+    """Key/value heads (grouped-query attention); null: as many as query heads."""
+    num_experts: int = 64
+    """Experts a layer (E)."""
+    num_experts_per_tok: int = 8
+    """Experts a token is sent to (top-k, K)."""
+    norm_topk_prob: bool = False
+    """Renormalise the top-k probabilities to sum to 1. The released model does not."""
+    hidden_act: str = "silu"
+    """Activation of the gated expert MLP, by Transformers' name."""
+    max_position_embeddings: int = 4096
+    """Longest sequence the exported model declares, in tokens."""
+    initializer_range: float = 0.02
+    """Standard deviation of the truncated-normal init (cut at 3 standard deviations)."""
+    rms_norm_eps: float = 1e-5
+    """Added to the mean square inside RMSNorm."""
+    rope_parameters: dict[str, Any] = field(
+        default_factory=lambda: {"rope_type": "default", "rope_theta": 10000.0}
+    )
+    """Rotary position embedding, as Transformers' rope_parameters."""
+    attention_bias: bool = False
+    """Biases in the q, k, v and o projections."""
+    attention_dropout: float = 0.0
+    """Dropout probability of attention weights while training."""
+    clip_qkv: float | None = None
+    """Clamp queries, keys and values to [-clip_qkv, clip_qkv]; null: off."""
+    tie_word_embeddings: bool = False
+    """Share the embedding matrix with the head."""
+    pad_token_id: int | None = 1
+    """Padding token; its embedding gets no gradient."""
+    bos_token_id: int | None = None
+    """Beginning-of-sequence token, for the exported config."""
+    eos_token_id: int | None = 50279
+    """End-of-document token; must be the prepared data's."""
+    experts_backend: ExpertsBackend = ExpertsBackend.auto
+    """Expert matmuls: loop (one per expert), grouped_mm (torch's grouped GEMM), auto (grouped_mm on CUDA, loop on CPU)."""
+
+
+@dataclass(frozen=True)
+class SourceConfig:
+    kind: SourceKind = SourceKind.python_stdlib
+    """Where documents come from. Read by `olmoe prepare` only."""
+    validation_fraction: float = 0.05
+    """Share of files held out for validation, chosen by a hash of the file's name. Read by `olmoe prepare` only."""
+    shard_tokens: int = 100_000_000
+    """Most tokens a shard file holds. Read by `olmoe prepare` only."""
+    processes: int = 0
+    """Tokenising processes; 0: one a core. Read by `olmoe prepare` only."""
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    dir: str = MISSING
+    """Directory of prepared tokens (`olmoe prepare` writes it)."""
+    sequence_length: int = 512
+    """Tokens a training sequence."""
+    num_workers: int = 0
+    """Loader worker processes a rank; 0: load in the training process."""
+    source: SourceConfig = field(default_factory=SourceConfig)
+
+
+@dataclass(frozen=True)
+class TokenizerConfig:
+    path: str | None = None
+    """tokenizer.json or HF directory to use; null: train a byte-level BPE on the training split."""
+    vocab_size: int = 6144
+    """Vocabulary of the tokenizer to train, special tokens included."""
+
+
+@dataclass(frozen=True)
+class TrainerConfig:
+    max_steps: int | None = None
+    """Optimizer steps in the whole run. The run ends at max_steps or max_tokens, whichever comes first."""
+    max_tokens: int | None = None
+    """Training tokens in the whole run."""
+    stop_at_step: int | None = None
+    """Stop here with a checkpoint, the schedule untouched; run again without it to continue."""
+    global_batch_size: int = 16
+    """Sequences an optimizer step, over all ranks and micro-batches."""
+    micro_batch_size: int = 8
+    """Sequences a forward pass of one rank."""
+    precision: Precision = Precision.bf16
+    """bf16: compute in bfloat16 with fp32 master weights and fp32 gradient reduction. fp32: everything fp32."""
+    device: Device = Device.auto
+    """auto: cuda where there is one, else cpu."""
+    log_every: int = 10
+    """Steps between logged metrics."""
+    compile: bool = False
+    """torch.compile each decoder layer."""
+    activation_checkpointing: ActivationCheckpointing = ActivationCheckpointing.none
+    """Recompute activations in backward: none, selective (keep matmul outputs), full (keep layer inputs only)."""
+
+
+@dataclass(frozen=True)
+class ParallelConfig:
+    strategy: Strategy = Strategy.fsdp
+    """fsdp: shard parameters, gradients and optimizer (FSDP2). ddp: a whole copy on every rank."""
+    replicate_size: int = 1
+    """HSDP: number of model copies; each is sharded over world_size / replicate_size ranks. fsdp only."""
+
+
+@dataclass(frozen=True)
+class LossConfig:
+    router_aux_loss_coef: float = 0.01
+    """Weight of the load-balancing loss in the total."""
+    router_z_loss_coef: float = 0.001
+    """Weight of the router z-loss in the total."""
+    convention: Convention = Convention.olmoe
+    """How both router losses are normalised: olmoe (paper), olmoe_0924 (as released), hf (pooled), megatron (summed)."""
+    balance_scope: BalanceScope = BalanceScope.global_batch
+    """Tokens whose expert counts enter the load-balancing loss. micro_batch: one rank's forward (the paper's
+    run). global_batch: the whole step, so that the loss does not depend on how it is cut; costs one more
+    forward a micro-batch when a step has more than one."""
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    lr: float = 4e-4
+    """Peak learning rate of AdamW."""
+    betas: tuple[float, float] = (0.9, 0.95)
+    """Decay of the running means of the gradient and its square."""
+    eps: float = 1e-8
+    """Added to the denominator."""
+    weight_decay: float = 0.1
+    """Decoupled weight decay, on every parameter, norms and embeddings included (as released)."""
+    max_grad_norm: float = 1.0
+    """Clip the global gradient norm to this; 0: no clipping."""
+
+
+@dataclass(frozen=True)
+class SchedulerConfig:
+    kind: Schedule = Schedule.cosine
+    """Shape after warm-up."""
+    warmup_steps: int | None = None
+    """Linear warm-up in optimizer steps. Set at most one of warmup_steps, warmup_tokens and warmup_fraction."""
+    warmup_tokens: int | None = None
+    """Linear warm-up in tokens."""
+    warmup_fraction: float | None = None
+    """Linear warm-up as a share of the decay horizon, 0 to 1."""
+    warmup_start_factor: float = 0.1
+    """Learning rate at step 0, as a share of the peak."""
+    decay_steps: int | None = None
+    """Step at which the decay ends. Null here and in decay_tokens: the end of the run."""
+    decay_tokens: int | None = None
+    """Tokens at which the decay ends."""
+    final_factor: float = 0.1
+    """Learning rate at the end of the decay and after, as a share of the peak."""
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    every: int = 1000
+    """Steps between checkpoints; 0: only at the end."""
+    keep: int = 2
+    """Newest complete checkpoints to keep; 0: all."""
+    resume: str = "auto"
+    """auto: continue from the newest complete checkpoint of run_dir, if any; never: start anew in an empty
+    run_dir; a path: continue from that checkpoint directory."""
+
+
+@dataclass(frozen=True)
+class WandbConfig:
+    mode: WandbMode = WandbMode.offline
+    """online (needs an API key; falls back to offline without one), offline (files under run_dir/wandb), disabled."""
+    project: str = "olmoe-train"
+    """Project the run is filed under."""
+    name: str | None = None
+    """Display name; null: the name of run_dir."""
+
+
+@dataclass(frozen=True)
+class LoggingConfig:
+    wandb: WandbConfig = field(default_factory=WandbConfig)
+
+
+@dataclass(frozen=True)
+class EvaluationConfig:
+    every: int = 0
+    """Steps between validations; 0: only before the first and after the last step."""
+    at_start: bool = True
+    """Validate before the first step."""
+    micro_batch_size: int = 8
+    """Sequences a validation forward pass of one rank."""
+    max_sequences: int | None = None
+    """Validate on the first so many sequences; null: the whole validation split."""
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    run_dir: str = "runs/train"
+    """Where config, metrics, checkpoints, exports and logs of this run go; relative to the working directory."""
+    seed: int = 0
+    """Seed of the initial weights, the data order and dropout."""
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    trainer: TrainerConfig = field(default_factory=TrainerConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    logging: LoggingConfig = field(default_factory=LoggingConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+
+
+@dataclass(frozen=True)
+class PrepareConfig:
+    seed: int = 0
+    """Salt of the split into training and validation files."""
+    data: DataConfig = field(default_factory=DataConfig)
+    tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
+
+
+@dataclass(frozen=True)
+class ExportConfig:
+    source: str = MISSING
+    """Run directory whose checkpoint is exported."""
+    step: str = "latest"
+    """Step to export: a number, or latest."""
+    out: str | None = None
+    """HF directory to write; null: source/hf/step-XXXXXXXX."""
+    max_shard_size: str = "5GB"
+    """Largest safetensors file, e.g. 5GB or 200MB."""
+    precision: Precision = Precision.fp32
+    """Data type of the exported weights."""
+
+
+@dataclass(frozen=True)
+class GenerateConfig:
+    source: str = MISSING
+    """HF directory, or run directory (its newest checkpoint)."""
+    prompt: str = MISSING
+    """Text to continue."""
+    max_new_tokens: int = 64
+    """Most tokens to add."""
+    temperature: float = 0.0
+    """0: greedy; else softmax temperature."""
+    top_k: int | None = None
+    """Sample among the k likeliest tokens."""
+    top_p: float | None = None
+    """Sample among the fewest tokens whose probabilities sum to top_p."""
+    seed: int = 0
+    """Seed of the sampling."""
+
+
+@dataclass(frozen=True)
+class EvaluateConfig:
+    source: str = MISSING
+    """HF directory, or run directory (its newest checkpoint)."""
+    data: DataConfig = field(default_factory=DataConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+
+
+# Fields of ModelConfig that say how to compute, not what the model is.
+_NOT_ARCHITECTURE = {"init_from", "experts_backend"}
+
+
+def olmoe_config(model: ModelConfig) -> OlmoeConfig:
+    """The architecture that `model` describes, as the configuration that checkpoints carry."""
+    fields = {name: value for name, value in vars(model).items() if name not in _NOT_ARCHITECTURE}
+    return OlmoeConfig(**fields)

@@ -1,0 +1,188 @@
+"""Cross-entropy, load-balancing loss and router z-loss, with their normalisation spelt out.
+
+Shapes: T tokens, D hidden, V vocabulary, E experts, K top-k, L layers.
+
+The two router losses come in declared conventions (`Convention` in config.py). With c_le the number of tokens
+that layer l sends to expert e, and p_le the mean softmax probability of expert e, over T unpadded tokens:
+
+  olmoe       LB = mean_l  E/(T K) sum_e c_le p_le  (1.0 at balance);   Z = mean over layers and tokens of
+              logsumexp(logits)^2.  arXiv 2409.02060, section 2 and appendix B; weights 0.01 and 0.001.
+  olmoe_0924  as the released model was trained: Z also divided by K (effective weight 1.25e-4 at K = 8). hf
+  LB = E sum_e (mean_l c_le / T) (mean_l p_le): transformers' load_balancing_loss_func, which pools the layers
+              and so reads K at balance, and also when every layer collapses onto experts of its own. Z as
+              olmoe.
+  megatron    both summed over the layers instead of averaged.
+"""
+
+from collections.abc import Sequence
+from enum import Enum
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import FunctionCtx, once_differentiable
+
+CONVENTIONS = ("olmoe", "olmoe_0924", "hf", "megatron")
+IGNORE_INDEX = -100
+# Rows of logits that exist at one time: 512 x 50304 x 4 bytes = 98 MiB at OLMoE's vocabulary.
+HEAD_CHUNK_ROWS = 512
+
+
+def load_balancing_loss(
+    router_logits: Sequence[Tensor],
+    num_experts: int,
+    top_k: int,
+    attention_mask: Tensor | None = None,
+    convention: str | Enum = "olmoe",
+) -> Tensor:
+    """Load-balancing loss of the tokens given, an fp32 scalar, unweighted.
+
+    router_logits: one [T, E] tensor a layer, any float dtype. attention_mask: [B, S] or [T], 0 at padding,
+    which then counts for nothing. convention: see the top of this file. ValueError for an unknown convention
+    or wrong shapes.
+    """
+    indices = [logits.float().softmax(-1).topk(top_k, dim=-1).indices for logits in router_logits]
+    return router_losses(router_logits, indices, num_experts, attention_mask, convention)[0]
+
+
+def router_z_loss(
+    router_logits: Sequence[Tensor],
+    attention_mask: Tensor | None = None,
+    convention: str | Enum = "olmoe",
+    top_k: int = 1,
+) -> Tensor:
+    """Mean over layers and unpadded tokens of logsumexp(logits)^2, an fp32 scalar, unweighted (ST-MoE, arXiv
+    2202.08906).
+
+    `top_k` matters to the convention olmoe_0924 alone, which divides by it.
+    """
+    num_experts = router_logits[0].shape[-1]
+    indices = [logits.new_zeros((logits.shape[0], top_k), dtype=torch.long) for logits in router_logits]
+    return router_losses(router_logits, indices, num_experts, attention_mask, convention)[1]
+
+
+def router_losses(
+    router_logits: Sequence[Tensor],
+    expert_indices: Sequence[Tensor],
+    num_experts: int,
+    attention_mask: Tensor | None = None,
+    convention: str | Enum = "olmoe",
+    total_tokens: Tensor | None = None,
+    total_counts_LE: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """(load-balancing loss, z-loss) of these tokens, or their share of a larger batch's.
+
+    router_logits: [T, E] a layer. expert_indices: [T, K] int64 a layer, where the tokens really went.
+    total_tokens: unpadded tokens of the whole batch of which these are a part; the shares of all parts then
+    sum to the batch's losses. total_counts_LE: tokens a layer sent to each expert in the whole batch (no
+    gradient flows through counts); None takes these tokens' own, so that the batch's loss is the
+    token-weighted mean of its parts' losses.
+    """
+    name = convention.value if isinstance(convention, Enum) else convention
+    if name not in CONVENTIONS:
+        raise ValueError(f"convention={name!r}: must be one of {', '.join(CONVENTIONS)}")
+    layers, top_k = len(router_logits), expert_indices[0].shape[-1]
+    mask_T = (
+        None
+        if attention_mask is None
+        else attention_mask.reshape(-1).to(router_logits[0].device, torch.float32)
+    )
+    if mask_T is not None and mask_T.numel() != router_logits[0].shape[0]:
+        raise ValueError(
+            f"attention_mask has {mask_T.numel()} tokens, router_logits {router_logits[0].shape[0]}"
+        )
+    own_tokens = (
+        mask_T.sum() if mask_T is not None else router_logits[0].new_tensor(router_logits[0].shape[0])
+    )
+    own_tokens = own_tokens.float().clamp(min=1)
+    tokens = own_tokens if total_tokens is None else total_tokens.float()
+
+    probability_sums, squared_lse = [], []
+    for logits in router_logits:
+        logits_TE = logits.float()
+        probs_TE, lse_T = logits_TE.softmax(-1), logits_TE.logsumexp(-1)
+        probability_sums.append(probs_TE.sum(0) if mask_T is None else mask_T @ probs_TE)
+        squared_lse.append(lse_T.square().sum() if mask_T is None else (mask_T * lse_T.square()).sum())
+    probs_LE = torch.stack(probability_sums) / tokens
+    z_loss = torch.stack(squared_lse).sum() / (layers * tokens)
+
+    # Tokens per expert as a share of the tokens counted: sums to K over the experts.
+    if total_counts_LE is None:
+        load_LE = expert_counts(expert_indices, num_experts, mask_T) / own_tokens
+    else:
+        load_LE = total_counts_LE / tokens
+
+    if name == "hf":
+        return num_experts * (load_LE.mean(0) * probs_LE).sum() / layers, z_loss
+    balance = num_experts / top_k * (load_LE * probs_LE).sum() / layers
+    if name == "megatron":
+        return balance * layers, z_loss * layers
+    return balance, z_loss / top_k if name == "olmoe_0924" else z_loss
+
+
+def expert_counts(expert_indices: Sequence[Tensor], num_experts: int, mask_T: Tensor | None = None) -> Tensor:
+    """Tokens that each layer sends to each expert: fp32 [L, E] (exact to 2^24 tokens an expert), no gradient.
+
+    expert_indices: [T, K] int64 a layer. mask_T: [T], 0 at padding.
+    """
+    counts = []
+    for indices_TK in expert_indices:
+        weight_TK = torch.ones(1, device=indices_TK.device) if mask_T is None else mask_T[:, None]
+        # scatter_add rather than bincount: bincount reads its maximum back to the host on CUDA.
+        zeros_E = torch.zeros(num_experts, device=indices_TK.device)
+        counts.append(
+            zeros_E.scatter_add_(0, indices_TK.reshape(-1), weight_TK.expand(indices_TK.shape).reshape(-1))
+        )
+    return torch.stack(counts)
+
+
+def cross_entropy_sum(hidden_TD: Tensor, weight_VD: Tensor, labels_T: Tensor) -> Tensor:
+    """Sum over target tokens of -log softmax(hidden @ weight.T)[label], an fp32 scalar.
+
+    labels_T: int64, IGNORE_INDEX (-100) where there is no target. Softmax and loss are fp32 whatever the
+    inputs are. The [T, V] logits never exist: rows go through in chunks, whose gradients are made on the way
+    (so memory holds one chunk of logits and an fp32 [V, D] weight gradient).
+    """
+    needs_gradient = torch.is_grad_enabled() and (hidden_TD.requires_grad or weight_VD.requires_grad)
+    return _ChunkedCrossEntropy.apply(hidden_TD, weight_VD, labels_T, needs_gradient)
+
+
+class _ChunkedCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: FunctionCtx, hidden_TD: Tensor, weight_VD: Tensor, labels_T: Tensor, needs_gradient: bool
+    ) -> Tensor:
+        loss = hidden_TD.new_zeros((), dtype=torch.float32)
+        if needs_gradient:
+            d_hidden_TD = torch.empty_like(hidden_TD)
+            # fp32: adding bf16 chunks into a bf16 sum would round once a chunk.
+            d_weight_VD = torch.zeros_like(weight_VD, dtype=torch.float32)
+        for start in range(0, hidden_TD.shape[0], HEAD_CHUNK_ROWS):
+            rows = slice(start, start + HEAD_CHUNK_ROWS)
+            hidden_CD, labels_C = hidden_TD[rows], labels_T[rows]
+            is_target_C1 = (labels_C != IGNORE_INDEX)[:, None]
+            target_C1 = labels_C.clamp(min=0)[:, None]
+            logits_CV = F.linear(hidden_CD, weight_VD).float()
+            log_probs_CV = logits_CV.log_softmax(-1)
+            loss -= (log_probs_CV.gather(1, target_C1) * is_target_C1).sum()
+            if needs_gradient:
+                # d loss / d logits = softmax - onehot(target), zero on rows without a target.
+                d_logits_CV = log_probs_CV.exp_()
+                d_logits_CV.scatter_add_(1, target_C1, torch.full_like(target_C1, -1, dtype=torch.float32))
+                d_logits_CV = d_logits_CV.mul_(is_target_C1).to(weight_VD.dtype)
+                d_hidden_TD[rows] = d_logits_CV @ weight_VD
+                d_weight_VD += d_logits_CV.t() @ hidden_CD
+        if needs_gradient:
+            ctx.save_for_backward(d_hidden_TD, d_weight_VD.to(weight_VD.dtype))
+        return loss
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: FunctionCtx, d_loss: Tensor) -> tuple[Tensor, Tensor, None, None]:
+        d_hidden_TD, d_weight_VD = ctx.saved_tensors  # type: ignore[attr-defined]
+        return (
+            d_hidden_TD * d_loss.to(d_hidden_TD.dtype),
+            d_weight_VD * d_loss.to(d_weight_VD.dtype),
+            None,
+            None,
+        )

@@ -1,0 +1,260 @@
+"""The OLMoE decoder, with Transformers' module and parameter names (arXiv 2409.02060; model type `olmoe`).
+
+Shapes: B batch, S sequence, T tokens (B x S), D hidden, E experts, K top-k, V vocabulary, L layers, C cached
++ new.
+
+Nothing here knows of ranks: distributed/parallelize.py shards, checkpoints and compiles the modules from
+outside.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from olmoe_train.model.attention import OlmoeAttention, OlmoeRMSNorm, attention_mask
+from olmoe_train.model.cache import KVCache
+from olmoe_train.model.configuration import OlmoeConfig
+from olmoe_train.model.init import init_weights
+from olmoe_train.model.losses import IGNORE_INDEX, cross_entropy_sum, load_balancing_loss
+from olmoe_train.model.moe import OlmoeSparseMoeBlock
+from olmoe_train.model.outputs import MoeCausalLMOutputWithPast, MoeModelOutputWithPast, TrainingOutput
+from olmoe_train.model.rope import rotary_cos_sin
+
+
+class OlmoeDecoderLayer(nn.Module):
+    def __init__(self, config: OlmoeConfig, layer_idx: int) -> None:
+        super().__init__()
+        self.input_layernorm = OlmoeRMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.self_attn = OlmoeAttention(config, layer_idx)
+        self.post_attention_layernorm = OlmoeRMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.mlp = OlmoeSparseMoeBlock(config)
+
+    def forward(
+        self,
+        x_BSD: Tensor,
+        rotary: tuple[Tensor, Tensor],
+        mask_B1SC: Tensor | None = None,
+        cache: KVCache | None = None,
+        output_attentions: bool = False,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        """(x_BSD, router logits_TE, expert_indices_TK, attention probabilities or None)."""
+        attended_BSD, probs = self.self_attn(
+            self.input_layernorm(x_BSD), rotary, mask_B1SC, cache, output_attentions
+        )
+        x_BSD = x_BSD + attended_BSD
+        expert_BSD, logits_TE, indices_TK = self.mlp(self.post_attention_layernorm(x_BSD))
+        return x_BSD + expert_BSD, logits_TE, indices_TK, probs
+
+
+class OlmoeModel(nn.Module):
+    """Embedding, L decoder layers, final norm. Arguments and outputs as documented for transformers.OlmoeModel."""
+
+    def __init__(self, config: OlmoeConfig, init: bool = True) -> None:
+        super().__init__()
+        self.config = config
+        self.embed_tokens = nn.Embedding(
+            config.vocab_size,
+            config.hidden_size,
+            config.pad_token_id,
+            _weight=torch.empty(config.vocab_size, config.hidden_size),
+        )
+        self.layers = nn.ModuleList(OlmoeDecoderLayer(config, i) for i in range(config.num_hidden_layers))
+        self.norm = OlmoeRMSNorm(config.hidden_size, config.rms_norm_eps)
+        if init:
+            _init_unless_meta(self, config.initializer_range)
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: KVCache | None = None,
+        inputs_embeds: Tensor | None = None,
+        use_cache: bool | None = None,
+        output_router_logits: bool | None = None,
+        output_hidden_states: bool | None = None,
+        output_attentions: bool | None = None,
+        cache_position: Tensor | None = None,
+        return_dict: bool | None = None,
+    ) -> MoeModelOutputWithPast | tuple[Any, ...]:
+        """input_ids [B, S] or inputs_embeds [B, S, D]; attention_mask [B, C], 0 at padding. ValueError unless
+        exactly one of input_ids and inputs_embeds is given."""
+        config = self.config
+        use_cache = _given(use_cache, config.use_cache)
+        cache = KVCache() if use_cache and past_key_values is None else past_key_values
+        hidden_states, attentions, router_logits, _ = self.run_layers(
+            input_ids,
+            attention_mask,
+            position_ids,
+            cache,
+            inputs_embeds,
+            cache_position,
+            bool(output_attentions),
+        )
+        output = MoeModelOutputWithPast(
+            last_hidden_state=hidden_states[-1],
+            past_key_values=cache if use_cache else None,
+            hidden_states=hidden_states if output_hidden_states else None,
+            attentions=attentions if output_attentions else None,
+            router_logits=router_logits
+            if _given(output_router_logits, config.output_router_logits)
+            else None,
+        )
+        return output.to_tuple() if return_dict is False else output
+
+    def run_layers(
+        self,
+        input_ids: Tensor | None,
+        padding_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        cache: KVCache | None = None,
+        inputs_embeds: Tensor | None = None,
+        cache_position: Tensor | None = None,
+        output_attentions: bool = False,
+    ) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...], tuple[Tensor, ...], tuple[Tensor, ...]]:
+        """(hidden states before each layer and after the final norm, attention probabilities if asked for,
+        router logits, expert indices), each a tuple over layers."""
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("You must specify exactly one of input_ids or inputs_embeds")
+        x_BSD = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        cached, new = cache.get_seq_length() if cache is not None else 0, x_BSD.shape[1]
+        if position_ids is None:
+            arange = torch.arange(cached, cached + new, device=x_BSD.device)
+            position_ids = (cache_position if cache_position is not None else arange).unsqueeze(0)
+        mask_B1SC = attention_mask(padding_mask, new, cached + new, x_BSD.device)
+        rotary = rotary_cos_sin(self.config, position_ids, x_BSD.dtype)
+
+        hidden_states, attentions, router_logits, expert_indices = [], [], [], []
+        for layer in self.layers:
+            hidden_states.append(x_BSD)
+            x_BSD, logits_TE, indices_TK, probs = layer(x_BSD, rotary, mask_B1SC, cache, output_attentions)
+            attentions.append(probs)
+            router_logits.append(logits_TE)
+            expert_indices.append(indices_TK)
+        hidden_states.append(self.norm(x_BSD))
+        return tuple(hidden_states), tuple(attentions), tuple(router_logits), tuple(expert_indices)
+
+
+class OlmoeHead(nn.Linear):
+    """The output projection; with labels, the summed cross-entropy instead, without [T, V] logits in memory."""
+
+    def forward(self, x: Tensor, labels_T: Tensor | None = None) -> Tensor:
+        return F.linear(x, self.weight) if labels_T is None else cross_entropy_sum(x, self.weight, labels_T)
+
+
+class OlmoeForCausalLM(nn.Module):
+    """OlmoeModel with its language-modelling head, as documented for transformers.OlmoeForCausalLM."""
+
+    def __init__(self, config: OlmoeConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.model = OlmoeModel(config, init=False)
+        self.lm_head = OlmoeHead(config.hidden_size, config.vocab_size, bias=False)
+        self.tie_weights()
+        _init_unless_meta(self, config.initializer_range)
+
+    def tie_weights(self) -> None:
+        """Make the head share the embedding's parameter where the config says so (again after to_empty)."""
+        if self.config.tie_word_embeddings:
+            self.lm_head.weight = self.model.embed_tokens.weight
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: KVCache | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        output_router_logits: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        output_hidden_states: bool | None = None,
+        output_attentions: bool | None = None,
+        cache_position: Tensor | None = None,
+        return_dict: bool | None = None,
+    ) -> MoeCausalLMOutputWithPast | tuple[Any, ...]:
+        """labels [B, S]: shifted inside, -100 ignored; `loss` is Transformers' own (pooled aux loss, mean
+        over targets). logits_to_keep: the last so many positions (0: all), or a tensor of positions."""
+        output_router_logits = _given(output_router_logits, self.config.output_router_logits)
+        outputs = self.model(
+            input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, use_cache, output_router_logits,
+            output_hidden_states, output_attentions, cache_position,
+        )  # fmt: skip
+        keep = (
+            slice(-logits_to_keep, None)
+            if isinstance(logits_to_keep, int) and logits_to_keep
+            else logits_to_keep
+        )
+        hidden = outputs.last_hidden_state
+        logits = self.lm_head(hidden[:, keep] if not isinstance(keep, int) else hidden)
+
+        loss = aux_loss = None
+        if labels is not None:
+            loss = F.cross_entropy(
+                logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten(), ignore_index=IGNORE_INDEX
+            )
+        if output_router_logits:
+            config = self.config
+            aux_loss = load_balancing_loss(
+                outputs.router_logits, config.num_experts, config.num_experts_per_tok, attention_mask, "hf"
+            )
+            if loss is not None:
+                loss = loss + config.router_aux_loss_coef * aux_loss
+        output = MoeCausalLMOutputWithPast(
+            loss,
+            aux_loss,
+            logits,
+            outputs.past_key_values,
+            outputs.hidden_states,
+            outputs.attentions,
+            outputs.router_logits,
+        )
+        return output.to_tuple() if return_dict is False else output
+
+    def training_forward(
+        self,
+        input_ids: Tensor,
+        labels: Tensor,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+    ) -> TrainingOutput:
+        """The trainer's forward: input_ids and labels [B, S] int64 (labels shifted inside, -100 ignored)."""
+        hidden_states, _, router_logits, expert_indices = self.model.run_layers(
+            input_ids, attention_mask, position_ids
+        )
+        labels_BS = F.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX)
+        ce_sum = self.lm_head(hidden_states[-1].flatten(0, 1), labels_BS.flatten())
+        return TrainingOutput(ce_sum, router_logits, expert_indices)
+
+    def generate(self, input_ids: Tensor, **options: Any) -> Tensor:
+        """Continue `input_ids` [B, S]; options as olmoe_train.generate.generate."""
+        from olmoe_train.generate import generate  # the verb imports this module
+
+        return generate(self, input_ids, **options)
+
+    @classmethod
+    def from_pretrained(cls, directory: str | Path, dtype: torch.dtype | None = None) -> "OlmoeForCausalLM":
+        """Load an HF directory (safetensors, per-expert or fused names). dtype None: as stored."""
+        from olmoe_train.checkpoint.hf import from_pretrained  # checkpoint/ builds on model/
+
+        return from_pretrained(directory, dtype)
+
+    def save_pretrained(self, directory: str | Path, max_shard_size: str | int = "5GB") -> None:
+        """Write an HF directory with the hub's per-expert tensor names."""
+        from olmoe_train.checkpoint.hf import save_pretrained
+
+        save_pretrained(self, directory, max_shard_size=max_shard_size)
+
+
+def _given(value: bool | None, default: bool) -> bool:
+    return default if value is None else value
+
+
+def _init_unless_meta(module: nn.Module, std: float) -> None:
+    """Random weights whose seed follows torch.manual_seed. A meta model gets its own when it is materialised."""
+    if not any(parameter.is_meta for parameter in module.parameters()):
+        init_weights(module, int(torch.randint(2**62, ())), std)

@@ -1,0 +1,88 @@
+"""AdamW, its learning rate as a function of the step, and exact gradient clipping over sharded parameters."""
+
+import math
+from collections.abc import Iterable
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from olmoe_train.config import OptimizerConfig, Schedule, SchedulerConfig, TrainConfig
+
+
+def build_optimizer(model: nn.Module, cfg: OptimizerConfig) -> torch.optim.AdamW:
+    """Fused AdamW over every parameter, decay on all of them, norms and embeddings included (arXiv 2409.02060, table 10)."""
+    return torch.optim.AdamW(
+        model.parameters(), lr=cfg.lr, betas=cfg.betas, eps=cfg.eps, weight_decay=cfg.weight_decay, fused=True
+    )
+
+
+def tokens_per_step(cfg: TrainConfig) -> int:
+    return cfg.trainer.global_batch_size * cfg.data.sequence_length
+
+
+def total_steps(cfg: TrainConfig) -> int:
+    """Optimizer steps of the whole run: trainer.max_steps or trainer.max_tokens, whichever ends it first."""
+    limits = [cfg.trainer.max_steps] if cfg.trainer.max_steps is not None else []
+    if cfg.trainer.max_tokens is not None:
+        limits.append(math.ceil(cfg.trainer.max_tokens / tokens_per_step(cfg)))
+    return min(limits)
+
+
+def warmup_and_decay_steps(cfg: TrainConfig) -> tuple[float, float]:
+    """(end of warm-up, end of decay) in optimizer steps; fractional where they are given in tokens."""
+    scheduler, a_step = cfg.scheduler, tokens_per_step(cfg)
+    decay = float(total_steps(cfg))
+    if scheduler.decay_steps is not None:
+        decay = float(scheduler.decay_steps)
+    elif scheduler.decay_tokens is not None:
+        decay = scheduler.decay_tokens / a_step
+    if scheduler.warmup_steps is not None:
+        return float(scheduler.warmup_steps), decay
+    if scheduler.warmup_tokens is not None:
+        return scheduler.warmup_tokens / a_step, decay
+    return (scheduler.warmup_fraction or 0.0) * decay, decay
+
+
+def learning_rate(step: int, peak: float, cfg: SchedulerConfig, warmup: float, decay: float) -> float:
+    """Learning rate of optimizer step `step`, counted from 1, so that the last step of the decay gets the
+    final value.
+
+    Linear from warmup_start_factor x peak at step 0 to the peak at `warmup`, then cosine, linear or constant,
+    reaching final_factor x peak at `decay` and staying there. The released run: 10% to peak in 10,485,760,000
+    tokens, cosine to 10% at 5e12 tokens (arXiv 2409.02060, appendix B; OLMo's cosine_with_warmup).
+    """
+    if step < warmup:
+        return peak * (cfg.warmup_start_factor + (1 - cfg.warmup_start_factor) * step / warmup)
+    if cfg.kind is Schedule.constant:
+        return peak
+    progress = min(1.0, (step - warmup) / (decay - warmup)) if decay > warmup else 1.0
+    shape = (1 + math.cos(math.pi * progress)) / 2 if cfg.kind is Schedule.cosine else 1 - progress
+    return peak * (cfg.final_factor + (1 - cfg.final_factor) * shape)
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, value: float) -> None:
+    for group in optimizer.param_groups:
+        group["lr"] = value
+
+
+@torch.no_grad()
+def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float, replicate_size: int) -> Tensor:
+    """Scale all gradients so that their global 2-norm is at most max_norm (0: leave them); returns the norm
+    before.
+
+    Each rank adds up its own shards; experts and the other parameters live on different meshes, but each
+    value exists exactly `replicate_size` times in the world, so one all-reduce gives the exact norm. fp32
+    scalar, on the device.
+    """
+    gradients = [_local_shard(parameter.grad) for parameter in parameters if parameter.grad is not None]
+    squares = torch.stack(torch._foreach_norm(gradients, 2, torch.float32)).square().sum()
+    dist.all_reduce(squares)
+    norm = (squares / replicate_size).sqrt()
+    if max_norm > 0:
+        torch._foreach_mul_(gradients, (max_norm / (norm + 1e-6)).clamp(max=1.0))
+    return norm
+
+
+def _local_shard(tensor: Tensor) -> Tensor:
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor

@@ -1,0 +1,148 @@
+"""Cross-field checks of a training config, all reported together, before anything is allocated."""
+
+import math
+from pathlib import Path
+
+from olmoe_train.config import BalanceScope, SourceConfig, Strategy, TrainConfig, olmoe_config
+from olmoe_train.data.tokens import read_manifest
+from olmoe_train.errors import UserError
+
+
+def validate(cfg: TrainConfig, world_size: int) -> list[str]:
+    """Raise one UserError that lists everything wrong with `cfg` on `world_size` ranks, each with key, value
+    and fix.
+
+    Returns warnings: options that are set and have no effect in this run.
+    """
+    errors = [*_trainer_errors(cfg, world_size), *_schedule_errors(cfg), *_model_and_data_errors(cfg)]
+    if errors:
+        count = f"{len(errors)} errors" if len(errors) > 1 else "1 error"
+        raise UserError("\n  - ".join([f"{count} in the configuration:", *errors]))
+    return _no_effect(cfg)
+
+
+def _trainer_errors(cfg: TrainConfig, world_size: int) -> list[str]:
+    trainer, parallel, errors = cfg.trainer, cfg.parallel, []
+    if trainer.max_steps is None and trainer.max_tokens is None:
+        errors.append("trainer.max_steps and trainer.max_tokens are both null: set one, so that the run ends")
+    positive = {
+        "trainer.max_steps": trainer.max_steps,
+        "trainer.max_tokens": trainer.max_tokens,
+        "trainer.stop_at_step": trainer.stop_at_step,
+        "trainer.global_batch_size": trainer.global_batch_size,
+        "trainer.micro_batch_size": trainer.micro_batch_size,
+        "trainer.log_every": trainer.log_every,
+        "parallel.replicate_size": parallel.replicate_size,
+        "data.sequence_length": cfg.data.sequence_length - 1,  # one token has no next one to predict
+        "evaluation.micro_batch_size": cfg.evaluation.micro_batch_size,
+        "evaluation.max_sequences": cfg.evaluation.max_sequences,
+        "optimizer.lr": cfg.optimizer.lr,
+    }
+    errors += [
+        f"{key}={value}: must be positive"
+        for key, value in positive.items()
+        if value is not None and value <= 0
+    ]
+    not_negative = {
+        "checkpoint.every": cfg.checkpoint.every,
+        "checkpoint.keep": cfg.checkpoint.keep,
+        "evaluation.every": cfg.evaluation.every,
+        "data.num_workers": cfg.data.num_workers,
+        "optimizer.weight_decay": cfg.optimizer.weight_decay,
+        "optimizer.max_grad_norm": cfg.optimizer.max_grad_norm,
+        "loss.router_aux_loss_coef": cfg.loss.router_aux_loss_coef,
+        "loss.router_z_loss_coef": cfg.loss.router_z_loss_coef,
+    }
+    errors += [f"{key}={value}: must not be negative" for key, value in not_negative.items() if value < 0]
+    a_pass = trainer.micro_batch_size * world_size
+    if a_pass > 0 and trainer.global_batch_size % a_pass:
+        nearest = max(1, round(trainer.global_batch_size / a_pass)) * a_pass
+        errors.append(
+            f"trainer.global_batch_size={trainer.global_batch_size}: must be a multiple of trainer.micro_batch_size x "
+            f"ranks = {trainer.micro_batch_size} x {world_size} = {a_pass}; the nearest is {nearest}"
+        )
+    if parallel.strategy is Strategy.ddp and parallel.replicate_size != 1:
+        errors.append(
+            f"parallel.replicate_size={parallel.replicate_size}: has no meaning with parallel.strategy=ddp, which "
+            "replicates over all ranks; use parallel.strategy=fsdp for HSDP, or leave replicate_size=1"
+        )
+    elif parallel.replicate_size > 0 and world_size % parallel.replicate_size:
+        errors.append(
+            f"parallel.replicate_size={parallel.replicate_size}: must divide the {world_size} ranks"
+        )
+    if any(not 0 <= beta < 1 for beta in cfg.optimizer.betas):
+        errors.append(f"optimizer.betas={list(cfg.optimizer.betas)}: each must be in [0, 1)")
+    return errors
+
+
+def _schedule_errors(cfg: TrainConfig) -> list[str]:
+    scheduler, errors = cfg.scheduler, []
+    for what, options in (
+        ("warmup", ("warmup_steps", "warmup_tokens", "warmup_fraction")),
+        ("decay", ("decay_steps", "decay_tokens")),
+    ):
+        chosen = [
+            f"scheduler.{name}={getattr(scheduler, name)}"
+            for name in options
+            if getattr(scheduler, name) is not None
+        ]
+        if len(chosen) > 1:
+            errors.append(
+                f"{' and '.join(chosen)}: set only one of them (the others null), they are one {what} in other units"
+            )
+        errors += [f"{text}: must not be negative" for text in chosen if "=-" in text]
+    for name in ("warmup_fraction", "warmup_start_factor", "final_factor"):
+        value = getattr(scheduler, name)
+        if value is not None and not 0 <= value <= 1:
+            errors.append(f"scheduler.{name}={value}: must be between 0 and 1")
+    return errors
+
+
+def _model_and_data_errors(cfg: TrainConfig) -> list[str]:
+    errors: list[str] = []
+    try:
+        olmoe_config(cfg.model)
+    except UserError as error:
+        errors += [f"model: {line.removeprefix('- ')}" for line in str(error).splitlines()]
+    if cfg.data.sequence_length > cfg.model.max_position_embeddings:
+        errors.append(
+            f"data.sequence_length={cfg.data.sequence_length}: is beyond model.max_position_embeddings="
+            f"{cfg.model.max_position_embeddings}; lower the one or raise the other"
+        )
+    init_from = cfg.model.init_from
+    if init_from is not None and not (Path(init_from) / "config.json").is_file():
+        errors.append(
+            f"model.init_from={init_from}: no config.json there; give an HF model directory, or null"
+        )
+    if cfg.checkpoint.resume not in ("auto", "never") and not Path(cfg.checkpoint.resume).is_dir():
+        errors.append(
+            f"checkpoint.resume={cfg.checkpoint.resume}: give auto, never, or an existing checkpoint directory"
+        )
+    try:
+        manifest = read_manifest(cfg.data.dir)
+    except UserError as error:
+        return [*errors, str(error)]
+    if manifest.vocab_size > cfg.model.vocab_size:
+        errors.append(
+            f"model.vocab_size={cfg.model.vocab_size}: the data in data.dir={cfg.data.dir} has token ids up to "
+            f"{manifest.vocab_size - 1}; set model.vocab_size={math.ceil(manifest.vocab_size / 64) * 64} or prepare it anew"
+        )
+    if cfg.model.eos_token_id != manifest.eos_token_id:
+        errors.append(
+            f"model.eos_token_id={cfg.model.eos_token_id}: documents in data.dir={cfg.data.dir} end with token "
+            f"{manifest.eos_token_id}; set model.eos_token_id={manifest.eos_token_id}"
+        )
+    return errors
+
+
+def _no_effect(cfg: TrainConfig) -> list[str]:
+    warnings = []
+    defaults = SourceConfig()
+    for name, value in vars(cfg.data.source).items():
+        if value != getattr(defaults, name):
+            warnings.append(f"data.source.{name} has no effect here: `olmoe prepare` alone reads it")
+    if cfg.loss.balance_scope is BalanceScope.micro_batch and cfg.loss.router_aux_loss_coef == 0:
+        warnings.append("loss.balance_scope has no effect: loss.router_aux_loss_coef is 0")
+    if cfg.optimizer.max_grad_norm == 0:
+        warnings.append("optimizer.max_grad_norm=0: gradients are not clipped")
+    return warnings
