@@ -1,0 +1,15 @@
+#!/usr/bin/env bash
+# Installs what the tests need into .venv and runs all of them: linter, type checker, then pytest.
+# Arguments go to pytest:  ./launch/test.sh tests/unit -k losses
+set -euo pipefail
+
+repo=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+cd "$repo"
+source launch/venv.sh
+ensure_venv "$repo" "[test]"
+
+ruff check .
+ruff format --check .
+mypy
+# Ranks of the distributed tests share the cores; one thread each keeps them from fighting over the cores.
+OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} python -m pytest "$@"

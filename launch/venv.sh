@@ -1,0 +1,35 @@
+# Sourced by the other scripts: a pinned virtual environment in .venv at the repository root, made if missing.
+
+find_python() {  # prints the first Python >= 3.11 that runs and can make environments; a shim that cannot run is passed over
+    local name
+    for name in python3.13 python3.12 python3.11 python3 python; do
+        if "$name" -c 'import sys, ensurepip, venv; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1; then
+            command -v "$name"
+            return
+        fi
+    done
+    echo "error: no Python >= 3.11 with venv and ensurepip found on PATH" \
+         "(looked for python3.13, python3.12, python3.11, python3, python)." \
+         "Install one, e.g. 'apt-get install python3 python3-venv'." >&2
+    return 1
+}
+
+# ensure_venv REPO [EXTRA]: installs the project, editable and pinned by constraints.txt, and activates it.
+# A stamp remembers what was installed, so that the next call takes no time.
+ensure_venv() {
+    local repo=$1 extra=${2:-} python stamp wanted
+    if ! "$repo/.venv/bin/python" -c '' 2>/dev/null; then
+        python=$(find_python)
+        echo "== making $repo/.venv with $python"
+        "$python" -m venv --clear "$repo/.venv"
+    fi
+    stamp=$repo/.venv/installed
+    wanted=$(cat "$repo/pyproject.toml" "$repo/constraints.txt" | cksum)
+    if ! grep -qxF -e "$wanted$extra" -e "$wanted[test]" "$stamp" 2>/dev/null; then  # [test] holds all that runs need
+        echo "== installing into $repo/.venv (once; a few minutes)"
+        "$repo/.venv/bin/python" -m pip install --quiet --disable-pip-version-check \
+            --constraint "$repo/constraints.txt" --editable "$repo$extra"
+        echo "$wanted$extra" >> "$stamp"
+    fi
+    PATH=$repo/.venv/bin:$PATH
+}
