@@ -1,0 +1,274 @@
+"""OlmoeConfig: one model's architecture, field for field what the config.json of an OLMoE checkpoint says.
+
+Names and defaults are those of Transformers 5.23 (`models/olmoe/configuration_olmoe.py`). Older spellings on
+the hub are read; what this package does not know is kept and written back.
+"""
+
+import copy
+import json
+import math
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any, ClassVar, Self
+
+import torch
+
+from olmoe_train.errors import UserError
+from olmoe_train.model.activations import ACTIVATIONS
+from olmoe_train.model.rope import ROPE_TYPES, ROPE_TYPES_WITH_ORIGINAL_LENGTH, rope_problems
+
+DEFAULT_ROPE_THETA = 10000.0
+
+_POSITIVE_INTEGERS = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "max_position_embeddings",
+    "num_experts",
+    "num_experts_per_tok",
+)
+_NUMBERS = ("rms_norm_eps", "initializer_range", "attention_dropout", "router_aux_loss_coef")
+_FLAGS = (
+    "use_cache",
+    "tie_word_embeddings",
+    "attention_bias",
+    "norm_topk_prob",
+    "output_router_logits",
+    "output_hidden_states",
+    "output_attentions",
+    "return_dict",
+)
+
+
+@dataclass(init=False)
+class OlmoeConfig:
+    """Every documented field of Transformers' OlmoeConfig, by keyword; one UserError lists all bad values.
+
+    The default `intermediate_size` of 2048 is Transformers' and is not the released model's, whose experts
+    are 1024 wide. `num_key_value_heads=None` becomes `num_attention_heads`, and `rope_parameters=None` plain
+    RoPE with theta 10,000. Also read: `num_local_experts`, and the hub's older `rope_theta`, `rope_scaling`
+    (with `type`) and `torch_dtype`. Unknown arguments become attributes, and `to_dict` writes them back.
+    """
+
+    model_type: ClassVar[str] = "olmoe"
+
+    vocab_size: int = 50304
+    hidden_size: int = 2048
+    intermediate_size: int = 2048
+    num_hidden_layers: int = 16
+    num_attention_heads: int = 16
+    num_key_value_heads: int = None  # type: ignore[assignment]  # filled in by __init__
+    hidden_act: str = "silu"
+    max_position_embeddings: int = 4096
+    initializer_range: float = 0.02
+    rms_norm_eps: float = 1e-5
+    use_cache: bool = True
+    pad_token_id: int | None = 1
+    bos_token_id: int | None = None
+    eos_token_id: int | list[int] | None = 50279
+    tie_word_embeddings: bool = False
+    rope_parameters: dict[str, Any] = None  # type: ignore[assignment]  # filled in by __init__
+    attention_bias: bool = False
+    attention_dropout: float = 0.0
+    clip_qkv: float | None = None
+    num_experts_per_tok: int = 8
+    num_experts: int = 64
+    output_router_logits: bool = False
+    router_aux_loss_coef: float = 0.01
+    norm_topk_prob: bool = False
+    # Fields that Transformers gives every model
+    architectures: list[str] | None = None
+    dtype: torch.dtype | None = None
+    output_hidden_states: bool = False
+    output_attentions: bool = False
+    return_dict: bool = True
+    # Not a field of the file: what the file said beyond the fields above
+    extra: dict[str, Any] = field(default_factory=dict)
+
+    def __init__(self, **values: Any) -> None:
+        values = _in_todays_spelling(values)
+        if values.get("num_key_value_heads") is None:
+            values["num_key_value_heads"] = values.get("num_attention_heads", OlmoeConfig.num_attention_heads)
+        _complete_rope(values)
+        for item in fields(self):
+            if item.name != "extra":
+                setattr(self, item.name, values.pop(item.name, item.default))
+        self.extra = values
+        self.validate()
+
+    def __getattr__(self, name: str) -> Any:
+        extra = self.__dict__.get("extra", {})
+        if name not in extra:
+            raise AttributeError(f"OlmoeConfig has no field {name!r}")
+        return extra[name]
+
+    @property
+    def head_dim(self) -> int:
+        """Width of one attention head."""
+        return self.hidden_size // self.num_attention_heads
+
+    @property
+    def num_local_experts(self) -> int:
+        """Transformers' second name for num_experts."""
+        return self.num_experts
+
+    @num_local_experts.setter
+    def num_local_experts(self, value: int) -> None:
+        self.num_experts = value
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any], **overrides: Any) -> Self:
+        """The configuration that a config.json's content describes; `overrides` win."""
+        return cls(**{**values, **overrides})
+
+    @classmethod
+    def from_pretrained(cls, directory: str | Path, **overrides: Any) -> Self:
+        """Read `directory`/config.json, or that file itself. UserError names the file and what is wrong."""
+        path = Path(directory)
+        path = path / "config.json" if path.is_dir() else path
+        try:
+            values = json.loads(path.read_text(encoding="utf-8"))
+        except OSError as error:
+            raise UserError(f"{path}: cannot be read ({error.strerror}); name an HF directory") from None
+        except ValueError as error:
+            raise UserError(f"{path}: not valid JSON: {error}") from None
+        if not isinstance(values, dict):
+            raise UserError(f"{path}: holds a JSON {type(values).__name__}, not an object")
+        try:
+            return cls.from_dict(values, **overrides)
+        except UserError as error:
+            raise UserError(f"{path}: {error}") from None
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready content of config.json in Transformers 5's spelling, unknown fields included."""
+        own = {item.name: getattr(self, item.name) for item in fields(self) if item.name != "extra"}
+        own["dtype"] = None if self.dtype is None else str(self.dtype).removeprefix("torch.")
+        return copy.deepcopy({**self.extra, **own, "model_type": self.model_type})
+
+    def save_pretrained(self, directory: str | Path) -> None:
+        """Write `directory`/config.json, with spellings that older readers look for beside today's."""
+        path = Path(directory)
+        path.mkdir(parents=True, exist_ok=True)
+        values = self.to_dict()
+        values["rope_theta"] = self.rope_parameters["rope_theta"]
+        if self.dtype is not None:
+            values["torch_dtype"] = values["dtype"]
+        text = json.dumps(values, indent=2, sort_keys=True) + "\n"
+        (path / "config.json").write_text(text, encoding="utf-8")
+
+    def validate(self) -> None:
+        """Raise one UserError that lists every field whose value cannot work, with the fix."""
+        problems = _field_problems(self)
+        # Relations between fields only make sense between fields that are right on their own.
+        problems = problems or _relation_problems(self) + rope_problems(self)
+        if problems:
+            raise UserError("invalid OlmoeConfig: " + "; ".join(problems))
+
+
+def _in_todays_spelling(values: dict[str, Any]) -> dict[str, Any]:
+    """A copy of `values` with hub spellings that predate Transformers 5 translated."""
+    values = copy.deepcopy(values)
+    model_type = values.pop("model_type", None)
+    if model_type not in (None, OlmoeConfig.model_type):
+        raise UserError(f"model_type is {model_type!r}; only {OlmoeConfig.model_type!r} can be read")
+    old_dtype = values.pop("torch_dtype", None)
+    values["dtype"] = _dtype(values.get("dtype") or old_dtype)
+    if "num_local_experts" in values:
+        experts = values.pop("num_local_experts")
+        if values.setdefault("num_experts", experts) != experts:
+            raise UserError(f"num_local_experts={experts} contradicts num_experts={values['num_experts']}")
+    rope = values.pop("rope_scaling", None) or values.get("rope_parameters") or {}
+    if not isinstance(rope, dict):
+        raise UserError(f"rope_parameters={rope!r} must be an object with rope_type and rope_theta")
+    for name in ("rope_theta", "partial_rotary_factor"):
+        outside = values.pop(name, None)
+        if rope.get(name) is None and outside is not None:
+            rope[name] = outside
+    values["rope_parameters"] = rope
+    return values
+
+
+def _dtype(value: Any) -> torch.dtype | None:
+    """torch.bfloat16 from "bfloat16", "torch.bfloat16" or itself."""
+    if value is None or isinstance(value, torch.dtype):
+        return value
+    dtype = getattr(torch, str(value).removeprefix("torch."), None)
+    if not isinstance(dtype, torch.dtype):
+        raise UserError(f"dtype={value!r} is no torch dtype; write float32, bfloat16 or float16")
+    return dtype
+
+
+def _complete_rope(values: dict[str, Any]) -> None:
+    """Give rope_parameters a type, a theta and, where the type needs it, the pretraining length, in place."""
+    rope = values["rope_parameters"]
+    old_type = rope.pop("type", None)
+    if rope.get("rope_type") is None:
+        rope["rope_type"] = old_type or "default"
+    if rope.get("rope_theta") is None:
+        rope["rope_theta"] = DEFAULT_ROPE_THETA
+    if rope["rope_type"] in ROPE_TYPES_WITH_ORIGINAL_LENGTH:
+        name = "original_max_position_embeddings"
+        longest = values.get("max_position_embeddings", OlmoeConfig.max_position_embeddings)
+        # A value beside rope_parameters wins over one inside: Transformers' rule, made for Phi-3's files.
+        rope[name] = values.get(name) or rope.get(name) or longest
+
+
+def _field_problems(config: OlmoeConfig) -> list[str]:
+    """What is wrong with fields taken one at a time."""
+    problems = []
+    for name in _POSITIVE_INTEGERS:
+        value = getattr(config, name)
+        if type(value) is not int or value < 1:
+            problems.append(f"{name}={value!r} must be an integer of at least 1")
+    for name in _NUMBERS:
+        value = getattr(config, name)
+        if type(value) not in (int, float) or not math.isfinite(value) or value < 0:
+            problems.append(f"{name}={value!r} must be a number of at least 0")
+    for name in _FLAGS:
+        if type(getattr(config, name)) is not bool:
+            problems.append(f"{name}={getattr(config, name)!r} must be true or false")
+    if config.hidden_act not in ACTIVATIONS:
+        problems.append(f"hidden_act={config.hidden_act!r} is unknown; choose from {', '.join(ACTIVATIONS)}")
+    clip = config.clip_qkv
+    if clip is not None and (type(clip) not in (int, float) or not clip > 0):
+        problems.append(f"clip_qkv={clip!r} must be a number above 0, or null for no clipping")
+    kind = config.rope_parameters["rope_type"]
+    if kind not in ROPE_TYPES:
+        problems.append(f"rope_parameters.rope_type={kind!r} is unknown; choose from {', '.join(ROPE_TYPES)}")
+    return problems
+
+
+def _relation_problems(config: OlmoeConfig) -> list[str]:
+    """What is wrong between fields."""
+    problems = []
+    heads, width = config.num_attention_heads, config.hidden_size
+    groups, top_k = config.num_key_value_heads, config.num_experts_per_tok
+    if width % heads:
+        problems.append(f"hidden_size={width} is not divisible by num_attention_heads={heads}; change either")
+    elif config.head_dim % 2:
+        problems.append(
+            f"hidden_size={width} / num_attention_heads={heads} gives heads of width {config.head_dim}, and "
+            "RoPE rotates pairs; make it even"
+        )
+    stated = config.extra.get("head_dim")
+    if stated is not None and stated * heads != width:
+        problems.append(
+            f"head_dim={stated} is not hidden_size={width} / num_attention_heads={heads}; OLMoE has no other"
+        )
+    if heads % groups:
+        problems.append(
+            f"num_attention_heads={heads} is not divisible by num_key_value_heads={groups}; change either"
+        )
+    if top_k > config.num_experts:
+        problems.append(
+            f"num_experts_per_tok={top_k} is more than num_experts={config.num_experts}; lower it"
+        )
+    if config.attention_dropout >= 1:
+        problems.append(f"attention_dropout={config.attention_dropout} must be below 1")
+    pad = config.pad_token_id
+    if pad is not None and (type(pad) is not int or not 0 <= pad < config.vocab_size):
+        problems.append(f"pad_token_id={pad!r} must be null or a token below vocab_size={config.vocab_size}")
+    return problems
