@@ -10,7 +10,7 @@ import torch
 from olmoe_train.errors import UserError
 from olmoe_train.model.configuration import OlmoeConfig
 
-# config.json of the OLMoE-1B-7B-0924 release, written by Transformers 4: the spellings that must stay readable.
+# config.json of the OLMoE-1B-7B-0924 release, written by Transformers 4: spellings that must stay readable.
 RELEASED = {
     "architectures": ["OlmoeForCausalLM"],
     "attention_bias": False,
@@ -143,7 +143,7 @@ def test_to_dict_shares_nothing_with_the_configuration() -> None:
         ({"num_key_value_heads": 3}, "num_attention_heads=16 is not divisible by num_key_value_heads=3"),
         ({"head_dim": 64}, "head_dim=64 is not hidden_size=2048 / num_attention_heads=16"),
         ({"num_experts": 4}, "num_experts_per_tok=8 is more than num_experts=4"),
-        ({"hidden_act": "sliu"}, "hidden_act='sliu' is unknown; choose from .*silu"),
+        ({"hidden_act": "sliu"}, r"hidden_act='sliu' is unknown; choose from .*silu"),
         ({"hidden_act": "prelu"}, "hidden_act='prelu' is unknown"),
         ({"attention_dropout": 1.0}, "attention_dropout=1.0 must be below 1"),
         ({"clip_qkv": 0.0}, "clip_qkv=0.0 must be a number above 0, or null"),
@@ -179,7 +179,7 @@ def test_bad_values_name_the_field_and_the_fix(values: dict[str, Any], message: 
 
 
 def test_all_bad_fields_are_reported_at_once() -> None:
-    with pytest.raises(UserError, match="hidden_size=30 is not divisible.*num_experts_per_tok=9 is more"):
+    with pytest.raises(UserError, match=r"hidden_size=30 is not divisible.*num_experts_per_tok=9 is more"):
         OlmoeConfig(hidden_size=30, num_experts=8, num_experts_per_tok=9)
 
 
