@@ -256,6 +256,8 @@ class WandbConfig:
 
 @dataclass(frozen=True)
 class LoggingConfig:
+    dead_expert_steps: int = 100
+    """An expert without a token for so many steps counts as dead, in router/dead_experts and a warning."""
     wandb: WandbConfig = field(default_factory=WandbConfig)
 
 

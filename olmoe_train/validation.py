@@ -32,6 +32,7 @@ def _trainer_errors(cfg: TrainConfig, world_size: int) -> list[str]:
         "trainer.global_batch_size": trainer.global_batch_size,
         "trainer.micro_batch_size": trainer.micro_batch_size,
         "trainer.log_every": trainer.log_every,
+        "logging.dead_expert_steps": cfg.logging.dead_expert_steps,
         "parallel.replicate_size": parallel.replicate_size,
         "data.sequence_length": cfg.data.sequence_length - 1,  # one token has no next one to predict
         "evaluation.micro_batch_size": cfg.evaluation.micro_batch_size,

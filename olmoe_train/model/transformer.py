@@ -161,6 +161,11 @@ class OlmoeForCausalLM(nn.Module):
         if self.config.tie_word_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight
 
+    def set_experts_backend(self, backend: str) -> None:
+        """How experts multiply: auto, loop or grouped_mm (config.ExpertsBackend)."""
+        for layer in self.model.layers:
+            layer.mlp.experts.backend = backend
+
     def forward(
         self,
         input_ids: Tensor | None = None,
@@ -218,16 +223,21 @@ class OlmoeForCausalLM(nn.Module):
     def training_forward(
         self,
         input_ids: Tensor,
-        labels: Tensor,
+        labels: Tensor | None,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
     ) -> TrainingOutput:
-        """The trainer's forward: input_ids and labels [B, S] int64 (labels shifted inside, -100 ignored)."""
+        """The trainer's forward: input_ids and labels [B, S] int64 (labels shifted inside, -100 ignored).
+
+        labels None: route the tokens and leave the head out; ce_sum is then 0.
+        """
         hidden_states, _, router_logits, expert_indices = self.model.run_layers(
             input_ids, attention_mask, position_ids
         )
-        labels_BS = F.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX)
-        ce_sum = self.lm_head(hidden_states[-1].flatten(0, 1), labels_BS.flatten())
+        ce_sum = hidden_states[-1].new_zeros((), dtype=torch.float32)
+        if labels is not None:
+            labels_BS = F.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX)
+            ce_sum = self.lm_head(hidden_states[-1].flatten(0, 1), labels_BS.flatten())
         return TrainingOutput(ce_sum, router_logits, expert_indices)
 
     def generate(self, input_ids: Tensor, **options: Any) -> Tensor:

@@ -1,0 +1,217 @@
+"""What a run shows of itself: sums kept on the device between logged steps, metrics.jsonl, the console line, wandb.
+
+Observes only: nothing here changes a step. Shapes: L layers, E experts, T tokens.
+"""
+
+import json
+import logging
+import math
+import os
+import resource
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+import wandb
+from torch import Tensor
+
+from olmoe_train.config import Precision, TrainConfig, WandbConfig, WandbMode
+from olmoe_train.evaluate import Evaluation
+from olmoe_train.flops import peak_flops, train_flops_per_token
+from olmoe_train.model.configuration import OlmoeConfig
+from olmoe_train.model.outputs import TrainingOutput
+from olmoe_train.run_directory import Progress
+
+if TYPE_CHECKING:
+    from olmoe_train.train import Losses, Totals
+
+log = logging.getLogger("olmoe")
+LOSS_NAMES = ("train/loss", "train/ce_loss", "train/load_balancing_loss", "train/router_z_loss")
+
+
+class StepMetrics:
+    """This rank's sums over the current step, on the device. `read` is the only place that waits for them."""
+
+    def __init__(self, config: OlmoeConfig, cfg: TrainConfig, progress: Progress, device: torch.device) -> None:
+        self.progress = progress
+        self.log_every = cfg.trainer.log_every
+        self.dead_after = cfg.logging.dead_expert_steps
+        shape = (config.num_hidden_layers, config.num_experts)
+        self.last_used_LE = torch.zeros(shape, dtype=torch.int64, device=device)
+        if progress.expert_last_used is not None:
+            self.last_used_LE += torch.tensor(progress.expert_last_used, device=device)
+        self.losses = torch.zeros(len(LOSS_NAMES), device=device)
+        self.counts_LE = torch.zeros(shape, device=device)
+        self.entropy_L = torch.zeros(shape[0], device=device)
+
+    @torch.no_grad()
+    def add(self, losses: "Losses", output: TrainingOutput, mask: Tensor | None, totals: "Totals") -> None:
+        """Count in one micro-batch of step progress.step + 1. mask: [T] or [B, S], 0 at padding."""
+        self.losses += torch.stack(
+            [losses.total, losses.ce_loss, losses.load_balancing_loss, losses.router_z_loss]
+        )
+        self.counts_LE += losses.counts_LE
+        if (self.progress.step + 1) % self.log_every == 0:
+            self.entropy_L += router_entropy(output.router_logits, mask) / totals.tokens
+
+    def end_step(self, totals: "Totals", samples: int) -> Progress:
+        """Where the run stands after this step. The sums stay for `read` until `start_step`."""
+        done = self.progress
+        self.last_used_LE.masked_fill_(self.counts_LE > 0, done.step + 1)
+        self.progress = Progress(done.step + 1, done.tokens + totals.tokens_int, done.samples + samples)
+        return self.progress
+
+    def start_step(self) -> None:
+        for sums in (self.losses, self.counts_LE, self.entropy_L):
+            sums.zero_()
+
+    def last_used(self) -> list[list[int]]:
+        """For each layer and expert, the last step in which any rank sent it a token; collective."""
+        last_used_LE = self.last_used_LE.clone()
+        dist.all_reduce(last_used_LE, dist.ReduceOp.MAX)
+        return last_used_LE.tolist()
+
+    def read(self, grad_norm: Tensor) -> dict[str, float]:
+        """The step's values over the whole global batch, by their names in metrics.jsonl; collective."""
+        layers, experts = self.counts_LE.shape
+        sums = torch.cat([self.losses, self.counts_LE.flatten(), self.entropy_L])
+        dist.all_reduce(sums)
+        losses, counts, entropy_L = sums.cpu().split([len(LOSS_NAMES), layers * experts, layers])
+        load_LE = counts.view(layers, experts)
+        violation_L = load_LE.max(-1).values / load_LE.mean(-1).clamp(min=1e-9) - 1
+        dead_L = [
+            sum(self.progress.step - step >= self.dead_after for step in used) for used in self.last_used()
+        ]
+        values = dict(zip(LOSS_NAMES, losses.tolist(), strict=True))
+        values["train/grad_norm"] = grad_norm.item()
+        values["router/max_violation"] = violation_L.max().item()
+        values["router/entropy"] = entropy_L.mean().item()
+        values["router/dead_experts"] = sum(dead_L)
+        for layer in range(layers):
+            prefix = f"router/layer_{layer:02d}"
+            values[f"{prefix}/max_violation"] = violation_L[layer].item()
+            values[f"{prefix}/entropy"] = entropy_L[layer].item()
+            values[f"{prefix}/dead_experts"] = dead_L[layer]
+            values[f"{prefix}/load"] = (load_LE[layer] / load_LE[layer].sum().clamp(min=1)).tolist()
+        return values
+
+
+def router_entropy(router_logits: tuple[Tensor, ...], mask: Tensor | None) -> Tensor:
+    """[L]: sum over unpadded tokens of the entropy of the routing distribution, in nats; ln(E) a token is uniform."""
+    entropies = []
+    for logits_TE in router_logits:
+        log_probs_TE = logits_TE.log_softmax(-1)
+        entropy_T = -(log_probs_TE.exp() * log_probs_TE).sum(-1)
+        entropies.append(entropy_T.sum() if mask is None else (entropy_T * mask.reshape(-1).to(entropy_T)).sum())
+    return torch.stack(entropies)
+
+
+class MetricsWriter:
+    """metrics.jsonl, the console and wandb; rank 0 writes, every rank keeps time."""
+
+    def __init__(self, cfg: TrainConfig, run_dir: Path, config: OlmoeConfig, device: torch.device) -> None:
+        self.device = device
+        dtype = torch.bfloat16 if cfg.trainer.precision is Precision.bf16 else torch.float32
+        name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+        self.flops_per_token = train_flops_per_token(config, cfg.data.sequence_length).total
+        self.peak_flops = peak_flops(name, dtype)
+        self.warned_dead = 0
+        self.wandb = None
+        self.path = run_dir / "metrics.jsonl"
+        if dist.get_rank() == 0:
+            self.wandb = start_wandb(cfg.logging.wandb, run_dir)
+        self.tokens_at_restart = 0
+        self.restart_clock(0)
+
+    def restart_clock(self, tokens: int) -> None:
+        """Time validation and checkpoints out of the throughput."""
+        self.started, self.tokens_at_restart = time.perf_counter(), tokens
+
+    def log_step(self, progress: Progress, values: dict[str, Any], learning_rate: float, last_step: int) -> None:
+        elapsed = time.perf_counter() - self.started
+        speed = (progress.tokens - self.tokens_at_restart) / elapsed
+        self.restart_clock(progress.tokens)
+        values = {"step": progress.step, "tokens": progress.tokens, **values, "train/lr": learning_rate}
+        values["perf/tokens_per_second"] = speed
+        values["perf/mfu"] = None
+        if self.peak_flops is not None:
+            values["perf/mfu"] = speed * self.flops_per_token / (self.peak_flops * dist.get_world_size())
+        values["perf/peak_memory_gib"] = peak_memory_gib(self.device)
+        mfu = f" | mfu {values['perf/mfu']:.1%}" if values["perf/mfu"] is not None else ""
+        log.info(
+            f"step {progress.step}/{last_step} | loss {values['train/loss']:.4f} | ce {values['train/ce_loss']:.4f}"
+            f" | balance {values['train/load_balancing_loss']:.3f} | z {values['train/router_z_loss']:.3f}"
+            f" | grad norm {values['train/grad_norm']:.3f} | lr {learning_rate:.2e} | {speed:,.0f} tok/s{mfu}"
+        )
+        self._warn_of_dead_experts(int(values["router/dead_experts"]))
+        self._write(values)
+        if not math.isfinite(values["train/grad_norm"]):
+            raise FloatingPointError(
+                f"gradient norm is {values['train/grad_norm']} at step {progress.step}: stopped before saving it. "
+                "Lower optimizer.lr or lengthen scheduler.warmup_steps, and continue from the last checkpoint"
+            )
+
+    def log_evaluation(self, progress: Progress, evaluation: Evaluation) -> None:
+        log.info(
+            f"step {progress.step} | validation loss {evaluation.loss:.4f}"
+            f" | perplexity {evaluation.perplexity:.2f} | {evaluation.tokens:,} tokens"
+        )
+        self._write(
+            {
+                "step": progress.step,
+                "tokens": progress.tokens,
+                "eval/validation/loss": evaluation.loss,
+                "eval/validation/perplexity": evaluation.perplexity,
+            }
+        )
+        self.restart_clock(progress.tokens)
+
+    def close(self) -> None:
+        if self.wandb is not None:
+            self.wandb.finish()
+
+    def _warn_of_dead_experts(self, dead: int) -> None:
+        if dead > self.warned_dead:
+            log.warning("WARNING: %d experts have had no token for logging.dead_expert_steps steps", dead)
+        self.warned_dead = dead
+
+    def _write(self, values: dict[str, Any]) -> None:
+        if dist.get_rank() != 0:
+            return
+        # NaN and infinity are not JSON; null is.
+        clean = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
+        with self.path.open("a") as file:
+            file.write(json.dumps(clean) + "\n")
+        if self.wandb is not None:
+            scalars = {k: v for k, v in clean.items() if k != "step" and v is not None and not isinstance(v, list)}
+            self.wandb.log(scalars, step=clean["step"])
+
+
+def start_wandb(cfg: WandbConfig, run_dir: Path) -> Any:
+    """A wandb run, or None where it is disabled or cannot start: observing never stops a run."""
+    if cfg.mode is WandbMode.disabled:
+        return None
+    mode = cfg.mode.value
+    if mode == "online" and not (os.environ.get("WANDB_API_KEY") or wandb.api.api_key):
+        log.warning("warning: logging.wandb.mode=online, but there is no API key: logging offline (wandb sync later)")
+        mode = "offline"
+    try:
+        return wandb.init(
+            project=cfg.project,
+            name=cfg.name or run_dir.resolve().name,
+            dir=str(run_dir),
+            mode=mode,  # type: ignore[arg-type]
+            settings=wandb.Settings(silent=True, console="off", init_timeout=30),
+        )
+    except Exception as error:
+        log.warning("warning: wandb could not start (%s); metrics.jsonl has everything", error)
+        return None
+
+
+def peak_memory_gib(device: torch.device) -> float:
+    """Most memory in use so far: the allocator's on CUDA, the process's resident set on CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 2**30  # ru_maxrss is in KiB on Linux

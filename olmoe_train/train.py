@@ -1,0 +1,254 @@
+"""Pretrain or fine-tune OLMoE.
+
+The file to read first: `train` is the whole run. Build, then for each step: forward, backward, clip, step, save.
+Losses are divided by counts over the whole global batch before backward, and gradients are summed over ranks, so
+a step does not depend on how its sequences are cut into ranks and micro-batches.
+"""
+
+import itertools
+import logging
+import sys
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from olmoe_train.checkpoint.hf import load_pretrained
+from olmoe_train.checkpoint.training import load_checkpoint, prune, save_checkpoint
+from olmoe_train.cli import run_verb
+from olmoe_train.config import BalanceScope, LossConfig, TrainConfig, olmoe_config
+from olmoe_train.data.loader import build_eval_batches, build_train_loader, fingerprint
+from olmoe_train.distributed.mesh import Mesh, build_mesh, init_distributed
+from olmoe_train.distributed.parallelize import parallelize
+from olmoe_train.evaluate import Evaluation, evaluate_model
+from olmoe_train.metrics import MetricsWriter, StepMetrics
+from olmoe_train.model import OlmoeForCausalLM
+from olmoe_train.model.losses import IGNORE_INDEX, expert_counts, router_losses
+from olmoe_train.model.outputs import TrainingOutput
+from olmoe_train.optim import (
+    build_optimizer,
+    clip_gradients,
+    learning_rate,
+    set_learning_rate,
+    total_steps,
+    warmup_and_decay_steps,
+)
+from olmoe_train.run_directory import Progress, RunDirectory, record_failure
+from olmoe_train.validation import validate
+
+log = logging.getLogger("olmoe")
+Batch = dict[str, Tensor]
+
+
+def train(cfg: TrainConfig, batches: Iterable[Batch] | None = None) -> int:
+    """Run the whole configuration; returns the exit code.
+
+    batches: this rank's micro-batches in place of the prepared data, on the CPU (input_ids and labels [B, S] int64,
+    and attention_mask where there is padding).
+    """
+    device = init_distributed(cfg.trainer.device.value)
+    run = RunDirectory(cfg, warnings=validate(cfg, dist.get_world_size()))
+    mesh = build_mesh(cfg.parallel, device)
+    model = build_model(cfg, mesh)
+    optimizer = build_optimizer(model, cfg.optimizer)
+    progress = resume(cfg, run, model, optimizer)
+    metrics = StepMetrics(model.config, cfg, progress, device)
+    writer = MetricsWriter(cfg, run.path, model.config, device)
+    last_step, (warmup, decay) = total_steps(cfg), warmup_and_decay_steps(cfg)
+    end = min(last_step, cfg.trainer.stop_at_step or last_step)
+    accumulation = cfg.trainer.global_batch_size // (cfg.trainer.micro_batch_size * dist.get_world_size())
+    loader = iter(batches if batches is not None else train_batches(cfg, progress))
+    if progress.step == 0 and cfg.evaluation.at_start:
+        writer.log_evaluation(progress, evaluate(cfg, model, device))
+
+    signalled = False
+    while progress.step < end and not signalled:
+        step = progress.step + 1
+        set_learning_rate(optimizer, learning_rate(step, cfg.optimizer.lr, cfg.scheduler, warmup, decay))
+        torch.manual_seed(cfg.seed + step * 1_000_003 + dist.get_rank())  # dropout, the same after a resume
+        micro_batches = list(itertools.islice(loader, accumulation))
+        totals = count_tokens(micro_batches, run.stop_requested, device)
+        counts = count_experts(cfg.loss, model, micro_batches, device)
+        metrics.start_step()
+        for index, batch in enumerate(micro_batches):
+            # Over shards with every micro-batch, which keeps gradients sharded; over replicas once a step.
+            model.set_requires_all_reduce(index == accumulation - 1)
+            batch = to_device(batch, device)
+            output = model.training_forward(**batch)
+            losses = step_losses(cfg.loss, model, output, batch.get("attention_mask"), totals, counts)
+            losses.total.backward()
+            metrics.add(losses, output, batch.get("attention_mask"), totals)
+        grad_norm = clip_gradients(model.parameters(), cfg.optimizer.max_grad_norm, mesh.replicate_size)
+        optimizer.step()
+        optimizer.zero_grad()
+        progress = metrics.end_step(totals, cfg.trainer.global_batch_size)
+
+        signalled = totals.stop_requested
+        stop = signalled or step >= end
+        if step % cfg.trainer.log_every == 0 or stop:
+            writer.log_step(progress, metrics.read(grad_norm), optimizer.param_groups[0]["lr"], last_step)
+        if step == last_step or (cfg.evaluation.every and step % cfg.evaluation.every == 0):
+            writer.log_evaluation(progress, evaluate(cfg, model, device))
+        if stop or (cfg.checkpoint.every and step % cfg.checkpoint.every == 0):
+            state = training_state(cfg, progress, metrics)
+            save_checkpoint(run.path, step, model, optimizer, state)
+            prune(run.path, cfg.checkpoint.keep)
+            writer.restart_clock(progress.tokens)
+    writer.close()
+    return run.finish(progress.step, last_step, signalled)
+
+
+def build_model(cfg: TrainConfig, mesh: Mesh) -> OlmoeForCausalLM:
+    """The model in its layout on this rank, with its initial weights. Nothing is allocated before it is sharded."""
+    with torch.device("meta"):
+        model = OlmoeForCausalLM(olmoe_config(cfg.model))
+    model.set_experts_backend(cfg.model.experts_backend.value)
+    model = parallelize(model, cfg, mesh)
+    if cfg.model.init_from is not None:
+        load_pretrained(model, cfg.model.init_from)
+    return model
+
+
+def resume(cfg: TrainConfig, run: RunDirectory, model: nn.Module, optimizer: torch.optim.Optimizer) -> Progress:
+    """Load the checkpoint that checkpoint.resume asks for, if there is one; where the run stands."""
+    checkpoint = run.checkpoint_to_resume(cfg.checkpoint.resume)
+    if checkpoint is None:
+        return Progress()
+    state = load_checkpoint(checkpoint, model, optimizer)
+    run.check_fingerprint(state["fingerprint"], fingerprint(cfg.data, cfg.seed), checkpoint)
+    log.info("resumed from %s", checkpoint)
+    return Progress.from_json(state)
+
+
+def training_state(cfg: TrainConfig, progress: Progress, metrics: StepMetrics) -> dict[str, Any]:
+    """What a checkpoint holds besides tensors, as JSON; collective."""
+    state = replace(progress, expert_last_used=metrics.last_used())
+    return asdict(state) | {"fingerprint": fingerprint(cfg.data, cfg.seed)}
+
+
+def train_batches(cfg: TrainConfig, progress: Progress) -> Iterator[Batch]:
+    return iter(
+        build_train_loader(
+            cfg.data,
+            cfg.seed,
+            start_sample=progress.samples,
+            global_batch_size=cfg.trainer.global_batch_size,
+            rank=dist.get_rank(),
+            world_size=dist.get_world_size(),
+            micro_batch_size=cfg.trainer.micro_batch_size,
+        )
+    )
+
+
+@dataclass(frozen=True)
+class Totals:
+    """Counts over the step's global batch; scalars on the device unless they say otherwise."""
+
+    tokens: Tensor
+    """Tokens that are not padding."""
+    targets: Tensor
+    """Tokens that have a label to predict."""
+    tokens_int: int
+    """`tokens` on the host."""
+    stop_requested: bool
+    """Whether any rank has had a signal to stop; every rank reads the same."""
+
+
+def count_tokens(micro_batches: list[Batch], stop_requested: bool, device: torch.device) -> Totals:
+    """One all-reduce of three numbers on the CPU, where the batches are: the GPU is not waited for."""
+    counts = torch.zeros(3, dtype=torch.int64)
+    for batch in micro_batches:
+        mask = batch.get("attention_mask")
+        counts[0] += batch["input_ids"].numel() if mask is None else mask.sum()
+        counts[1] += (batch["labels"][:, 1:] != IGNORE_INDEX).sum()
+    counts[2] = int(stop_requested)
+    dist.all_reduce(counts)
+    tokens, targets = counts[:2].clamp(min=1).to(device, torch.float32, non_blocking=True)
+    return Totals(tokens, targets, int(counts[0]), bool(counts[2]))
+
+
+def count_experts(
+    cfg: LossConfig, model: OlmoeForCausalLM, micro_batches: list[Batch], device: torch.device
+) -> Tensor | None:
+    """Tokens per layer and expert [L, E] over the step's global batch, where they are needed before its backward.
+
+    With balance_scope=global_batch the gradient of the first micro-batch depends on the routing of the last one, so
+    several micro-batches take a forward pass more. None: step_losses can do with the micro-batch it is given.
+    """
+    if cfg.balance_scope is BalanceScope.micro_batch or len(micro_batches) == 1 or not cfg.router_aux_loss_coef:
+        return None
+    counts_LE = torch.zeros(model.config.num_hidden_layers, model.config.num_experts, device=device)
+    rng = torch.get_rng_state()
+    with torch.no_grad():
+        for batch in micro_batches:
+            inputs = to_device(batch, device)
+            output = model.training_forward(**inputs | {"labels": None})
+            mask = inputs.get("attention_mask")
+            mask = None if mask is None else mask.reshape(-1).float()
+            counts_LE += expert_counts(output.expert_indices, model.config.num_experts, mask)
+    torch.set_rng_state(rng)  # the same dropout masks again
+    dist.all_reduce(counts_LE)
+    return counts_LE
+
+
+@dataclass(frozen=True)
+class Losses:
+    """This micro-batch's shares, fp32 scalars: summed over micro-batches and ranks they are the step's losses."""
+
+    total: Tensor
+    ce_loss: Tensor
+    load_balancing_loss: Tensor
+    router_z_loss: Tensor
+    counts_LE: Tensor
+    """Tokens of this micro-batch that each layer sent to each expert."""
+
+
+def step_losses(
+    cfg: LossConfig,
+    model: OlmoeForCausalLM,
+    output: TrainingOutput,
+    attention_mask: Tensor | None,
+    totals: Totals,
+    total_counts_LE: Tensor | None,
+) -> Losses:
+    """total = CE + router_aux_loss_coef x LB + router_z_loss_coef x Z, each normalised by the global batch's counts."""
+    experts = model.config.num_experts
+    mask = None if attention_mask is None else attention_mask.reshape(-1).float()
+    counts_LE = expert_counts(output.expert_indices, experts, mask)
+    if total_counts_LE is None and cfg.balance_scope is BalanceScope.global_batch:
+        total_counts_LE = counts_LE.clone()
+        dist.all_reduce(total_counts_LE)
+    balance, z_loss = router_losses(
+        output.router_logits, output.expert_indices, experts, mask, cfg.convention, totals.tokens, total_counts_LE
+    )
+    ce_loss = output.ce_sum / totals.targets
+    total = ce_loss + cfg.router_aux_loss_coef * balance + cfg.router_z_loss_coef * z_loss
+    return Losses(total, ce_loss, balance, z_loss, counts_LE)
+
+
+def to_device(batch: Batch, device: torch.device) -> Batch:
+    return {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
+
+
+def evaluate(cfg: TrainConfig, model: OlmoeForCausalLM, device: torch.device) -> Evaluation:
+    """Loss and perplexity on the validation split."""
+    batches = build_eval_batches(cfg.data, cfg.evaluation, rank=dist.get_rank(), world_size=dist.get_world_size())
+    return evaluate_model(model, batches, device)
+
+
+def main(cfg: TrainConfig) -> int:
+    try:
+        return train(cfg)
+    except BaseException as error:
+        record_failure(cfg.run_dir, error)
+        raise
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    sys.exit(run_verb("train", TrainConfig, main))
