@@ -22,7 +22,7 @@ from olmoe_train.cli import run_verb
 from olmoe_train.config import BalanceScope, LossConfig, TrainConfig, olmoe_config
 from olmoe_train.data.loader import build_eval_batches, build_train_loader, fingerprint
 from olmoe_train.distributed.mesh import Mesh, build_mesh, init_distributed
-from olmoe_train.distributed.parallelize import parallelize
+from olmoe_train.distributed.parallelize import initialise, parallelize
 from olmoe_train.evaluate import Evaluation, evaluate_model
 from olmoe_train.metrics import MetricsWriter, StepMetrics
 from olmoe_train.model import OlmoeForCausalLM
@@ -107,6 +107,7 @@ def build_model(cfg: TrainConfig, mesh: Mesh) -> OlmoeForCausalLM:
         model = OlmoeForCausalLM(olmoe_config(cfg.model))
     model.set_experts_backend(cfg.model.experts_backend.value)
     model = parallelize(model, cfg, mesh)
+    initialise(model, mesh.device, cfg.seed)
     if cfg.model.init_from is not None:
         load_pretrained(model, cfg.model.init_from)
     return model
@@ -235,7 +236,8 @@ def to_device(batch: Batch, device: torch.device) -> Batch:
 
 def evaluate(cfg: TrainConfig, model: OlmoeForCausalLM, device: torch.device) -> Evaluation:
     """Loss and perplexity on the validation split."""
-    batches = build_eval_batches(cfg.data, cfg.evaluation, rank=dist.get_rank(), world_size=dist.get_world_size())
+    size, sequences = cfg.evaluation.micro_batch_size, cfg.evaluation.max_sequences
+    batches = build_eval_batches(cfg.data, dist.get_rank(), dist.get_world_size(), size, sequences)
     return evaluate_model(model, batches, device)
 
 

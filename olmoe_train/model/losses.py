@@ -99,7 +99,7 @@ def router_losses(
 
     probability_sums, squared_lse = [], []
     for logits in router_logits:
-        logits_TE = logits.float()
+        logits_TE = logits.to(torch.promote_types(logits.dtype, torch.float32))
         probs_TE, lse_T = logits_TE.softmax(-1), logits_TE.logsumexp(-1)
         probability_sums.append(probs_TE.sum(0) if mask_T is None else mask_T @ probs_TE)
         squared_lse.append(lse_T.square().sum() if mask_T is None else (mask_T * lse_T.square()).sum())
