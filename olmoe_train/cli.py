@@ -1,4 +1,5 @@
-"""From a command line to a checked config: Hydra composition, help made of the config's own docs, exit codes."""
+"""From a command line to a checked config: Hydra composition, help made of the config's own docs, exit
+codes."""
 
 import ast
 import difflib
@@ -68,7 +69,8 @@ def run_verb(verb: str, schema: type, main: Callable[[Any], int | None]) -> int:
 
 
 def to_config(composed: DictConfig) -> Any:
-    """The composed DictConfig as the schema's frozen dataclasses. UserError names every missing mandatory key."""
+    """The composed DictConfig as the schema's frozen dataclasses. UserError names every missing mandatory
+    key."""
     missing = sorted(OmegaConf.missing_keys(composed))
     if missing:
         raise UserError("\n  ".join(["these keys have no value:", *(f"{key}=..." for key in missing)]))
@@ -76,7 +78,8 @@ def to_config(composed: DictConfig) -> Any:
 
 
 def _writable(node: DictConfig) -> DictConfig:
-    """Frozen dataclasses make read-only nodes, which Hydra could not merge YAML into: lift that until to_object."""
+    """Frozen dataclasses make read-only nodes, which Hydra could not merge YAML into: lift that until
+    to_object."""
     OmegaConf.set_readonly(node, None)
     for key in node:
         child = node._get_node(key)
@@ -171,9 +174,10 @@ def _hashable(value: object) -> bool:
 
 
 def help_text(verb: str, schema: type) -> str:
-    """What `olmoe VERB --help` prints: usage, the presets there are, and every key with its schema default."""
+    """What `olmoe VERB --help` prints: usage, the presets there are, and every key with its schema
+    default."""
     lines = [
-        f"usage: olmoe {verb} [key=value ...] [group=preset ...]      (the same: python -m olmoe_train.{verb})",
+        f"usage: olmoe {verb} [key=value ...] [group=preset ...]     (or python -m olmoe_train.{verb})",
         "",
         (
             inspect.getdoc(sys.modules.get(f"olmoe_train.{verb}"))
@@ -193,7 +197,7 @@ def help_text(verb: str, schema: type) -> str:
         lines += textwrap.wrap(doc, 106, initial_indent="      ", subsequent_indent="      ")
     lines += [
         "",
-        "flags: --cfg job (print the resolved config and exit), --config-dir DIR (your own presets), --hydra-help",
+        "flags: --cfg job (print the resolved config), --config-dir DIR (your own presets), --hydra-help",
         "exit codes: 0 done, 1 failed, 2 bad configuration or input, 75 stopped by a signal after saving",
     ]
     return "\n".join(lines)

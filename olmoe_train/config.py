@@ -73,7 +73,8 @@ class ExpertsBackend(Enum):
 @dataclass(frozen=True)
 class ModelConfig:
     init_from: str | None = None
-    """HF directory whose weights start the run; its config.json must agree with the fields below. null: random init."""
+    """HF directory whose weights start the run; its config.json must agree with the fields below. null:
+    random init."""
     vocab_size: int = 50304
     """Rows of the embedding and the head. At least the tokenizer's vocabulary; may be padded up for speed."""
     hidden_size: int = 2048
@@ -119,7 +120,8 @@ class ModelConfig:
     eos_token_id: int | None = 50279
     """End-of-document token; must be the prepared data's."""
     experts_backend: ExpertsBackend = ExpertsBackend.auto
-    """Expert matmuls: loop (one per expert), grouped_mm (torch's grouped GEMM), auto (grouped_mm on CUDA, loop on CPU)."""
+    """Expert matmuls: loop (one per expert), grouped_mm (torch's grouped GEMM), auto (grouped_mm on CUDA,
+    loop on CPU)."""
 
 
 @dataclass(frozen=True)
@@ -127,7 +129,8 @@ class SourceConfig:
     kind: SourceKind = SourceKind.python_stdlib
     """Where documents come from. Read by `olmoe prepare` only."""
     validation_fraction: float = 0.05
-    """Share of files held out for validation, chosen by a hash of the file's name. Read by `olmoe prepare` only."""
+    """Share of files held out for validation, chosen by a hash of the file's name. Read by `olmoe prepare`
+    only."""
     shard_tokens: int = 100_000_000
     """Most tokens a shard file holds. Read by `olmoe prepare` only."""
     processes: int = 0
@@ -166,7 +169,8 @@ class TrainerConfig:
     micro_batch_size: int = 8
     """Sequences a forward pass of one rank."""
     precision: Precision = Precision.bf16
-    """bf16: compute in bfloat16 with fp32 master weights and fp32 gradient reduction. fp32: everything fp32."""
+    """bf16: compute in bfloat16 with fp32 master weights and fp32 gradient reduction. fp32: everything
+    fp32."""
     device: Device = Device.auto
     """auto: cuda where there is one, else cpu."""
     log_every: int = 10
@@ -174,7 +178,8 @@ class TrainerConfig:
     compile: bool = False
     """torch.compile each decoder layer."""
     activation_checkpointing: ActivationCheckpointing = ActivationCheckpointing.none
-    """Recompute activations in backward: none, selective (keep matmul outputs), full (keep layer inputs only)."""
+    """Recompute activations in backward: none, selective (keep matmul outputs), full (keep layer inputs
+    only)."""
 
 
 @dataclass(frozen=True)
@@ -192,7 +197,8 @@ class LossConfig:
     router_z_loss_coef: float = 0.001
     """Weight of the router z-loss in the total."""
     convention: Convention = Convention.olmoe
-    """How both router losses are normalised: olmoe (paper), olmoe_0924 (as released), hf (pooled), megatron (summed)."""
+    """How both router losses are normalised: olmoe (paper), olmoe_0924 (as released), hf (pooled),
+    megatron (summed)."""
     balance_scope: BalanceScope = BalanceScope.global_batch
     """Tokens whose expert counts enter the load-balancing loss. micro_batch: one rank's forward (the paper's
     run). global_batch: the whole step, so that the loss does not depend on how it is cut; costs one more
@@ -218,7 +224,8 @@ class SchedulerConfig:
     kind: Schedule = Schedule.cosine
     """Shape after warm-up."""
     warmup_steps: int | None = None
-    """Linear warm-up in optimizer steps. Set at most one of warmup_steps, warmup_tokens and warmup_fraction."""
+    """Linear warm-up in optimizer steps. Set at most one of warmup_steps, warmup_tokens and
+    warmup_fraction."""
     warmup_tokens: int | None = None
     """Linear warm-up in tokens."""
     warmup_fraction: float | None = None
@@ -247,7 +254,8 @@ class CheckpointConfig:
 @dataclass(frozen=True)
 class WandbConfig:
     mode: WandbMode = WandbMode.offline
-    """online (needs an API key; falls back to offline without one), offline (files under run_dir/wandb), disabled."""
+    """online (needs an API key; falls back to offline without one), offline (files under run_dir/wandb),
+    disabled."""
     project: str = "olmoe-train"
     """Project the run is filed under."""
     name: str | None = None
@@ -276,7 +284,8 @@ class EvaluationConfig:
 @dataclass(frozen=True)
 class TrainConfig:
     run_dir: str = "runs/train"
-    """Where config, metrics, checkpoints, exports and logs of this run go; relative to the working directory."""
+    """Where config, metrics, checkpoints, exports and logs of this run go; relative to the working
+    directory."""
     seed: int = 0
     """Seed of the initial weights, the data order and dropout."""
     model: ModelConfig = field(default_factory=ModelConfig)

@@ -1,4 +1,5 @@
-"""The one exception that means: the user can fix this. Every verb prints it without a traceback and exits with code 2."""
+"""The one exception that means: the user can fix this. Every verb prints it without a traceback and exits
+with code 2."""
 
 
 class UserError(ValueError):

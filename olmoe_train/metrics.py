@@ -1,4 +1,5 @@
-"""What a run shows of itself: sums kept on the device between logged steps, metrics.jsonl, the console line, wandb.
+"""What a run shows of itself: sums kept on the device between logged steps, metrics.jsonl, the console
+line, wandb.
 
 Observes only: nothing here changes a step. Shapes: L layers, E experts, T tokens.
 """
@@ -34,7 +35,9 @@ LOSS_NAMES = ("train/loss", "train/ce_loss", "train/load_balancing_loss", "train
 class StepMetrics:
     """This rank's sums over the current step, on the device. `read` is the only place that waits for them."""
 
-    def __init__(self, config: OlmoeConfig, cfg: TrainConfig, progress: Progress, device: torch.device) -> None:
+    def __init__(
+        self, config: OlmoeConfig, cfg: TrainConfig, progress: Progress, device: torch.device
+    ) -> None:
         self.progress = progress
         self.log_every = cfg.trainer.log_every
         self.dead_after = cfg.logging.dead_expert_steps
@@ -99,12 +102,15 @@ class StepMetrics:
 
 
 def router_entropy(router_logits: tuple[Tensor, ...], mask: Tensor | None) -> Tensor:
-    """[L]: sum over unpadded tokens of the entropy of the routing distribution, in nats; ln(E) a token is uniform."""
+    """[L]: sum over unpadded tokens of the entropy of the routing distribution, in nats; ln(E) a token is
+    uniform."""
     entropies = []
     for logits_TE in router_logits:
         log_probs_TE = logits_TE.log_softmax(-1)
         entropy_T = -(log_probs_TE.exp() * log_probs_TE).sum(-1)
-        entropies.append(entropy_T.sum() if mask is None else (entropy_T * mask.reshape(-1).to(entropy_T)).sum())
+        entropies.append(
+            entropy_T.sum() if mask is None else (entropy_T * mask.reshape(-1).to(entropy_T)).sum()
+        )
     return torch.stack(entropies)
 
 
@@ -129,7 +135,9 @@ class MetricsWriter:
         """Time validation and checkpoints out of the throughput."""
         self.started, self.tokens_at_restart = time.perf_counter(), tokens
 
-    def log_step(self, progress: Progress, values: dict[str, Any], learning_rate: float, last_step: int) -> None:
+    def log_step(
+        self, progress: Progress, values: dict[str, Any], learning_rate: float, last_step: int
+    ) -> None:
         elapsed = time.perf_counter() - self.started
         speed = (progress.tokens - self.tokens_at_restart) / elapsed
         self.restart_clock(progress.tokens)
@@ -141,16 +149,17 @@ class MetricsWriter:
         values["perf/peak_memory_gib"] = peak_memory_gib(self.device)
         mfu = f" | mfu {values['perf/mfu']:.1%}" if values["perf/mfu"] is not None else ""
         log.info(
-            f"step {progress.step}/{last_step} | loss {values['train/loss']:.4f} | ce {values['train/ce_loss']:.4f}"
-            f" | balance {values['train/load_balancing_loss']:.3f} | z {values['train/router_z_loss']:.3f}"
+            f"step {progress.step}/{last_step} | loss {values['train/loss']:.4f}"
+            f" | ce {values['train/ce_loss']:.4f} | balance {values['train/load_balancing_loss']:.3f}"
+            f" | z {values['train/router_z_loss']:.3f}"
             f" | grad norm {values['train/grad_norm']:.3f} | lr {learning_rate:.2e} | {speed:,.0f} tok/s{mfu}"
         )
         self._warn_of_dead_experts(int(values["router/dead_experts"]))
         self._write(values)
         if not math.isfinite(values["train/grad_norm"]):
             raise FloatingPointError(
-                f"gradient norm is {values['train/grad_norm']} at step {progress.step}: stopped before saving it. "
-                "Lower optimizer.lr or lengthen scheduler.warmup_steps, and continue from the last checkpoint"
+                f"gradient norm is {values['train/grad_norm']} at step {progress.step}: stopped before "
+                "saving it. Lower optimizer.lr or lengthen the warm-up, and continue from the last checkpoint"
             )
 
     def log_evaluation(self, progress: Progress, evaluation: Evaluation) -> None:
@@ -185,7 +194,9 @@ class MetricsWriter:
         with self.path.open("a") as file:
             file.write(json.dumps(clean) + "\n")
         if self.wandb is not None:
-            scalars = {k: v for k, v in clean.items() if k != "step" and v is not None and not isinstance(v, list)}
+            scalars = {
+                k: v for k, v in clean.items() if k != "step" and v is not None and not isinstance(v, list)
+            }
             self.wandb.log(scalars, step=clean["step"])
 
 
@@ -195,7 +206,9 @@ def start_wandb(cfg: WandbConfig, run_dir: Path) -> Any:
         return None
     mode = cfg.mode.value
     if mode == "online" and not (os.environ.get("WANDB_API_KEY") or wandb.api.api_key):
-        log.warning("warning: logging.wandb.mode=online, but there is no API key: logging offline (wandb sync later)")
+        log.warning(
+            "warning: logging.wandb.mode=online, but there is no API key: logging offline (wandb sync later)"
+        )
         mode = "offline"
     try:
         return wandb.init(

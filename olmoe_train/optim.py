@@ -11,7 +11,8 @@ from olmoe_train.config import OptimizerConfig, Schedule, SchedulerConfig, Train
 
 
 def build_optimizer(model: nn.Module, cfg: OptimizerConfig) -> torch.optim.AdamW:
-    """Fused AdamW over every parameter, decay on all of them, norms and embeddings included (arXiv 2409.02060, table 10)."""
+    """Fused AdamW over every parameter, decay on all of them, norms and embeddings included (arXiv
+    2409.02060, table 10)."""
     return torch.optim.AdamW(
         model.parameters(), lr=cfg.lr, betas=cfg.betas, eps=cfg.eps, weight_decay=cfg.weight_decay, fused=True
     )

@@ -1,12 +1,12 @@
 """The run directory: config.yaml, log.txt, status.json, tokenizer/, checkpoints/; and where a run stands.
 
-    run_dir/config.yaml       resolved configuration of the last start
-            metrics.jsonl     one JSON object a logged step (metrics.py)
-            log.txt           what the console showed
-            status.json       {"state": running|done|stopped|failed, "reason", "step", "last_step", "time"}
-            tokenizer/        copied from the prepared data, for exports
-            checkpoints/step-00000100/
-            hf/               exports
+run_dir/config.yaml       resolved configuration of the last start
+        metrics.jsonl     one JSON object a logged step (metrics.py)
+        log.txt           what the console showed
+        status.json       {"state": running|done|stopped|failed, "reason", "step", "last_step", "time"}
+        tokenizer/        copied from the prepared data, for exports
+        checkpoints/step-00000100/
+        hf/               exports
 """
 
 import json
@@ -50,7 +50,8 @@ class Progress:
 
 
 class RunDirectory:
-    """Opened by every rank; rank 0 writes. SIGTERM and SIGINT set `stop_requested`; a second SIGINT leaves at once."""
+    """Opened by every rank; rank 0 writes. SIGTERM and SIGINT set `stop_requested`; a second SIGINT leaves
+    at once."""
 
     def __init__(self, cfg: TrainConfig, warnings: list[str]) -> None:
         self.path = Path(cfg.run_dir)
@@ -91,7 +92,13 @@ class RunDirectory:
         ]
         if changed:
             raise UserError(
-                "\n  ".join([f"{checkpoint} was made on other data:", *changed, "restore these, or use another run_dir"])
+                "\n  ".join(
+                    [
+                        f"{checkpoint} was made on other data:",
+                        *changed,
+                        "restore these, or use another run_dir",
+                    ]
+                )
             )
 
     def finish(self, step: int, last_step: int, signalled: bool) -> int:
@@ -102,7 +109,9 @@ class RunDirectory:
             return OK
         reason = "signal" if signalled else "trainer.stop_at_step"
         self.write_status("stopped", reason, step, last_step)
-        log.info("stopped at step %d of %d (%s); run the same command again to continue", step, last_step, reason)
+        log.info(
+            "stopped at step %d of %d (%s); run the same command again to continue", step, last_step, reason
+        )
         return STOPPED_BY_SIGNAL if signalled else OK
 
     def write_status(self, state: str, reason: str, step: int, last_step: int) -> None:
@@ -135,4 +144,4 @@ def _write_status(run_dir: Path, status: dict[str, Any]) -> None:
     """Replaced in one rename, so that a reader never sees half of it."""
     temporary = run_dir / "status.json.tmp"
     temporary.write_text(json.dumps(status | {"time": time.time()}) + "\n")
-    os.replace(temporary, run_dir / "status.json")
+    temporary.replace(run_dir / "status.json")

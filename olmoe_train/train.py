@@ -1,8 +1,8 @@
 """Pretrain or fine-tune OLMoE.
 
-The file to read first: `train` is the whole run. Build, then for each step: forward, backward, clip, step, save.
-Losses are divided by counts over the whole global batch before backward, and gradients are summed over ranks, so
-a step does not depend on how its sequences are cut into ranks and micro-batches.
+The file to read first: `train` is the whole run. Build, then for each step: forward, backward, clip, step,
+save. Losses are divided by counts over the whole global batch before backward, and gradients are summed
+over ranks, so a step does not depend on how its sequences are cut into ranks and micro-batches.
 """
 
 import itertools
@@ -46,8 +46,8 @@ Batch = dict[str, Tensor]
 def train(cfg: TrainConfig, batches: Iterable[Batch] | None = None) -> int:
     """Run the whole configuration; returns the exit code.
 
-    batches: this rank's micro-batches in place of the prepared data, on the CPU (input_ids and labels [B, S] int64,
-    and attention_mask where there is padding).
+    batches: this rank's micro-batches in place of the prepared data, on the CPU (input_ids and labels [B,
+    S] int64, and attention_mask where there is padding).
     """
     device = init_distributed(cfg.trainer.device.value)
     run = RunDirectory(cfg, warnings=validate(cfg, dist.get_world_size()))
@@ -102,7 +102,8 @@ def train(cfg: TrainConfig, batches: Iterable[Batch] | None = None) -> int:
 
 
 def build_model(cfg: TrainConfig, mesh: Mesh) -> OlmoeForCausalLM:
-    """The model in its layout on this rank, with its initial weights. Nothing is allocated before it is sharded."""
+    """The model in its layout on this rank, with its initial weights. Nothing is allocated before it is
+    sharded."""
     with torch.device("meta"):
         model = OlmoeForCausalLM(olmoe_config(cfg.model))
     model.set_experts_backend(cfg.model.experts_backend.value)
@@ -113,7 +114,9 @@ def build_model(cfg: TrainConfig, mesh: Mesh) -> OlmoeForCausalLM:
     return model
 
 
-def resume(cfg: TrainConfig, run: RunDirectory, model: nn.Module, optimizer: torch.optim.Optimizer) -> Progress:
+def resume(
+    cfg: TrainConfig, run: RunDirectory, model: nn.Module, optimizer: torch.optim.Optimizer
+) -> Progress:
     """Load the checkpoint that checkpoint.resume asks for, if there is one; where the run stands."""
     checkpoint = run.checkpoint_to_resume(cfg.checkpoint.resume)
     if checkpoint is None:
@@ -174,12 +177,18 @@ def count_tokens(micro_batches: list[Batch], stop_requested: bool, device: torch
 def count_experts(
     cfg: LossConfig, model: OlmoeForCausalLM, micro_batches: list[Batch], device: torch.device
 ) -> Tensor | None:
-    """Tokens per layer and expert [L, E] over the step's global batch, where they are needed before its backward.
+    """Tokens per layer and expert [L, E] over the step's global batch, where they are needed before its
+    backward.
 
-    With balance_scope=global_batch the gradient of the first micro-batch depends on the routing of the last one, so
-    several micro-batches take a forward pass more. None: step_losses can do with the micro-batch it is given.
+    With balance_scope=global_batch the gradient of the first micro-batch depends on the routing of the
+    last one, so several micro-batches take a forward pass more. None: step_losses can do with the
+    micro-batch it is given.
     """
-    if cfg.balance_scope is BalanceScope.micro_batch or len(micro_batches) == 1 or not cfg.router_aux_loss_coef:
+    if (
+        cfg.balance_scope is BalanceScope.micro_batch
+        or len(micro_batches) == 1
+        or not cfg.router_aux_loss_coef
+    ):
         return None
     counts_LE = torch.zeros(model.config.num_hidden_layers, model.config.num_experts, device=device)
     rng = torch.get_rng_state()
@@ -197,7 +206,8 @@ def count_experts(
 
 @dataclass(frozen=True)
 class Losses:
-    """This micro-batch's shares, fp32 scalars: summed over micro-batches and ranks they are the step's losses."""
+    """This micro-batch's shares, fp32 scalars: summed over micro-batches and ranks they are the step's
+    losses."""
 
     total: Tensor
     ce_loss: Tensor
@@ -215,7 +225,8 @@ def step_losses(
     totals: Totals,
     total_counts_LE: Tensor | None,
 ) -> Losses:
-    """total = CE + router_aux_loss_coef x LB + router_z_loss_coef x Z, each normalised by the global batch's counts."""
+    """total = CE + router_aux_loss_coef x LB + router_z_loss_coef x Z, each normalised by the global
+    batch's counts."""
     experts = model.config.num_experts
     mask = None if attention_mask is None else attention_mask.reshape(-1).float()
     counts_LE = expert_counts(output.expert_indices, experts, mask)
@@ -223,7 +234,13 @@ def step_losses(
         total_counts_LE = counts_LE.clone()
         dist.all_reduce(total_counts_LE)
     balance, z_loss = router_losses(
-        output.router_logits, output.expert_indices, experts, mask, cfg.convention, totals.tokens, total_counts_LE
+        output.router_logits,
+        output.expert_indices,
+        experts,
+        mask,
+        cfg.convention,
+        totals.tokens,
+        total_counts_LE,
     )
     ce_loss = output.ce_sum / totals.targets
     total = ce_loss + cfg.router_aux_loss_coef * balance + cfg.router_z_loss_coef * z_loss

@@ -59,13 +59,14 @@ def _trainer_errors(cfg: TrainConfig, world_size: int) -> list[str]:
     if a_pass > 0 and trainer.global_batch_size % a_pass:
         nearest = max(1, round(trainer.global_batch_size / a_pass)) * a_pass
         errors.append(
-            f"trainer.global_batch_size={trainer.global_batch_size}: must be a multiple of trainer.micro_batch_size x "
-            f"ranks = {trainer.micro_batch_size} x {world_size} = {a_pass}; the nearest is {nearest}"
+            f"trainer.global_batch_size={trainer.global_batch_size}: must be a multiple of "
+            f"trainer.micro_batch_size x ranks = {trainer.micro_batch_size} x {world_size} = "
+            f"{a_pass}; the nearest is {nearest}"
         )
     if parallel.strategy is Strategy.ddp and parallel.replicate_size != 1:
         errors.append(
-            f"parallel.replicate_size={parallel.replicate_size}: has no meaning with parallel.strategy=ddp, which "
-            "replicates over all ranks; use parallel.strategy=fsdp for HSDP, or leave replicate_size=1"
+            f"parallel.replicate_size={parallel.replicate_size}: has no meaning with parallel.strategy=ddp, "
+            "which replicates over all ranks; use parallel.strategy=fsdp for HSDP, or leave replicate_size=1"
         )
     elif parallel.replicate_size > 0 and world_size % parallel.replicate_size:
         errors.append(
@@ -89,7 +90,8 @@ def _schedule_errors(cfg: TrainConfig) -> list[str]:
         ]
         if len(chosen) > 1:
             errors.append(
-                f"{' and '.join(chosen)}: set only one of them (the others null), they are one {what} in other units"
+                f"{' and '.join(chosen)}: set only one of them and the others null; "
+                f"they are the same {what} in other units"
             )
         errors += [f"{text}: must not be negative" for text in chosen if "=-" in text]
     for name in ("warmup_fraction", "warmup_start_factor", "final_factor"):
@@ -117,7 +119,7 @@ def _model_and_data_errors(cfg: TrainConfig) -> list[str]:
         )
     if cfg.checkpoint.resume not in ("auto", "never") and not Path(cfg.checkpoint.resume).is_dir():
         errors.append(
-            f"checkpoint.resume={cfg.checkpoint.resume}: give auto, never, or an existing checkpoint directory"
+            f"checkpoint.resume={cfg.checkpoint.resume}: give auto, never, or an existing checkpoint"
         )
     try:
         manifest = read_manifest(cfg.data.dir)
@@ -125,13 +127,14 @@ def _model_and_data_errors(cfg: TrainConfig) -> list[str]:
         return [*errors, str(error)]
     if manifest.vocab_size > cfg.model.vocab_size:
         errors.append(
-            f"model.vocab_size={cfg.model.vocab_size}: the data in data.dir={cfg.data.dir} has token ids up to "
-            f"{manifest.vocab_size - 1}; set model.vocab_size={math.ceil(manifest.vocab_size / 64) * 64} or prepare it anew"
+            f"model.vocab_size={cfg.model.vocab_size}: the data in data.dir={cfg.data.dir} has token "
+            f"ids up to {manifest.vocab_size - 1}; "
+            f"set model.vocab_size={math.ceil(manifest.vocab_size / 64) * 64} or prepare it anew"
         )
     if cfg.model.eos_token_id != manifest.eos_token_id:
         errors.append(
-            f"model.eos_token_id={cfg.model.eos_token_id}: documents in data.dir={cfg.data.dir} end with token "
-            f"{manifest.eos_token_id}; set model.eos_token_id={manifest.eos_token_id}"
+            f"model.eos_token_id={cfg.model.eos_token_id}: documents in data.dir={cfg.data.dir} end with "
+            f"token {manifest.eos_token_id}; set model.eos_token_id={manifest.eos_token_id}"
         )
     return errors
 

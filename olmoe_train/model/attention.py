@@ -15,7 +15,8 @@ from olmoe_train.model.rope import apply_rotary
 
 
 class OlmoeRMSNorm(nn.Module):
-    """x / rms(x) in fp32, cast back to x's dtype, then scaled by the weight (transformers' order of casts)."""
+    """x / rms(x) in fp32, cast back to x's dtype, then scaled by the weight (transformers' order of
+    casts)."""
 
     def __init__(self, size: int, eps: float) -> None:
         super().__init__()

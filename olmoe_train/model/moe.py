@@ -34,7 +34,8 @@ class Routing:
     counts_E: Tensor
     """int64 [E]: rows of each expert, in row order."""
     exchange: Any = None
-    """What expert parallelism needs to send the rows back (distributed/expert_parallel.py); None on one rank."""
+    """What expert parallelism needs to send the rows back (distributed/expert_parallel.py); None on one
+    rank."""
 
 
 Dispatch = Callable[[Tensor, Tensor, int], tuple[Tensor, Tensor, Routing]]
@@ -122,7 +123,8 @@ class OlmoeTopKRouter(nn.Module):
 
 
 class OlmoeExperts(nn.Module):
-    """E gated MLPs: down(act(gate(x)) * up(x)), weights stacked on the expert dimension, gate and up fused."""
+    """E gated MLPs: down(act(gate(x)) * up(x)), weights stacked on the expert dimension, gate and up
+    fused."""
 
     def __init__(self, config: OlmoeConfig) -> None:
         super().__init__()
@@ -142,7 +144,8 @@ class OlmoeExperts(nn.Module):
 
 
 def _local(weight: Tensor) -> Tensor:
-    """This rank's experts, where expert parallelism has made the parameter a DTensor; nothing to do otherwise."""
+    """This rank's experts, where expert parallelism has made the parameter a DTensor; nothing to do
+    otherwise."""
     return weight.to_local() if hasattr(weight, "to_local") else weight
 
 
@@ -152,7 +155,8 @@ def _grouped_matmul(rows_RI: Tensor, weight_EOI: Tensor, counts_E: Tensor) -> Te
 
 
 def _loop_matmul(rows_RI: Tensor, weight_EOI: Tensor, counts_E: Tensor) -> Tensor:
-    """One matmul an expert (the faster way on CPU: benchmarks/experts_cpu.py). Reads the counts: a sync on CUDA."""
+    """One matmul an expert (the faster way on CPU: benchmarks/experts_cpu.py). Reads the counts: a sync on
+    CUDA."""
     blocks = rows_RI.split(counts_E.tolist())
     return torch.cat(
         [F.linear(block, weight) for block, weight in zip(blocks, weight_EOI.unbind(0), strict=True)]

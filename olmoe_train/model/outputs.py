@@ -36,7 +36,8 @@ class MoeModelOutputWithPast(_Output):
 @dataclass
 class MoeCausalLMOutputWithPast(_Output):
     loss: Tensor | None = None
-    """Mean cross-entropy of the labels, plus router_aux_loss_coef x aux_loss where router logits are put out."""
+    """Mean cross-entropy of the labels, plus router_aux_loss_coef x aux_loss where router logits are put
+    out."""
     aux_loss: Tensor | None = None
     """Load-balancing loss in Transformers' pooled convention (`hf`)."""
     logits: Tensor | None = None

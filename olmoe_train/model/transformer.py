@@ -50,7 +50,8 @@ class OlmoeDecoderLayer(nn.Module):
 
 
 class OlmoeModel(nn.Module):
-    """Embedding, L decoder layers, final norm. Arguments and outputs as documented for transformers.OlmoeModel."""
+    """Embedding, L decoder layers, final norm. Arguments and outputs as documented for
+    transformers.OlmoeModel."""
 
     def __init__(self, config: OlmoeConfig, init: bool = True) -> None:
         super().__init__()
@@ -139,7 +140,8 @@ class OlmoeModel(nn.Module):
 
 
 class OlmoeHead(nn.Linear):
-    """The output projection; with labels, the summed cross-entropy instead, without [T, V] logits in memory."""
+    """The output projection; with labels, the summed cross-entropy instead, without [T, V] logits in
+    memory."""
 
     def forward(self, x: Tensor, labels_T: Tensor | None = None) -> Tensor:
         return F.linear(x, self.weight) if labels_T is None else cross_entropy_sum(x, self.weight, labels_T)
@@ -186,16 +188,20 @@ class OlmoeForCausalLM(nn.Module):
         over targets). logits_to_keep: the last so many positions (0: all), or a tensor of positions."""
         output_router_logits = _given(output_router_logits, self.config.output_router_logits)
         outputs = self.model(
-            input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, use_cache, output_router_logits,
-            output_hidden_states, output_attentions, cache_position,
-        )  # fmt: skip
-        keep = (
-            slice(-logits_to_keep, None)
-            if isinstance(logits_to_keep, int) and logits_to_keep
-            else logits_to_keep
+            input_ids,
+            attention_mask,
+            position_ids,
+            past_key_values,
+            inputs_embeds,
+            use_cache,
+            output_router_logits,
+            output_hidden_states,
+            output_attentions,
+            cache_position,
         )
-        hidden = outputs.last_hidden_state
-        logits = self.lm_head(hidden[:, keep] if not isinstance(keep, int) else hidden)
+        # -0 is 0: all positions.
+        keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self.lm_head(outputs.last_hidden_state[:, keep])
 
         loss = aux_loss = None
         if labels is not None:
@@ -265,6 +271,7 @@ def _given(value: bool | None, default: bool) -> bool:
 
 
 def _init_unless_meta(module: nn.Module, std: float) -> None:
-    """Random weights whose seed follows torch.manual_seed. A meta model gets its own when it is materialised."""
+    """Random weights whose seed follows torch.manual_seed. A meta model gets its own when it is
+    materialised."""
     if not any(parameter.is_meta for parameter in module.parameters()):
         init_weights(module, int(torch.randint(2**62, ())), std)
