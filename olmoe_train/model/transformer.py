@@ -8,7 +8,7 @@ outside.
 """
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
@@ -49,7 +49,28 @@ class OlmoeDecoderLayer(nn.Module):
         return x_BSD + expert_BSD, logits_TE, indices_TK, probs
 
 
-class OlmoeModel(nn.Module):
+class OlmoePreTrainedModel(nn.Module):
+    """What the two models share: HF directories."""
+
+    config: OlmoeConfig
+
+    @classmethod
+    def from_pretrained(
+        cls, directory: str | Path, dtype: torch.dtype | None = None, device: torch.device | str = "cpu"
+    ) -> Self:
+        """Load an HF directory (hub or fused names) in eval mode. dtype None: as stored."""
+        from olmoe_train.checkpoint.hf import from_pretrained  # checkpoint/ builds on model/
+
+        return from_pretrained(cls, directory, dtype, device)
+
+    def save_pretrained(self, directory: str | Path, max_shard_size: str | int = "5GB") -> None:
+        """Write an HF directory with the hub's per-expert tensor names."""
+        from olmoe_train.checkpoint.hf import save_pretrained
+
+        save_pretrained(self, directory, max_shard_size)
+
+
+class OlmoeModel(OlmoePreTrainedModel):
     """Embedding, L decoder layers, final norm. Arguments and outputs as documented for
     transformers.OlmoeModel."""
 
@@ -147,7 +168,7 @@ class OlmoeHead(nn.Linear):
         return F.linear(x, self.weight) if labels_T is None else cross_entropy_sum(x, self.weight, labels_T)
 
 
-class OlmoeForCausalLM(nn.Module):
+class OlmoeForCausalLM(OlmoePreTrainedModel):
     """OlmoeModel with its language-modelling head, as documented for transformers.OlmoeForCausalLM."""
 
     def __init__(self, config: OlmoeConfig) -> None:
@@ -251,19 +272,6 @@ class OlmoeForCausalLM(nn.Module):
         from olmoe_train.generate import generate  # the verb imports this module
 
         return generate(self, input_ids, **options)
-
-    @classmethod
-    def from_pretrained(cls, directory: str | Path, dtype: torch.dtype | None = None) -> "OlmoeForCausalLM":
-        """Load an HF directory (safetensors, per-expert or fused names). dtype None: as stored."""
-        from olmoe_train.checkpoint.hf import from_pretrained  # checkpoint/ builds on model/
-
-        return from_pretrained(directory, dtype)
-
-    def save_pretrained(self, directory: str | Path, max_shard_size: str | int = "5GB") -> None:
-        """Write an HF directory with the hub's per-expert tensor names."""
-        from olmoe_train.checkpoint.hf import save_pretrained
-
-        save_pretrained(self, directory, max_shard_size=max_shard_size)
 
 
 def _given(value: bool | None, default: bool) -> bool:

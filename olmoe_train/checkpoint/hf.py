@@ -1,0 +1,308 @@
+"""Hugging Face directories: config.json, generation_config.json, safetensors shards and tokenizer files.
+
+In memory the experts of a layer are stacked (`mlp.experts.gate_up_proj` [E, 2F, D], `down_proj` [E, D, F]);
+on disk each has the hub's own tensors (`mlp.experts.0.gate_proj.weight` [F, D], ...). Both namings are read,
+the hub's is written. Nothing here unpickles.
+
+Shapes: E experts, F expert width, D hidden.
+"""
+
+import shutil
+import tempfile
+from collections.abc import Callable
+from dataclasses import fields
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from olmoe_train.checkpoint.hf_files import (
+    INDEX,
+    WEIGHTS,
+    StoredTensor,
+    byte_count,
+    open_weights,
+    publish,
+    some,
+    write_json,
+)
+from olmoe_train.errors import UserError
+from olmoe_train.model.configuration import OlmoeConfig
+from olmoe_train.model.transformer import OlmoeForCausalLM, OlmoeModel, OlmoePreTrainedModel
+
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+)
+# Fields that may differ between a directory and the model that its weights go into: none changes what the
+# same weights compute for the same tokens, save attention_dropout, which is the training run's to choose.
+_NOT_COMPARED = {
+    "architectures",
+    "attention_dropout",
+    "bos_token_id",
+    "dtype",
+    "eos_token_id",
+    "extra",
+    "initializer_range",
+    "max_position_embeddings",
+    "output_attentions",
+    "output_hidden_states",
+    "output_router_logits",
+    "pad_token_id",
+    "return_dict",
+    "router_aux_loss_coef",
+    "use_cache",
+}
+
+Index = tuple[int | slice, ...]
+
+
+def hub_parts(name: str, shape: torch.Size) -> dict[str, Index]:
+    """The hub tensors that a parameter is stored as, each with the place it has in the parameter."""
+    block, _, kind = name.rpartition(".")
+    if not block.endswith("mlp.experts"):
+        return {name: ()}
+    if kind == "down_proj":
+        return {f"{block}.{expert}.down_proj.weight": (expert,) for expert in range(shape[0])}
+    assert kind == "gate_up_proj", name
+    width = shape[1] // 2
+    halves = {"gate_proj": slice(0, width), "up_proj": slice(width, None)}
+    return {
+        f"{block}.{expert}.{half}.weight": (expert, rows)
+        for expert in range(shape[0])
+        for half, rows in halves.items()
+    }
+
+
+# --- writing ----------------------------------------------------------------------------------------------
+
+
+def save_pretrained(
+    model: OlmoePreTrainedModel,
+    directory: str | Path,
+    max_shard_size: str | int = "5GB",
+    dtype: torch.dtype | None = None,
+) -> None:
+    """Write a whole (not sharded) model as an HF directory. dtype None: that of the parameters.
+
+    UserError where `directory` already holds weights, or the parameters have several dtypes and none is
+    asked for.
+    """
+    parameters = dict(model.named_parameters())
+    assert not any(isinstance(p, DTensor) for p in parameters.values()), (
+        "sharded: save a checkpoint, export that"
+    )
+    dtypes = {parameter.dtype for parameter in parameters.values()}
+    if dtype is None and len(dtypes) > 1:
+        raise UserError(f"the parameters have several dtypes ({', '.join(map(str, dtypes))}): say dtype=...")
+    write_directory(
+        model.config,
+        directory,
+        lambda name: parameters[name].detach(),
+        dtype or dtypes.pop(),
+        max_shard_size,
+        type(model).__name__,
+    )
+
+
+def write_directory(
+    config: OlmoeConfig,
+    directory: str | Path,
+    read: Callable[[str], Tensor],
+    dtype: torch.dtype,
+    max_shard_size: str | int = "5GB",
+    architecture: str = "OlmoeForCausalLM",
+    tokenizer: Path | None = None,
+) -> None:
+    """Write an HF directory from `read`, which gives each whole parameter by its in-memory name when it is
+    its turn.
+
+    Holds about one shard in memory beyond what `read` returns. The directory appears complete: files are
+    written and synced beside it, then moved, config.json last. tokenizer: a directory whose tokenizer files
+    are copied. UserError where `directory` already holds weights.
+    """
+    directory = Path(directory)
+    if any(directory.glob("*.safetensors*")):
+        raise UserError(f"{directory} already holds a model: choose another directory, or delete it")
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    shards = plan_shards(parameter_shapes(config, architecture), dtype, byte_count(max_shard_size))
+    temporary = Path(tempfile.mkdtemp(prefix=f".{directory.name}.", suffix=".partial", dir=directory.parent))
+    try:
+        _write_shards(temporary, shards, read, dtype)
+        written = OlmoeConfig.from_dict(config.to_dict(), architectures=[architecture], dtype=dtype)
+        written.save_pretrained(temporary)
+        write_json(temporary / "generation_config.json", _generation_config(config))
+        for name in TOKENIZER_FILES:
+            if tokenizer is not None and (tokenizer / name).is_file():
+                shutil.copyfile(tokenizer / name, temporary / name)
+        publish(temporary, directory)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def parameter_shapes(config: OlmoeConfig, architecture: str = "OlmoeForCausalLM") -> dict[str, torch.Size]:
+    """Every parameter of a model and its shape, nothing allocated; a tied head is the embedding, and not
+    listed."""
+    with torch.device("meta"):
+        model = {"OlmoeForCausalLM": OlmoeForCausalLM, "OlmoeModel": OlmoeModel}[architecture](config)
+    return {name: parameter.shape for name, parameter in model.named_parameters()}
+
+
+Shard = list[tuple[str, str, Index]]
+"""(hub name, parameter name, place in the parameter) of each tensor of one file."""
+
+
+def plan_shards(shapes: dict[str, torch.Size], dtype: torch.dtype, max_bytes: int) -> list[Shard]:
+    """Deal tensors out to files in order, a new file where the next tensor would exceed `max_bytes`."""
+    shards: list[Shard] = []
+    used = 0
+    for name, shape in shapes.items():
+        for hub_name, index in hub_parts(name, shape).items():
+            size = torch.empty(shape, device="meta", dtype=dtype)[index].nbytes
+            if not shards or used + size > max_bytes:
+                shards.append([])
+                used = 0
+            shards[-1].append((hub_name, name, index))
+            used += size
+    return shards
+
+
+def _write_shards(
+    directory: Path, shards: list[Shard], read: Callable[[str], Tensor], dtype: torch.dtype
+) -> None:
+    weight_map: dict[str, str] = {}
+    parameters = total_bytes = 0
+    last_name, last = "", torch.empty(0)
+    for number, shard in enumerate(shards, start=1):
+        file = WEIGHTS if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        tensors: dict[str, Tensor] = {}
+        for hub_name, name, index in shard:
+            if name != last_name:
+                last_name, last = name, read(name).to("cpu", dtype)
+            tensors[hub_name] = last[index].contiguous()
+            parameters += tensors[hub_name].numel()
+            total_bytes += tensors[hub_name].nbytes
+        # Readers of Transformers' files insist on this mark.
+        save_file(tensors, directory / file, metadata={"format": "pt"})
+        weight_map |= dict.fromkeys(tensors, file)
+    if len(shards) > 1:
+        metadata = {"total_parameters": parameters, "total_size": total_bytes}
+        write_json(directory / INDEX, {"metadata": metadata, "weight_map": weight_map})
+
+
+def _generation_config(config: OlmoeConfig) -> dict[str, Any]:
+    ids = {name: getattr(config, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    return {"_from_model_config": True} | {name: value for name, value in ids.items() if value is not None}
+
+
+# --- reading ----------------------------------------------------------------------------------------------
+
+AnyModel = TypeVar("AnyModel", bound=OlmoePreTrainedModel)
+
+
+def from_pretrained(
+    model_class: type[AnyModel],
+    directory: str | Path,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str = "cpu",
+) -> AnyModel:
+    """The model of an HF directory, in eval mode. dtype None: as stored. UserError: what is wrong with the
+    files."""
+    config = OlmoeConfig.from_pretrained(directory)
+    stored = open_weights(Path(directory))
+    config.dtype = dtype or config.dtype or next(iter(stored.values())).dtype
+    with torch.device("meta"):
+        model = model_class(config)
+    model = model.to(config.dtype).to_empty(device=device)
+    if isinstance(model, OlmoeForCausalLM):
+        model.tie_weights()
+    load_pretrained(model, directory)
+    return model.eval()
+
+
+def load_pretrained(model: OlmoePreTrainedModel, directory: str | Path) -> None:
+    """Fill every parameter, whole or sharded (DTensor), in place from an HF directory; values are cast to
+    its dtype.
+
+    Each rank reads what it needs by itself: no communication, and one whole parameter at a time in memory.
+    UserError names every tensor that is missing, unexpected or mis-shaped, and every field of config.json
+    with which these weights would mean another function than `model.config` describes.
+    """
+    directory = Path(directory)
+    _refuse_other_function(model.config, OlmoeConfig.from_pretrained(directory), directory)
+    stored = open_weights(directory)
+    plan = _match_names(model, stored, directory)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parts = plan[name]
+            whole = torch.empty(parameter.shape, dtype=stored[next(iter(parts))].dtype)
+            for stored_name, index in parts.items():
+                whole[index] = stored[stored_name].read()
+            assign(parameter, whole)
+    _refuse_untied(model.config, stored, directory)
+
+
+def assign(parameter: Tensor, whole: Tensor) -> None:
+    """Copy a whole tensor into a parameter, or into this rank's shard of it."""
+    if isinstance(parameter, DTensor):
+        # src_data_rank=None: every rank cuts its shard out of its own copy, nothing is sent.
+        whole = whole.to(parameter.device_mesh.device_type)
+        whole = distribute_tensor(whole, parameter.device_mesh, parameter.placements, src_data_rank=None)
+    parameter.copy_(whole)
+
+
+def _match_names(
+    model: OlmoePreTrainedModel, stored: dict[str, StoredTensor], directory: Path
+) -> dict[str, dict[str, Index]]:
+    """For each parameter the stored tensors that make it up. UserError lists all that do not fit."""
+    prefix_there, prefix_here = any(name.startswith("model.") for name in stored), hasattr(model, "lm_head")
+    plan: dict[str, dict[str, Index]] = {}
+    missing, misshaped = [], []
+    for name, parameter in model.named_parameters():
+        # A base model's file has no `model.` in front, and a base model can be read from a whole one's.
+        there = f"model.{name}" if prefix_there and not prefix_here else name
+        there = there.removeprefix("model.") if not prefix_there else there
+        parts: dict[str, Index] = {there: ()} if there in stored else hub_parts(there, parameter.shape)
+        plan[name] = parts
+        for stored_name, index in parts.items():
+            expected = tuple(torch.empty(parameter.shape, device="meta")[index].shape)
+            if stored_name not in stored:
+                missing.append(stored_name)
+            elif (shape := stored[stored_name].shape) != expected:
+                misshaped.append(f"{stored_name} is {list(shape)}, the model's is {list(expected)}")
+    used = {stored_name for parts in plan.values() for stored_name in parts}
+    ignored = {"lm_head.weight"} if not prefix_here or model.config.tie_word_embeddings else set()
+    unexpected = sorted(stored.keys() - used - ignored)
+    complaints = {"missing": missing, "unexpected": unexpected, "of another shape": misshaped}
+    if any(complaints.values()):
+        lines = [f"tensors {what}: {some(names)}" for what, names in complaints.items() if names]
+        raise UserError("\n  ".join([f"{directory} does not fit its config.json or the model:", *lines]))
+    return plan
+
+
+def _refuse_untied(config: OlmoeConfig, stored: dict[str, StoredTensor], directory: Path) -> None:
+    """A file may hold a tied head beside the embedding; then it must be the same."""
+    both = ("lm_head.weight", "model.embed_tokens.weight")
+    if config.tie_word_embeddings and all(name in stored for name in both):
+        head, embedding = (stored[name].read() for name in both)
+        if not torch.equal(head, embedding):
+            raise UserError(
+                f"{directory}: tie_word_embeddings is true, but lm_head.weight is not the embedding; to keep "
+                "both, set it to false in config.json"
+            )
+
+
+def _refuse_other_function(model: OlmoeConfig, stored: OlmoeConfig, directory: Path) -> None:
+    differences = [
+        f"{item.name} is {getattr(stored, item.name)!r} there and {getattr(model, item.name)!r} in the model"
+        for item in fields(OlmoeConfig)
+        if item.name not in _NOT_COMPARED and getattr(stored, item.name) != getattr(model, item.name)
+    ]
+    if differences:
+        raise UserError("\n  ".join([f"{directory}/config.json describes another model:", *differences]))

@@ -1,0 +1,122 @@
+"""The files of a Hugging Face model directory: safetensors, their index, and how they appear at once.
+
+Nothing here knows what the tensors are for, and nothing unpickles.
+"""
+
+import json
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from olmoe_train.errors import UserError
+
+WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+_UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+_UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """One tensor of an open safetensors file, not read yet."""
+
+    file: Any
+    name: str
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(self.file.get_slice(self.name).get_shape())
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.file.get_slice(self.name)[:0].dtype
+
+    def read(self) -> Tensor:
+        return self.file.get_tensor(self.name)
+
+
+def open_weights(directory: Path) -> dict[str, StoredTensor]:
+    """Every tensor of an HF directory by its name on disk. UserError for missing, unsafe or damaged files."""
+    if (directory / WEIGHTS).is_file():
+        files = {WEIGHTS}
+        listed: dict[str, str] = {}
+    elif (directory / INDEX).is_file():
+        listed = _read_index(directory / INDEX)
+        files = set(listed.values())
+    elif pickles := sorted(path.name for path in directory.glob("pytorch_model*.bin")):
+        raise UserError(
+            f"{directory} has its weights in {pickles[0]} only, a pickle, which may run code when read: "
+            "convert it to safetensors (Transformers: save_pretrained) where you trust it"
+        )
+    else:
+        raise UserError(f"{directory}: no weights there ({WEIGHTS} or {INDEX})")
+    stored: dict[str, StoredTensor] = {}
+    for name in sorted(files):
+        try:
+            file = safe_open(directory / name, framework="pt", device="cpu")
+        except (OSError, SafetensorError) as error:
+            raise UserError(f"{directory / name}: cannot be read: {error}") from None
+        stored |= {key: StoredTensor(file, key) for key in file.keys()}  # noqa: SIM118  not a dict
+    if lost := [f"{key} in {name}" for key, name in listed.items() if key not in stored]:
+        raise UserError(f"{directory / INDEX} lists tensors that are not there: {some(lost)}")
+    return stored
+
+
+def _read_index(path: Path) -> dict[str, str]:
+    """Tensor name -> file name, all files being in the index's own directory."""
+    try:
+        weight_map = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
+        items = dict(weight_map).items()
+    except (ValueError, KeyError, TypeError):
+        raise UserError(f"{path}: not a safetensors index (a JSON object with a weight_map)") from None
+    for key, name in items:
+        if not isinstance(name, str) or Path(name).name != name or not name.endswith(".safetensors"):
+            raise UserError(
+                f"{path}: {key} points to {name!r}, which is no .safetensors file beside the index"
+            )
+    return dict(items)
+
+
+def byte_count(size: str | int) -> int:
+    """Bytes in "5GB", "200MB" (powers of 1000), "1GiB" (of 1024) or a plain number."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?I?B)?", str(size).strip().upper())
+    if match is None or (match[2] or "B") not in _UNITS or float(match[1]) == 0:
+        raise UserError(f"max_shard_size={size}: write a size such as 5GB, 200MB or 1GiB")
+    return int(float(match[1]) * _UNITS[match[2] or "B"])
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def publish(temporary: Path, directory: Path) -> None:
+    """Move complete, synced files to where readers look; config.json last, without which it is no model."""
+    names = sorted((path.name for path in temporary.iterdir()), key=lambda name: name == "config.json")
+    for name in names:
+        _sync(temporary / name)
+    if not directory.exists():
+        temporary.chmod(0o755)  # mkdtemp makes it private
+        temporary.rename(directory)
+    else:
+        for name in names:
+            (temporary / name).replace(directory / name)
+    _sync(directory)
+    _sync(directory.parent)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def some(names: list[str]) -> str:
+    """The first few and how many more."""
+    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
