@@ -23,6 +23,13 @@ from omegaconf.errors import OmegaConfBaseException
 
 from olmoe_train.errors import UserError
 
+# Hydra would make a directory of its own for each command and take over the logging: run_dir has all that.
+HYDRA_OFF = [
+    "hydra.run.dir=.",
+    "hydra.output_subdir=null",
+    "hydra/job_logging=disabled",
+    "hydra/hydra_logging=disabled",
+]
 OK, FAILED, BAD_INPUT, STOPPED_BY_SIGNAL = 0, 1, 2, 75
 
 
@@ -50,10 +57,11 @@ def run_verb(verb: str, schema: type, main: Callable[[Any], int | None]) -> int:
         nonlocal exit_code
         exit_code = main(to_config(composed)) or OK
 
-    ConfigStore.instance().store(f"{verb}_schema", node=_writable(OmegaConf.structured(schema)))
+    ConfigStore.instance().store(f"{verb}_schema", node=writable(OmegaConf.structured(schema)))
     # Hydra's own handler turns every exception into exit code 1; this makes it raise, so that we can tell
     # them apart.
     os.environ["HYDRA_FULL_ERROR"] = "1"
+    sys.argv[1:1] = HYDRA_OFF
     try:
         hydra.main(config_path=str(config_directory()), config_name=verb, version_base="1.3")(job)()
     except (UserError, HydraException, OmegaConfBaseException, FrozenInstanceError) as error:
@@ -77,14 +85,14 @@ def to_config(composed: DictConfig) -> Any:
     return OmegaConf.to_object(composed)
 
 
-def _writable(node: DictConfig) -> DictConfig:
+def writable(node: DictConfig) -> DictConfig:
     """Frozen dataclasses make read-only nodes, which Hydra could not merge YAML into: lift that until
     to_object."""
     OmegaConf.set_readonly(node, None)
     for key in node:
         child = node._get_node(key)
         if isinstance(child, DictConfig) and not child._is_none():
-            _writable(child)
+            writable(child)
     return node
 
 

@@ -137,7 +137,7 @@ class OlmoeExperts(nn.Module):
     def forward(self, rows_RD: Tensor, counts_E: Tensor) -> Tensor:
         """rows_RD: grouped by expert, counts_E rows each (int64, on the device). Returns [R, D]."""
         gate_up_EHD, down_EDF = _local(self.gate_up_proj), _local(self.down_proj)
-        grouped = rows_RD.is_cuda if self.backend == "auto" else self.backend == "grouped_mm"
+        grouped = rows_RD.device.type != "cpu" if self.backend == "auto" else self.backend == "grouped_mm"
         matmul = _grouped_matmul if grouped else _loop_matmul
         gate_RF, up_RF = matmul(rows_RD, gate_up_EHD, counts_E).chunk(2, dim=-1)
         return matmul(self.activation(gate_RF) * up_RF, down_EDF, counts_E)

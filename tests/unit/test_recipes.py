@@ -1,0 +1,116 @@
+"""The released recipes, hyper-parameter by hyper-parameter, against the paper (arXiv 2409.02060)."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from hydra import compose, initialize_config_dir
+from hydra.core.config_store import ConfigStore
+from omegaconf import OmegaConf
+
+from olmoe_train.cli import config_directory, to_config, writable
+from olmoe_train.config import BalanceScope, Convention, Precision, Schedule, TrainConfig, olmoe_config
+from olmoe_train.data.tokens import Manifest, Split
+from olmoe_train.flops import parameter_counts, train_flops_per_token
+from olmoe_train.model import OlmoeForCausalLM
+from olmoe_train.optim import learning_rate, total_steps, warmup_and_decay_steps
+from olmoe_train.validation import validate
+
+
+def recipe(name: str, *overrides: str) -> TrainConfig:
+    ConfigStore.instance().store("train_schema", node=writable(OmegaConf.structured(TrainConfig)))
+    with initialize_config_dir(str(config_directory()), version_base="1.3"):
+        return to_config(compose("train", [f"experiment={name}", "data.dir=somewhere", *overrides]))
+
+
+@pytest.mark.parametrize("name", ["olmoe_1b_7b_0924", "olmoe_1b_7b_0924_anneal"])
+def test_architecture_as_released(name: str) -> None:
+    # Table 10 (appendix B) and allenai/OLMoE-1B-7B-0924's config.json.
+    model = recipe(name).model
+    assert (model.hidden_size, model.num_hidden_layers, model.num_attention_heads) == (2048, 16, 16)
+    assert (model.num_experts, model.num_experts_per_tok, model.intermediate_size) == (64, 8, 1024)
+    assert (model.vocab_size, model.max_position_embeddings) == (50304, 4096)
+    assert (model.pad_token_id, model.eos_token_id) == (1, 50279)
+    assert (model.initializer_range, model.rms_norm_eps) == (0.02, 1e-5)
+    assert model.rope_parameters == {"rope_type": "default", "rope_theta": 10000.0}
+    assert model.hidden_act == "silu"
+    assert model.clip_qkv is None
+    switches = [model.norm_topk_prob, model.tie_word_embeddings, model.attention_bias]
+    assert switches == [False, False, False]
+    assert model.attention_dropout == 0
+
+
+def test_pretraining_as_released() -> None:
+    cfg = recipe("olmoe_1b_7b_0924")
+    assert cfg.trainer.global_batch_size == 1024
+    assert cfg.data.sequence_length == 4096
+    assert cfg.trainer.precision is Precision.bf16
+    assert cfg.optimizer.lr == 4e-4
+    assert tuple(cfg.optimizer.betas) == (0.9, 0.95)
+    assert (cfg.optimizer.eps, cfg.optimizer.weight_decay, cfg.optimizer.max_grad_norm) == (1e-8, 0.1, 1.0)
+    assert (cfg.loss.router_aux_loss_coef, cfg.loss.router_z_loss_coef) == (0.01, 0.001)
+    assert cfg.loss.convention is Convention.olmoe_0924
+    assert cfg.loss.balance_scope is BalanceScope.micro_batch
+    assert cfg.scheduler.kind is Schedule.cosine
+    # 10,485,760,000 tokens / (1024 x 4096) = 2500 steps of warm-up; 5e12 / 4,194,304 = 1,192,092.9 of decay.
+    warmup, decay = warmup_and_decay_steps(cfg)
+    assert (warmup, round(decay, 1)) == (2500.0, 1_192_092.9)
+    rates = [
+        learning_rate(step, cfg.optimizer.lr, cfg.scheduler, warmup, decay) for step in (0, 2500, 1_192_093)
+    ]
+    assert rates == pytest.approx([4e-5, 4e-4, 4e-5])
+    assert cfg.trainer.max_tokens == 5_133_000_000_000 - 100_000_000_000
+
+
+def test_annealing_as_released() -> None:
+    cfg = recipe("olmoe_1b_7b_0924_anneal")
+    assert cfg.optimizer.lr == 4e-5
+    assert cfg.scheduler.kind is Schedule.linear
+    warmup, decay = warmup_and_decay_steps(cfg)
+    # 100e9 tokens / 4,194,304 = 23,841.9 steps.
+    assert (warmup, round(decay, 1), total_steps(cfg)) == (0.0, 23_841.9, 23_842)
+    rates = [learning_rate(step, cfg.optimizer.lr, cfg.scheduler, warmup, decay) for step in (0, 23_842)]
+    assert rates == pytest.approx([4e-5, 0.0])
+    assert cfg.seed != recipe("olmoe_1b_7b_0924").seed, "the mix is reshuffled for annealing"
+
+
+@pytest.mark.parametrize("name", ["olmoe_1b_7b_0924", "olmoe_1b_7b_0924_anneal"])
+def test_large_recipes_pass_a_dry_run_on_meta(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    cfg = recipe(name)
+    config = olmoe_config(cfg.model)
+    with torch.device("meta"):
+        model = OlmoeForCausalLM(config).to(torch.bfloat16)
+        tokens = torch.zeros(1, cfg.data.sequence_length, dtype=torch.long)
+        output = model(tokens)
+    assert output.logits.shape == (1, 4096, 50304)
+    assert sum(parameter.numel() for parameter in model.parameters()) == 6_919_161_856
+    counts = parameter_counts(config)
+    assert counts.total == 6_919_161_856
+    assert counts.active == pytest.approx(1.28e9, rel=5e-3)
+    assert train_flops_per_token(config, 4096).total == pytest.approx(7.879e9, rel=1e-4)
+
+    # 64 ranks of 4 sequences: the layout divides, and the data is as the recipe expects it.
+    split = Split(documents=1, tokens=10**9, bytes=4 * 10**9, shards=())
+    manifest = Manifest(
+        settings={},
+        source="",
+        skipped_empty_documents=0,
+        tokenizer_sha256="",
+        dtype="uint16",
+        vocab_size=50280,
+        eos_token_id=50279,
+        pad_token_id=1,
+        bytes_per_token=4.0,
+        unigram_entropy=7.0,
+        train=split,
+        validation=split,
+    )
+    monkeypatch.setattr("olmoe_train.validation.read_manifest", lambda directory: manifest)
+    assert validate(cfg, world_size=64) == []
+
+
+def test_every_experiment_composes() -> None:
+    names = sorted(path.stem for path in Path(config_directory() / "experiment").glob("*.yaml"))
+    assert "quickstart" in names
+    for name in names:
+        assert isinstance(recipe(name), TrainConfig)
