@@ -1,0 +1,98 @@
+"""Run a function on several gloo ranks, each a process of its own: the one harness of distributed tests."""
+
+import faulthandler
+import multiprocessing
+import os
+import pickle
+import tempfile
+import time
+import traceback
+from collections.abc import Callable
+from datetime import timedelta
+from multiprocessing.connection import Connection, wait
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+# Imported once for all ranks of all tests, by the server that forks them (and before it has any thread);
+# with "spawn" every rank would pay about two seconds of processor time for torch.
+PRELOAD = ["torch", "torch.distributed.fsdp", "torch.distributed.checkpoint", "torch.distributed.tensor"]
+# Seconds that the other ranks have, after the first failure, to tell theirs: a killed rank says nothing, and
+# its neighbours may first say that they lost it.
+GRACE = 1.0
+
+
+class RankError(AssertionError):
+    """A rank raised, died or hung; the message holds what every rank had to say."""
+
+
+def run_ranks(world_size: int, fn: Callable[..., Any], *args: Any, timeout: float = 120.0) -> list[Any]:
+    """Call fn(*args) on `world_size` ranks that share a gloo process group; their results, in rank order.
+
+    `fn`, its arguments and its result are pickled, so `fn` lives at the top of a module. The first rank to
+    fail ends the others; past `timeout` seconds every rank prints its stack and dies. Raises RankError.
+    """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(PRELOAD)
+    ranks, readers = [], []
+    with tempfile.TemporaryDirectory() as store:
+        for rank in range(world_size):
+            reader, writer = context.Pipe(duplex=False)
+            args_of_rank = (rank, world_size, f"{store}/store", timeout, writer, fn, args)
+            process = context.Process(target=_rank_main, args=args_of_rank, daemon=True, name=f"rank {rank}")
+            process.start()
+            writer.close()
+            ranks.append(process)
+            readers.append(reader)
+        try:
+            return _collect(ranks, readers, time.monotonic() + timeout + GRACE)
+        finally:
+            for process in ranks:
+                process.kill()
+                process.join()
+
+
+def _rank_main(
+    rank: int, world_size: int, store: str, timeout: float, writer: Connection, fn: Callable, args: tuple
+) -> None:
+    faulthandler.dump_traceback_later(timeout, exit=True)
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size)}
+    torch.set_num_threads(1)  # ranks share the cores
+    try:
+        files = dist.FileStore(store, world_size)
+        limit = timedelta(seconds=timeout)
+        dist.init_process_group("gloo", store=files, rank=rank, world_size=world_size, timeout=limit)
+        result = fn(*args)
+        dist.barrier()
+        dist.destroy_process_group()
+        # Pickled here: the pipe's own pickler sends tensors as shared memory, which dies with this process.
+        message = pickle.dumps((True, result))
+    except BaseException:
+        message = pickle.dumps((False, traceback.format_exc()))
+    writer.send_bytes(message)
+
+
+def _collect(ranks: list, readers: list[Connection], deadline: float) -> list[Any]:
+    results: dict[int, Any] = {}
+    errors: dict[int, str] = {}
+    while len(results) + len(errors) < len(ranks):
+        rank_of = {readers[r]: r for r in range(len(ranks)) if r not in results and r not in errors}
+        ready = wait(list(rank_of), timeout=max(0.0, deadline - time.monotonic()))
+        if not ready:
+            break
+        for reader in ready:
+            rank = rank_of[reader]
+            try:
+                succeeded, value = pickle.loads(reader.recv_bytes())  # noqa: S301  what this test's ranks sent
+                (results if succeeded else errors)[rank] = value
+            except EOFError:
+                ranks[rank].join()
+                errors[rank] = f"died without a word, exit code {ranks[rank].exitcode}\n"
+        if errors:
+            deadline = min(deadline, time.monotonic() + GRACE)
+    silent = [r for r in range(len(ranks)) if r not in results and r not in errors]
+    if errors or silent:
+        said = "".join(f"rank {rank}: {text}" for rank, text in errors.items())
+        raise RankError(said + (f"ranks still running: {silent}" if silent else ""))
+    return [results[rank] for rank in range(len(ranks))]
