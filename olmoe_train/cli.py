@@ -5,6 +5,7 @@ import ast
 import difflib
 import inspect
 import os
+import re
 import sys
 import textwrap
 import traceback
@@ -18,18 +19,12 @@ from typing import Any
 import hydra
 from hydra.core.config_store import ConfigStore
 from hydra.errors import HydraException
+from omegaconf import MISSING as MANDATORY
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from olmoe_train.errors import UserError
 
-# Hydra would make a directory of its own for each command and take over the logging: run_dir has all that.
-HYDRA_OFF = [
-    "hydra.run.dir=.",
-    "hydra.output_subdir=null",
-    "hydra/job_logging=disabled",
-    "hydra/hydra_logging=disabled",
-]
 OK, FAILED, BAD_INPUT, STOPPED_BY_SIGNAL = 0, 1, 2, 75
 
 
@@ -52,19 +47,24 @@ def run_verb(verb: str, schema: type, main: Callable[[Any], int | None]) -> int:
         print(help_text(verb, schema))
         return OK
     exit_code = OK
+    failure: BaseException | None = None
 
     def job(composed: DictConfig) -> None:
-        nonlocal exit_code
-        exit_code = main(to_config(composed)) or OK
+        nonlocal exit_code, failure
+        try:
+            exit_code = main(to_config(composed)) or OK
+        except BaseException as error:  # Hydra would print a line of its own over it
+            failure = error
 
     ConfigStore.instance().store(f"{verb}_schema", node=writable(OmegaConf.structured(schema)))
     # Hydra's own handler turns every exception into exit code 1; this makes it raise, so that we can tell
     # them apart.
     os.environ["HYDRA_FULL_ERROR"] = "1"
-    sys.argv[1:1] = HYDRA_OFF
     try:
         hydra.main(config_path=str(config_directory()), config_name=verb, version_base="1.3")(job)()
-    except (UserError, HydraException, OmegaConfBaseException, FrozenInstanceError) as error:
+        if failure is not None:
+            raise failure
+    except (UserError, HydraException, OmegaConfBaseException) as error:
         _print_once(f"error: {explain(error, schema)}")
         return BAD_INPUT
     except KeyboardInterrupt:
@@ -82,7 +82,11 @@ def to_config(composed: DictConfig) -> Any:
     missing = sorted(OmegaConf.missing_keys(composed))
     if missing:
         raise UserError("\n  ".join(["these keys have no value:", *(f"{key}=..." for key in missing)]))
-    return OmegaConf.to_object(composed)
+    try:
+        return OmegaConf.to_object(composed)
+    except FrozenInstanceError as error:  # added with +key=...
+        key = str(error).split("'")[1]
+        raise UserError(f"there is no key {key!r}: + adds none here; --help lists every key") from error
 
 
 def writable(node: DictConfig) -> DictConfig:
@@ -102,43 +106,29 @@ def _print_once(message: str) -> None:
         print(message, file=sys.stderr, flush=True)
 
 
-def explain(error: Exception, schema: type) -> str:
+def explain(error: BaseException, schema: type) -> str:
     """One readable message out of the chain of exceptions that Hydra and OmegaConf raise."""
-    chain: list[BaseException] = []
+    if isinstance(error, UserError):
+        return str(error)
+    lines: list[str] = []
     link: BaseException | None = error
-    while link is not None and link not in chain:
-        chain.append(link)
+    while link is not None:
+        text = str(link).split("\nConfig search path")[0]
+        lines += [line.strip() for line in text.splitlines() if line.strip()]
         link = link.__cause__ or link.__context__
-    parts: list[str] = []
-    for exception in chain:
-        text = str(exception).split("\nConfig search path")[0]
-        lines = [line.strip() for line in text.splitlines() if line.strip()]
-        lines = [
-            line
-            for line in lines
-            if not line.startswith(("reference_type", "object_type", "To append", "Set the env"))
-        ]
-        text = "\n  ".join(lines)
-        if text and text not in parts:
-            parts.append(text)
-    message = "\n  ".join(parts)
-    suggestion = _did_you_mean(" ".join(parts), schema)
-    return f"{message}\n  {suggestion}" if suggestion else message
+    noise = ("reference_type", "object_type", "full_key", "To append", "Set the env", "could not convert")
+    kept = [line for line in dict.fromkeys(lines) if not line.startswith(noise) and "$VALUE" not in line]
+    suggestion = _did_you_mean(" ".join(lines), schema) if any("not in '" in line for line in kept) else ""
+    return "\n  ".join([*kept, suggestion] if suggestion else kept)
 
 
 def _did_you_mean(message: str, schema: type) -> str:
     """For an unknown key: the known keys nearest to it."""
-    if isinstance(schema, type) and "full_key" not in message and "Could not override" not in message:
-        return ""
     known = [key for key, _, _ in documented_keys(schema)]
-    words = message.replace("'", " ").replace("=", " ").split()
-    unknown = next(
-        (w.strip(".,") for w in words if "." in w.strip(".,") and w.strip(".,") not in known), None
-    )
-    if unknown is None:
-        return ""
-    near = difflib.get_close_matches(unknown, known, n=3, cutoff=0.6)
-    return f"did you mean {' or '.join(near)}?" if near else "see --help for every key"
+    match = re.search(r"Could not override '([^']+)'|full_key: (\S+)", message)
+    unknown = (match[1] or match[2]) if match else ""
+    near = difflib.get_close_matches(unknown, known, n=1, cutoff=0.6)
+    return f"did you mean {near[0]}?" if near else "--help lists every key"
 
 
 def documented_keys(schema: type, prefix: str = "") -> list[tuple[str, str, str]]:
@@ -170,15 +160,9 @@ def _default_text(item: Field[Any]) -> str:
     value = item.default_factory() if item.default_factory is not NO_DEFAULT else item.default
     if isinstance(value, Enum):
         return "|".join([value.name, *(other.name for other in type(value) if other is not value)])
-    return (
-        {None: "null", "???": "required", True: "true", False: "false"}.get(value, str(value))
-        if _hashable(value)
-        else str(value)
-    )
-
-
-def _hashable(value: object) -> bool:
-    return not isinstance(value, (dict, list))
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
+    return "required" if value == MANDATORY else str(value)
 
 
 def help_text(verb: str, schema: type) -> str:
