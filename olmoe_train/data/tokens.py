@@ -1,0 +1,226 @@
+"""Prepared tokens on disk: the manifest, and reading a split through memory maps (format: data/README.md).
+
+A token shard is a raw little-endian array without a header, as the `.npy` files that dolma writes and OLMo
+trains on (arXiv 2402.00159; `np.memmap(path, dtype)` opens it). Only prepare.py writes these files.
+"""
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from olmoe_train.errors import UserError
+
+FORMAT = "olmoe-train-tokens"
+VERSION = 1
+MANIFEST = "manifest.json"
+TOKENIZER = "tokenizer"
+DTYPES: dict[str, np.dtype[Any]] = {"uint16": np.dtype("<u2"), "uint32": np.dtype("<u4")}
+ENDS_DTYPE = np.dtype("<u8")
+
+
+@dataclass(frozen=True)
+class Shard:
+    path: str
+    """Token file, relative to the prepared directory."""
+    tokens: int
+    sha256: str
+    ends_path: str
+    """Document index: for each document its end (just past its eos), in tokens of this shard, as uint64."""
+    documents: int
+    ends_sha256: str
+
+
+@dataclass(frozen=True)
+class Split:
+    documents: int
+    tokens: int
+    """Ends of documents included."""
+    bytes: int
+    """UTF-8 bytes of the text, ends of documents excluded."""
+    shards: tuple[Shard, ...]
+
+
+@dataclass(frozen=True)
+class Manifest:
+    settings: dict[str, Any]
+    """The configuration keys that decide the bytes of the shards."""
+    source: str
+    """What the corpus was, for people."""
+    skipped_empty_documents: int
+    tokenizer_sha256: str
+    """Of tokenizer/tokenizer.json."""
+    dtype: str
+    vocab_size: int
+    """Largest token id of the tokenizer, plus one."""
+    eos_token_id: int
+    pad_token_id: int | None
+    bytes_per_token: float
+    """Over both splits."""
+    unigram_entropy: float | None
+    """Nats a token: cross-entropy of the validation tokens under the training tokens' add-one smoothed
+    frequencies. A model that does no better has learnt nothing from context. None without validation tokens.
+    """
+    train: Split
+    validation: Split
+
+
+def write_manifest(directory: Path, manifest: Manifest) -> None:
+    record = {"format": FORMAT, "version": VERSION, **asdict(manifest)}
+    (directory / MANIFEST).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+
+
+def read_manifest(directory: str | Path) -> Manifest:
+    """The manifest of a prepared directory, with types, counts and the tokenizer's hash checked.
+
+    Raises UserError where there is no prepared data, or the manifest or the tokenizer is not as `olmoe
+    prepare` left it.
+    """
+    directory = Path(directory).expanduser()
+    path = directory / MANIFEST
+    if not path.is_file():
+        raise UserError(
+            f"data.dir={directory}: no prepared data there (no {MANIFEST}).\n"
+            f"  Run `olmoe prepare data=python_stdlib data.dir={directory}` first."
+        )
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+        manifest = _parse_manifest(record)
+    except (ValueError, TypeError, KeyError) as error:
+        reason = f"no {error}" if isinstance(error, KeyError) else str(error)
+        raise _damaged(path, f"not a manifest of this program: {reason}", directory) from error
+    tokenizer = directory / TOKENIZER / "tokenizer.json"
+    if not tokenizer.is_file():
+        raise _damaged(tokenizer, "missing", directory)
+    if hashlib.sha256(tokenizer.read_bytes()).hexdigest() != manifest.tokenizer_sha256:
+        raise _damaged(
+            tokenizer, "not the tokenizer that the tokens were made with (its hash differs)", directory
+        )
+    return manifest
+
+
+def _parse_manifest(record: dict[str, Any]) -> Manifest:
+    """Raises KeyError, TypeError or ValueError for a record that is not a consistent manifest."""
+    if record["format"] != FORMAT:
+        raise ValueError(f"format is {record['format']!r}, not {FORMAT!r}")
+    if record["version"] != VERSION:
+        raise ValueError(f"version is {record['version']!r}; this program reads {VERSION}")
+    values = {field.name: record[field.name] for field in fields(Manifest)}
+    manifest = Manifest(
+        **{**values, **{name: _parse_split(record[name], name) for name in ("train", "validation")}}
+    )
+    if manifest.dtype not in DTYPES:
+        raise ValueError(f"dtype is {manifest.dtype!r}, not {' or '.join(DTYPES)}")
+    if manifest.vocab_size > 1 << 8 * DTYPES[manifest.dtype].itemsize:
+        raise ValueError(f"a vocab_size of {manifest.vocab_size} does not fit dtype {manifest.dtype}")
+    for name in ("eos_token_id", "pad_token_id"):
+        token = getattr(manifest, name)
+        if not ((token is None and name == "pad_token_id") or 0 <= token < manifest.vocab_size):
+            raise ValueError(f"{name} is {token}, outside the vocabulary of {manifest.vocab_size}")
+    return manifest
+
+
+def _parse_split(record: dict[str, Any], name: str) -> Split:
+    shards = tuple(Shard(**shard) for shard in record["shards"])
+    split = Split(record["documents"], record["tokens"], record["bytes"], shards)
+    for key in ("tokens", "documents"):
+        total = sum(getattr(shard, key) for shard in shards)
+        if total != getattr(split, key):
+            raise ValueError(f"{name}.{key} is {getattr(split, key)}, but its shards add up to {total}")
+    for relative in (path for shard in shards for path in (shard.path, shard.ends_path)):
+        if Path(relative).is_absolute() or ".." in Path(relative).parts:
+            raise ValueError(f"shard path {relative!r} leaves the prepared directory")
+    return split
+
+
+def _damaged(path: Path, what: str, directory: Path) -> UserError:
+    return UserError(
+        f"{path}: {what}.\n  The prepared data is damaged: restore the file, "
+        f"or delete {directory} and run `olmoe prepare ... data.dir={directory}` again."
+    )
+
+
+class TokenSplit:
+    """The tokens of one split as one array of length `len(self)`, whatever its shards.
+
+    Sizes of all files are checked here; hashes by `verify_hashes`; token ids as they are read.
+    """
+
+    def __init__(self, directory: Path, manifest: Manifest, name: str):
+        self.directory = directory
+        self.manifest = manifest
+        self.shards: tuple[Shard, ...] = getattr(manifest, name).shards
+        self.dtype = DTYPES[manifest.dtype]
+        for shard in self.shards:
+            self._check_size(shard.path, shard.tokens * self.dtype.itemsize)
+            self._check_size(shard.ends_path, shard.documents * ENDS_DTYPE.itemsize)
+        self._starts = np.cumsum([0, *(shard.tokens for shard in self.shards)])
+        self._maps: dict[int, np.ndarray] = {}
+
+    def _check_size(self, relative: str, expected: int) -> None:
+        path = self.directory / relative
+        if not path.is_file():
+            raise _damaged(path, "missing", self.directory)
+        if (size := path.stat().st_size) != expected:
+            raise _damaged(path, f"{size:,} bytes, but {MANIFEST} says {expected:,}", self.directory)
+
+    def __len__(self) -> int:
+        return int(self._starts[-1])
+
+    def read(self, start: int, stop: int) -> np.ndarray:
+        """Tokens [start, stop) as int64. UserError for a token id beyond the vocabulary."""
+        assert 0 <= start <= stop <= len(self), f"[{start}, {stop}) of {len(self)} tokens"
+        out = np.empty(stop - start, np.int64)
+        shard = int(np.searchsorted(self._starts, start, side="right")) - 1
+        filled = 0
+        while filled < len(out):
+            offset = start + filled - int(self._starts[shard])
+            part = self._map(shard)[offset : offset + len(out) - filled]
+            self._check_ids(part, shard, offset)
+            out[filled : filled + len(part)] = part
+            filled += len(part)
+            shard += 1
+        return out
+
+    def _map(self, shard: int) -> np.ndarray:
+        if shard not in self._maps:
+            path = self.directory / self.shards[shard].path
+            self._maps[shard] = np.memmap(path, self.dtype, mode="r")
+        return self._maps[shard]
+
+    def _check_ids(self, part: np.ndarray, shard: int, offset: int) -> None:
+        if part.size and int(part.max()) >= self.manifest.vocab_size:
+            at = int(part.argmax())
+            what = (
+                f"token {offset + at:,} is {part[at]}, beyond the vocabulary of {self.manifest.vocab_size:,}"
+            )
+            raise _damaged(self.directory / self.shards[shard].path, what, self.directory)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A memory map would be pickled as its whole contents; loader workers open their own.
+        return {**self.__dict__, "_maps": {}}
+
+
+def open_split(directory: str | Path, name: str) -> TokenSplit:
+    """The "train" or "validation" tokens of a prepared directory. UserError: missing or damaged data."""
+    directory = Path(directory).expanduser()
+    return TokenSplit(directory, read_manifest(directory), name)
+
+
+def verify_hashes(directory: str | Path) -> int:
+    """Compare the contents of every file with the manifest; returns how many. UserError names a bad one."""
+    directory = Path(directory).expanduser()
+    manifest = read_manifest(directory)
+    count = 0
+    for name in ("train", "validation"):
+        for shard in TokenSplit(directory, manifest, name).shards:
+            for relative, expected in ((shard.path, shard.sha256), (shard.ends_path, shard.ends_sha256)):
+                path = directory / relative
+                with path.open("rb") as file:
+                    if hashlib.file_digest(file, "sha256").hexdigest() != expected:
+                        raise _damaged(path, "its contents changed since it was prepared (hash)", directory)
+                count += 1
+    return count

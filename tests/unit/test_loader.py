@@ -1,0 +1,173 @@
+"""One global stream of samples, whatever the ranks, workers, micro-batches and restarts."""
+
+import dataclasses
+import itertools
+import json
+import shutil
+import traceback
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from olmoe_train.config import DataConfig
+from olmoe_train.data.loader import IGNORED_LABEL, build_eval_batches, build_train_loader, fingerprint
+from olmoe_train.data.order import sample_for
+from olmoe_train.data.tokens import open_split
+from olmoe_train.errors import UserError
+from tests.prepared_data import EOS, PAD, write_prepared
+
+S = 4  # tokens a sequence
+SAMPLES = 21
+SEED = 7
+G = 8  # sequences a step
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> DataConfig:
+    """Training: 21 samples and a tail of 3 tokens, in 3 shards. Validation: 11 tokens, 2 sequences and 3."""
+    numbers = list(range(2, 2 + SAMPLES * S + 3))
+    documents = [numbers[:20], numbers[21:50], numbers[51:-1]]  # each end replaces one number
+    directory = write_prepared(
+        tmp_path_factory.mktemp("loader") / "data", documents, [list(range(100, 110))], shard_tokens=40
+    )
+    return DataConfig(dir=str(directory), sequence_length=S)
+
+
+def rank_steps(
+    data: DataConfig, start: int, steps: int, rank: int, world: int, micro: int
+) -> list[torch.Tensor]:
+    """The rows of each step of one rank: [G / world, S] each."""
+    batches = iter(build_train_loader(data, SEED, start, G, rank, world, micro))
+    per_step = G // (world * micro)
+    result = []
+    for _ in range(steps):
+        rows = [batch["input_ids"] for batch in itertools.islice(batches, per_step)]
+        assert all(part.shape == (micro, S) and part.dtype == torch.int64 for part in rows)
+        result.append(torch.cat(rows))
+    return result
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize(("world", "micro"), [(1, 8), (1, 2), (2, 2), (4, 1), (4, 2)])
+def test_one_global_stream(data: DataConfig, world: int, micro: int, workers: int) -> None:
+    """6 steps of 8, more than two epochs of 21; stopped after step 3 and started anew there."""
+    tokens = open_split(data.dir, "train")
+    starts = [sample_for(index, SAMPLES, SEED) * S for index in range(6 * G)]
+    expected = torch.tensor(np.array([tokens.read(start, start + S) for start in starts])).view(6, G, S)
+    config = dataclasses.replace(data, num_workers=workers)
+    ranks = [
+        rank_steps(config, 0, 3, rank, world, micro) + rank_steps(config, 3 * G, 3, rank, world, micro)
+        for rank in range(world)
+    ]
+    for step in range(6):
+        assert torch.equal(torch.cat([steps[step] for steps in ranks]), expected[step])
+
+
+def test_an_epoch_has_every_sample_once(data: DataConfig) -> None:
+    loader = build_train_loader(data, SEED, 0, 1, rank=0, world_size=1, micro_batch_size=1)
+    tokens = open_split(data.dir, "train")
+    expected = sorted(tokens.read(i * S, i * S + S).tolist() for i in range(SAMPLES))
+    assert sorted(batch["input_ids"][0].tolist() for batch in itertools.islice(loader, SAMPLES)) == expected
+
+
+def test_another_batch_size_goes_on_where_the_last_one_stopped(data: DataConfig) -> None:
+    """Elastic restart: the state is a sample index, not a step."""
+    first = build_train_loader(data, SEED, 0, 8, 0, 1, 8)
+    then = build_train_loader(data, SEED, 8, 3, 0, 1, 3)
+    whole = build_train_loader(data, SEED, 0, 11, 0, 1, 11)
+    parts = [next(iter(first))["input_ids"], next(iter(then))["input_ids"]]
+    assert torch.equal(torch.cat(parts), next(iter(whole))["input_ids"])
+
+
+def test_labels_are_the_inputs_and_the_seed_decides_the_order(data: DataConfig) -> None:
+    batch = next(iter(build_train_loader(data, 1, 0, 8, 0, 1, 8)))
+    assert set(batch) == {"input_ids", "labels"}
+    assert torch.equal(batch["input_ids"], batch["labels"])
+    other = next(iter(build_train_loader(data, 2, 0, 8, 0, 1, 8)))
+    assert not torch.equal(batch["input_ids"], other["input_ids"])
+
+
+def test_loading_leaves_the_global_random_state_alone(data: DataConfig) -> None:
+    torch.manual_seed(0)
+    before = torch.get_rng_state()
+    next(iter(build_train_loader(dataclasses.replace(data, num_workers=1), SEED, 0, 8, 0, 1, 8)))
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_split_shorter_than_a_sequence(data: DataConfig) -> None:
+    with pytest.raises(
+        UserError, match=r"data\.sequence_length=88 is longer than the whole training split \(87 tokens\)"
+    ):
+        build_train_loader(dataclasses.replace(data, sequence_length=88), SEED, 0, 8, 0, 1, 8)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_damage_found_while_loading_is_a_user_error(tmp_path: Path, workers: int) -> None:
+    directory = write_prepared(tmp_path / "data", [[2, 3, 99]], vocab_size=99)
+    config = DataConfig(dir=str(directory), sequence_length=4, num_workers=workers)
+    batches = iter(build_train_loader(config, SEED, 0, 1, 0, 1, 1))
+    with pytest.raises(UserError, match=r"npy: token 2 is 99, beyond the vocabulary of 99") as caught:
+        next(batches)
+    # The traceback keeps the iterator alive; collected late, torch takes 5 s to end its workers.
+    traceback.clear_frames(caught.tb)
+    del batches
+
+
+@pytest.mark.parametrize(
+    ("world", "micro", "steps"), [(1, 1, 3), (1, 2, 2), (1, 8, 1), (2, 1, 2), (3, 1, 1), (4, 2, 1)]
+)
+def test_validation_covers_every_token_once(data: DataConfig, world: int, micro: int, steps: int) -> None:
+    """11 tokens in sequences of 4: two full ones and one of 3."""
+    ranks = [list(build_eval_batches(data, rank, world, micro)) for rank in range(world)]
+    assert [len(batches) for batches in ranks] == [steps] * world
+    rows = [
+        {name: batch[name][row] for name in batch}
+        for step in range(steps)
+        for batches in ranks
+        for batch in [batches[step]]
+        for row in range(micro)
+    ]
+    real = [row["input_ids"][row["attention_mask"].bool()].tolist() for row in rows]
+    filler: list[list[int]] = [[]] * (world * micro * steps - 3)
+    assert real == [[100, 101, 102, 103], [104, 105, 106, 107], [108, 109, EOS], *filler]
+    for row in rows:
+        assert row["input_ids"].shape == row["labels"].shape == row["attention_mask"].shape == (S,)
+        assert torch.equal(row["labels"] == IGNORED_LABEL, row["attention_mask"] == 0)
+        assert torch.equal(row["input_ids"] == PAD, row["attention_mask"] == 0)
+        kept = row["attention_mask"] == 1
+        assert torch.equal(row["labels"][kept], row["input_ids"][kept])
+
+
+def test_validation_with_workers_and_a_limit(data: DataConfig) -> None:
+    config = dataclasses.replace(data, num_workers=2)
+    batches = list(build_eval_batches(config, rank=1, world_size=2, micro_batch_size=1, max_sequences=2))
+    assert [batch["input_ids"].tolist() for batch in batches] == [[[104, 105, 106, 107]]]
+    assert (
+        sum(int(b["attention_mask"].sum()) for b in build_eval_batches(data, 0, 1, 2, max_sequences=1)) == 4
+    )
+
+
+def test_validation_pads_with_eos_where_there_is_no_padding_token(tmp_path: Path) -> None:
+    directory = write_prepared(tmp_path / "data", [[2]], [[3]], pad_token_id=None)
+    (batch,) = build_eval_batches(DataConfig(dir=str(directory), sequence_length=4), 0, 1, 1)
+    assert batch["input_ids"].tolist() == [[3, EOS, EOS, EOS]]
+    assert batch["labels"].tolist() == [[3, EOS, IGNORED_LABEL, IGNORED_LABEL]]
+
+
+def test_no_validation_split(tmp_path: Path) -> None:
+    directory = write_prepared(tmp_path / "data", [[2, 3]])
+    with pytest.raises(UserError, match=r"validation split is empty(.|\n)*validation_fraction above 0"):
+        build_eval_batches(DataConfig(dir=str(directory), sequence_length=2), 0, 1, 1)
+
+
+def test_fingerprint_follows_what_decides_the_stream(data: DataConfig, tmp_path: Path) -> None:
+    base = fingerprint(data, SEED)
+    assert json.loads(json.dumps(base)) == base
+    moved = shutil.copytree(data.dir, tmp_path / "moved")
+    assert fingerprint(DataConfig(dir=str(moved), sequence_length=S, num_workers=3), SEED) == base
+    assert fingerprint(data, SEED + 1) != base
+    assert fingerprint(dataclasses.replace(data, sequence_length=5), SEED) != base
+    other = write_prepared(tmp_path / "other", [list(range(2, 88))])  # as many tokens, in other shards
+    assert fingerprint(dataclasses.replace(data, dir=str(other)), SEED) != base
