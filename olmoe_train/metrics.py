@@ -117,7 +117,9 @@ def router_entropy(router_logits: tuple[Tensor, ...], mask: Tensor | None) -> Te
 class MetricsWriter:
     """metrics.jsonl, the console and wandb; rank 0 writes, every rank keeps time."""
 
-    def __init__(self, cfg: TrainConfig, run_dir: Path, config: OlmoeConfig, device: torch.device) -> None:
+    def __init__(
+        self, cfg: TrainConfig, run_dir: Path, config: OlmoeConfig, progress: Progress, device: torch.device
+    ) -> None:
         self.device = device
         dtype = torch.bfloat16 if cfg.trainer.precision is Precision.bf16 else torch.float32
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
@@ -127,9 +129,9 @@ class MetricsWriter:
         self.wandb = None
         self.path = run_dir / "metrics.jsonl"
         if dist.get_rank() == 0:
+            forget_after(self.path, progress.step)
             self.wandb = start_wandb(cfg.logging.wandb, run_dir)
-        self.tokens_at_restart = 0
-        self.restart_clock(0)
+        self.restart_clock(progress.tokens)
 
     def restart_clock(self, tokens: int) -> None:
         """Time validation and checkpoints out of the throughput."""
@@ -198,6 +200,17 @@ class MetricsWriter:
                 k: v for k, v in clean.items() if k != "step" and v is not None and not isinstance(v, list)
             }
             self.wandb.log(scalars, step=clean["step"])
+
+
+def forget_after(path: Path, step: int) -> None:
+    """Drop what a run logged between the checkpoint it resumes from and its end: those steps come again."""
+    if not path.is_file():
+        return
+    lines = path.read_text().splitlines(keepends=True) if step else []
+    kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text("".join(kept))
+    temporary.replace(path)
 
 
 def start_wandb(cfg: WandbConfig, run_dir: Path) -> Any:

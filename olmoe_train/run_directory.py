@@ -23,7 +23,7 @@ from typing import Any
 import torch.distributed as dist
 from omegaconf import OmegaConf
 
-from olmoe_train.checkpoint.training import latest_checkpoint
+from olmoe_train.checkpoint.training import complete_checkpoints
 from olmoe_train.cli import OK, STOPPED_BY_SIGNAL
 from olmoe_train.config import TrainConfig
 from olmoe_train.errors import UserError
@@ -71,17 +71,25 @@ class RunDirectory:
         signal.signal(signal.SIGTERM, self._on_signal)
         signal.signal(signal.SIGINT, self._on_signal)
 
-    def checkpoint_to_resume(self, choice: str) -> Path | None:
-        """The checkpoint that checkpoint.resume names: auto, never, or a directory."""
+    def checkpoints_to_resume(self, choice: str) -> list[Path]:
+        """What checkpoint.resume (auto, never, or a directory) asks for, newest first, on all ranks."""
         if choice not in ("auto", "never"):
-            return Path(choice)
-        newest = latest_checkpoint(self.path)
-        if choice == "never" and newest is not None:
+            return [Path(choice)]
+        found: list[Any] = [complete_checkpoints(self.path)]
+        dist.broadcast_object_list(found)
+        if choice == "never" and found[0]:
             raise UserError(
-                f"checkpoint.resume=never, but run_dir={self.path} already holds {newest.name}: "
+                f"checkpoint.resume=never, but run_dir={self.path} already holds {found[0][0].name}: "
                 "use another run_dir, delete this one, or checkpoint.resume=auto to continue it"
             )
-        return newest
+        return found[0]
+
+    def set_aside(self, checkpoint: Path, error: Exception) -> None:
+        """Keep a damaged checkpoint under another name: its step will be saved again."""
+        log.warning("WARNING: %s; it is set aside and the checkpoint before it is used", error)
+        if self.is_writer and checkpoint.parent == self.path / "checkpoints":
+            checkpoint.rename(checkpoint.with_name(f"{checkpoint.name}.damaged"))
+        dist.barrier()
 
     def check_fingerprint(self, saved: dict[str, Any], current: dict[str, Any], checkpoint: Path) -> None:
         """The data order must be the one the checkpoint was made with, or its position means nothing."""

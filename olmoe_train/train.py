@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from olmoe_train.checkpoint.hf import load_pretrained
-from olmoe_train.checkpoint.training import load_checkpoint, prune, save_checkpoint
+from olmoe_train.checkpoint.training import CheckpointError, load_checkpoint, prune, save_checkpoint
 from olmoe_train.cli import run_verb
 from olmoe_train.config import BalanceScope, LossConfig, TrainConfig, olmoe_config
 from olmoe_train.data.loader import build_eval_batches, build_train_loader, fingerprint
@@ -56,7 +56,7 @@ def train(cfg: TrainConfig, batches: Iterable[Batch] | None = None) -> int:
     optimizer = build_optimizer(model, cfg.optimizer)
     progress = resume(cfg, run, model, optimizer)
     metrics = StepMetrics(model.config, cfg, progress, device)
-    writer = MetricsWriter(cfg, run.path, model.config, device)
+    writer = MetricsWriter(cfg, run.path, model.config, progress, device)
     last_step, (warmup, decay) = total_steps(cfg), warmup_and_decay_steps(cfg)
     end = min(last_step, cfg.trainer.stop_at_step or last_step)
     accumulation = cfg.trainer.global_batch_size // (cfg.trainer.micro_batch_size * dist.get_world_size())
@@ -117,14 +117,20 @@ def build_model(cfg: TrainConfig, mesh: Mesh) -> OlmoeForCausalLM:
 def resume(
     cfg: TrainConfig, run: RunDirectory, model: nn.Module, optimizer: torch.optim.Optimizer
 ) -> Progress:
-    """Load the checkpoint that checkpoint.resume asks for, if there is one; where the run stands."""
-    checkpoint = run.checkpoint_to_resume(cfg.checkpoint.resume)
-    if checkpoint is None:
-        return Progress()
-    state = load_checkpoint(checkpoint, model, optimizer)
-    run.check_fingerprint(state["fingerprint"], fingerprint(cfg.data, cfg.seed), checkpoint)
-    log.info("resumed from %s", checkpoint)
-    return Progress.from_json(state)
+    """Load the checkpoint that checkpoint.resume asks for, if there is one; where the run stands.
+
+    A damaged one is named and set aside, and the one before it is used.
+    """
+    for checkpoint in run.checkpoints_to_resume(cfg.checkpoint.resume):
+        try:
+            state = load_checkpoint(checkpoint, model, optimizer)
+        except CheckpointError as error:
+            run.set_aside(checkpoint, error)
+            continue
+        run.check_fingerprint(state["fingerprint"], fingerprint(cfg.data, cfg.seed), checkpoint)
+        log.info("resumed from %s", checkpoint)
+        return Progress.from_json(state)
+    return Progress()
 
 
 def training_state(cfg: TrainConfig, progress: Progress, metrics: StepMetrics) -> dict[str, Any]:

@@ -1,0 +1,209 @@
+"""What a user gets wrong and the message read in return; and that every option is documented."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from olmoe_train import config as schemas
+from olmoe_train.cli import documented_keys, help_text, run_verb
+from olmoe_train.config import (
+    BalanceScope,
+    CheckpointConfig,
+    DataConfig,
+    LossConfig,
+    ModelConfig,
+    OptimizerConfig,
+    ParallelConfig,
+    SchedulerConfig,
+    SourceConfig,
+    Strategy,
+    TrainConfig,
+    TrainerConfig,
+)
+from olmoe_train.errors import UserError
+from olmoe_train.validation import validate
+from tests.prepared_data import write_prepared
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return str(write_prepared(tmp_path_factory.mktemp("data") / "prepared", [[5] * 100], [[6] * 100]))
+
+
+def good(prepared: str, **changes: object) -> TrainConfig:
+    sections = {
+        "model": ModelConfig(vocab_size=1024, eos_token_id=0),
+        "data": DataConfig(dir=prepared, sequence_length=32),
+        "trainer": TrainerConfig(max_steps=4, global_batch_size=8, micro_batch_size=2),
+    }
+    return TrainConfig(**sections | changes)  # type: ignore[arg-type]
+
+
+def problems(cfg: TrainConfig, world_size: int = 2) -> list[str]:
+    with pytest.raises(UserError) as caught:
+        validate(cfg, world_size)
+    return str(caught.value).split("\n  - ")[1:]
+
+
+def test_a_good_config_has_neither_errors_nor_warnings(prepared: str) -> None:
+    assert validate(good(prepared), world_size=2) == []
+
+
+@pytest.mark.parametrize(
+    ("section", "value", "message"),
+    [
+        (
+            "trainer",
+            TrainerConfig(max_steps=4, global_batch_size=10, micro_batch_size=2),
+            "trainer.micro_batch_size x ranks = 2 x 2 = 4; the nearest is 8",
+        ),
+        (
+            "trainer",
+            TrainerConfig(global_batch_size=8, micro_batch_size=2),
+            "trainer.max_steps and trainer.max_tokens are both null",
+        ),
+        (
+            "trainer",
+            TrainerConfig(max_steps=0, global_batch_size=8, micro_batch_size=2),
+            "trainer.max_steps=0: must be positive",
+        ),
+        (
+            "optimizer",
+            OptimizerConfig(betas=(0.9, 1.0)),
+            "optimizer.betas=[0.9, 1.0]: each must be in [0, 1)",
+        ),
+        ("optimizer", OptimizerConfig(max_grad_norm=-1), "optimizer.max_grad_norm=-1: must not be negative"),
+        (
+            "scheduler",
+            SchedulerConfig(warmup_steps=3, warmup_tokens=4),
+            "scheduler.warmup_steps=3 and scheduler.warmup_tokens=4: set only one of them",
+        ),
+        ("scheduler", SchedulerConfig(final_factor=2), "scheduler.final_factor=2: must be between 0 and 1"),
+        (
+            "parallel",
+            ParallelConfig(replicate_size=3),
+            "parallel.replicate_size=3: must divide the 2 ranks",
+        ),
+        (
+            "parallel",
+            ParallelConfig(strategy=Strategy.ddp, replicate_size=2),
+            "parallel.replicate_size=2: has no meaning with parallel.strategy=ddp",
+        ),
+        (
+            "model",
+            ModelConfig(vocab_size=512, eos_token_id=0),
+            "model.vocab_size=512: the data in data.dir",
+        ),
+        (
+            "model",
+            ModelConfig(vocab_size=1024, eos_token_id=7),
+            "model.eos_token_id=7: documents in data.dir",
+        ),
+        (
+            "model",
+            ModelConfig(vocab_size=1024, eos_token_id=0, max_position_embeddings=16),
+            "data.sequence_length=32: is beyond model.max_position_embeddings=16",
+        ),
+        (
+            "model",
+            ModelConfig(vocab_size=1024, eos_token_id=0, init_from="nowhere"),
+            "model.init_from=nowhere: no config.json there",
+        ),
+        (
+            "checkpoint",
+            CheckpointConfig(resume="nowhere"),
+            "checkpoint.resume=nowhere: give auto, never, or an existing checkpoint",
+        ),
+        ("data", DataConfig(dir="nowhere", sequence_length=32), "olmoe prepare"),
+    ],
+)
+def test_one_mistake_one_message(prepared: str, section: str, value: object, message: str) -> None:
+    found = problems(good(prepared, **{section: value}))
+    assert len(found) == 1, found
+    assert message in found[0]
+
+
+def test_all_mistakes_are_reported_at_once(prepared: str) -> None:
+    cfg = good(
+        prepared,
+        model=ModelConfig(vocab_size=512, eos_token_id=0, num_attention_heads=7, num_experts_per_tok=65),
+        trainer=TrainerConfig(max_steps=4, global_batch_size=7, micro_batch_size=2),
+        optimizer=OptimizerConfig(lr=0.0),
+    )
+    text = "\n".join(problems(cfg))
+    for key in ("trainer.global_batch_size", "optimizer.lr", "num_attention_heads", "num_experts_per_tok"):
+        assert key in text
+    assert "model.vocab_size=512" in text
+
+
+def test_options_without_effect_warn(prepared: str) -> None:
+    cfg = good(
+        prepared,
+        data=DataConfig(dir=prepared, sequence_length=32, source=SourceConfig(processes=3)),
+        loss=LossConfig(router_aux_loss_coef=0, balance_scope=BalanceScope.micro_batch),
+        optimizer=OptimizerConfig(max_grad_norm=0),
+    )
+    warnings = "\n".join(validate(cfg, world_size=2))
+    assert "data.source.processes has no effect here" in warnings
+    assert "loss.balance_scope has no effect" in warnings
+    assert "gradients are not clipped" in warnings
+
+
+@pytest.mark.parametrize("verb", ["train", "prepare", "evaluate", "export", "generate"])
+def test_every_option_is_documented(verb: str) -> None:
+    schema = getattr(schemas, f"{verb.capitalize()}Config")
+    rows = documented_keys(schema)
+    assert [key for key, _, doc in rows if not doc] == []
+    text = help_text(verb, schema)
+    assert all(f"  {key} = {default}\n" in text for key, default, _ in rows)
+    assert f"usage: olmoe {verb}" in text
+
+
+def olmoe(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+    environment = os.environ | {"PYTHONPATH": str(Path(schemas.__file__).parents[1])}
+    command = [sys.executable, "-m", "olmoe_train", *arguments]
+    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=120)
+
+
+def test_commands_exit_with_2_and_leave_nothing(tmp_path: Path) -> None:
+    result = olmoe("trian", cwd=tmp_path)
+    assert result.returncode == 2
+    assert "there are prepare, train" in result.stderr
+
+    result = olmoe("train", "data.dir=x", "trainer.max_steps=3", "trainer.global_batch_size=7", cwd=tmp_path)
+    assert result.returncode == 2
+    assert "2 errors" in result.stderr
+    assert "olmoe prepare" in result.stderr
+    assert "Traceback" not in result.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["data.dir=x", "trainer.max_step=3"], "did you mean trainer.max_steps?"),
+        (["data.dir=x", "+trainer.foo=3"], "there is no key 'foo'"),
+        (["trainer.max_steps=3"], "data.dir=..."),
+        (["data.dir=x", "trainer.precision=fp8"], "expected one of [bf16, fp32]"),
+        (["data.dir=x", "trainer.max_steps=many"], "could not be converted to Integer"),
+        (["data.dir=x", "experiment=olmo"], "quickstart"),
+    ],
+)
+def test_what_hydra_refuses_exits_with_2(
+    arguments: list[str], message: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["train", *arguments])
+    reached: list[object] = []
+    assert run_verb("train", TrainConfig, reached.append) == 2
+    assert message in capsys.readouterr().err
+    assert reached == []
+
+
+def test_a_good_command_line_reaches_the_verb(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["train", "data.dir=x", "experiment=quickstart", "trainer.max_steps=7"])
+    reached: list[TrainConfig] = []
+    assert run_verb("train", TrainConfig, reached.append) == 0
+    assert (reached[0].trainer.max_steps, reached[0].run_dir) == (7, "runs/quickstart")
