@@ -106,6 +106,7 @@ class OlmoeModel(OlmoePreTrainedModel):
         exactly one of input_ids and inputs_embeds is given."""
         config = self.config
         use_cache = _given(use_cache, config.use_cache)
+        output_attentions = _given(output_attentions, config.output_attentions)
         cache = KVCache() if use_cache and past_key_values is None else past_key_values
         hidden_states, attentions, router_logits, _ = self.run_layers(
             input_ids,
@@ -114,18 +115,20 @@ class OlmoeModel(OlmoePreTrainedModel):
             cache,
             inputs_embeds,
             cache_position,
-            bool(output_attentions),
+            output_attentions,
         )
         output = MoeModelOutputWithPast(
             last_hidden_state=hidden_states[-1],
             past_key_values=cache if use_cache else None,
-            hidden_states=hidden_states if output_hidden_states else None,
+            hidden_states=hidden_states
+            if _given(output_hidden_states, config.output_hidden_states)
+            else None,
             attentions=attentions if output_attentions else None,
             router_logits=router_logits
             if _given(output_router_logits, config.output_router_logits)
             else None,
         )
-        return output.to_tuple() if return_dict is False else output
+        return output if _given(return_dict, config.return_dict) else output.to_tuple()
 
     def run_layers(
         self,
@@ -219,6 +222,7 @@ class OlmoeForCausalLM(OlmoePreTrainedModel):
             output_hidden_states,
             output_attentions,
             cache_position,
+            return_dict=True,
         )
         # -0 is 0: all positions.
         keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
@@ -245,7 +249,7 @@ class OlmoeForCausalLM(OlmoePreTrainedModel):
             outputs.attentions,
             outputs.router_logits,
         )
-        return output.to_tuple() if return_dict is False else output
+        return output if _given(return_dict, self.config.return_dict) else output.to_tuple()
 
     def training_forward(
         self,
