@@ -5,7 +5,7 @@ set -euo pipefail
 
 repo=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 cd "$repo"
-source launch/venv.sh
+source launch/common.sh
 ensure_venv "$repo" "[test]"
 
 ruff check .

@@ -1,4 +1,4 @@
-# Sourced by the other scripts: a pinned virtual environment in .venv at the repository root, made if missing.
+# Sourced by the other scripts.
 
 find_python() {  # prints the first Python >= 3.11 that runs and can make environments; a shim that cannot run is passed over
     local name
@@ -14,8 +14,8 @@ find_python() {  # prints the first Python >= 3.11 that runs and can make enviro
     return 1
 }
 
-# ensure_venv REPO [EXTRA]: installs the project, editable and pinned by constraints.txt, and activates it.
-# A stamp remembers what was installed, so that the next call takes no time.
+# ensure_venv REPO [EXTRA]: makes REPO/.venv if missing, installs the project into it, editable and pinned by
+# constraints.txt, and puts it first on PATH. A stamp remembers what was installed, so that the next call takes no time.
 ensure_venv() {
     local repo=$1 extra=${2:-} python stamp wanted
     if ! "$repo/.venv/bin/python" -c '' 2>/dev/null; then
@@ -32,4 +32,11 @@ ensure_venv() {
         echo "$wanted$extra" >> "$stamp"
     fi
     PATH=$repo/.venv/bin:$PATH
+}
+
+# share_cores PROCESSES: one thread a core and no more, however many processes share them, unless the user said otherwise.
+share_cores() {
+    local threads
+    threads=$(( $(nproc 2>/dev/null || getconf _NPROCESSORS_ONLN) / $1 ))
+    export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$(( threads > 0 ? threads : 1 ))}
 }
