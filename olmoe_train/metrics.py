@@ -228,7 +228,7 @@ def start_wandb(cfg: WandbConfig, run_dir: Path) -> Any:
             project=cfg.project,
             name=cfg.name or run_dir.resolve().name,
             dir=str(run_dir),
-            mode=mode,  # type: ignore[arg-type]
+            mode=mode,
             settings=wandb.Settings(silent=True, console="off", init_timeout=30),
         )
     except Exception as error:

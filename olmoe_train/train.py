@@ -75,7 +75,7 @@ def train(cfg: TrainConfig, batches: Iterable[Batch] | None = None) -> int:
         metrics.start_step()
         for index, batch in enumerate(micro_batches):
             # Over shards with every micro-batch, which keeps gradients sharded; over replicas once a step.
-            model.set_requires_all_reduce(index == accumulation - 1)
+            model.set_requires_all_reduce(index == accumulation - 1)  # type: ignore[operator]
             batch = to_device(batch, device)
             output = model.training_forward(**batch)
             losses = step_losses(cfg.loss, model, output, batch.get("attention_mask"), totals, counts)
@@ -201,8 +201,8 @@ def count_experts(
     with torch.no_grad():
         for batch in micro_batches:
             inputs = to_device(batch, device)
-            output = model.training_forward(**inputs | {"labels": None})
             mask = inputs.get("attention_mask")
+            output = model.training_forward(inputs["input_ids"], None, mask, inputs.get("position_ids"))
             mask = None if mask is None else mask.reshape(-1).float()
             counts_LE += expert_counts(output.expert_indices, model.config.num_experts, mask)
     torch.set_rng_state(rng)  # the same dropout masks again

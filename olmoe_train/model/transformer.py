@@ -19,7 +19,7 @@ from olmoe_train.model.cache import KVCache
 from olmoe_train.model.configuration import OlmoeConfig
 from olmoe_train.model.init import init_weights
 from olmoe_train.model.losses import IGNORE_INDEX, cross_entropy_sum, load_balancing_loss
-from olmoe_train.model.moe import OlmoeSparseMoeBlock
+from olmoe_train.model.moe import OlmoeExperts, OlmoeSparseMoeBlock
 from olmoe_train.model.outputs import MoeCausalLMOutputWithPast, MoeModelOutputWithPast, TrainingOutput
 from olmoe_train.model.rope import rotary_cos_sin
 
@@ -189,8 +189,9 @@ class OlmoeForCausalLM(OlmoePreTrainedModel):
 
     def set_experts_backend(self, backend: str) -> None:
         """How experts multiply: auto, loop or grouped_mm (config.ExpertsBackend)."""
-        for layer in self.model.layers:
-            layer.mlp.experts.backend = backend
+        for module in self.modules():
+            if isinstance(module, OlmoeExperts):
+                module.backend = backend
 
     def forward(
         self,
