@@ -135,8 +135,7 @@ def write_directory(
     temporary = Path(tempfile.mkdtemp(prefix=f".{directory.name}.", suffix=".partial", dir=directory.parent))
     try:
         _write_shards(temporary, shards, read, dtype)
-        written = OlmoeConfig.from_dict(config.to_dict(), architectures=[architecture], dtype=dtype)
-        written.save_pretrained(temporary)
+        _as_written(config, dtype, architecture).save_pretrained(temporary)
         write_json(temporary / "generation_config.json", _generation_config(config))
         for name in TOKENIZER_FILES:
             if tokenizer is not None and (tokenizer / name).is_file():
@@ -194,6 +193,32 @@ def _write_shards(
     if len(shards) > 1:
         metadata = {"total_parameters": parameters, "total_size": total_bytes}
         write_json(directory / INDEX, {"metadata": metadata, "weight_map": weight_map})
+
+
+def holds_model(
+    directory: Path, config: OlmoeConfig, read: Callable[[str], Tensor], dtype: torch.dtype
+) -> bool:
+    """Whether `directory` is what write_directory would write: the same configuration and tensors, bit for
+    bit."""
+    if not (directory / "config.json").is_file():
+        return False
+    stored = open_weights(directory)
+    if OlmoeConfig.from_pretrained(directory) != _as_written(config, dtype):
+        return False
+    compared = 0
+    for name, shape in parameter_shapes(config).items():
+        whole = read(name).to("cpu", dtype)
+        for hub_name, index in hub_parts(name, shape).items():
+            if hub_name not in stored or not torch.equal(stored[hub_name].read(), whole[index]):
+                return False
+            compared += 1
+    return compared == len(stored)
+
+
+def _as_written(
+    config: OlmoeConfig, dtype: torch.dtype, architecture: str = "OlmoeForCausalLM"
+) -> OlmoeConfig:
+    return OlmoeConfig.from_dict(config.to_dict(), architectures=[architecture], dtype=dtype)
 
 
 def _generation_config(config: OlmoeConfig) -> dict[str, Any]:

@@ -190,11 +190,9 @@ def rope_problems(config: "OlmoeConfig") -> list[str]:
     ]
     if kind == "longrope":
         for name in ("short_factor", "long_factor"):
-            value = rope.get(name)
-            is_list = isinstance(value, list) and len(value) == pairs
-            if not is_list or not all(type(each) in (int, float) and each > 0 for each in value):
+            if not _is_list_of_positive(rope.get(name), pairs):
                 problems.append(
-                    f"rope_parameters.{name}={value!r} must list {pairs} numbers above 0 (head_dim / 2 of them)"
+                    f"rope_parameters.{name}={rope.get(name)!r} must list {pairs} numbers above 0"
                 )
     if kind == "llama3" and not problems and rope["high_freq_factor"] <= rope["low_freq_factor"]:
         problems.append("rope_parameters.high_freq_factor must be above low_freq_factor")
@@ -209,6 +207,12 @@ def rope_problems(config: "OlmoeConfig") -> list[str]:
             "rope_type proportional"
         )
     return problems
+
+
+def _is_list_of_positive(value: Any, length: int) -> bool:
+    if not isinstance(value, list) or len(value) != length:
+        return False
+    return all(type(each) in (int, float) and each > 0 for each in value)
 
 
 _REQUIRED_NUMBERS: dict[str, tuple[str, ...]] = {

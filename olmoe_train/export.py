@@ -1,0 +1,41 @@
+"""Write a run's checkpoint as a Hugging Face directory, which Transformers, vLLM, SGLang and llama.cpp
+read."""
+
+import sys
+from pathlib import Path
+
+import torch
+
+from olmoe_train.checkpoint.hf import holds_model, write_directory
+from olmoe_train.checkpoint.source import RUN_TOKENIZER, run_checkpoint, run_config
+from olmoe_train.checkpoint.training import open_model_tensors
+from olmoe_train.cli import run_verb
+from olmoe_train.config import ExportConfig, Precision
+from olmoe_train.errors import UserError
+
+_DTYPES = {Precision.fp32: torch.float32, Precision.bf16: torch.bfloat16}
+
+
+def main(cfg: ExportConfig) -> None:
+    run_dir = Path(cfg.source).expanduser()
+    config = run_config(run_dir)
+    checkpoint = run_checkpoint(run_dir, cfg.step)
+    out = Path(cfg.out).expanduser() if cfg.out is not None else run_dir / "hf" / checkpoint.name
+    dtype = _DTYPES[cfg.precision]
+    read = open_model_tensors(checkpoint)
+    if out.is_dir() and any(out.iterdir()):
+        if not holds_model(out, config, read, dtype):
+            raise UserError(f"out={out} is not empty, and not this export: choose another, or delete it")
+        print(f"already exported, nothing to do: {out} holds {checkpoint.name} of {run_dir}")
+        return
+    write_directory(config, out, read, dtype, cfg.max_shard_size, tokenizer=run_dir / RUN_TOKENIZER)
+    size = sum(path.stat().st_size for path in out.iterdir())
+    print(f"exported {checkpoint.name} of {run_dir} to {out} ({size / 10**6:,.1f} MB, {cfg.precision.value})")
+
+
+def run() -> int:
+    return run_verb("export", ExportConfig, main)
+
+
+if __name__ == "__main__":
+    sys.exit(run())
