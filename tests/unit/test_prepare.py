@@ -116,7 +116,7 @@ def test_manifest_entropy_is_that_of_the_tokens(stdlib: Path, tmp_path: Path) ->
 
 
 def test_unigram_entropy_by_hand() -> None:
-    # Smoothed training frequencies 4/8, 2/8, 1/8, 1/8; validation tokens 0, 0, 1, 3: 1 + 1 + 2 + 3 bits over 4.
+    # Smoothed training frequencies 4/8, 2/8, 1/8, 1/8; validation tokens 0, 0, 1, 3 cost 1, 1, 2 and 3 bits.
     entropy = unigram_entropy(np.array([3, 1, 0, 0]), np.array([2, 1, 0, 1]))
     assert entropy == pytest.approx(7 / 4 * math.log(2))
     assert unigram_entropy(np.array([3, 1]), np.array([0, 0])) is None
@@ -244,7 +244,7 @@ def hf_directory(source: Path, target: Path) -> Path:
     target.mkdir()
     tokenizer = Tokenizer.from_file(str(source / "tokenizer.json"))
     tokenizer.enable_truncation(8)
-    tokenizer.enable_padding(length=8)
+    tokenizer.enable_padding()
     tokenizer.add_special_tokens(["</s>"])
     tokenizer.save(str(target / "tokenizer.json"))
     (target / "tokenizer_config.json").write_text(
@@ -295,6 +295,12 @@ def test_directory_with_something_else_in_it_is_left_alone(stdlib: Path, tmp_pat
     with pytest.raises(UserError, match=r"data\.dir=.*mine: exists and is not prepared data"):
         prepare(config(out))
     assert (out / "thesis.txt").read_text() == "years of work"
+
+
+def test_mount_point_is_refused_before_any_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Path, "is_mount", lambda path: path == tmp_path / "volume")
+    with pytest.raises(UserError, match=r"data\.dir=.*volume: is a mount point.* choose .*volume/data"):
+        prepare(config(tmp_path / "volume"))
 
 
 def test_new_directory_appears_whole_or_not_at_all(tmp_path: Path) -> None:
