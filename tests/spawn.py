@@ -10,14 +10,15 @@ import traceback
 from collections.abc import Callable
 from datetime import timedelta
 from multiprocessing.connection import Connection, wait
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
-# Imported once for all ranks of all tests, by the server that forks them (and before it has any thread);
-# with "spawn" every rank would pay about two seconds of processor time for torch.
-PRELOAD = ["torch", "torch.distributed.fsdp", "torch.distributed.checkpoint", "torch.distributed.tensor"]
+# Imported once for all ranks of all tests, by the server that forks them (before it has any thread): with
+# "spawn" every rank would spend about five seconds on importing torch. Optimizers import torch._dynamo.
+PRELOAD = ["torch", "torch._dynamo", "torch.distributed.tensor", "olmoe_train.train"]
 # Seconds that the other ranks have, after the first failure, to tell theirs: a killed rank says nothing, and
 # its neighbours may first say that they lost it.
 GRACE = 1.0
@@ -31,22 +32,22 @@ def run_ranks(world_size: int, fn: Callable[..., Any], *args: Any, timeout: floa
     """Call fn(*args) on `world_size` ranks that share a gloo process group; their results, in rank order.
 
     `fn`, its arguments and its result are pickled, so `fn` lives at the top of a module. The first rank to
-    fail ends the others; past `timeout` seconds every rank prints its stack and dies. Raises RankError.
+    fail ends the others; past `timeout` seconds every rank tells its stack and dies. Raises RankError.
     """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOAD)
     ranks, readers = [], []
-    with tempfile.TemporaryDirectory() as store:
+    with tempfile.TemporaryDirectory() as scratch:
         for rank in range(world_size):
             reader, writer = context.Pipe(duplex=False)
-            args_of_rank = (rank, world_size, f"{store}/store", timeout, writer, fn, args)
+            args_of_rank = (rank, world_size, Path(scratch), timeout, writer, fn, args)
             process = context.Process(target=_rank_main, args=args_of_rank, daemon=True, name=f"rank {rank}")
             process.start()
             writer.close()
             ranks.append(process)
             readers.append(reader)
         try:
-            return _collect(ranks, readers, time.monotonic() + timeout + GRACE)
+            return _collect(ranks, readers, Path(scratch), time.monotonic() + timeout + GRACE)
         finally:
             for process in ranks:
                 process.kill()
@@ -54,13 +55,13 @@ def run_ranks(world_size: int, fn: Callable[..., Any], *args: Any, timeout: floa
 
 
 def _rank_main(
-    rank: int, world_size: int, store: str, timeout: float, writer: Connection, fn: Callable, args: tuple
+    rank: int, world_size: int, scratch: Path, timeout: float, writer: Connection, fn: Callable, args: tuple
 ) -> None:
-    faulthandler.dump_traceback_later(timeout, exit=True)
+    faulthandler.dump_traceback_later(timeout, exit=True, file=(scratch / f"stack-{rank}").open("w"))
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size)}
     torch.set_num_threads(1)  # ranks share the cores
     try:
-        files = dist.FileStore(store, world_size)
+        files = dist.FileStore(str(scratch / "store"), world_size)
         limit = timedelta(seconds=timeout)
         dist.init_process_group("gloo", store=files, rank=rank, world_size=world_size, timeout=limit)
         result = fn(*args)
@@ -73,7 +74,7 @@ def _rank_main(
     writer.send_bytes(message)
 
 
-def _collect(ranks: list, readers: list[Connection], deadline: float) -> list[Any]:
+def _collect(ranks: list, readers: list[Connection], scratch: Path, deadline: float) -> list[Any]:
     results: dict[int, Any] = {}
     errors: dict[int, str] = {}
     while len(results) + len(errors) < len(ranks):
@@ -88,7 +89,9 @@ def _collect(ranks: list, readers: list[Connection], deadline: float) -> list[An
                 (results if succeeded else errors)[rank] = value
             except EOFError:
                 ranks[rank].join()
-                errors[rank] = f"died without a word, exit code {ranks[rank].exitcode}\n"
+                file = scratch / f"stack-{rank}"  # has something in it where the rank ran out of time
+                stack = file.read_text() if file.exists() else ""
+                errors[rank] = f"died without a word, exit code {ranks[rank].exitcode}\n{stack}"
         if errors:
             deadline = min(deadline, time.monotonic() + GRACE)
     silent = [r for r in range(len(ranks)) if r not in results and r not in errors]

@@ -1,0 +1,96 @@
+"""Saving on some ranks and going on with others: same weights and moments, same next step."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from olmoe_train.checkpoint.training import (
+    CheckpointError,
+    checkpoint_path,
+    latest_checkpoint,
+    load_checkpoint,
+    save_checkpoint,
+)
+from olmoe_train.config import ParallelConfig, Strategy
+from olmoe_train.errors import UserError
+from tests.distributed.tiny import build, train_step, whole, whole_state
+from tests.spawn import run_ranks
+
+# 6 over 4 ranks is 2, 2, 2 and nothing; 97 over 4 is 25, 25, 25, 22.
+UNEVEN = {"hidden_size": 6, "num_attention_heads": 1, "vocab_size": 97}
+FSDP, DDP, HSDP = ParallelConfig(), ParallelConfig(strategy=Strategy.ddp), ParallelConfig(replicate_size=2)
+# Ranks and layout of each run, which goes on from what the one before has saved.
+CHAIN = [(4, FSDP), (2, DDP), (1, FSDP), (4, HSDP), (2, FSDP), (4, FSDP)]
+
+
+def train_and_save(run_dir: Path, parallel: ParallelConfig) -> tuple[dict[str, Tensor], float]:
+    """The state saved after two steps, and the loss of the third, which was not."""
+    model, optimizer = build(parallel, **UNEVEN)
+    for step in range(2):
+        train_step(model, optimizer, step)
+    with torch.no_grad():  # as an evaluation does; it leaves the root's parameters gathered
+        model.training_forward(torch.ones(1, 4, dtype=torch.long), torch.ones(1, 4, dtype=torch.long))
+    save_checkpoint(run_dir, 2, model, optimizer, {"samples": 16})
+    state = whole_state(model, optimizer)
+    return state, train_step(model, optimizer, 2)
+
+
+def resume(run_dir: Path, parallel: ParallelConfig, save_to: Path) -> tuple[Any, dict[str, Tensor], float]:
+    model, optimizer = build(parallel, seed=999, **UNEVEN)
+    train_step(model, optimizer, 5)  # whatever was there before is gone after loading
+    state = load_checkpoint(checkpoint_path(run_dir, 2), model, optimizer)
+    tensors = whole_state(model, optimizer)
+    save_checkpoint(save_to, 2, model, optimizer, state)
+    return state, tensors, train_step(model, optimizer, 2)
+
+
+def test_a_checkpoint_goes_on_in_any_layout(tmp_path: Path) -> None:
+    (ranks, layout), *others = CHAIN
+    saved, loss = run_ranks(ranks, train_and_save, tmp_path / "0", layout)[0]
+    assert saved["lm_head.weight/step"] == 2
+    for link, (ranks, layout) in enumerate(others):
+        at, to = tmp_path / f"{link}", tmp_path / f"{link + 1}"
+        state, loaded, loss_after = run_ranks(ranks, resume, at, layout, to)[0]
+        assert state == {"samples": 16}
+        assert saved.keys() == loaded.keys()
+        for name, tensor in saved.items():
+            assert torch.equal(tensor, loaded[name]), (ranks, layout, name)
+        assert loss_after == pytest.approx(loss, rel=1e-6)
+    assert loss_after == loss  # four shards again: bit for bit what the run that did not stop got
+
+
+def load_damaged(run_dir: Path) -> None:
+    model, optimizer = build()
+    before = {name: whole(parameter) for name, parameter in model.named_parameters()}
+    with pytest.raises(CheckpointError, match=r"shard-00002-.* is damaged"):
+        load_checkpoint(latest_checkpoint(run_dir), model, optimizer)
+    assert all(torch.equal(whole(p), before[name]) for name, p in model.named_parameters())
+    assert not optimizer.state
+
+
+def test_every_rank_refuses_a_damaged_checkpoint(tmp_path: Path) -> None:
+    run_ranks(2, train_and_save, tmp_path, FSDP)
+    shard = next(checkpoint_path(tmp_path, 2).glob("shard-00002-*"))
+    with shard.open("r+b") as file:
+        file.seek(-1, os.SEEK_END)
+        last = file.read(1)
+        file.seek(-1, os.SEEK_END)
+        file.write(bytes([last[0] ^ 128]))
+    run_ranks(2, load_damaged, tmp_path)
+
+
+def load_other_model(run_dir: Path) -> None:
+    model, optimizer = build(**UNEVEN | {"num_experts": 4})
+    with pytest.raises(UserError, match="another model's") as caught:
+        load_checkpoint(latest_checkpoint(run_dir), model, optimizer)
+    assert not isinstance(caught.value, CheckpointError)  # the one before it would not fit either
+    assert "mlp.experts.gate_up_proj is [8, 32, 6] there, [4, 32, 6] here" in str(caught.value)
+
+
+def test_another_models_checkpoint_is_refused(tmp_path: Path) -> None:
+    run_ranks(1, train_and_save, tmp_path, FSDP)
+    run_ranks(1, load_other_model, tmp_path)

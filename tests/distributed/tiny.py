@@ -1,0 +1,86 @@
+"""A tiny OLMoE on whatever ranks there are, and a training step that needs nothing but the model."""
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from olmoe_train.config import ActivationCheckpointing, ParallelConfig, Precision, TrainConfig, TrainerConfig
+from olmoe_train.distributed.mesh import build_mesh, init_distributed
+from olmoe_train.distributed.parallelize import initialise, parallelize
+from olmoe_train.model import OlmoeConfig, OlmoeForCausalLM
+
+VOCABULARY, LENGTH, SEQUENCES = 97, 16, 8
+SIZES = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 32,
+    "intermediate_size": 16,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_experts": 8,
+    "num_experts_per_tok": 2,
+    "pad_token_id": 1,
+    "eos_token_id": 0,
+}
+
+
+def build(
+    parallel: ParallelConfig | None = None,
+    checkpointing: str = "none",
+    precision: str = "fp32",
+    compiled: bool = False,
+    seed: int = 3,
+    **sizes: int | bool | float,
+) -> tuple[OlmoeForCausalLM, torch.optim.AdamW]:
+    """The parallelized, initialised model and its optimizer."""
+    trainer = TrainerConfig(
+        precision=Precision(precision),
+        activation_checkpointing=ActivationCheckpointing(checkpointing),
+        compile=compiled,
+    )
+    cfg = TrainConfig(trainer=trainer, parallel=parallel or ParallelConfig())
+    mesh = build_mesh(cfg.parallel, init_distributed("cpu"))
+    with torch.device("meta"):
+        model = OlmoeForCausalLM(OlmoeConfig(**SIZES | sizes))
+    model = parallelize(model, cfg, mesh)
+    initialise(model, mesh.device, seed)
+    return model, torch.optim.AdamW(model.parameters(), lr=1e-2, fused=True)
+
+
+def global_batch(step: int) -> Tensor:
+    """input_ids [SEQUENCES, LENGTH], the same for every layout."""
+    generator = torch.Generator().manual_seed(step)
+    return torch.randint(2, VOCABULARY, (SEQUENCES, LENGTH), generator=generator)
+
+
+def backward(model: OlmoeForCausalLM, ids_BS: Tensor) -> float:
+    """Gradients of the mean cross-entropy and a router loss of the global batch, of which ids_BS is this
+    rank's part; the loss, summed over ranks."""
+    output = model.training_forward(ids_BS, ids_BS)
+    z = sum(logits.logsumexp(-1).square().sum() for logits in output.router_logits)
+    loss = output.ce_sum / (SEQUENCES * (LENGTH - 1)) + 0.01 * z / (SEQUENCES * LENGTH)
+    loss.backward()
+    total = loss.detach().clone()
+    dist.all_reduce(total)
+    return total.item()
+
+
+def train_step(model: OlmoeForCausalLM, optimizer: torch.optim.AdamW, step: int) -> float:
+    """One optimizer step on this rank's share of the global batch; the loss."""
+    loss = backward(model, global_batch(step).chunk(dist.get_world_size())[dist.get_rank()])
+    optimizer.step()
+    optimizer.zero_grad()
+    return loss
+
+
+def whole(tensor: Tensor) -> Tensor:
+    return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach().clone()
+
+
+def whole_state(model: OlmoeForCausalLM, optimizer: torch.optim.AdamW) -> dict[str, Tensor]:
+    """Every parameter and AdamW tensor, whole, by name."""
+    tensors = {}
+    for name, parameter in model.named_parameters():
+        tensors[name] = whole(parameter)
+        tensors |= {f"{name}/{key}": whole(value) for key, value in optimizer.state[parameter].items()}
+    return tensors
