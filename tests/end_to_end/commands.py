@@ -1,0 +1,60 @@
+"""The commands as a person types them: each in a process of its own, from another directory."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+REPO = Path(__file__).parents[2]
+
+# A model and a run of seconds; everything else is the quickstart's.
+TINY = [
+    "model.hidden_size=32",
+    "model.intermediate_size=16",
+    "model.num_hidden_layers=2",
+    "model.num_attention_heads=2",
+    "model.num_key_value_heads=2",
+    "model.num_experts=8",
+    "model.num_experts_per_tok=2",
+    "data.sequence_length=64",
+    "trainer.max_steps=6",
+    "trainer.global_batch_size=8",
+    "trainer.micro_batch_size=2",
+    "trainer.log_every=1",
+    "evaluation.micro_batch_size=8",
+    "evaluation.max_sequences=64",
+]
+
+
+def run(*command: str | Path, cwd: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Run to the end, with this interpreter's scripts first on PATH and one thread a process."""
+    return subprocess.run(
+        [str(part) for part in command],
+        cwd=cwd,
+        env=command_environment() | environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+
+
+def olmoe(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+    return run(Path(sys.executable).with_name("olmoe"), *arguments, cwd=cwd)
+
+
+def train_command(*overrides: str, ranks: int = 2) -> list[str]:
+    """Training of the tiny model under torchrun, with the workers' own exit code."""
+    launcher = [
+        sys.executable,
+        str(REPO / "launch" / "torchrun.py"),
+        "--standalone",
+        f"--nproc-per-node={ranks}",
+    ]
+    return [*launcher, "-m", "olmoe_train.train", "experiment=quickstart", *TINY, *overrides]
+
+
+def command_environment() -> dict[str, str]:
+    """The caller's, less what would make a command behave otherwise than on a fresh machine."""
+    inherited = {k: v for k, v in os.environ.items() if not k.startswith(("WANDB_", "OLMOE_", "PYTHONPATH"))}
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    return inherited | {"OMP_NUM_THREADS": "1", "PATH": path}

@@ -1,0 +1,74 @@
+"""Stopping, resuming and failing: what `train` does when it is launched as people launch it."""
+
+import json
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+from omegaconf import OmegaConf
+
+from tests.end_to_end.commands import command_environment, olmoe, run, train_command
+from tests.end_to_end.conftest import Quickstart
+
+
+def status(run_dir: Path) -> dict[str, object]:
+    return json.loads((run_dir / "status.json").read_text())  # type: ignore[no-any-return]
+
+
+def test_stopped_and_resumed_on_another_world_size_ends_with_the_same_loss(
+    quickstart: Quickstart, tmp_path: Path
+) -> None:
+    options = [f"data.dir={quickstart.data_dir}", f"run_dir={tmp_path}", "logging.wandb.mode=disabled"]
+    first = run(*train_command(*options, "trainer.stop_at_step=3", ranks=1), cwd=tmp_path)
+    assert first.returncode == 0, first.stderr
+    assert (status(tmp_path)["state"], status(tmp_path)["step"]) == ("stopped", 3)
+    second = run(*train_command(*options), cwd=tmp_path)
+    assert second.returncode == 0, second.stderr
+    assert (status(tmp_path)["state"], status(tmp_path)["step"]) == ("done", 6)
+
+    def losses(run_dir: Path) -> dict[int, float]:
+        lines = (run_dir / "metrics.jsonl").read_text().splitlines()
+        return {r["step"]: r["train/loss"] for r in map(json.loads, lines) if "train/loss" in r}
+
+    resumed, straight = losses(tmp_path), losses(quickstart.run_dir)
+    assert resumed.keys() == straight.keys()
+    assert all(abs(resumed[step] / straight[step] - 1) < 1e-5 for step in straight), (resumed, straight)
+
+
+def test_a_signal_saves_and_exits_with_75(quickstart: Quickstart, tmp_path: Path) -> None:
+    options = [f"data.dir={quickstart.data_dir}", f"run_dir={tmp_path}", "logging.wandb.mode=disabled"]
+    command = train_command(*options, "trainer.max_steps=100000", "evaluation.at_start=false")
+    with subprocess.Popen(command, cwd=tmp_path, env=command_environment()) as process:
+        metrics = tmp_path / "metrics.jsonl"
+        while process.poll() is None and not (metrics.is_file() and metrics.read_text().count("\n") >= 2):
+            time.sleep(0.1)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(timeout=60) == 75
+    assert status(tmp_path)["state"] == "stopped"
+    assert (tmp_path / "checkpoints" / f"step-{status(tmp_path)['step']:08d}").is_dir()
+
+
+def test_bad_configuration_is_reported_once_and_whole(quickstart: Quickstart, tmp_path: Path) -> None:
+    wrong = ["trainer.global_batch_size=7", "data.dir=nowhere", "model.num_experts_per_tok=9"]
+    result = run(*train_command(*wrong, f"run_dir={tmp_path}/run"), cwd=tmp_path)
+    assert result.returncode == 2, result.stderr
+    for part in ("trainer.global_batch_size=7:", "data.dir=nowhere:", "num_experts_per_tok=9 is more"):
+        assert result.stderr.count(part) == 1, result.stderr
+    assert "Traceback" not in result.stderr
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_missing_source_is_the_users_to_mend(tmp_path: Path) -> None:
+    for verb in ("export", "generate", "evaluate"):
+        extra = {"generate": ["prompt=x"], "evaluate": ["data.dir=nowhere"]}.get(verb, [])
+        result = olmoe(verb, "source=nowhere", *extra, cwd=tmp_path)
+        assert result.returncode == 2, (verb, result.stderr)
+        assert "nowhere" in result.stderr
+        assert "Traceback" not in result.stderr
+
+
+def test_resolved_config_is_yaml(tmp_path: Path) -> None:
+    result = olmoe("train", "experiment=olmoe_1b_7b_0924", "--cfg", "job", cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert OmegaConf.create(result.stdout).model.hidden_size == 2048

@@ -1,0 +1,47 @@
+"""A wheel, installed away from the project, composes every preset: configs/ is inside."""
+
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+from olmoe_train import __version__
+from tests.end_to_end.commands import REPO, run
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("wheel")
+    pip = [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check"]
+    built = run(*pip, "wheel", "--no-deps", "--no-build-isolation", "--wheel-dir", out, REPO, cwd=out)
+    assert built.returncode == 0, built.stderr
+    return out / f"olmoe_train-{__version__}-py3-none-any.whl"
+
+
+def test_every_preset_is_inside(wheel: Path) -> None:
+    inside = set(zipfile.ZipFile(wheel).namelist())
+    presets = {
+        f"olmoe_train/configs/{p.relative_to(REPO / 'configs')}" for p in (REPO / "configs").rglob("*.yaml")
+    }
+    assert presets
+    assert presets <= inside
+    assert {name.split("/")[0] for name in inside} == {"olmoe_train", f"olmoe_train-{__version__}.dist-info"}
+
+
+def test_installed_it_works_from_another_directory(wheel: Path, tmp_path: Path) -> None:
+    site = tmp_path / "site"
+    pip = [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check"]
+    installed = run(*pip, "install", "--no-deps", "--target", site, wheel, cwd=tmp_path)
+    assert installed.returncode == 0, installed.stderr
+    shown = run(
+        site / "bin" / "olmoe", "train", "experiment=quickstart", "data.dir=d", "--cfg", "job",
+        cwd=tmp_path, PYTHONPATH=str(site),
+    )  # fmt: skip
+    assert shown.returncode == 0, shown.stderr
+    assert "hidden_size" in shown.stdout
+    where = run(
+        sys.executable, "-c", "from olmoe_train.cli import config_directory as d; print(d())",
+        cwd=tmp_path, PYTHONPATH=str(site),
+    )  # fmt: skip
+    assert where.stdout.strip() == str(site / "olmoe_train" / "configs")
