@@ -7,8 +7,8 @@ the hub's is written. Nothing here unpickles.
 Shapes: E experts, F expert width, D hidden.
 """
 
+import os
 import shutil
-import tempfile
 from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
@@ -130,9 +130,9 @@ def write_directory(
     directory = Path(directory)
     if any(directory.glob("*.safetensors*")):
         raise UserError(f"{directory} already holds a model: choose another directory, or delete it")
-    directory.parent.mkdir(parents=True, exist_ok=True)
     shards = plan_shards(parameter_shapes(config, architecture), dtype, byte_count(max_shard_size))
-    temporary = Path(tempfile.mkdtemp(prefix=f".{directory.name}.", suffix=".partial", dir=directory.parent))
+    temporary = directory.parent / f".{directory.name}.{os.getpid()}.partial"
+    temporary.mkdir(parents=True)
     try:
         _write_shards(temporary, shards, read, dtype)
         _as_written(config, dtype, architecture).save_pretrained(temporary)

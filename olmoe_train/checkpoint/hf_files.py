@@ -97,10 +97,11 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
 def publish(temporary: Path, directory: Path) -> None:
     """Move complete, synced files to where readers look; config.json last, without which it is no model."""
     names = sorted((path.name for path in temporary.iterdir()), key=lambda name: name == "config.json")
+    mode = (temporary / "config.json").stat().st_mode
     for name in names:
+        (temporary / name).chmod(mode)  # safetensors leaves its files readable by their owner alone
         _sync(temporary / name)
     if not directory.exists():
-        temporary.chmod(0o755)  # mkdtemp makes it private
         temporary.rename(directory)
     else:
         for name in names:
