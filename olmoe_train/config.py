@@ -152,7 +152,7 @@ class DataConfig:
 class TokenizerConfig:
     path: str | None = None
     """tokenizer.json or HF directory to use; null: train a byte-level BPE on the training split."""
-    vocab_size: int = 6144
+    vocab_size: int = 4096
     """Vocabulary of the tokenizer to train, special tokens included."""
 
 
