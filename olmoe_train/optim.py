@@ -8,6 +8,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from olmoe_train.config import OptimizerConfig, Schedule, SchedulerConfig, TrainConfig
+from olmoe_train.distributed.mesh import copies
+from olmoe_train.distributed.parallelize import local_tensor
 
 
 def build_optimizer(model: nn.Module, cfg: OptimizerConfig) -> torch.optim.AdamW:
@@ -68,22 +70,20 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, value: float) -> None:
 
 
 @torch.no_grad()
-def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float, replicate_size: int) -> Tensor:
-    """Scale all gradients so that their global 2-norm is at most max_norm (0: leave them); returns the norm
-    before.
+def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float) -> Tensor:
+    """Scale all gradients so that their global 2-norm is at most max_norm (0: leave them); returns the
+    norm before.
 
-    Each rank adds up its own shards; experts and the other parameters live on different meshes, but each
-    value exists exactly `replicate_size` times in the world, so one all-reduce gives the exact norm. fp32
-    scalar, on the device.
+    fp32 scalar on the device; collective. Experts and the other parameters are sharded over different
+    meshes, but each value of a gradient exists `copies` times in the world, so one all-reduce of local
+    sums gives the exact norm.
     """
-    gradients = [_local_shard(parameter.grad) for parameter in parameters if parameter.grad is not None]
-    squares = torch.stack(torch._foreach_norm(gradients, 2, torch.float32)).square().sum()
-    dist.all_reduce(squares)
-    norm = (squares / replicate_size).sqrt()
+    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    shards = [local_tensor(gradient) for gradient in gradients]
+    shares = torch.tensor([1 / copies(gradient) for gradient in gradients], device=shards[0].device)
+    square = torch.stack(torch._foreach_norm(shards, 2, torch.float32)).square() @ shares
+    dist.all_reduce(square)
+    norm = square.sqrt()
     if max_norm > 0:
-        torch._foreach_mul_(gradients, (max_norm / (norm + 1e-6)).clamp(max=1.0))
+        torch._foreach_mul_(shards, (max_norm / (norm + 1e-6)).clamp(max=1.0))
     return norm
-
-
-def _local_shard(tensor: Tensor) -> Tensor:
-    return tensor.to_local() if hasattr(tensor, "to_local") else tensor

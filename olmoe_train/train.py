@@ -81,7 +81,7 @@ def train(cfg: TrainConfig, batches: Iterable[Batch] | None = None) -> int:
             losses = step_losses(cfg.loss, model, output, batch.get("attention_mask"), totals, counts)
             losses.total.backward()
             metrics.add(losses, output, batch.get("attention_mask"), totals)
-        grad_norm = clip_gradients(model.parameters(), cfg.optimizer.max_grad_norm, mesh.replicate_size)
+        grad_norm = clip_gradients(model.parameters(), cfg.optimizer.max_grad_norm)
         optimizer.step()
         optimizer.zero_grad()
         progress = metrics.end_step(totals, cfg.trainer.global_batch_size)
