@@ -68,10 +68,11 @@ def train(cfg: TrainConfig, batches: Iterable[Batch] | None = None) -> int:
     while progress.step < end and not signalled:
         step = progress.step + 1
         set_learning_rate(optimizer, learning_rate(step, cfg.optimizer.lr, cfg.scheduler, warmup, decay))
-        torch.manual_seed(cfg.seed + step * 1_000_003 + dist.get_rank())  # dropout, the same after a resume
         micro_batches = list(itertools.islice(loader, accumulation))
         totals = count_tokens(micro_batches, run.stop_requested, device)
+        seed_dropout(cfg.seed, step)
         counts = count_experts(cfg.loss, model, micro_batches, device)
+        seed_dropout(cfg.seed, step)
         metrics.start_step()
         for index, batch in enumerate(micro_batches):
             # Over shards with every micro-batch, which keeps gradients sharded; over replicas once a step.
@@ -180,6 +181,12 @@ def count_tokens(micro_batches: list[Batch], stop_requested: bool, device: torch
     return Totals(tokens, targets, int(counts[0]), bool(counts[2]))
 
 
+def seed_dropout(seed: int, step: int) -> None:
+    """Dropout is a function of (seed, step, rank): the same in count_experts and after it, and after a
+    resume."""
+    torch.manual_seed(seed + step * 1_000_003 + dist.get_rank())
+
+
 def count_experts(
     cfg: LossConfig, model: OlmoeForCausalLM, micro_batches: list[Batch], device: torch.device
 ) -> Tensor | None:
@@ -197,7 +204,6 @@ def count_experts(
     ):
         return None
     counts_LE = torch.zeros(model.config.num_hidden_layers, model.config.num_experts, device=device)
-    rng = torch.get_rng_state()
     with torch.no_grad():
         for batch in micro_batches:
             inputs = to_device(batch, device)
@@ -205,7 +211,6 @@ def count_experts(
             output = model.training_forward(inputs["input_ids"], None, mask, inputs.get("position_ids"))
             mask = None if mask is None else mask.reshape(-1).float()
             counts_LE += expert_counts(output.expert_indices, model.config.num_experts, mask)
-    torch.set_rng_state(rng)  # the same dropout masks again
     dist.all_reduce(counts_LE)
     return counts_LE
 
