@@ -21,8 +21,8 @@ from olmoe_train.errors import UserError
 from olmoe_train.model import OlmoeForCausalLM
 from olmoe_train.model.cache import KVCache
 
-# Transformers' default length, prompt included, where neither max_new_tokens nor max_length is given.
-DEFAULT_MAX_LENGTH = 20
+# Transformers' default, where neither max_new_tokens nor max_length is given.
+DEFAULT_NEW_TOKENS = 20
 
 
 def generate(
@@ -50,7 +50,7 @@ def generate(
     arguments that make no sense.
     """
     if max_new_tokens is None:
-        max_new_tokens = (max_length or DEFAULT_MAX_LENGTH) - input_ids.shape[1]
+        max_new_tokens = DEFAULT_NEW_TOKENS if max_length is None else max_length - input_ids.shape[1]
     tokens = stream_tokens(
         model,
         input_ids,

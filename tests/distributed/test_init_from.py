@@ -15,6 +15,7 @@ from tests.spawn import run_ranks
 
 # 6 over 4 ranks is 2, 2, 2 and nothing; 97 over 4 is 25, 25, 25, 22.
 UNEVEN: dict[str, Any] = {"hidden_size": 6, "num_attention_heads": 1, "vocab_size": 97}
+TIED: dict[str, Any] = {"tie_word_embeddings": True}
 
 
 def load(directory: Path, parallel: ParallelConfig, sizes: dict[str, Any]) -> tuple[dict[str, Tensor], float]:
@@ -24,13 +25,12 @@ def load(directory: Path, parallel: ParallelConfig, sizes: dict[str, Any]) -> tu
     return tensors, train_step(model, optimizer, 0)
 
 
-@pytest.mark.parametrize("sizes", [UNEVEN, {"tie_word_embeddings": True}], ids=["uneven", "tied"])
 @pytest.mark.parametrize(
-    ("ranks", "parallel"),
+    ("ranks", "parallel", "sizes"),
     [
-        (4, ParallelConfig()),
-        (2, ParallelConfig(strategy=Strategy.ddp)),
-        (4, ParallelConfig(replicate_size=2)),
+        (4, ParallelConfig(), UNEVEN),
+        (2, ParallelConfig(strategy=Strategy.ddp), TIED),
+        (4, ParallelConfig(replicate_size=2), TIED),
     ],
     ids=["fsdp", "ddp", "hsdp"],
 )

@@ -1,0 +1,179 @@
+"""A run's sharded checkpoint as a source: export, generate and evaluate without the ranks that made it."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from omegaconf import OmegaConf
+from torch import Tensor
+
+from olmoe_train.checkpoint.source import load_source, run_checkpoint
+from olmoe_train.checkpoint.training import save_checkpoint
+from olmoe_train.config import ExportConfig, GenerateConfig, Precision
+from olmoe_train.data.tokenizer import train_tokenizer
+from olmoe_train.errors import UserError
+from olmoe_train.evaluate import evaluate_model
+from olmoe_train.export import main as export
+from olmoe_train.generate import main as generate
+from olmoe_train.generate import read_tokenizer
+from olmoe_train.model import OlmoeForCausalLM
+from tests.distributed.tiny import SIZES, build, global_batch, train_step, whole
+from tests.spawn import run_ranks
+
+VOCABULARY = 300  # 256 bytes, eos, padding, and some merges
+STEPS = (3, 7)
+CPU = torch.device("cpu")
+
+
+def train(run_dir: Path) -> dict[int, dict[str, Tensor]]:
+    """Checkpoints of steps 3 and 7, and the whole parameters that they hold."""
+    model, optimizer = build(vocab_size=VOCABULARY)
+    saved = {}
+    for step in STEPS:
+        train_step(model, optimizer, step)
+        save_checkpoint(run_dir, step, model, optimizer, {})
+        saved[step] = {name: whole(parameter) for name, parameter in model.named_parameters()}
+    return saved
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[int, dict[str, Tensor]]]:
+    run_dir = tmp_path_factory.mktemp("run")
+    saved = run_ranks(2, train, run_dir)[0]
+    OmegaConf.save({"model": SIZES | {"vocab_size": VOCABULARY}, "seed": 1}, run_dir / "config.yaml")
+    train_tokenizer(iter(["def main(argument): return argument\n"] * 20), VOCABULARY).save(
+        run_dir / "tokenizer"
+    )
+    return run_dir, saved
+
+
+@pytest.fixture
+def run_dir(run: tuple[Path, dict[int, dict[str, Tensor]]]) -> Path:
+    return run[0]
+
+
+@pytest.fixture
+def saved(run: tuple[Path, dict[int, dict[str, Tensor]]]) -> dict[int, dict[str, Tensor]]:
+    return run[1]
+
+
+def assert_weights(model: OlmoeForCausalLM, expected: dict[str, Tensor]) -> None:
+    assert {name for name, _ in model.named_parameters()} == expected.keys()
+    for name, parameter in model.named_parameters():
+        assert torch.equal(parameter, expected[name]), name
+
+
+def test_export_of_the_newest_and_of_a_given_step(
+    run_dir: Path, saved: dict[int, dict[str, Tensor]], tmp_path: Path
+) -> None:
+    for step, key in [("latest", 7), ("3", 3), ("00000007", 7)]:
+        out = tmp_path / step
+        export(ExportConfig(str(run_dir), step, str(out), max_shard_size="20KB"))
+        assert len(list(out.glob("model-*.safetensors"))) > 1
+        assert_weights(OlmoeForCausalLM.from_pretrained(out), saved[key])
+        assert (out / "tokenizer.json").read_bytes() == (run_dir / "tokenizer/tokenizer.json").read_bytes()
+
+
+def test_export_goes_into_the_run_directory_by_default_and_once(
+    run_dir: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    export(ExportConfig(str(run_dir)))
+    weights = run_dir / "hf" / "step-00000007" / "model.safetensors"
+    written = weights.stat().st_mtime_ns
+    capsys.readouterr()
+    export(ExportConfig(str(run_dir)))
+    assert "already exported" in capsys.readouterr().out
+    assert weights.stat().st_mtime_ns == written
+
+
+def test_export_does_not_touch_what_is_something_else(run_dir: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    cfg = ExportConfig(str(run_dir), out=str(out))
+    export(cfg)
+    before = (out / "model.safetensors").read_bytes()
+    for other in (replace(cfg, step="3"), replace(cfg, precision=Precision.bf16)):
+        with pytest.raises(UserError, match="not empty, and not this export"):
+            export(other)
+    assert (out / "model.safetensors").read_bytes() == before
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "notes" / "thesis.txt").write_text("years of work")
+    with pytest.raises(UserError, match="not empty, and not this export"):
+        export(replace(cfg, out=str(tmp_path / "notes")))
+
+
+def test_export_in_bf16(run_dir: Path, saved: dict[int, dict[str, Tensor]], tmp_path: Path) -> None:
+    export(ExportConfig(str(run_dir), out=str(tmp_path / "out"), precision=Precision.bf16))
+    model = OlmoeForCausalLM.from_pretrained(tmp_path / "out")
+    assert_weights(model, {name: tensor.bfloat16() for name, tensor in saved[7].items()})
+
+
+def test_sources_that_are_none(run_dir: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"neither an HF directory .config.json. nor a run directory"):
+        load_source(str(tmp_path), CPU)
+    with pytest.raises(UserError, match="there are steps 7, 3"):
+        run_checkpoint(run_dir, "5")
+    with pytest.raises(UserError, match="step=last: give a number, or latest"):
+        run_checkpoint(run_dir, "last")
+    (tmp_path / "config.yaml").write_text("seed: 1\n")
+    with pytest.raises(UserError, match=r"config\.yaml: not the configuration of a run"):
+        load_source(str(tmp_path), CPU)
+    OmegaConf.save({"model": SIZES}, tmp_path / "config.yaml")
+    with pytest.raises(UserError, match="no complete checkpoint in"):
+        load_source(str(tmp_path), CPU)
+
+
+def test_a_run_is_a_source_as_good_as_its_export(
+    run_dir: Path,
+    saved: dict[int, dict[str, Tensor]],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    model, tokenizer_dir = load_source(str(run_dir), CPU)
+    assert not model.training
+    assert_weights(model, saved[7])
+    export(ExportConfig(str(run_dir), out=str(tmp_path / "hf")))
+    tokenizer = read_tokenizer(tokenizer_dir)
+    prompt = "def main(argu"
+    ids = torch.tensor([tokenizer.encode(prompt).ids])
+    expected = tokenizer.decode(model.generate(ids, max_new_tokens=12)[0].tolist())
+    for source in (run_dir, tmp_path / "hf"):
+        capsys.readouterr()
+        generate(GenerateConfig(str(source), prompt, max_new_tokens=12))
+        assert capsys.readouterr().out == expected + "\n"
+
+
+def test_generate_needs_text_and_its_own_tokenizer(run_dir: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="prompt is empty"):
+        generate(GenerateConfig(str(run_dir), ""))
+    export(ExportConfig(str(run_dir), out=str(tmp_path / "hf")))
+    (tmp_path / "hf" / "tokenizer.json").write_text("{}")
+    with pytest.raises(UserError, match="not a readable tokenizer"):
+        generate(GenerateConfig(str(tmp_path / "hf"), "x"))
+    (tmp_path / "hf" / "tokenizer.json").unlink()
+    with pytest.raises(UserError, match="cannot be turned into tokens"):
+        generate(GenerateConfig(str(tmp_path / "hf"), "x"))
+    (tmp_path / "hf" / "tokenizer.json").unlink(missing_ok=True)
+    longer = train_tokenizer(iter([chr(65 + i % 26) * (i + 2) for i in range(99)]), VOCABULARY + 80)
+    (tmp_path / "hf" / "tokenizer.json").write_bytes(longer.files["tokenizer.json"])
+    with pytest.raises(UserError, match="they do not belong together"):
+        generate(GenerateConfig(str(tmp_path / "hf"), "".join(chr(65 + i % 26) * (i + 2) for i in range(99))))
+
+
+def evaluate(batches_of_rank: list[list[Tensor]]) -> tuple[float, int]:
+    model, _ = build()
+    rank = torch.distributed.get_rank()
+    batches = [{"input_ids": ids.clamp(min=2), "labels": ids} for ids in batches_of_rank[rank]]
+    result = evaluate_model(model, batches, CPU)
+    return result.loss, result.tokens
+
+
+def test_evaluation_is_the_same_mean_on_one_rank_and_on_two() -> None:
+    ids = global_batch(0)
+    ids[3:] = ids[3:].masked_fill(torch.rand(5, 16, generator=torch.Generator().manual_seed(0)) < 0.6, -100)
+    # Rank 0 has many targets and rank 1 few, so a mean of the ranks' means would be another number.
+    alone = run_ranks(1, evaluate, [[ids]])[0]
+    together = run_ranks(2, evaluate, [[ids[:3], ids[3:4]], [ids[4:7], ids[7:]]])
+    assert together[0] == together[1]
+    assert together[0][1] == alone[1] == (ids[:, 1:] != -100).sum()
+    assert together[0][0] == pytest.approx(alone[0], rel=1e-6)
