@@ -21,6 +21,8 @@ ROPES: dict[str, dict[str, Any]] = {
     "linear": {"rope_type": "linear", "factor": 3.0},
     "dynamic": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 5000.0},
     "yarn": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64},
+    # Every pair turns more than once in so long a context, so the ramp ends beyond the last pair.
+    "yarn_long": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 100_000},
     "yarn_ratio": {"rope_type": "yarn", "factor": None, "original_max_position_embeddings": 32},
     "yarn_no_original": {"rope_type": "yarn", "factor": 2.0},
     "yarn_betas": {
