@@ -1,12 +1,15 @@
-"""Small prepared directories, written from lists of tokens by the real writer."""
+"""Small prepared directories: written from lists of tokens by the real writer, and read back."""
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+from tokenizers import Tokenizer
 
-from olmoe_train.data.tokens import DTYPES, TOKENIZER, Manifest, write_manifest
+from olmoe_train.config import DataConfig, PrepareConfig, SourceConfig, TokenizerConfig
+from olmoe_train.data.tokens import DTYPES, TOKENIZER, Manifest, Split, read_manifest, write_manifest
 from olmoe_train.data.writer import SplitWriter
 
 EOS, PAD = 0, 1
@@ -28,7 +31,7 @@ def write_prepared(
     (directory / TOKENIZER / "tokenizer.json").write_bytes(b"{}")
     splits = {}
     for name, documents in (("train", train), ("validation", validation)):
-        writer = SplitWriter(directory, name, shard_tokens)
+        writer = SplitWriter(directory, name, shard_tokens, vocab_size=1 << 17, dtype=DTYPES[dtype])
         for document in documents:
             writer.add(
                 np.array([*document, EOS], DTYPES[dtype]), [len(document) + 1], text_bytes=len(document)
@@ -49,3 +52,37 @@ def write_prepared(
     )
     write_manifest(directory, manifest)
     return directory
+
+
+def prepare_config(
+    directory: Path, *, seed: int = 0, tokenizer: Path | None = None, **source: Any
+) -> PrepareConfig:
+    """One process, a fifth for validation and a tokenizer of 400 tokens, unless said otherwise."""
+    source = {"validation_fraction": 0.2, "processes": 1, **source}
+    return PrepareConfig(
+        seed=seed,
+        data=DataConfig(dir=str(directory), source=SourceConfig(**source)),
+        tokenizer=TokenizerConfig(path=str(tokenizer) if tokenizer else None, vocab_size=400),
+    )
+
+
+def read_documents(directory: Path, name: str) -> Iterator[list[int]]:
+    """The documents of a split as the document index tells them apart, each with its eos."""
+    split: Split = getattr(read_manifest(directory), name)
+    for shard in split.shards:
+        tokens = np.fromfile(directory / shard.path, "<u2")
+        ends = np.fromfile(directory / shard.ends_path, "<u8").astype(np.int64)
+        yield from (part.tolist() for part in np.split(tokens, ends)[:-1])
+
+
+def read_texts(directory: Path, name: str) -> list[str]:
+    """The documents of a split, decoded."""
+    tokenizer = Tokenizer.from_file(str(directory / TOKENIZER / "tokenizer.json"))
+    found = read_documents(directory, name)
+    return [tokenizer.decode(document[:-1], skip_special_tokens=False) for document in found]
+
+
+def contents(directory: Path) -> dict[str, bytes]:
+    """Every file under a directory: relative path -> bytes."""
+    files = (path for path in directory.rglob("*") if path.is_file())
+    return {path.relative_to(directory).as_posix(): path.read_bytes() for path in files}

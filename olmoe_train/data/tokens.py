@@ -66,6 +66,8 @@ class Manifest:
     """
     train: Split
     validation: Split
+    quarantined_records: int = 0
+    """In quarantine.jsonl."""
 
 
 def write_manifest(directory: Path, manifest: Manifest) -> None:
@@ -108,7 +110,9 @@ def _parse_manifest(record: dict[str, Any]) -> Manifest:
         raise ValueError(f"format is {record['format']!r}, not {FORMAT!r}")
     if record["version"] != VERSION:
         raise ValueError(f"version is {record['version']!r}; this program reads {VERSION}")
-    values = {field.name: record[field.name] for field in fields(Manifest)}
+    # A manifest of before there was a quarantine has no count of it.
+    values = {"quarantined_records": 0, **record}
+    values = {field.name: values[field.name] for field in fields(Manifest)}
     manifest = Manifest(
         **{**values, **{name: _parse_split(record[name], name) for name in ("train", "validation")}}
     )

@@ -4,40 +4,80 @@ import fcntl
 import hashlib
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from olmoe_train.data.tokens import ENDS_DTYPE, Shard, Split
 from olmoe_train.errors import UserError
 
+EMPTY_SHA256 = hashlib.sha256().hexdigest()
+LOCK = "lock"
+_BLOCK = 1 << 24  # bytes; a multiple of every dtype's
+
+
+class ChangedError(Exception):
+    """What an interrupted preparation left is not what it recorded; the message names the file."""
+
 
 class SplitWriter:
     """Documents in; shards `root/split/shard-00000.npy` and their document indexes out.
 
     A document is never cut: a shard is closed before the document that would take it past `shard_tokens`, and
-    a longer document has a shard of its own. Memory: the document ends of one shard.
+    a longer document has a shard of its own. Constant memory.
     """
 
-    def __init__(self, root: Path, split: str, shard_tokens: int):
+    def __init__(
+        self,
+        root: Path,
+        split: str,
+        shard_tokens: int,
+        vocab_size: int,
+        dtype: np.dtype[Any],
+        progress: dict[str, Any] | None = None,
+    ):
+        """progress: what `save` returned; the files are cut back to it and go on from there.
+
+        Raises ChangedError where they do not hold what they did.
+        """
         self._root = root
         self._split = split
         self._shard_tokens = shard_tokens
+        self._dtype = dtype
         self._closed: list[Shard] = []
         self._open: _OpenShard | None = None
         self._text_bytes = 0
-        (root / split).mkdir()
+        self.counts = np.zeros(vocab_size, np.int64)
+        """Occurrences of each token id."""
+        (root / split).mkdir(exist_ok=True)
+        if progress is not None:
+            self._restore(progress)
+
+    @property
+    def shards_closed(self) -> int:
+        return len(self._closed)
 
     def add(self, tokens: np.ndarray, lengths: list[int], text_bytes: int) -> None:
         """Append documents: `tokens` (of the shards' dtype) is their concatenation, each ended by its eos."""
         self._text_bytes += text_bytes
+        self.counts += np.bincount(tokens, minlength=len(self.counts))
         for document in np.split(tokens, np.cumsum(lengths)[:-1]) if lengths else ():
             if self._open is None or self._open.tokens + len(document) > self._shard_tokens:
                 self._close_shard()
-                self._open = _OpenShard(self._root, f"{self._split}/shard-{len(self._closed):05d}")
+                self._open = _OpenShard(self._root, self._stem(), None, self._dtype)
             self._open.add(document)
+
+    def save(self) -> dict[str, Any]:
+        """All that was added is on disk when this returns. What to restore it from, as JSON."""
+        return {
+            "text_bytes": self._text_bytes,
+            "closed": [asdict(shard) for shard in self._closed],
+            "open": asdict(self._open.save()) if self._open else None,
+        }
 
     def finish(self) -> Split:
         """Close the last shard and describe what was written."""
@@ -46,50 +86,120 @@ class SplitWriter:
         tokens = sum(shard.tokens for shard in self._closed)
         return Split(documents, tokens, self._text_bytes, tuple(self._closed))
 
+    def _stem(self) -> str:
+        return f"{self._split}/shard-{len(self._closed):05d}"
+
     def _close_shard(self) -> None:
         if self._open is not None:
             self._closed.append(self._open.close())
             self._open = None
 
+    def _restore(self, progress: dict[str, Any]) -> None:
+        self._text_bytes = progress["text_bytes"]
+        self._closed = [Shard(**shard) for shard in progress["closed"]]
+        for shard in self._closed:
+            self._count(_hash_of(self._root / shard.path, shard.sha256))
+            _hash_of(self._root / shard.ends_path, shard.ends_sha256)
+        if progress["open"] is not None:
+            self._open = _OpenShard(self._root, self._stem(), Shard(**progress["open"]), self._dtype)
+            self._count(self._root / self._open.path)
 
-class _OpenShard:
-    def __init__(self, root: Path, stem: str):
-        self._root = root
-        self._stem = stem
-        self._file = (root / f"{stem}.npy").open("wb")
+    def _count(self, path: Path) -> None:
+        """Add a shard's tokens to the counts, in bounded memory."""
+        with path.open("rb") as file:
+            while block := file.read(_BLOCK):
+                self.counts += np.bincount(np.frombuffer(block, self._dtype), minlength=len(self.counts))
+
+
+def _hash_of(path: Path, expected: str) -> Path:
+    """ChangedError where the file's hash is another."""
+    if not path.is_file():
+        raise ChangedError(f"{path.name} is gone")
+    with path.open("rb") as file:
+        if hashlib.file_digest(file, "sha256").hexdigest() != expected:
+            raise ChangedError(f"{path.name} changed")
+    return path
+
+
+class _HashedFile:
+    """A file that is only appended to, with the hash of its contents."""
+
+    def __init__(self, path: Path, size: int = 0, sha256: str = EMPTY_SHA256):
+        """Goes on after `size` bytes, whose hash must be `sha256` (else ChangedError)."""
         self._hash = hashlib.sha256()
-        self._ends: list[int] = []
-        self.tokens = 0
+        self._file = path.open("r+b" if size else "wb")
+        left = size
+        while left and (block := self._file.read(min(_BLOCK, left))):
+            self._hash.update(block)
+            left -= len(block)
+        if left or self.sha256 != sha256:
+            raise ChangedError(f"{path.name} changed")
+        self._file.truncate()
 
-    def add(self, document: np.ndarray) -> None:
-        raw = document.tobytes()
+    def append(self, raw: bytes) -> None:
         self._file.write(raw)
         self._hash.update(raw)
+
+    def sync(self) -> None:
+        self._file.flush()
+        os.fsync(self._file.fileno())
+
+    def close(self) -> None:
+        self.sync()
+        self._file.close()
+
+    @property
+    def sha256(self) -> str:
+        return self._hash.hexdigest()
+
+
+class _OpenShard:
+    def __init__(self, root: Path, stem: str, saved: Shard | None, dtype: np.dtype[Any]):
+        self.path = f"{stem}.npy"
+        # Not .npy: whoever trains on `*.npy` must not read it as tokens.
+        self._ends_path = f"{stem}.ends.u64"
+        self.tokens = saved.tokens if saved else 0
+        self._documents = saved.documents if saved else 0
+        if saved:
+            size, ends_size = saved.tokens * dtype.itemsize, saved.documents * ENDS_DTYPE.itemsize
+            self._file = _HashedFile(root / self.path, size, saved.sha256)
+            self._ends = _HashedFile(root / self._ends_path, ends_size, saved.ends_sha256)
+        else:
+            self._file, self._ends = _HashedFile(root / self.path), _HashedFile(root / self._ends_path)
+
+    def add(self, document: np.ndarray) -> None:
+        self._file.append(document.tobytes())
         self.tokens += len(document)
-        self._ends.append(self.tokens)
+        self._documents += 1
+        self._ends.append(self.tokens.to_bytes(ENDS_DTYPE.itemsize, "little"))
+
+    def save(self) -> Shard:
+        """Synced, and described as far as it goes."""
+        self._file.sync()
+        self._ends.sync()
+        return Shard(
+            path=self.path,
+            tokens=self.tokens,
+            sha256=self._file.sha256,
+            ends_path=self._ends_path,
+            documents=self._documents,
+            ends_sha256=self._ends.sha256,
+        )
 
     def close(self) -> Shard:
+        shard = self.save()
         self._file.close()
-        ends = np.array(self._ends, ENDS_DTYPE).tobytes()
-        # Not .npy: whoever trains on `*.npy` must not read it as tokens.
-        ends_path = f"{self._stem}.ends.u64"
-        (self._root / ends_path).write_bytes(ends)
-        return Shard(
-            path=f"{self._stem}.npy",
-            tokens=self.tokens,
-            sha256=self._hash.hexdigest(),
-            ends_path=ends_path,
-            documents=len(self._ends),
-            ends_sha256=hashlib.sha256(ends).hexdigest(),
-        )
+        self._ends.close()
+        return shard
 
 
 @contextmanager
-def new_directory(final: Path) -> Iterator[Path]:
+def new_directory(final: Path, keep: Callable[[Path], bool] = lambda partial: False) -> Iterator[Path]:
     """A directory to write into, beside `final`; it is renamed to `final` when the block ends well.
 
-    It is synced first: after a crash or a power cut, `final` is complete or not there. What an interrupted
-    run left, the next one clears. UserError where `final` is taken, or two runs want it at once.
+    It is synced first: after a crash or a power cut, `final` is complete or not there. It is given as an
+    interrupted run left it. When the block fails it is deleted, unless `keep` says that there is something to
+    go on from. UserError where `final` is taken, or two runs want it at once.
     """
     if final.exists() and (not final.is_dir() or any(final.iterdir())):
         raise UserError(
@@ -101,7 +211,7 @@ def new_directory(final: Path) -> Iterator[Path]:
         )
     partial = final.with_name(f".{final.name}.partial")
     partial.mkdir(parents=True, exist_ok=True)
-    lock = partial / "lock"
+    lock = partial / LOCK
     with lock.open("w") as held:
         try:
             fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -110,31 +220,41 @@ def new_directory(final: Path) -> Iterator[Path]:
                 f"data.dir={final}: another `olmoe prepare` is writing it; wait for it."
             ) from None
         try:
-            _clear(partial, keep=lock)
             yield partial
             lock.unlink()
             _sync_tree(partial)
             partial.rename(final)
-            _sync(final.parent)
+            sync(final.parent)
         except BaseException:
-            shutil.rmtree(partial, ignore_errors=True)
+            if not keep(partial):
+                shutil.rmtree(partial, ignore_errors=True)
             raise
 
 
-def _clear(directory: Path, keep: Path) -> None:
-    for path in directory.iterdir():
+def clear(partial: Path) -> None:
+    """Delete what an interrupted run left, except the lock."""
+    for path in partial.iterdir():
         if path.is_dir():
             shutil.rmtree(path)
-        elif path != keep:
+        elif path.name != LOCK:
             path.unlink()
+
+
+def replace_durably(path: Path, contents: str) -> None:
+    """Write a small file anew: after a crash it has the old or the new contents, whole."""
+    new = path.with_name(f"{path.name}.new")
+    new.write_text(contents, encoding="utf-8")
+    sync(new)
+    new.rename(path)
+    sync(path.parent)
 
 
 def _sync_tree(directory: Path) -> None:
     for path in [*directory.rglob("*"), directory]:
-        _sync(path)
+        sync(path)
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

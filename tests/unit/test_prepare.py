@@ -5,9 +5,7 @@ import math
 import subprocess
 import sys
 import sysconfig
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -15,11 +13,12 @@ from tokenizers import Tokenizer, models
 from transformers import AutoTokenizer
 
 from olmoe_train.config import DataConfig, PrepareConfig, SourceConfig, TokenizerConfig
-from olmoe_train.data.corpus import batches_of_files, python_stdlib_files, read_text, split_by_name
+from olmoe_train.data.corpus import held_out, python_stdlib_parts
 from olmoe_train.data.prepare import prepare, unigram_entropy
-from olmoe_train.data.tokens import Split, open_split, read_manifest
-from olmoe_train.data.writer import new_directory
+from olmoe_train.data.tokens import Split, open_split
+from olmoe_train.data.writer import clear, new_directory
 from olmoe_train.errors import UserError
+from tests.prepared_data import contents, prepare_config, read_documents
 
 FILES = 40
 
@@ -52,38 +51,15 @@ def stdlib(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return root
 
 
-def config(directory: Path, *, seed: int = 0, tokenizer: Path | None = None, **source: Any) -> PrepareConfig:
-    source = {"validation_fraction": 0.2, "processes": 1, **source}
-    return PrepareConfig(
-        seed=seed,
-        data=DataConfig(dir=str(directory), source=SourceConfig(**source)),
-        tokenizer=TokenizerConfig(path=str(tokenizer) if tokenizer else None, vocab_size=400),
-    )
-
-
-def documents(directory: Path, name: str) -> Iterator[list[int]]:
-    """The documents of a split as the document index tells them apart, each with its eos."""
-    split: Split = getattr(read_manifest(directory), name)
-    for shard in split.shards:
-        tokens = np.fromfile(directory / shard.path, "<u2")
-        ends = np.fromfile(directory / shard.ends_path, "<u8").astype(np.int64)
-        yield from (part.tolist() for part in np.split(tokens, ends)[:-1])
-
-
-def contents(directory: Path) -> dict[str, bytes]:
-    files = (path for path in directory.rglob("*") if path.is_file())
-    return {path.relative_to(directory).as_posix(): path.read_bytes() for path in files}
-
-
 def test_documents_are_the_files_exactly(
     stdlib: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "data"
-    manifest = prepare(config(out))
+    manifest = prepare(prepare_config(out))
     tokenizer = Tokenizer.from_file(str(out / "tokenizer/tokenizer.json"))
     assert [tokenizer.id_to_token(i) for i in (0, 1)] == ["<|endoftext|>", "<|padding|>"]
     texts = [path.read_bytes().decode() for path in sorted(stdlib.rglob("module_*.py"))]
-    found = {name: list(documents(out, name)) for name in ("train", "validation")}
+    found = {name: list(read_documents(out, name)) for name in ("train", "validation")}
     decoded = {
         name: [tokenizer.decode(d[:-1], skip_special_tokens=False) for d in found[name]] for name in found
     }
@@ -107,9 +83,9 @@ def test_documents_are_the_files_exactly(
 
 
 def test_manifest_entropy_is_that_of_the_tokens(stdlib: Path, tmp_path: Path) -> None:
-    manifest = prepare(config(tmp_path / "data"))
-    train = [token for document in documents(tmp_path / "data", "train") for token in document]
-    validation = [token for document in documents(tmp_path / "data", "validation") for token in document]
+    manifest = prepare(prepare_config(tmp_path / "data"))
+    train = [token for document in read_documents(tmp_path / "data", "train") for token in document]
+    validation = [token for document in read_documents(tmp_path / "data", "validation") for token in document]
     denominator = len(train) + manifest.vocab_size
     nats = [-math.log((train.count(token) + 1) / denominator) for token in validation]
     assert manifest.unigram_entropy == pytest.approx(sum(nats) / len(nats), rel=1e-12)
@@ -125,9 +101,9 @@ def test_unigram_entropy_by_hand() -> None:
 def test_same_bytes_from_one_process_and_from_three(
     stdlib: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("olmoe_train.data.prepare.BATCH_BYTES", 2000)  # many batches of few files
-    prepare(config(tmp_path / "one", processes=1))
-    prepare(config(tmp_path / "three", processes=3))
+    monkeypatch.setattr("olmoe_train.data.reader.BATCH_BYTES", 2000)  # many batches of few files
+    prepare(prepare_config(tmp_path / "one", processes=1))
+    prepare(prepare_config(tmp_path / "three", processes=3))
     assert contents(tmp_path / "one") == contents(tmp_path / "three")
 
 
@@ -152,7 +128,7 @@ def test_tokenizer_does_not_depend_on_threads_or_the_process() -> None:
 
 
 def test_transformers_opens_the_tokenizer(stdlib: Path, tmp_path: Path) -> None:
-    prepare(config(tmp_path / "data"))
+    prepare(prepare_config(tmp_path / "data"))
     theirs = AutoTokenizer.from_pretrained(tmp_path / "data/tokenizer")
     ours = Tokenizer.from_file(str(tmp_path / "data/tokenizer/tokenizer.json"))
     text = "def function_1(x):\n\treturn größer  # <|padding|> 漢\r\n"
@@ -163,12 +139,14 @@ def test_transformers_opens_the_tokenizer(stdlib: Path, tmp_path: Path) -> None:
 
 
 def test_shards_are_bounded_and_do_not_change_the_tokens(stdlib: Path, tmp_path: Path) -> None:
-    whole = prepare(config(tmp_path / "whole"))
-    parts = prepare(config(tmp_path / "parts", shard_tokens=2000))
+    whole = prepare(prepare_config(tmp_path / "whole"))
+    parts = prepare(prepare_config(tmp_path / "parts", shard_tokens=2000))
     assert len(parts.train.shards) > 3
     assert all(shard.tokens <= 2000 for shard in parts.train.shards)
     for name in ("train", "validation"):
-        assert list(documents(tmp_path / "parts", name)) == list(documents(tmp_path / "whole", name))
+        assert list(read_documents(tmp_path / "parts", name)) == list(
+            read_documents(tmp_path / "whole", name)
+        )
     size = whole.train.tokens
     one, many = open_split(tmp_path / "whole", "train"), open_split(tmp_path / "parts", "train")
     assert np.array_equal(one.read(0, size), many.read(0, size))
@@ -178,23 +156,23 @@ def test_second_run_verifies_and_does_nothing(
     stdlib: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "data"
-    first = prepare(config(out))
+    first = prepare(prepare_config(out))
     before = {path: path.stat().st_mtime_ns for path in out.rglob("*")}
     capsys.readouterr()
-    assert prepare(config(out, processes=2)) == first  # not a setting that decides the bytes
+    assert prepare(prepare_config(out, processes=2)) == first  # not a setting that decides the bytes
     assert f"already prepared, nothing to do: {out} (4 files verified)" in capsys.readouterr().out
     assert {path: path.stat().st_mtime_ns for path in out.rglob("*")} == before
     shard = out / "train/shard-00000.npy"
     shard.write_bytes(shard.read_bytes()[:-2] + b"\1\0")
     with pytest.raises(UserError, match=r"shard-00000\.npy: its contents changed"):
-        prepare(config(out))
+        prepare(prepare_config(out))
 
 
 def test_other_settings_are_refused_by_name(stdlib: Path, tmp_path: Path) -> None:
     out = tmp_path / "data"
-    prepare(config(out))
+    prepare(prepare_config(out))
     with pytest.raises(UserError) as caught:
-        prepare(config(out, seed=3, tokenizer=out / "tokenizer", shard_tokens=5000))
+        prepare(prepare_config(out, seed=3, tokenizer=out / "tokenizer", shard_tokens=5000))
     message = str(caught.value)
     assert f"data.dir={out} was prepared with other settings" in message
     assert "seed: 0 there, 3 asked for" in message
@@ -210,10 +188,10 @@ def test_bad_bytes_are_reported_by_line_and_leave_nothing(
     stdlib: Path, tmp_path: Path, given_tokenizer: bool
 ) -> None:
     """Met while training the tokenizer here; with a tokenizer given, while encoding in a worker."""
-    prepare(config(tmp_path / "good"))
+    prepare(prepare_config(tmp_path / "good"))
     tokenizer = tmp_path / "good/tokenizer" if given_tokenizer else None
     (stdlib / "bad.py").write_bytes(b"fine = 1\n\nname = 'caf\xe9'\n")
-    cfg = config(tmp_path / "data", tokenizer=tokenizer, validation_fraction=0.0)
+    cfg = prepare_config(tmp_path / "data", tokenizer=tokenizer, validation_fraction=0.0)
     with pytest.raises(UserError, match=r"bad\.py:3: byte 0xe9 is not UTF-8 \(invalid continuation byte\)"):
         prepare(cfg)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["good", "lib"]
@@ -255,37 +233,37 @@ def hf_directory(source: Path, target: Path) -> Path:
 
 
 def test_given_tokenizer_encodes_all_of_a_document(stdlib: Path, tmp_path: Path) -> None:
-    trained = prepare(config(tmp_path / "trained"))
+    trained = prepare(prepare_config(tmp_path / "trained"))
     (stdlib / "module_00.py").write_bytes(b"end = '</s>' + '<|endoftext|>'\n" * 50)
     given = hf_directory(tmp_path / "trained/tokenizer", tmp_path / "hf")
-    manifest = prepare(config(tmp_path / "data", tokenizer=given, validation_fraction=0.0))
+    manifest = prepare(prepare_config(tmp_path / "data", tokenizer=given, validation_fraction=0.0))
     assert manifest.eos_token_id == trained.vocab_size == manifest.vocab_size - 1
     assert manifest.validation == Split(0, 0, 0, ())
     assert manifest.unigram_entropy is None
     assert contents(tmp_path / "data/tokenizer") == contents(given)
     tokenizer = Tokenizer.from_file(str(given / "tokenizer.json"))
-    found = list(documents(tmp_path / "data", "train"))
+    found = list(read_documents(tmp_path / "data", "train"))
     decoded = [tokenizer.decode(document[:-1], skip_special_tokens=False) for document in found]
-    assert decoded == [read_text(path) for path in sorted(stdlib.rglob("module_*.py"))]
+    assert decoded == [path.read_bytes().decode() for path in sorted(stdlib.rglob("module_*.py"))]
     # Text that spells a special token is not that token.
     assert all(document.count(manifest.eos_token_id) == 1 and 0 not in document for document in found)
 
 
 def test_lone_tokenizer_json(stdlib: Path, tmp_path: Path) -> None:
-    trained = prepare(config(tmp_path / "trained"))
-    lone = prepare(config(tmp_path / "lone", tokenizer=tmp_path / "trained/tokenizer/tokenizer.json"))
+    trained = prepare(prepare_config(tmp_path / "trained"))
+    lone = prepare(prepare_config(tmp_path / "lone", tokenizer=tmp_path / "trained/tokenizer/tokenizer.json"))
     assert (lone.eos_token_id, lone.pad_token_id, lone.train) == (0, 1, trained.train)
 
 
 def test_tokenizer_without_an_end_of_text_token(stdlib: Path, tmp_path: Path) -> None:
     Tokenizer(models.WordLevel({"a": 0}, unk_token="a")).save(str(tmp_path / "tokenizer.json"))
     with pytest.raises(UserError, match=r"tokenizer\.path=.*: no token to end documents with"):
-        prepare(config(tmp_path / "data", tokenizer=tmp_path / "tokenizer.json"))
+        prepare(prepare_config(tmp_path / "data", tokenizer=tmp_path / "tokenizer.json"))
     (tmp_path / "tokenizer.json").write_text("{}")
     with pytest.raises(UserError, match=r"tokenizer\.path=.*: not a readable tokenizer"):
-        prepare(config(tmp_path / "data", tokenizer=tmp_path / "tokenizer.json"))
+        prepare(prepare_config(tmp_path / "data", tokenizer=tmp_path / "tokenizer.json"))
     with pytest.raises(UserError, match=r"tokenizer\.path=.*nowhere: no tokenizer\.json there"):
-        prepare(config(tmp_path / "data", tokenizer=tmp_path / "nowhere"))
+        prepare(prepare_config(tmp_path / "data", tokenizer=tmp_path / "nowhere"))
 
 
 def test_directory_with_something_else_in_it_is_left_alone(stdlib: Path, tmp_path: Path) -> None:
@@ -293,14 +271,14 @@ def test_directory_with_something_else_in_it_is_left_alone(stdlib: Path, tmp_pat
     out.mkdir()
     (out / "thesis.txt").write_text("years of work")
     with pytest.raises(UserError, match=r"data\.dir=.*mine: exists and is not prepared data"):
-        prepare(config(out))
+        prepare(prepare_config(out))
     assert (out / "thesis.txt").read_text() == "years of work"
 
 
 def test_mount_point_is_refused_before_any_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Path, "is_mount", lambda path: path == tmp_path / "volume")
     with pytest.raises(UserError, match=r"data\.dir=.*volume: is a mount point.* choose .*volume/data"):
-        prepare(config(tmp_path / "volume"))
+        prepare(prepare_config(tmp_path / "volume"))
 
 
 def test_new_directory_appears_whole_or_not_at_all(tmp_path: Path) -> None:
@@ -308,12 +286,14 @@ def test_new_directory_appears_whole_or_not_at_all(tmp_path: Path) -> None:
     with pytest.raises(TypeError), new_directory(out) as directory:
         (directory / "half").write_bytes("text")  # type: ignore[arg-type]
     assert list((tmp_path / "deep").iterdir()) == []
-    # What a killed run leaves is cleared; an empty directory may be given.
+    # What a killed run leaves is handed over; an empty directory may be given.
     left = tmp_path / "deep" / ".data.partial"
     (left / "train").mkdir(parents=True)
     (left / "train" / "old").write_text("x")
     out.mkdir()
     with new_directory(out) as directory:
+        assert (directory / "train" / "old").is_file()
+        clear(directory)
         (directory / "whole").write_text("x")
         with pytest.raises(UserError, match="another `olmoe prepare` is writing it"), new_directory(out):
             pass
@@ -322,33 +302,29 @@ def test_new_directory_appears_whole_or_not_at_all(tmp_path: Path) -> None:
     assert [path.name for path in (tmp_path / "deep").iterdir()] == ["data"]
 
 
-def test_split_of_a_file_stays_when_files_come_and_go(tmp_path: Path) -> None:
-    files = [tmp_path / f"f{number}.py" for number in range(2000)]
-    train, validation = split_by_name(files, tmp_path, 0.05, seed=0)
-    assert sorted(train + validation) == sorted(files)
-    assert 100 - 5 * 10 < len(validation) < 100 + 5 * 10  # standard deviation of 2000 draws at 0.05
-    fewer_train, fewer_validation = split_by_name(files[::2], tmp_path, 0.05, seed=0)
-    assert set(fewer_train) <= set(train)
-    assert set(fewer_validation) <= set(validation)
-    assert split_by_name(files, tmp_path, 0.05, seed=1)[1] != validation
-    assert split_by_name(files, tmp_path, 0.0, seed=0) == (files, [])
-    with pytest.raises(UserError, match=r"no file of 3 is in the validation split(.|\n)*Raise it"):
-        split_by_name(files[:3], tmp_path, 1e-9, seed=0)
+def test_documents_are_held_out_by_identity_and_seed_alone() -> None:
+    names = [f"f{number}.py" for number in range(2000)]
+    held = [name for name in names if held_out(name, 0.05, seed=0)]
+    assert 100 - 5 * 10 < len(held) < 100 + 5 * 10  # standard deviation of 2000 draws at 0.05
+    assert held != [name for name in names if held_out(name, 0.05, seed=1)]
+    assert not any(held_out(name, 0.0, seed=0) for name in names)
+    # Frozen: a corpus prepared again is split as it was.
+    assert held[:3] == ["f16.py", "f37.py", "f44.py"]
 
 
-def test_batches_keep_the_order_of_files(tmp_path: Path) -> None:
-    files = [tmp_path / f"{number}" for number in range(5)]
-    for path, size in zip(files, (10, 10, 50, 1, 1), strict=True):
-        path.write_bytes(b"x" * size)
-    assert list(batches_of_files(files, 20)) == [files[:2], files[2:3], files[3:]]
+def test_split_without_documents_is_refused(stdlib: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"no document of 40 is in the validation split(.|\n)*Raise it"):
+        prepare(prepare_config(tmp_path / "data", validation_fraction=1e-9))
+    with pytest.raises(UserError, match=r"no document of 40 is in the training split(.|\n)*Lower it"):
+        prepare(prepare_config(tmp_path / "data", validation_fraction=1 - 1e-9))
 
 
 def test_the_real_standard_library() -> None:
     root = Path(sysconfig.get_paths()["stdlib"])
-    files = python_stdlib_files(root)
-    names = [path.relative_to(root).as_posix() for path in files]
+    parts = python_stdlib_parts(root)
+    names = [part.name for part in parts]
     assert names == sorted(names)
     assert {"ast.py", "asyncio/events.py"} <= set(names)
     directories = {part for name in names for part in name.split("/")[:-1]}
     assert not directories & {"test", "tests", "site-packages", "__pycache__"}
-    assert sum(len(read_text(path).encode()) for path in files) > 8_000_000
+    assert sum(part.size for part in parts) > 8_000_000
