@@ -22,9 +22,8 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from olmoe_train.checkpoint.hf_files import (
     INDEX,
     WEIGHTS,
-    StoredTensor,
+    StoredWeights,
     byte_count,
-    open_weights,
     publish,
     some,
     write_json,
@@ -202,17 +201,17 @@ def holds_model(
     bit."""
     if not (directory / "config.json").is_file():
         return False
-    stored = open_weights(directory)
+    stored = StoredWeights(directory)
     if OlmoeConfig.from_pretrained(directory) != _as_written(config, dtype):
         return False
     compared = 0
     for name, shape in parameter_shapes(config).items():
         whole = read(name).to("cpu", dtype)
         for hub_name, index in hub_parts(name, shape).items():
-            if hub_name not in stored or not torch.equal(stored[hub_name].read(), whole[index]):
+            if hub_name not in stored.tensors or not torch.equal(stored.read(hub_name), whole[index]):
                 return False
             compared += 1
-    return compared == len(stored)
+    return compared == len(stored.tensors)
 
 
 def _as_written(
@@ -240,8 +239,9 @@ def from_pretrained(
     """The model of an HF directory, in eval mode. dtype None: as stored. UserError: what is wrong with the
     files."""
     config = OlmoeConfig.from_pretrained(directory)
-    stored = open_weights(Path(directory))
-    config.dtype = dtype or config.dtype or next(iter(stored.values())).dtype
+    if config.dtype is None:
+        config.dtype = next(iter(StoredWeights(Path(directory)).tensors.values())).dtype
+    config.dtype = dtype or config.dtype
     with torch.device("meta"):
         model = model_class(config)
     model = model.to(config.dtype).to_empty(device=device)
@@ -261,14 +261,14 @@ def load_pretrained(model: OlmoePreTrainedModel, directory: str | Path) -> None:
     """
     directory = Path(directory)
     _refuse_other_function(model.config, OlmoeConfig.from_pretrained(directory), directory)
-    stored = open_weights(directory)
+    stored = StoredWeights(directory)
     plan = _match_names(model, stored, directory)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             parts = plan[name]
-            whole = torch.empty(parameter.shape, dtype=stored[next(iter(parts))].dtype)
+            whole = torch.empty(parameter.shape, dtype=stored.tensors[next(iter(parts))].dtype)
             for stored_name, index in parts.items():
-                whole[index] = stored[stored_name].read()
+                whole[index] = stored.read(stored_name)
             assign(parameter, whole)
     _refuse_untied(model.config, stored, directory)
 
@@ -283,27 +283,32 @@ def assign(parameter: Tensor, whole: Tensor) -> None:
 
 
 def _match_names(
-    model: OlmoePreTrainedModel, stored: dict[str, StoredTensor], directory: Path
+    model: OlmoePreTrainedModel, stored: StoredWeights, directory: Path
 ) -> dict[str, dict[str, Index]]:
     """For each parameter the stored tensors that make it up. UserError lists all that do not fit."""
-    prefix_there, prefix_here = any(name.startswith("model.") for name in stored), hasattr(model, "lm_head")
+    prefix_there, prefix_here = (
+        any(name.startswith("model.") for name in stored.tensors),
+        hasattr(model, "lm_head"),
+    )
     plan: dict[str, dict[str, Index]] = {}
     missing, misshaped = [], []
     for name, parameter in model.named_parameters():
         # A base model's file has no `model.` in front, and a base model can be read from a whole one's.
         there = f"model.{name}" if prefix_there and not prefix_here else name
         there = there.removeprefix("model.") if not prefix_there else there
-        parts: dict[str, Index] = {there: ()} if there in stored else hub_parts(there, parameter.shape)
+        parts: dict[str, Index] = (
+            {there: ()} if there in stored.tensors else hub_parts(there, parameter.shape)
+        )
         plan[name] = parts
         for stored_name, index in parts.items():
             expected = tuple(torch.empty(parameter.shape, device="meta")[index].shape)
-            if stored_name not in stored:
+            if stored_name not in stored.tensors:
                 missing.append(stored_name)
-            elif (shape := stored[stored_name].shape) != expected:
+            elif (shape := stored.tensors[stored_name].shape) != expected:
                 misshaped.append(f"{stored_name} is {list(shape)}, the model's is {list(expected)}")
     used = {stored_name for parts in plan.values() for stored_name in parts}
     ignored = {"lm_head.weight"} if not prefix_here or model.config.tie_word_embeddings else set()
-    unexpected = sorted(stored.keys() - used - ignored)
+    unexpected = sorted(stored.tensors.keys() - used - ignored)
     complaints = {"missing": missing, "unexpected": unexpected, "of another shape": misshaped}
     if any(complaints.values()):
         lines = [f"tensors {what}: {some(names)}" for what, names in complaints.items() if names]
@@ -311,11 +316,11 @@ def _match_names(
     return plan
 
 
-def _refuse_untied(config: OlmoeConfig, stored: dict[str, StoredTensor], directory: Path) -> None:
+def _refuse_untied(config: OlmoeConfig, stored: StoredWeights, directory: Path) -> None:
     """A file may hold a tied head beside the embedding; then it must be the same."""
     both = ("lm_head.weight", "model.embed_tokens.weight")
-    if config.tie_word_embeddings and all(name in stored for name in both):
-        head, embedding = (stored[name].read() for name in both)
+    if config.tie_word_embeddings and all(name in stored.tensors for name in both):
+        head, embedding = (stored.read(name) for name in both)
         if not torch.equal(head, embedding):
             raise UserError(
                 f"{directory}: tie_word_embeddings is true, but lm_head.weight is not the embedding; to keep "

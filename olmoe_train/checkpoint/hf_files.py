@@ -21,50 +21,71 @@ _UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 _UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
 
 
+# Names that safetensors headers give to the dtypes a model can have.
+_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "F64": torch.float64}
+
+
 @dataclass(frozen=True)
 class StoredTensor:
-    """One tensor of an open safetensors file, not read yet."""
+    """What a file's header says of one tensor."""
 
-    file: Any
-    name: str
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return tuple(self.file.get_slice(self.name).get_shape())
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.file.get_slice(self.name)[:0].dtype
-
-    def read(self) -> Tensor:
-        return self.file.get_tensor(self.name)
+    path: Path
+    shape: tuple[int, ...]
+    dtype: torch.dtype
 
 
-def open_weights(directory: Path) -> dict[str, StoredTensor]:
-    """Every tensor of an HF directory by its name on disk. UserError for missing, unsafe or damaged files."""
-    if (directory / WEIGHTS).is_file():
-        files = {WEIGHTS}
-        listed: dict[str, str] = {}
-    elif (directory / INDEX).is_file():
-        listed = _read_index(directory / INDEX)
-        files = set(listed.values())
-    elif pickles := sorted(path.name for path in directory.glob("pytorch_model*.bin")):
-        raise UserError(
+class StoredWeights:
+    """Every tensor of an HF directory by its name on disk; nothing is read before `read` asks for it.
+
+    One file is open at a time: the pages of a mapped file count as this process's memory while it is.
+    UserError for missing, unsafe or damaged files, and for tensors that are not floating point.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        self._path = Path()
+        self._file: Any = None
+        self.tensors: dict[str, StoredTensor] = {}
+        listed = _read_index(directory / INDEX) if (directory / INDEX).is_file() else {}
+        if (directory / WEIGHTS).is_file():
+            listed = {}  # where a directory has both, Transformers too reads the single file
+        elif not listed:
+            raise _no_weights(directory)
+        for name in sorted(set(listed.values())) or [WEIGHTS]:
+            self._read_header(directory / name)
+        if lost := [f"{key} in {name}" for key, name in listed.items() if key not in self.tensors]:
+            raise UserError(f"{directory / INDEX} lists tensors that are not there: {some(lost)}")
+
+    def read(self, name: str) -> Tensor:
+        """A view of the file: copy what you keep."""
+        return self._open(self.tensors[name].path).get_tensor(name)
+
+    def _read_header(self, path: Path) -> None:
+        file = self._open(path)
+        for name in file.keys():  # noqa: SIM118  not a dict
+            header = file.get_slice(name)
+            if header.get_dtype() not in _DTYPES:
+                raise UserError(
+                    f"{path}: {name} is stored as {header.get_dtype()}; quantised weights cannot be read"
+                )
+            self.tensors[name] = StoredTensor(path, tuple(header.get_shape()), _DTYPES[header.get_dtype()])
+
+    def _open(self, path: Path) -> Any:
+        if path != self._path:
+            self._file = None  # before the next one is mapped
+            try:
+                self._path, self._file = path, safe_open(path, framework="pt", device="cpu")
+            except (OSError, SafetensorError) as error:
+                raise UserError(f"{path}: cannot be read: {error}") from None
+        return self._file
+
+
+def _no_weights(directory: Path) -> UserError:
+    if pickles := sorted(path.name for path in directory.glob("pytorch_model*.bin")):
+        return UserError(
             f"{directory} has its weights in {pickles[0]} only, a pickle, which may run code when read: "
             "convert it to safetensors (Transformers: save_pretrained) where you trust it"
         )
-    else:
-        raise UserError(f"{directory}: no weights there ({WEIGHTS} or {INDEX})")
-    stored: dict[str, StoredTensor] = {}
-    for name in sorted(files):
-        try:
-            file = safe_open(directory / name, framework="pt", device="cpu")
-        except (OSError, SafetensorError) as error:
-            raise UserError(f"{directory / name}: cannot be read: {error}") from None
-        stored |= {key: StoredTensor(file, key) for key in file.keys()}  # noqa: SIM118  not a dict
-    if lost := [f"{key} in {name}" for key, name in listed.items() if key not in stored]:
-        raise UserError(f"{directory / INDEX} lists tensors that are not there: {some(lost)}")
-    return stored
+    return UserError(f"{directory}: no weights there ({WEIGHTS} or {INDEX})")
 
 
 def _read_index(path: Path) -> dict[str, str]:

@@ -326,6 +326,14 @@ def test_missing_unexpected_and_misshaped_tensors_are_named_together(saved: Path
     assert "lm_head.weight is [41, 8], the model's is [40, 8]" in message
 
 
+def test_quantised_weights_are_refused(saved: Path) -> None:
+    edit_tensors(
+        saved, lambda tensors: tensors.update({"lm_head.weight": torch.zeros(40, 8, dtype=torch.int8)})
+    )
+    with pytest.raises(UserError, match=r"lm_head\.weight is stored as I8"):
+        OlmoeForCausalLM.from_pretrained(saved)
+
+
 def test_long_lists_of_names_are_cut(saved: Path) -> None:
     edit_tensors(saved, lambda tensors: [tensors.pop(name) for name in list(tensors) if ".experts." in name])
     with pytest.raises(UserError, match="and 13 more"):
