@@ -8,8 +8,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from olmoe_train.config import OptimizerConfig, Schedule, SchedulerConfig, TrainConfig
-from olmoe_train.distributed.mesh import copies
-from olmoe_train.distributed.parallelize import local_tensor
+from olmoe_train.distributed.mesh import copies, local_tensor
 
 
 def build_optimizer(model: nn.Module, cfg: OptimizerConfig) -> torch.optim.AdamW:

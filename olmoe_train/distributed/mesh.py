@@ -19,16 +19,15 @@ COLLECTIVE_TIMEOUT = timedelta(minutes=10)
 
 @dataclass(frozen=True)
 class Mesh:
-    """Ranks as a grid, in row-major order. Every rank sees other data."""
+    """Ranks as grids, in row-major order. Every rank sees other data."""
 
     device: torch.device
     dense: DeviceMesh
-    """(replicate, shard): copies of the model, and the ranks that share one copy."""
-
-    @property
-    def replicate_size(self) -> int:
-        """Copies of each parameter."""
-        return self.dense.size(0)
+    """(replicate, shard): copies of the model, and the ranks that share one copy; without the experts, where
+    those are parallel."""
+    expert: DeviceMesh | None
+    """(replicate, expert_shard, expert) for expert parameters; None without expert parallelism. A mesh of its
+    own, not a slice of one common grid: with ddp there are fewer copies of the experts than of the rest."""
 
 
 def init_distributed(device: str = "auto", timeout: timedelta = COLLECTIVE_TIMEOUT) -> torch.device:
@@ -52,19 +51,33 @@ def init_distributed(device: str = "auto", timeout: timedelta = COLLECTIVE_TIMEO
 
 
 def build_mesh(parallel: ParallelConfig, device: torch.device) -> Mesh:
-    """The grid of a validated configuration, over all ranks of the process group.
+    """The grids of a validated configuration, over all ranks of the process group.
 
-    fsdp: replicate_size copies, each sharded over the rest. ddp: a copy on every rank.
+    fsdp: replicate_size copies, each sharded over the rest; expert parallelism takes neighbouring ranks of
+    one copy, so that rows travel inside a machine where it is large enough. ddp: a copy on every rank; a copy
+    of the experts is then spread over expert_parallel_size ranks.
     """
-    world = dist.get_world_size()
+    world, experts = dist.get_world_size(), parallel.expert_parallel_size
     replicate = world if parallel.strategy is Strategy.ddp else parallel.replicate_size
-    shape = (replicate, world // replicate)
-    return Mesh(device, init_device_mesh(device.type, shape, mesh_dim_names=("replicate", "shard")))
+    dense_shape = (replicate, world // replicate)
+    dense = init_device_mesh(device.type, dense_shape, mesh_dim_names=("replicate", "shard"))
+    if experts == 1:
+        return Mesh(device, dense, expert=None)
+    expert_replicate = world // experts if parallel.strategy is Strategy.ddp else replicate
+    expert_shape = (expert_replicate, world // (expert_replicate * experts), experts)
+    names = ("replicate", "expert_shard", "expert")
+    return Mesh(device, dense, init_device_mesh(device.type, expert_shape, mesh_dim_names=names))
 
 
 def copies(tensor: Tensor) -> int:
-    """How many ranks hold each element of a sharded parameter or gradient: 1, or more with HSDP and ddp."""
+    """How many ranks hold each element of a parameter or gradient: 1, or more with HSDP and ddp."""
     if not isinstance(tensor, DTensor):
         return 1
     sizes = zip(tensor.device_mesh.shape, tensor.placements, strict=True)
     return math.prod(size for size, placement in sizes if placement.is_replicate())
+
+
+def local_tensor(tensor: Tensor) -> Tensor:
+    """This rank's part of a distributed tensor, sharing memory with it; a plain tensor as it is."""
+    # Not hasattr(tensor, "to_local"): torch.compile takes that for false.
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor

@@ -1,43 +1,24 @@
 """The one place and order in which parallelism is put onto the model, from outside:
-activation checkpointing -> torch.compile -> FSDP2.
+expert parallelism -> activation checkpointing -> torch.compile -> FSDP2.
 
 Both strategies are FSDP2 (`fully_shard`): with ddp every rank is a shard group of its own, so parameters stay
 whole and only gradients are reduced. Gradients are summed over all ranks, never averaged: the loss is already
 divided by counts over the whole global batch, whatever each rank's share of them.
 """
 
-import functools
-from typing import Any
-
 import torch
 from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, Shard
-from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
-from olmoe_train.config import ActivationCheckpointing, Precision, TrainConfig
-from olmoe_train.distributed.mesh import Mesh
+from olmoe_train.config import Precision, TrainConfig
+from olmoe_train.distributed.expert_parallel import apply_expert_parallelism
+from olmoe_train.distributed.mesh import Mesh, local_tensor
+from olmoe_train.distributed.recompute import checkpoint_activations, compute_parts
 from olmoe_train.model import OlmoeForCausalLM
 from olmoe_train.model.init import initial_value
 from olmoe_train.model.transformer import OlmoeDecoderLayer
-
-_aten = torch.ops.aten
-# Recomputation has to send every token where the first pass sent it, and a kernel that sums in another order
-# may break a near-tie the other way: so the choice itself is kept. T x K values and indices a layer.
-_ROUTING = frozenset({_aten.topk.default})
-# What `selective` keeps besides: results of matrix products and attention, most of a layer's arithmetic.
-_MATRIX_PRODUCTS = frozenset(
-    {
-        _aten.mm.default,
-        _aten.addmm.default,
-        _aten.bmm.default,
-        _aten._grouped_mm.default,
-        _aten._scaled_dot_product_flash_attention.default,
-        _aten._scaled_dot_product_flash_attention_for_cpu.default,
-        _aten._scaled_dot_product_efficient_attention.default,
-        _aten._scaled_dot_product_cudnn_attention.default,
-    }
-)
 
 
 def parallelize(model: OlmoeForCausalLM, cfg: TrainConfig, mesh: Mesh) -> OlmoeForCausalLM:
@@ -45,32 +26,13 @@ def parallelize(model: OlmoeForCausalLM, cfg: TrainConfig, mesh: Mesh) -> OlmoeF
 
     A meta model is then filled by `initialise`. Call before the optimizer is built.
     """
+    if mesh.expert is not None:
+        apply_expert_parallelism(model, mesh.expert["expert"])
     checkpoint_activations(model, cfg.trainer.activation_checkpointing)
     if cfg.trainer.compile:
         compile_layers(model)
     shard(model, mesh, cfg.trainer.precision)
     return model
-
-
-def checkpoint_activations(model: OlmoeForCausalLM, mode: ActivationCheckpointing) -> None:
-    """Recompute each decoder layer in backward, from its input and what the mode keeps."""
-    if mode is ActivationCheckpointing.none:
-        return
-    kept = _ROUTING if mode is ActivationCheckpointing.full else _ROUTING | _MATRIX_PRODUCTS
-
-    def policy(context: Any, operator: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
-        return CheckpointPolicy.MUST_SAVE if operator in kept else CheckpointPolicy.PREFER_RECOMPUTE
-
-    for layer in model.model.layers:
-        # The instance's forward, not a wrapper module: names stay as they are, and FSDP's hooks stay outside
-        # of the recomputation.
-        layer.forward = functools.partial(
-            checkpoint,
-            layer.forward,
-            use_reentrant=False,
-            context_fn=functools.partial(create_selective_checkpoint_contexts, policy),
-            preserve_rng_state=model.config.attention_dropout > 0,
-        )
 
 
 def compile_layers(model: OlmoeForCausalLM) -> None:
@@ -81,13 +43,13 @@ def compile_layers(model: OlmoeForCausalLM) -> None:
     """
     for layer in model.model.layers:
         assert isinstance(layer, OlmoeDecoderLayer)
-        norms = (layer.input_layernorm, layer.post_attention_layernorm)
-        for part in (*norms, layer.self_attn, layer.mlp.experts):
-            part.forward = torch.compile(part.forward)  # type: ignore[method-assign, assignment]
+        for part in compute_parts(layer):
+            part.forward = torch.compile(part.forward)
 
 
 def shard(model: OlmoeForCausalLM, mesh: Mesh, precision: Precision) -> None:
-    """FSDP2 over the mesh: one unit a decoder layer; embedding, final norm and head are the root's.
+    """FSDP2 over the mesh: one unit a decoder layer; embedding, final norm and head are the root's. Parallel
+    experts are a unit of their own, over the ranks that hold the same ones.
 
     precision bf16: fp32 parameters are cast to bf16 as they are gathered, gradients are summed in fp32.
     """
@@ -95,12 +57,10 @@ def shard(model: OlmoeForCausalLM, mesh: Mesh, precision: Precision) -> None:
     if precision is Precision.bf16:
         # The model says itself where it needs fp32; FSDP would cast layer inputs, whatever they are, to bf16.
         policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)
-    replicated = mesh.dense.size(0) > 1
-    data = mesh.dense if replicated else mesh.dense["shard"]
-    # Freeing a layer between forward and backward saves memory only where it is gathered from other ranks.
-    reshard = mesh.dense["shard"].size() > 1
     for layer in model.model.layers:
-        fully_shard(layer, mesh=data, mp_policy=policy, reshard_after_forward=reshard)
+        assert isinstance(layer, OlmoeDecoderLayer)
+        _shard_layer(layer, mesh, policy)
+    data = _data_mesh(mesh.dense, "shard")
     fully_shard(model, mesh=data, mp_policy=policy, reshard_after_forward=False)
     register_fsdp_forward_method(model, "training_forward")
     for unit in model.modules():
@@ -108,6 +68,35 @@ def shard(model: OlmoeForCausalLM, mesh: Mesh, precision: Precision) -> None:
             # A plain sum. With the factor alone FSDP asks for a pre-multiplied sum, which only NCCL has.
             unit.set_gradient_divide_factor(1.0)
             unit.set_force_sum_reduction_for_comms(True)
+
+
+def _shard_layer(layer: OlmoeDecoderLayer, mesh: Mesh, policy: MixedPrecisionPolicy) -> None:
+    prefetched = []
+    if mesh.expert is not None:
+        experts = fully_shard(
+            layer.mlp.experts,
+            mesh=_data_mesh(mesh.expert, "expert_shard"),
+            # Inside of each expert: their own dimension is spread over the expert ranks already.
+            shard_placement_fn=lambda parameter: Shard(1),
+            mp_policy=policy,
+            reshard_after_forward=_gathered(mesh.expert, "expert_shard"),
+        )
+        prefetched.append(experts)
+    data, reshard = _data_mesh(mesh.dense, "shard"), _gathered(mesh.dense, "shard")
+    unit = fully_shard(layer, mesh=data, mp_policy=policy, reshard_after_forward=reshard)
+    # Experts are gathered during attention: after it, dispatch makes the host wait before it could ask for
+    # them.
+    unit.set_modules_to_forward_prefetch(prefetched)
+
+
+def _data_mesh(mesh: DeviceMesh, shard: str) -> DeviceMesh:
+    """The mesh that gradients are summed over: two-dimensional only where there are copies to sum over."""
+    return mesh["replicate", shard] if mesh["replicate"].size() > 1 else mesh[shard]
+
+
+def _gathered(mesh: DeviceMesh, shard: str) -> bool:
+    """Whether parameters come from other ranks; only then does freeing them after forward save memory."""
+    return mesh[shard].size() > 1
 
 
 @torch.no_grad()
@@ -142,8 +131,3 @@ def shard_slices(tensor: Tensor) -> tuple[slice, ...]:
                 chunk = -(-(stop - start) // size)
                 bounds[placement.dim] = (min(start + at * chunk, stop), min(start + (at + 1) * chunk, stop))
     return tuple(slice(start, stop) for start, stop in bounds)
-
-
-def local_tensor(tensor: Tensor) -> Tensor:
-    """This rank's shard, sharing memory with it."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor

@@ -38,8 +38,9 @@ class Routing:
     rank."""
 
 
-Dispatch = Callable[[Tensor, Tensor, int], tuple[Tensor, Tensor, Routing]]
+Dispatch = Callable[..., tuple[Tensor, Tensor, Routing]]
 Combine = Callable[[Tensor, Tensor, Routing], Tensor]
+Choose = Callable[[Tensor, int], Tensor]
 
 
 def sort_by_expert(expert_indices_TK: Tensor, num_experts: int) -> Routing:
@@ -55,10 +56,13 @@ def sort_by_expert(expert_indices_TK: Tensor, num_experts: int) -> Routing:
 
 
 def dispatch_local(
-    x_TD: Tensor, expert_indices_TK: Tensor, num_experts: int
+    x_TD: Tensor, expert_indices_TK: Tensor, num_experts: int, routing: Routing | None = None
 ) -> tuple[Tensor, Tensor, Routing]:
-    """(rows_RD sorted by expert, rows of each expert [E], routing), all experts being on this rank."""
-    routing = sort_by_expert(expert_indices_TK, num_experts)
+    """(rows_RD sorted by expert, rows of each expert [E], routing), all experts being on this rank.
+
+    routing: of an earlier pass of the same tokens, to go the same way again.
+    """
+    routing = routing or sort_by_expert(expert_indices_TK, num_experts)
     return copy_rows(x_TD, routing), routing.counts_E, routing
 
 
@@ -104,27 +108,41 @@ class _Unsort(torch.autograd.Function):
         return d_rows_TKD.flatten(0, 1).index_select(0, choice_R), None, None
 
 
+def choose_top_k(probs_TE: Tensor, top_k: int) -> Tensor:
+    """expert_indices_TK int64: each token's most probable experts, the first one first."""
+    return probs_TE.topk(top_k, dim=-1).indices
+
+
 class OlmoeTopKRouter(nn.Module):
-    """Token-choice router; all of it in fp32."""
+    """Token-choice router; all of it in fp32. `choose` is a plain function; activation checkpointing replays
+    what it returned."""
 
     def __init__(self, config: OlmoeConfig) -> None:
         super().__init__()
         self.top_k = config.num_experts_per_tok
         self.norm_topk_prob = config.norm_topk_prob
+        self.choose: Choose = choose_top_k
         self.weight = nn.Parameter(torch.empty(config.num_experts, config.hidden_size))
 
     def forward(self, x_TD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """(logits_TE fp32, weights_TK fp32, expert_indices_TK int64)."""
         logits_TE = F.linear(x_TD.float(), self.weight.float())
-        weights_TK, indices_TK = logits_TE.softmax(-1).topk(self.top_k, dim=-1)
+        probs_TE = logits_TE.softmax(-1)
+        indices_TK = self.choose(probs_TE.detach(), self.top_k)
+        weights_TK = probs_TE.gather(1, indices_TK)
         if self.norm_topk_prob:
             weights_TK = weights_TK / weights_TK.sum(-1, keepdim=True)
         return logits_TE, weights_TK, indices_TK
 
 
+def all_experts(weight: Tensor) -> Tensor:
+    """The experts of this rank among those of the parameter."""
+    return weight
+
+
 class OlmoeExperts(nn.Module):
     """E gated MLPs: down(act(gate(x)) * up(x)), weights stacked on the expert dimension, gate and up
-    fused."""
+    fused. `own` is a plain function: expert parallelism hands in one that picks this rank's experts."""
 
     def __init__(self, config: OlmoeConfig) -> None:
         super().__init__()
@@ -133,20 +151,15 @@ class OlmoeExperts(nn.Module):
         self.down_proj = nn.Parameter(torch.empty(experts, hidden, width))
         self.activation = ACTIVATIONS[config.hidden_act]
         self.backend = "auto"
+        self.own: Callable[[Tensor], Tensor] = all_experts
 
     def forward(self, rows_RD: Tensor, counts_E: Tensor) -> Tensor:
         """rows_RD: grouped by expert, counts_E rows each (int64, on the device). Returns [R, D]."""
-        gate_up_EHD, down_EDF = _local(self.gate_up_proj), _local(self.down_proj)
+        gate_up_EHD, down_EDF = self.own(self.gate_up_proj), self.own(self.down_proj)
         grouped = rows_RD.device.type != "cpu" if self.backend == "auto" else self.backend == "grouped_mm"
         matmul = _grouped_matmul if grouped else _loop_matmul
         gate_RF, up_RF = matmul(rows_RD, gate_up_EHD, counts_E).chunk(2, dim=-1)
         return matmul(self.activation(gate_RF) * up_RF, down_EDF, counts_E)
-
-
-def _local(weight: Tensor) -> Tensor:
-    """This rank's experts, where expert parallelism has made the parameter a DTensor; nothing to do
-    otherwise."""
-    return weight.to_local() if hasattr(weight, "to_local") else weight
 
 
 def _grouped_matmul(rows_RI: Tensor, weight_EOI: Tensor, counts_E: Tensor) -> Tensor:

@@ -1,0 +1,99 @@
+"""Activation checkpointing: gradients as without it, even where recomputation would route otherwise."""
+
+import itertools
+from collections import defaultdict
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from olmoe_train.config import ParallelConfig
+from olmoe_train.model import OlmoeForCausalLM
+from tests.distributed.tiny import backward, build, global_batch, whole
+from tests.spawn import run_ranks
+
+LAYOUTS = [(1, 1), (2, 2)]  # ranks, expert_parallel_size
+
+
+def break_ties_anew_each_time(model: OlmoeForCausalLM) -> None:
+    """Every router score tied, and a choice that depends on how often it was made before: what a kernel that
+    sums in another order does to a near-tie, at its worst."""
+    for layer in model.model.layers:
+        layer.mlp.gate.weight.data.zero_()
+        calls = itertools.count()
+
+        def choose(probs_TE: Tensor, top_k: int, calls: Any = calls) -> Tensor:
+            assert (probs_TE == probs_TE[0, 0]).all()
+            generator = torch.Generator().manual_seed(next(calls))
+            return torch.rand(probs_TE.shape, generator=generator).topk(top_k, dim=-1).indices
+
+        layer.mlp.gate.choose = choose
+
+
+def gradients(checkpointing: str, experts: int, ties: bool, **sizes: float) -> dict[str, Tensor]:
+    model, _ = build(ParallelConfig(expert_parallel_size=experts), checkpointing, **sizes)
+    if ties:
+        break_ties_anew_each_time(model)
+    torch.manual_seed(5 + dist.get_rank())  # of dropout
+    backward(model, global_batch(0).chunk(dist.get_world_size())[dist.get_rank()])
+    return {name: whole(parameter.grad) for name, parameter in model.named_parameters()}
+
+
+@pytest.mark.parametrize("checkpointing", ["selective", "full"])
+@pytest.mark.parametrize(("ranks", "experts"), LAYOUTS)
+@pytest.mark.parametrize("ties", [False, True], ids=["", "ties"])
+def test_gradients_are_those_without_it(ranks: int, experts: int, checkpointing: str, ties: bool) -> None:
+    expected = run_ranks(ranks, gradients, "none", experts, ties)[0]
+    found = run_ranks(ranks, gradients, checkpointing, experts, ties)[0]
+    assert found.keys() == expected.keys()
+    for name, gradient in found.items():
+        torch.testing.assert_close(gradient, expected[name], rtol=1e-6, atol=1e-8, msg=name)
+
+
+def dropped_out(checkpointing: str) -> dict[str, Tensor]:
+    return gradients(checkpointing, 1, False, attention_dropout=0.3)
+
+
+@pytest.mark.parametrize("checkpointing", ["selective", "full"])
+def test_the_same_attention_is_dropped_again(checkpointing: str) -> None:
+    expected, found = (run_ranks(1, dropped_out, mode)[0] for mode in ("none", checkpointing))
+    for name, gradient in found.items():
+        torch.testing.assert_close(gradient, expected[name], rtol=1e-6, atol=1e-8, msg=name)
+
+
+class Counter(TorchDispatchMode):
+    """Counts the operators that run."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: dict[Any, int] = defaultdict(int)
+
+    def __torch_dispatch__(self, operator: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.calls[operator] += 1
+        return operator(*args, **kwargs or {})
+
+
+def matrix_products_and_activations(checkpointing: str) -> list[int]:
+    """Calls of mm in forward and backward, and of silu in forward and backward."""
+    model, _ = build(checkpointing=checkpointing)
+    ids_BS = global_batch(0)
+    with Counter() as forward:
+        output = model.training_forward(ids_BS, ids_BS)
+    with Counter() as back:
+        output.ce_sum.backward()
+    mm, silu = torch.ops.aten.mm.default, torch.ops.aten.silu.default
+    return [forward.calls[mm], back.calls[mm], forward.calls[silu], back.calls[silu]]
+
+
+def test_what_is_computed_again() -> None:
+    none, selective, full = (
+        run_ranks(1, matrix_products_and_activations, mode)[0] for mode in ("none", "selective", "full")
+    )
+    layers, in_a_layer = 3, 4 + 1 + 2 * 8  # attention, router, two an expert
+    products, backward_products = none[:2]
+    assert none == [products, backward_products, layers, 0]
+    assert selective == [products, backward_products, layers, layers]
+    assert full == [products, backward_products + in_a_layer * layers, layers, layers]
