@@ -4,7 +4,7 @@ Times OlmoeExperts (forward and backward, the model's own code) with both backen
 so that whatever else the machine does meets both alike; prints medians, and the median of the ratios of
 neighbours.
 
-    python benchmarks/experts_cpu.py [--rounds 11] [--threads 2]
+    python benchmarks/experts_cpu.py [--rounds 11] [--threads 2] [--dtypes float32 bfloat16]
 """
 
 import argparse
@@ -33,12 +33,13 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--rounds", type=int, default=11)
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"])
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     print(f"torch {torch.__version__}, {args.threads} threads, median of {args.rounds} interleaved rounds")
     for shape in SHAPES:
         print(", ".join(f"{name} {value}" for name, value in shape._asdict().items()))
-        for dtype in (torch.float32, torch.bfloat16):
+        for dtype in (getattr(torch, name) for name in args.dtypes):
             loop, grouped = interleaved_times(shape, dtype, args.rounds)
             ratio = statistics.median(g / w for g, w in zip(grouped, loop, strict=True))
             loop_ms, grouped_ms = statistics.median(loop) * 1e3, statistics.median(grouped) * 1e3

@@ -40,7 +40,7 @@ if [ ! -d "$hf_dir" ]; then
 fi
 
 echo "== generating from it"
-olmoe generate source="$hf_dir" prompt="def main(" max_new_tokens=64
+olmoe generate source="$hf_dir" prompt="def main(" max_new_tokens=96 temperature=0.7
 
 echo "== summary"
 python "$repo/launch/summary.py" "$run_dir" "$data_dir" "$hf_dir"
