@@ -226,6 +226,9 @@ class TrainerConfig:
 class ParallelConfig:
     strategy: Strategy = Strategy.fsdp
     """fsdp: shard parameters, gradients and optimizer (FSDP2). ddp: a whole copy on every rank."""
+    expert_parallel_size: int = 1
+    """Ranks that share the experts of a layer, each holding num_experts / expert_parallel_size of them and
+    seeing its own data; tokens travel by all-to-all. Divides the experts, and the ranks of a model copy."""
     replicate_size: int = 1
     """HSDP: number of model copies; each is sharded over world_size / replicate_size ranks. fsdp only."""
 
@@ -386,6 +389,27 @@ class EvaluateConfig:
     """HF directory, or run directory (its newest checkpoint)."""
     data: DataConfig = field(default_factory=DataConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+
+
+@dataclass(frozen=True)
+class PlanConfig(TrainConfig):
+    run_dir: str = "none"
+    """No effect: nothing is written."""
+    seed: int = 0
+    """No effect: no weight is drawn."""
+    gpus: int = 8
+    """GPUs of the run, one a rank."""
+    gpu_memory_gib: float = 80.0
+    """Memory of one GPU, GiB."""
+    reserve_gib: float = 6.0
+    """Part of it that tensors cannot have, GiB: CUDA context and libraries 1, NCCL buffers 0.5 for each of
+    up to four groups of ranks, the allocator's fragments 5% of 60."""
+    mfu: float = 0.188
+    """Model FLOPs utilisation, a share of the GPU's peak. Default: OLMoE-1B-7B's own pretraining, 23,600
+    tokens/s a GPU on H100s (arXiv 2409.02060, section 4.1.1)."""
+    gpu_tflops: float | None = None
+    """Dense peak of one GPU in trainer.precision, TFLOP/s; null: an H100's (SXM), 989.5 in bf16 and 67 in
+    fp32."""
 
 
 # Fields of ModelConfig that say how to compute, not what the model is.

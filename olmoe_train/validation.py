@@ -14,11 +14,16 @@ def validate(cfg: TrainConfig, world_size: int) -> list[str]:
 
     Returns warnings: options that are set and have no effect in this run.
     """
-    errors = [*_trainer_errors(cfg, world_size), *_schedule_errors(cfg), *_model_and_data_errors(cfg)]
+    errors = [*configuration_errors(cfg, world_size), *_data_errors(cfg)]
     if errors:
         count = f"{len(errors)} errors" if len(errors) > 1 else "1 error"
         raise UserError("\n  - ".join([f"{count} in the configuration:", *errors]))
     return _no_effect(cfg)
+
+
+def configuration_errors(cfg: TrainConfig, world_size: int) -> list[str]:
+    """What is wrong with `cfg` on `world_size` ranks, data.dir left aside; a message an error."""
+    return [*_trainer_errors(cfg, world_size), *_schedule_errors(cfg), *_model_errors(cfg)]
 
 
 def _trainer_errors(cfg: TrainConfig, world_size: int) -> list[str]:
@@ -33,6 +38,7 @@ def _trainer_errors(cfg: TrainConfig, world_size: int) -> list[str]:
         "trainer.micro_batch_size": trainer.micro_batch_size,
         "trainer.log_every": trainer.log_every,
         "logging.dead_expert_steps": cfg.logging.dead_expert_steps,
+        "parallel.expert_parallel_size": parallel.expert_parallel_size,
         "parallel.replicate_size": parallel.replicate_size,
         "data.sequence_length": cfg.data.sequence_length - 1,  # one token has no next one to predict
         "evaluation.micro_batch_size": cfg.evaluation.micro_batch_size,
@@ -72,8 +78,31 @@ def _trainer_errors(cfg: TrainConfig, world_size: int) -> list[str]:
         errors.append(
             f"parallel.replicate_size={parallel.replicate_size}: must divide the {world_size} ranks"
         )
+    errors += _expert_parallel_errors(cfg, world_size)
     if any(not 0 <= beta < 1 for beta in cfg.optimizer.betas):
         errors.append(f"optimizer.betas={list(cfg.optimizer.betas)}: each must be in [0, 1)")
+    return errors
+
+
+def _expert_parallel_errors(cfg: TrainConfig, world_size: int) -> list[str]:
+    parallel, experts = cfg.parallel, cfg.model.num_experts
+    size = parallel.expert_parallel_size
+    if size <= 1 or parallel.replicate_size < 1:
+        return []  # off, or reported as not positive
+    errors = []
+    if experts % size:
+        errors.append(
+            f"parallel.expert_parallel_size={size}: must divide model.num_experts={experts}, "
+            "since each rank of the group holds as many experts"
+        )
+    # The ranks that hold one copy of the experts between them.
+    group = world_size if parallel.strategy is Strategy.ddp else world_size // parallel.replicate_size
+    if group % size:
+        what = f"{group} of {world_size} ranks" if group != world_size else f"{world_size} ranks"
+        errors.append(
+            f"parallel.expert_parallel_size={size}: must divide the {what} that share a copy of the model; "
+            f"try {math.gcd(size, group)}"
+        )
     return errors
 
 
@@ -101,7 +130,7 @@ def _schedule_errors(cfg: TrainConfig) -> list[str]:
     return errors
 
 
-def _model_and_data_errors(cfg: TrainConfig) -> list[str]:
+def _model_errors(cfg: TrainConfig) -> list[str]:
     errors: list[str] = []
     try:
         olmoe_config(cfg.model)
@@ -121,10 +150,15 @@ def _model_and_data_errors(cfg: TrainConfig) -> list[str]:
         errors.append(
             f"checkpoint.resume={cfg.checkpoint.resume}: give auto, never, or an existing checkpoint"
         )
+    return errors
+
+
+def _data_errors(cfg: TrainConfig) -> list[str]:
+    errors = []
     try:
         manifest = read_manifest(cfg.data.dir)
     except UserError as error:
-        return [*errors, str(error)]
+        return [str(error)]
     if manifest.vocab_size > cfg.model.vocab_size:
         errors.append(
             f"model.vocab_size={cfg.model.vocab_size}: the data in data.dir={cfg.data.dir} has token "
