@@ -42,6 +42,7 @@ class Done:
 
     settings: dict[str, Any]
     """With which it was begun, the corpus as it was then among them."""
+    tokenizer_sha256: str
     position: Position
     """What is before it is in the shards."""
     counts: Counts
@@ -55,9 +56,9 @@ class Done:
         replace_durably(directory / PROGRESS, json.dumps(asdict(self)))
 
 
-def begun(settings: dict[str, Any]) -> Done:
+def begun(settings: dict[str, Any], tokenizer_sha256: str) -> Done:
     """The tokenizer is there and nothing is encoded."""
-    return Done(settings, START, Counts(), 0, None, None)
+    return Done(settings, tokenizer_sha256, START, Counts(), 0, None, None)
 
 
 def read_done(directory: Path, settings: dict[str, Any]) -> Done | None:
@@ -84,7 +85,7 @@ class Output:
     ):
         """Raises ChangedError where the files are not as `done` says."""
         self._directory = directory
-        self._settings = done.settings
+        self._begun = done
         self._position = done.position
         self.counts = done.counts
         self.train = SplitWriter(directory, "train", source.shard_tokens, vocab_size, dtype, done.train)
@@ -117,7 +118,9 @@ class Output:
         train, validation = self.train.save(), self.validation.save()
         self._quarantine.save()
         counts, size = self.counts, self._quarantine.size
-        Done(self._settings, self._position, counts, size, train, validation).write(self._directory)
+        sha256 = self._begun.tokenizer_sha256
+        done = Done(self._begun.settings, sha256, self._position, counts, size, train, validation)
+        done.write(self._directory)
         self._saved_at = time.monotonic()
 
     def finish(self) -> None:

@@ -148,6 +148,8 @@ def _write(
     with _progress_bar() as bar:
         if done is not None:
             tokenizer = read_tokenizer(directory / TOKENIZER)
+            if tokenizer.sha256 != done.tokenizer_sha256:
+                raise ChangedError("tokenizer.json changed")
         else:
             clear(directory)
             trained = tokenizer is None
@@ -156,7 +158,7 @@ def _write(
                 texts = _first_bytes(texts, cfg.tokenizer.train_bytes)
                 tokenizer = train_tokenizer(texts, cfg.tokenizer.vocab_size)
             tokenizer.save(directory / TOKENIZER)
-            done = begun(asked)
+            done = begun(asked, tokenizer.sha256)
             if trained:  # worth keeping, like shards
                 done.write(directory)
         encoder = Encoder(
