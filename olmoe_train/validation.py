@@ -98,10 +98,9 @@ def _expert_parallel_errors(cfg: TrainConfig, world_size: int) -> list[str]:
     # The ranks that hold one copy of the experts between them.
     group = world_size if parallel.strategy is Strategy.ddp else world_size // parallel.replicate_size
     if group % size:
-        what = f"{group} of {world_size} ranks" if group != world_size else f"{world_size} ranks"
         errors.append(
-            f"parallel.expert_parallel_size={size}: must divide the {what} that share a copy of the model; "
-            f"try {math.gcd(size, group)}"
+            f"parallel.expert_parallel_size={size}: must divide the number of ranks that share a copy of the "
+            f"model, which is {group}; try {math.gcd(size, group)}"
         )
     return errors
 

@@ -90,12 +90,12 @@ def test_a_good_config_has_neither_errors_nor_warnings(prepared: str) -> None:
         (
             "parallel",
             ParallelConfig(expert_parallel_size=4),
-            "parallel.expert_parallel_size=4: must divide the 2 ranks that share a copy of the model; try 2",
+            "share a copy of the model, which is 2; try 2",
         ),
         (
             "parallel",
             ParallelConfig(expert_parallel_size=2, replicate_size=2),
-            "parallel.expert_parallel_size=2: must divide the 1 of 2 ranks that share a copy",
+            "share a copy of the model, which is 1; try 1",
         ),
         (
             "model",
