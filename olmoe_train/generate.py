@@ -98,7 +98,16 @@ def stream_tokens(
     position_BS = None if mask_BC is None else (mask_BC.cumsum(1) - 1).clamp(min=0)
     cache, new_BS = KVCache(), input_ids
     for _ in range(max_new_tokens):
-        output = model(new_BS, mask_BC, position_BS, cache, use_cache=True, logits_to_keep=1)
+        output = model(
+            new_BS,
+            mask_BC,
+            position_BS,
+            cache,
+            use_cache=True,
+            output_router_logits=False,
+            logits_to_keep=1,
+            return_dict=True,
+        )
         token_B = choose(output.logits[:, -1].float(), temperature, top_k, top_p, generator)
         token_B = token_B.masked_fill(ended_B, filler)
         yield token_B

@@ -7,8 +7,8 @@ the hub's is written. Nothing here unpickles.
 Shapes: E experts, F expert width, D hidden.
 """
 
-import os
 import shutil
+import tempfile
 from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
@@ -130,8 +130,8 @@ def write_directory(
     if any(directory.glob("*.safetensors*")):
         raise UserError(f"{directory} already holds a model: choose another directory, or delete it")
     shards = plan_shards(parameter_shapes(config, architecture), dtype, byte_count(max_shard_size))
-    temporary = directory.parent / f".{directory.name}.{os.getpid()}.partial"
-    temporary.mkdir(parents=True)
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(".partial", f".{directory.name}.", directory.parent))
     try:
         _write_shards(temporary, shards, read, dtype)
         _as_written(config, dtype, architecture).save_pretrained(temporary)
@@ -265,9 +265,8 @@ def load_pretrained(model: OlmoePreTrainedModel, directory: str | Path) -> None:
     plan = _match_names(model, stored, directory)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            parts = plan[name]
-            whole = torch.empty(parameter.shape, dtype=stored.tensors[next(iter(parts))].dtype)
-            for stored_name, index in parts.items():
+            whole = torch.empty(parameter.shape, dtype=parameter.dtype)
+            for stored_name, index in plan[name].items():
                 whole[index] = stored.read(stored_name)
             assign(parameter, whole)
     _refuse_untied(model.config, stored, directory)
@@ -286,10 +285,8 @@ def _match_names(
     model: OlmoePreTrainedModel, stored: StoredWeights, directory: Path
 ) -> dict[str, dict[str, Index]]:
     """For each parameter the stored tensors that make it up. UserError lists all that do not fit."""
-    prefix_there, prefix_here = (
-        any(name.startswith("model.") for name in stored.tensors),
-        hasattr(model, "lm_head"),
-    )
+    prefix_there = any(name.startswith("model.") for name in stored.tensors)
+    prefix_here = isinstance(model, OlmoeForCausalLM)
     plan: dict[str, dict[str, Index]] = {}
     missing, misshaped = [], []
     for name, parameter in model.named_parameters():

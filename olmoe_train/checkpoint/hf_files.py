@@ -123,6 +123,7 @@ def publish(temporary: Path, directory: Path) -> None:
         (temporary / name).chmod(mode)  # safetensors leaves its files readable by their owner alone
         _sync(temporary / name)
     if not directory.exists():
+        temporary.chmod(mode | (mode & 0o444) >> 2)  # mkdtemp's is private; to enter for all who may read
         temporary.rename(directory)
     else:
         for name in names:

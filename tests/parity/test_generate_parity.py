@@ -45,6 +45,16 @@ def test_pad_tokens_in_the_prompt_are_taken_for_padding() -> None:
     assert ours.generate(ids, max_new_tokens=12).tolist() == expected.tolist()
 
 
+def test_outputs_that_the_config_asks_for_do_not_get_in_the_way() -> None:
+    ours, theirs = make_pair(TINY, seed=1)
+    ours.config.output_router_logits = ours.config.output_hidden_states = True
+    ours.config.return_dict = False
+    batch = make_batch(4, "left")
+    del batch["labels"]
+    expected = theirs.generate(**batch, max_new_tokens=5, do_sample=False)
+    assert ours.generate(**batch, max_new_tokens=5).tolist() == expected.tolist()
+
+
 def test_max_length_and_the_default_length() -> None:
     ours, theirs = make_pair({**TINY, "eos_token_id": None}, seed=1)
     ids = torch.tensor([[5, 7, 9]])

@@ -245,6 +245,7 @@ def test_files_have_the_usual_permissions(tmp_path: Path) -> None:
     os.umask(umask)
     for path in (tmp_path / "out").iterdir():
         assert path.stat().st_mode & 0o777 == 0o666 & ~umask, path.name
+    assert (tmp_path / "out").stat().st_mode & 0o777 == 0o777 & ~umask
 
 
 def test_tokenizer_files_come_along(tmp_path: Path) -> None:
