@@ -170,10 +170,11 @@ def _grouped_matmul(rows_RI: Tensor, weight_EOI: Tensor, counts_E: Tensor) -> Te
 def _loop_matmul(rows_RI: Tensor, weight_EOI: Tensor, counts_E: Tensor) -> Tensor:
     """One matmul an expert (the faster way on CPU: benchmarks/experts_cpu.py). Reads the counts: a sync on
     CUDA."""
-    blocks = rows_RI.split(counts_E.tolist())
-    return torch.cat(
-        [F.linear(block, weight) for block, weight in zip(blocks, weight_EOI.unbind(0), strict=True)]
-    )
+    pairs = zip(rows_RI.split(counts_E.tolist()), weight_EOI.unbind(0), strict=True)
+    # Decoding one token leaves most experts idle. In training an idle one takes part, to have a zero
+    # gradient: FSDP waits for every rank's.
+    skip_idle = len(rows_RI) > 0 and not torch.is_grad_enabled()
+    return torch.cat([F.linear(rows, weight) for rows, weight in pairs if len(rows) or not skip_idle])
 
 
 class OlmoeSparseMoeBlock(nn.Module):
