@@ -25,8 +25,8 @@ BATCH_BYTES = 256 * 1024
 # What is kept of a record that is too long: enough to recognise it by.
 CUT_BYTES = 1000
 _CHUNK = 1 << 20
-# zstd turns 4 bytes into up to 128 KiB, and its decompressor gives out all it can at once: at most 16 MiB so.
-_ZSTD_INPUT = 512
+# zstd turns 4 bytes into up to 128 KiB, and its decompressor gives out all it can at once: at most 4 MiB so.
+_ZSTD_INPUT = 128
 _ROWS = 256
 _BOM = b"\xef\xbb\xbf"
 # What the decompressors raise for data that is cut short or changed.
