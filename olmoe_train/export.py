@@ -9,8 +9,9 @@ import torch
 from olmoe_train.checkpoint.hf import holds_model, write_directory
 from olmoe_train.checkpoint.source import RUN_TOKENIZER, run_checkpoint, run_config
 from olmoe_train.checkpoint.training import open_model_tensors
+from olmoe_train.choices import Precision
 from olmoe_train.cli import run_verb
-from olmoe_train.config import ExportConfig, Precision
+from olmoe_train.config import ExportConfig
 from olmoe_train.errors import UserError
 
 _DTYPES = {Precision.fp32: torch.float32, Precision.bf16: torch.bfloat16}

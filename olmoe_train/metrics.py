@@ -18,7 +18,8 @@ import torch.distributed as dist
 import wandb
 from torch import Tensor
 
-from olmoe_train.config import Precision, TrainConfig, WandbConfig, WandbMode
+from olmoe_train.choices import Precision, WandbMode
+from olmoe_train.config import TrainConfig, WandbConfig
 from olmoe_train.evaluate import Evaluation
 from olmoe_train.flops import peak_flops, train_flops_per_token
 from olmoe_train.model.configuration import OlmoeConfig

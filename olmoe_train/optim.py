@@ -7,7 +7,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from olmoe_train.config import OptimizerConfig, Schedule, SchedulerConfig, TrainConfig
+from olmoe_train.choices import Schedule
+from olmoe_train.config import OptimizerConfig, SchedulerConfig, TrainConfig
 from olmoe_train.distributed.mesh import copies, local_tensor
 
 

@@ -18,8 +18,9 @@ from torch import Tensor, nn
 
 from olmoe_train.checkpoint.hf import load_pretrained
 from olmoe_train.checkpoint.training import CheckpointError, load_checkpoint, prune, save_checkpoint
+from olmoe_train.choices import BalanceScope
 from olmoe_train.cli import run_verb
-from olmoe_train.config import BalanceScope, LossConfig, TrainConfig, olmoe_config
+from olmoe_train.config import LossConfig, TrainConfig, olmoe_config
 from olmoe_train.data.loader import build_eval_batches, build_train_loader, fingerprint
 from olmoe_train.distributed.mesh import Mesh, build_mesh, init_distributed
 from olmoe_train.distributed.parallelize import initialise, parallelize

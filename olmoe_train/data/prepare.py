@@ -15,7 +15,8 @@ import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
-from olmoe_train.config import OnBadRecord, PrepareConfig, TokenizerConfig
+from olmoe_train.choices import OnBadRecord
+from olmoe_train.config import PrepareConfig, TokenizerConfig
 from olmoe_train.data.encode import Encoder, cores, in_order, worker_processes
 from olmoe_train.data.output import PROGRESS, QUARANTINE, Output, begun, read_done
 from olmoe_train.data.reader import START, Position, Reading, read_batches

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from olmoe_train.config import SourceConfig, SourceKind
+from olmoe_train.choices import SourceKind
+from olmoe_train.config import SourceConfig
 from olmoe_train.data.corpus import Layout, Part, digest, find_parts, python_stdlib_parts
 from olmoe_train.data.hub import HubDataset, hub_parts, open_hub_dataset
 from olmoe_train.errors import UserError

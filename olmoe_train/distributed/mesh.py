@@ -11,7 +11,8 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor
 
-from olmoe_train.config import ParallelConfig, Strategy
+from olmoe_train.choices import Strategy
+from olmoe_train.config import ParallelConfig
 
 # How long a collective waits for the slowest rank, a first step that compiles included.
 COLLECTIVE_TIMEOUT = timedelta(minutes=10)

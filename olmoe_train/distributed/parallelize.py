@@ -12,7 +12,8 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, Shard
 
-from olmoe_train.config import Precision, TrainConfig
+from olmoe_train.choices import Precision
+from olmoe_train.config import TrainConfig
 from olmoe_train.distributed.expert_parallel import apply_expert_parallelism
 from olmoe_train.distributed.mesh import Mesh, local_tensor
 from olmoe_train.distributed.recompute import checkpoint_activations, compute_parts

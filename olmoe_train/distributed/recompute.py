@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
-from olmoe_train.config import ActivationCheckpointing
+from olmoe_train.choices import ActivationCheckpointing
 from olmoe_train.model import OlmoeForCausalLM
 from olmoe_train.model.moe import OlmoeSparseMoeBlock, Routing
 from olmoe_train.model.transformer import OlmoeDecoderLayer

@@ -2,8 +2,9 @@
 
 Shapes: T tokens, D hidden, V vocabulary, E experts, K top-k, L layers.
 
-The two router losses come in declared conventions (`Convention` in config.py). With c_le the number of tokens
-that layer l sends to expert e, and p_le the mean softmax probability of expert e, over T unpadded tokens:
+The two router losses come in declared conventions (`Convention` in choices.py). With c_le the number of
+tokens that layer l sends to expert e, and p_le the mean softmax probability of expert e, over T unpadded
+tokens:
 
   olmoe       LB = mean_l  E/(T K) sum_e c_le p_le  (1.0 at balance);   Z = mean over layers and tokens of
               logsumexp(logits)^2.  arXiv 2409.02060, section 2 and appendix B; weights 0.01 and 0.001.

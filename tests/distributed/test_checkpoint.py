@@ -15,7 +15,8 @@ from olmoe_train.checkpoint.training import (
     load_checkpoint,
     save_checkpoint,
 )
-from olmoe_train.config import ParallelConfig, Strategy
+from olmoe_train.choices import Strategy
+from olmoe_train.config import ParallelConfig
 from olmoe_train.errors import UserError
 from tests.distributed.tiny import build, train_step, whole, whole_state
 from tests.spawn import run_ranks

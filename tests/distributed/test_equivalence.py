@@ -19,8 +19,9 @@ from omegaconf import OmegaConf
 from torch import Tensor
 
 from olmoe_train.checkpoint.training import latest_checkpoint, open_model_tensors
+from olmoe_train.choices import ActivationCheckpointing, Precision, Strategy
 from olmoe_train.cli import config_directory, to_config, writable
-from olmoe_train.config import ActivationCheckpointing, ParallelConfig, Precision, Strategy, TrainConfig
+from olmoe_train.config import ParallelConfig, TrainConfig
 from olmoe_train.distributed.mesh import build_mesh, init_distributed
 from olmoe_train.train import build_model, train
 from tests.distributed.tiny import whole
@@ -132,7 +133,8 @@ def real_tokens() -> list[list[int]]:
 def padded_batches(layout: Layout) -> Iterator[dict[str, Tensor]]:
     """This rank's micro-batches of one global stream whose sequences end anywhere.
 
-    With four ranks the first one's are whole and the last one's all but empty.
+    Each is as long as its longest sequence: of four ranks the first one's are whole, the last one's have two
+    tokens and no padding, and with one rank nearly half of everything is padding.
     """
     stream = torch.tensor([token for document in real_tokens() for token in document])
     rank, per_rank = dist.get_rank(), SEQUENCES // dist.get_world_size()
@@ -144,7 +146,8 @@ def padded_batches(layout: Layout) -> Iterator[dict[str, Tensor]]:
         labels_BS = ids_BS.masked_fill(~mask_BS, -100)
         batch = {"input_ids": ids_BS, "labels": labels_BS, "attention_mask": mask_BS.long()}
         for start in range(rank * per_rank, (rank + 1) * per_rank, layout.micro_batch):
-            yield {name: tensor[start : start + layout.micro_batch] for name, tensor in batch.items()}
+            rows = slice(start, start + layout.micro_batch)
+            yield {name: tensor[rows, : lengths_B[rows].max()] for name, tensor in batch.items()}
 
 
 def train_layouts(tiny: TrainConfig, layouts: dict[str, Layout], directory: Path) -> dict[str, Result]:

@@ -7,7 +7,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from olmoe_train.config import ParallelConfig, Strategy
+from olmoe_train.choices import Strategy
+from olmoe_train.config import ParallelConfig
 from olmoe_train.distributed import expert_parallel
 from olmoe_train.model import OlmoeConfig
 from olmoe_train.model.moe import OlmoeExperts, OlmoeSparseMoeBlock, combine_local, dispatch_local

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from olmoe_train.checkpoint.hf import load_pretrained
-from olmoe_train.config import ParallelConfig, Strategy
+from olmoe_train.choices import Strategy
+from olmoe_train.config import ParallelConfig
 from olmoe_train.model import OlmoeConfig, OlmoeForCausalLM
 from tests.distributed.tiny import SIZES, build, train_step, whole
 from tests.spawn import run_ranks

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from olmoe_train.checkpoint.source import load_source, run_checkpoint
 from olmoe_train.checkpoint.training import save_checkpoint
-from olmoe_train.config import ExportConfig, GenerateConfig, Precision
+from olmoe_train.choices import Precision
+from olmoe_train.config import ExportConfig, GenerateConfig
 from olmoe_train.data.tokenizer import train_tokenizer
 from olmoe_train.errors import UserError
 from olmoe_train.evaluate import evaluate_model

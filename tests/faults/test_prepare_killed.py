@@ -13,7 +13,8 @@ from typing import Any
 
 import pytest
 
-from olmoe_train.config import OnBadRecord, PrepareConfig, SourceKind
+from olmoe_train.choices import OnBadRecord, SourceKind
+from olmoe_train.config import PrepareConfig
 from olmoe_train.data.output import Output
 from olmoe_train.data.prepare import prepare
 from olmoe_train.errors import UserError

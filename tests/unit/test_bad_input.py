@@ -16,7 +16,8 @@ import pytest
 import zstandard
 from tokenizers import Tokenizer, models, pre_tokenizers
 
-from olmoe_train.config import OnBadRecord, PrepareConfig, SourceKind
+from olmoe_train.choices import OnBadRecord, SourceKind
+from olmoe_train.config import PrepareConfig
 from olmoe_train.data.corpus import find_parts
 from olmoe_train.data.prepare import prepare
 from olmoe_train.data.reader import START, Reading, numbered_lines, read_batches

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 from olmoe_train import config as schemas
+from olmoe_train.choices import BalanceScope, Strategy
 from olmoe_train.cli import documented_keys, help_text, run_verb
 from olmoe_train.config import (
-    BalanceScope,
     CheckpointConfig,
     DataConfig,
     LossConfig,
@@ -19,7 +19,6 @@ from olmoe_train.config import (
     ParallelConfig,
     SchedulerConfig,
     SourceConfig,
-    Strategy,
     TrainConfig,
     TrainerConfig,
 )

@@ -9,7 +9,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from olmoe_train.config import DataConfig, LoggingConfig, TrainConfig, TrainerConfig, WandbConfig, WandbMode
+from olmoe_train.choices import WandbMode
+from olmoe_train.config import DataConfig, LoggingConfig, TrainConfig, TrainerConfig, WandbConfig
 from olmoe_train.distributed.mesh import init_distributed
 from olmoe_train.evaluate import Evaluation
 from olmoe_train.metrics import MetricsWriter, StepMetrics, forget_after, router_entropy, start_wandb

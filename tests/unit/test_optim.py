@@ -4,7 +4,8 @@ from dataclasses import replace
 
 import pytest
 
-from olmoe_train.config import DataConfig, Schedule, SchedulerConfig, TrainConfig, TrainerConfig
+from olmoe_train.choices import Schedule
+from olmoe_train.config import DataConfig, SchedulerConfig, TrainConfig, TrainerConfig
 from olmoe_train.optim import learning_rate, total_steps, warmup_and_decay_steps
 
 COSINE = SchedulerConfig(kind=Schedule.cosine)

@@ -8,8 +8,9 @@ from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
 from omegaconf import OmegaConf
 
+from olmoe_train.choices import BalanceScope, Convention, Precision, Schedule
 from olmoe_train.cli import config_directory, to_config, writable
-from olmoe_train.config import BalanceScope, Convention, Precision, Schedule, TrainConfig, olmoe_config
+from olmoe_train.config import TrainConfig, olmoe_config
 from olmoe_train.data.tokens import Manifest, Split
 from olmoe_train.flops import parameter_counts, train_flops_per_token
 from olmoe_train.model import OlmoeForCausalLM

@@ -1,0 +1,66 @@
+"""The options that are one of a few words, by the words that YAML and the command line use."""
+
+from enum import Enum
+
+
+class Precision(Enum):
+    bf16 = "bf16"
+    fp32 = "fp32"
+
+
+class Device(Enum):
+    auto = "auto"
+    cpu = "cpu"
+    cuda = "cuda"
+
+
+class ActivationCheckpointing(Enum):
+    none = "none"
+    selective = "selective"
+    full = "full"
+
+
+class Strategy(Enum):
+    fsdp = "fsdp"
+    ddp = "ddp"
+
+
+class Convention(Enum):
+    olmoe = "olmoe"
+    olmoe_0924 = "olmoe_0924"
+    hf = "hf"
+    megatron = "megatron"
+
+
+class BalanceScope(Enum):
+    micro_batch = "micro_batch"
+    global_batch = "global_batch"
+
+
+class Schedule(Enum):
+    cosine = "cosine"
+    linear = "linear"
+    constant = "constant"
+
+
+class WandbMode(Enum):
+    online = "online"
+    offline = "offline"
+    disabled = "disabled"
+
+
+class SourceKind(Enum):
+    python_stdlib = "python_stdlib"
+    files = "files"
+    datasets = "datasets"
+
+
+class OnBadRecord(Enum):
+    strict = "strict"
+    quarantine = "quarantine"
+
+
+class ExpertsBackend(Enum):
+    auto = "auto"
+    loop = "loop"
+    grouped_mm = "grouped_mm"
