@@ -6,12 +6,12 @@ The two router losses come in declared conventions (`Convention` in choices.py).
 tokens that layer l sends to expert e, and p_le the mean softmax probability of expert e, over T unpadded
 tokens:
 
-  olmoe       LB = mean_l  E/(T K) sum_e c_le p_le  (1.0 at balance);   Z = mean over layers and tokens of
-              logsumexp(logits)^2.  arXiv 2409.02060, section 2 and appendix B; weights 0.01 and 0.001.
-  olmoe_0924  as the released model was trained: Z also divided by K (effective weight 1.25e-4 at K = 8). hf
-  LB = E sum_e (mean_l c_le / T) (mean_l p_le): transformers' load_balancing_loss_func, which pools the layers
-              and so reads K at balance, and also when every layer collapses onto experts of its own. Z as
-              olmoe.
+  olmoe       LB = mean_l  E/(T K) sum_e c_le p_le  (1.0 at balance);  Z = mean over layers and tokens of
+              logsumexp(logits)^2. arXiv 2409.02060, section 2 and appendix B; weights 0.01 and 0.001.
+  olmoe_0924  as the released model was trained: Z also divided by K (effective weight 1.25e-4 at K = 8).
+  hf          LB = E sum_e (mean_l c_le / T) (mean_l p_le): transformers' load_balancing_loss_func, which
+              pools the layers: it reads K at balance, but also when each layer collapses onto experts of its
+              own. Z as olmoe.
   megatron    both summed over the layers instead of averaged.
 """
 
