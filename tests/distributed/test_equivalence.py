@@ -100,7 +100,7 @@ LAYOUTS = (
     PLAIN
     | {f"{name}, full": replace(PLAIN[name], checkpointing="full") for name in HARDEST}
     | {f"{name}, selective": replace(PLAIN[name], checkpointing="selective") for name in HARDEST[:1]}
-    | {f"{name}, padded": replace(PLAIN[name], padded=True) for name in ("1 rank", "ddp 2", *HARDEST)}
+    | {f"{name}, padded": replace(PLAIN[name], padded=True) for name in (*list(PLAIN)[:3], *HARDEST)}
     | {f"{name}, bf16": replace(PLAIN[name], precision="bf16") for name in ("1 rank", "fsdp 2", *HARDEST)}
 )
 LAYOUTS |= {f"{HARDEST[-1]}, padded, full": replace(PLAIN[HARDEST[-1]], padded=True, checkpointing="full")}
@@ -131,7 +131,7 @@ def real_tokens() -> list[list[int]]:
 
 
 def padded_batches(layout: Layout) -> Iterator[dict[str, Tensor]]:
-    """This rank's micro-batches of one global stream whose sequences end anywhere.
+    """This rank's micro-batches of one global stream of sequences of any length, padded in front.
 
     Each is as long as its longest sequence: of four ranks the first one's are whole, the last one's have two
     tokens and no padding, and with one rank nearly half of everything is padding.
@@ -141,13 +141,14 @@ def padded_batches(layout: Layout) -> Iterator[dict[str, Tensor]]:
     for step in range(STEPS):
         ids_BS = stream[step * SEQUENCES * LENGTH :][: SEQUENCES * LENGTH].view(SEQUENCES, LENGTH).clone()
         lengths_B = torch.tensor([LENGTH, 25 + step, 11, 2]).repeat_interleave(SEQUENCES // 4)
-        mask_BS = torch.arange(LENGTH) < lengths_B[:, None]
+        mask_BS = torch.arange(LENGTH) >= LENGTH - lengths_B[:, None]
         ids_BS[~mask_BS] = PAD
-        labels_BS = ids_BS.masked_fill(~mask_BS, -100)
+        # Nor is the first token a target: padding would have to predict it.
+        labels_BS = ids_BS.masked_fill(torch.arange(LENGTH) <= LENGTH - lengths_B[:, None], -100)
         batch = {"input_ids": ids_BS, "labels": labels_BS, "attention_mask": mask_BS.long()}
         for start in range(rank * per_rank, (rank + 1) * per_rank, layout.micro_batch):
             rows = slice(start, start + layout.micro_batch)
-            yield {name: tensor[rows, : lengths_B[rows].max()] for name, tensor in batch.items()}
+            yield {name: tensor[rows, -lengths_B[rows].max() :] for name, tensor in batch.items()}
 
 
 def train_layouts(tiny: TrainConfig, layouts: dict[str, Layout], directory: Path) -> dict[str, Result]:
