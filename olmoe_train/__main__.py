@@ -5,6 +5,7 @@ import sys
 
 VERBS = {
     "prepare": "turn a corpus into tokens on disk",
+    "plan": "memory, layouts and days of a training run, on paper",
     "train": "pretrain or fine-tune",
     "evaluate": "validation loss and perplexity",
     "export": "write a run's checkpoint as a Hugging Face directory",
