@@ -84,7 +84,9 @@ class Layout:
 
 PLAIN = {
     "1 rank": Layout(1, 16),
+    "1 rank, 2 micro-batches": Layout(1, 8),
     "1 rank, 4 micro-batches": Layout(1, 4),
+    "1 rank, 16 micro-batches": Layout(1, 1),
     "ddp 2": Layout(2, 8, "ddp"),
     "fsdp 2": Layout(2, 8),
     "fsdp 2, experts 2": Layout(2, 4, experts=2),
