@@ -86,7 +86,7 @@ def count_units(config: OlmoeConfig, layout: Layout) -> Units:
     FSDP2 cuts a parameter into shard_size parts of ceil(size / shard_size), of which the last may be short or
     empty, and gathers them padded. It cuts dimension 0; of parallel experts dimension 1, inside each expert.
     So without EP, over more ranks than experts, an expert weight (E, ...) is one whole expert on E of the
-    ranks and nothing on the others, and gathered it takes ranks / E times its size.
+    ranks and padding on the others, and gathered it takes ranks / E times its size.
     """
     shapes = _one_layer_shapes(config)
     layer = {name: shape for name, shape in shapes.items() if name.startswith("model.layers.0.")}

@@ -192,7 +192,7 @@ def layout_lines(cfg: PlanConfig) -> list[str]:
     name, unit = _unit(plan_memory(cfg, plan_layout(cfg), batch)[0])
     modes = "".join(f"{mode.value:>17}" for mode in ActivationCheckpointing)
     lines = [
-        f"all layouts of {cfg.gpus:,} GPUs: {name} at load 1x by activation checkpointing, and whether it fits",
+        f"all layouts of {cfg.gpus:,} GPUs: {name} at load 1x by activation checkpointing; does it fit?",
         "(to 2x: up to that load; state: parameters, gradients and optimizer)",
         f"  {'strategy':<9}{'expert_parallel_size':>21}{'replicate_size':>15}{'state':>9}{modes}",
     ]
