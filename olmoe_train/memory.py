@@ -167,8 +167,8 @@ def rank_memory(config: OlmoeConfig, layout: Layout, batch: MicroBatch) -> RankM
     Parameters, gradients and moments: 4, 4 and 8 bytes an element of the rank's shard. The step is highest
     either in the head, which has the gradient of its weight in fp32, or in the backward of the last layers,
     where all activations meet the gradients. `temporaries` makes up the difference where the head is higher.
-    An estimate from above where much is recomputed, since not everything is highest at once: the peak of real
-    ranks was 1% over to 22% under it (benchmarks/plan_memory.py).
+    An estimate from above where much is recomputed, since not everything is highest at once: 0.99 to 1.22
+    times the peak of real ranks (benchmarks/plan_memory.py).
     """
     units = count_units(config, layout)
     gathered, reduction = _gathered(units, batch.element), _reduction(units, batch.element)
