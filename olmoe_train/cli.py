@@ -181,7 +181,7 @@ def help_text(verb: str, schema: type) -> str:
     ]
     groups = {name for name, *_ in (key.split(".") for key, _, _ in documented_keys(schema))} | {"experiment"}
     for directory in sorted(p for p in config_directory().iterdir() if p.is_dir()):
-        if directory.name in groups and (directory.name != "experiment" or verb == "train"):
+        if directory.name in groups and (directory.name != "experiment" or verb in ("train", "plan")):
             lines.append(f"  {directory.name}={'|'.join(sorted(p.stem for p in directory.glob('*.yaml')))}")
     lines += ["", "keys, with the schema's default (presets change many: --cfg job prints what you get):"]
     for key, default, doc in documented_keys(schema):
