@@ -49,8 +49,8 @@ def compile_layers(model: OlmoeForCausalLM) -> None:
 
 
 def shard(model: OlmoeForCausalLM, mesh: Mesh, precision: Precision) -> None:
-    """FSDP2 over the mesh: one unit a decoder layer; embedding, final norm and head are the root's. Parallel
-    experts are a unit of their own, over the ranks that hold the same ones.
+    """FSDP2 over the mesh: one unit a decoder layer; embedding, final norm and head are the root's. Units of
+    their own are parallel experts, over the ranks that hold the same ones, and in bf16 the routers.
 
     precision bf16: fp32 parameters are cast to bf16 as they are gathered, gradients are summed in fp32.
     """
@@ -72,7 +72,11 @@ def shard(model: OlmoeForCausalLM, mesh: Mesh, precision: Precision) -> None:
 
 
 def _shard_layer(layer: OlmoeDecoderLayer, mesh: Mesh, policy: MixedPrecisionPolicy) -> None:
+    data, reshard = _data_mesh(mesh.dense, "shard"), _gathered(mesh.dense, "shard")
     prefetched = []
+    if policy.param_dtype is not None:
+        # Routers stay fp32, weights and gradients, and a unit has one dtype. Small: kept until backward.
+        prefetched.append(fully_shard(layer.mlp.gate, mesh=data, reshard_after_forward=False))
     if mesh.expert is not None:
         experts = fully_shard(
             layer.mlp.experts,
@@ -83,10 +87,8 @@ def _shard_layer(layer: OlmoeDecoderLayer, mesh: Mesh, policy: MixedPrecisionPol
             reshard_after_forward=_gathered(mesh.expert, "expert_shard"),
         )
         prefetched.append(experts)
-    data, reshard = _data_mesh(mesh.dense, "shard"), _gathered(mesh.dense, "shard")
     unit = fully_shard(layer, mesh=data, mp_policy=policy, reshard_after_forward=reshard)
-    # Experts are gathered during attention: after it, dispatch makes the host wait before it could ask for
-    # them.
+    # Asked for before attention, experts arrive during it: later, dispatch would make the host wait first.
     unit.set_modules_to_forward_prefetch(prefetched)
 
 

@@ -23,9 +23,20 @@ from tests.spawn import run_ranks
 
 # 6 over 4 ranks is 2, 2, 2 and nothing; 97 over 4 is 25, 25, 25, 22.
 UNEVEN = {"hidden_size": 6, "num_attention_heads": 1, "vocab_size": 97}
-FSDP, DDP, HSDP = ParallelConfig(), ParallelConfig(strategy=Strategy.ddp), ParallelConfig(replicate_size=2)
+FSDP, HSDP = ParallelConfig(), ParallelConfig(replicate_size=2)
 # Ranks and layout of each run, which goes on from what the one before has saved.
-CHAIN = [(4, FSDP), (2, DDP), (1, FSDP), (4, HSDP), (2, FSDP), (4, FSDP)]
+CHAIN = [
+    (4, FSDP),
+    (4, ParallelConfig(expert_parallel_size=4)),
+    (2, ParallelConfig(strategy=Strategy.ddp)),
+    (4, ParallelConfig(expert_parallel_size=2)),
+    (1, FSDP),
+    (4, HSDP),
+    (2, ParallelConfig(strategy=Strategy.ddp, expert_parallel_size=2)),
+    (4, ParallelConfig(replicate_size=2, expert_parallel_size=2)),
+    (2, FSDP),
+    (4, FSDP),
+]
 
 
 def train_and_save(run_dir: Path, parallel: ParallelConfig) -> tuple[dict[str, Tensor], float]:

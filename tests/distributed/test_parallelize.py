@@ -1,0 +1,75 @@
+"""What the layouts leave alone: fp32 routers in bf16, tied embeddings, and the sum of gradients."""
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from olmoe_train.config import ParallelConfig, Strategy
+from tests.distributed.tiny import backward, build, global_batch, whole
+from tests.spawn import run_ranks
+
+EXPERTS = ParallelConfig(expert_parallel_size=2)
+DDP = ParallelConfig(strategy=Strategy.ddp)
+
+
+def dtypes_in_forward(parallel: ParallelConfig) -> tuple[set[str], bool]:
+    """What a rank computes in, and whether the router's gradient has more digits than bf16 holds."""
+    model, _ = build(parallel, precision="bf16")
+    layer, seen = model.model.layers[0], set()
+
+    def look(module: torch.nn.Module, inputs: object, output: tuple[Tensor, ...]) -> None:
+        seen.update(
+            {f"router {module.weight.dtype}", f"q_proj {layer.self_attn.q_proj.weight.dtype}"},
+            {f"logits {output[0].dtype}"},
+        )
+
+    layer.mlp.gate.register_forward_hook(look)
+    backward(model, global_batch(0).chunk(dist.get_world_size())[dist.get_rank()])
+    gradient = whole(layer.mlp.gate.weight.grad)
+    return seen, not torch.equal(gradient.bfloat16().float(), gradient)
+
+
+@pytest.mark.parametrize("parallel", [EXPERTS, DDP], ids=["experts", "ddp"])
+def test_routers_stay_in_fp32_where_the_rest_is_bf16(parallel: ParallelConfig) -> None:
+    for seen, full_precision in run_ranks(2, dtypes_in_forward, parallel):
+        assert seen == {"router torch.float32", "q_proj torch.bfloat16", "logits torch.float32"}
+        assert full_precision
+
+
+def tied_gradients(parallel: ParallelConfig) -> dict[str, Tensor]:
+    model, _ = build(parallel, tie_word_embeddings=True)
+    backward(model, global_batch(0).chunk(dist.get_world_size())[dist.get_rank()])
+    model.reshard()
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    return {name: whole(parameter.grad) for name, parameter in model.named_parameters()}
+
+
+@pytest.mark.parametrize("parallel", [EXPERTS, DDP], ids=["experts", "ddp"])
+def test_tied_embeddings_stay_tied(parallel: ParallelConfig) -> None:
+    expected = run_ranks(1, tied_gradients, ParallelConfig())[0]
+    found = run_ranks(2, tied_gradients, parallel)[0]
+    assert "lm_head.weight" not in expected
+    assert found.keys() == expected.keys()
+    for name, gradient in expected.items():
+        torch.testing.assert_close(found[name], gradient, rtol=1e-5, atol=1e-7, msg=name)
+
+
+def summed(parallel: ParallelConfig, passes: int) -> dict[str, Tensor]:
+    """Gradients of the same batch on every rank, `passes` times over."""
+    model, _ = build(parallel)
+    for index in range(passes):
+        model.set_requires_all_reduce(index == passes - 1)
+        backward(model, global_batch(0))
+    return {name: whole(parameter.grad) for name, parameter in model.named_parameters()}
+
+
+@pytest.mark.parametrize(
+    "parallel",
+    [ParallelConfig(), DDP, ParallelConfig(replicate_size=2), EXPERTS],
+    ids=["fsdp", "ddp", "hsdp", "experts"],
+)
+def test_gradients_are_added_up_and_never_averaged(parallel: ParallelConfig) -> None:
+    once, found = run_ranks(1, summed, ParallelConfig(), 1)[0], run_ranks(4, summed, parallel, 2)[0]
+    for name, gradient in once.items():
+        torch.testing.assert_close(found[name], 4 * 2 * gradient, rtol=1e-5, atol=1e-7, msg=name)
