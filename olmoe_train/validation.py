@@ -103,6 +103,18 @@ def _expert_parallel_errors(cfg: TrainConfig, world_size: int) -> list[str]:
             f"parallel.expert_parallel_size={size}: must divide the number of ranks that share a copy of the "
             f"model, which is {group}; try {math.gcd(size, group)}"
         )
+    elif parallel.strategy is Strategy.fsdp:
+        # FSDP2 cuts these experts on the second dimension of their weights, and cuts it evenly or not at all.
+        shards = group // size
+        for name, width in (
+            ("model.hidden_size", cfg.model.hidden_size),
+            ("2 x model.intermediate_size", 2 * cfg.model.intermediate_size),
+        ):
+            if width % shards:
+                errors.append(
+                    f"parallel.expert_parallel_size={size}: {name}={width} must be a multiple of the "
+                    f"{shards} ranks that share these experts; raise expert_parallel_size or replicate_size"
+                )
     return errors
 
 

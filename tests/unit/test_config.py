@@ -141,6 +141,18 @@ def test_one_mistake_one_message(prepared: str, section: str, value: object, mes
     assert message in found[0]
 
 
+def test_experts_must_cut_evenly_over_the_ranks_that_share_them(prepared: str) -> None:
+    # 12 ranks in groups of 4: 3 of them share the same experts, and 64 is no multiple of 3.
+    cfg = good(
+        prepared,
+        model=ModelConfig(vocab_size=1024, eos_token_id=0, hidden_size=64, intermediate_size=48),
+        trainer=TrainerConfig(max_steps=4, global_batch_size=24, micro_batch_size=2),
+        parallel=ParallelConfig(expert_parallel_size=4),
+    )
+    (message,) = problems(cfg, world_size=12)
+    assert "model.hidden_size=64 must be a multiple of the 3 ranks" in message
+
+
 def test_all_mistakes_are_reported_at_once(prepared: str) -> None:
     cfg = good(
         prepared,
