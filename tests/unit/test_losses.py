@@ -34,8 +34,8 @@ def test_balance_reads_one_per_layer_and_top_k_pooled() -> None:
 
 def test_collapse_on_different_experts_is_seen_by_olmoe_and_missed_by_pooling() -> None:
     # Each of 8 layers sends all tokens to its own 8 of 64 experts. Within a layer c_e = T on 8 experts; their
-    # probability is e^g / (8 e^g + 56) each, so LB = 64/(8 T) * 8 T * p = 64 p. At g = 8: p = 0.124710, LB =
-    # 7.98141. Pooled over layers every expert has T of 8 T tokens: (1/8) * (1/64) summed over 64, times 64 =
+    # probability is e^g / (8 e^g + 56) each, so LB = 64/(8 T) * 8 T * p = 64 p. At g = 8: p = 0.124707, LB =
+    # 7.98126. Pooled over layers every expert has T of 8 T tokens: (1/8) * (1/64) summed over 64, times 64 =
     # 8.000: "perfect".
     logits = collapsed_logits(layers=8, tokens=32, experts=64, top_k=8, gap=8.0)
     by_hand = 64 * math.exp(8) / (8 * math.exp(8) + 56)
