@@ -40,7 +40,6 @@ class StepMetrics:
         self, config: OlmoeConfig, cfg: TrainConfig, progress: Progress, device: torch.device
     ) -> None:
         self.progress = progress
-        self.log_every = cfg.trainer.log_every
         self.dead_after = cfg.logging.dead_expert_steps
         shape = (config.num_hidden_layers, config.num_experts)
         self.last_used_LE = torch.zeros(shape, dtype=torch.int64, device=device)
@@ -51,13 +50,23 @@ class StepMetrics:
         self.entropy_L = torch.zeros(shape[0], device=device)
 
     @torch.no_grad()
-    def add(self, losses: "Losses", output: TrainingOutput, mask: Tensor | None, totals: "Totals") -> None:
-        """Count in one micro-batch of step progress.step + 1. mask: [T] or [B, S], 0 at padding."""
+    def add(
+        self,
+        losses: "Losses",
+        output: TrainingOutput,
+        mask: Tensor | None,
+        totals: "Totals",
+        with_entropy: bool,
+    ) -> None:
+        """Count in one micro-batch of step progress.step + 1. mask: [T] or [B, S], 0 at padding.
+
+        with_entropy: for a step that will be logged; it is another pass over the router's probabilities.
+        """
         self.losses += torch.stack(
             [losses.total, losses.ce_loss, losses.load_balancing_loss, losses.router_z_loss]
         )
         self.counts_LE += losses.counts_LE
-        if (self.progress.step + 1) % self.log_every == 0:
+        if with_entropy:
             self.entropy_L += router_entropy(output.router_logits, mask) / totals.tokens
 
     def end_step(self, totals: "Totals", samples: int) -> Progress:

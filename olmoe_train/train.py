@@ -71,6 +71,9 @@ def train(cfg: TrainConfig, batches: Iterable[Batch] | None = None) -> int:
         set_learning_rate(optimizer, learning_rate(step, cfg.optimizer.lr, cfg.scheduler, warmup, decay))
         micro_batches = list(itertools.islice(loader, accumulation))
         totals = count_tokens(micro_batches, run.stop_requested, device)
+        signalled = totals.stop_requested
+        stop = signalled or step >= end
+        logged = stop or step % cfg.trainer.log_every == 0
         seed_dropout(cfg.seed, step)
         counts = count_experts(cfg.loss, model, micro_batches, device)
         seed_dropout(cfg.seed, step)
@@ -82,15 +85,13 @@ def train(cfg: TrainConfig, batches: Iterable[Batch] | None = None) -> int:
             output = model.training_forward(**batch)
             losses = step_losses(cfg.loss, model, output, batch.get("attention_mask"), totals, counts)
             losses.total.backward()
-            metrics.add(losses, output, batch.get("attention_mask"), totals)
+            metrics.add(losses, output, batch.get("attention_mask"), totals, with_entropy=logged)
         grad_norm = clip_gradients(model.parameters(), cfg.optimizer.max_grad_norm)
         optimizer.step()
         optimizer.zero_grad()
         progress = metrics.end_step(totals, cfg.trainer.global_batch_size)
 
-        signalled = totals.stop_requested
-        stop = signalled or step >= end
-        if step % cfg.trainer.log_every == 0 or stop:
+        if logged:
             writer.log_step(progress, metrics.read(grad_norm), optimizer.param_groups[0]["lr"], last_step)
         if step == last_step or (cfg.evaluation.every and step % cfg.evaluation.every == 0):
             writer.log_evaluation(progress, evaluate(cfg, model, device))

@@ -54,7 +54,7 @@ def add_step(metrics: StepMetrics, counts: list[list[float]], logits: torch.Tens
     output = TrainingOutput(torch.zeros(()), (logits, logits), ())
     totals = Totals(torch.tensor(8.0), torch.tensor(7.0), tokens_int=8, stop_requested=False)
     metrics.start_step()
-    metrics.add(losses, output, None, totals)
+    metrics.add(losses, output, None, totals, with_entropy=True)
     return metrics.end_step(totals, samples=2)
 
 
