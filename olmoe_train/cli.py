@@ -8,6 +8,7 @@ import os
 import re
 import sys
 import textwrap
+import time
 import traceback
 from collections.abc import Callable
 from dataclasses import MISSING as NO_DEFAULT
@@ -25,6 +26,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from olmoe_train.errors import UserError
 
+SECONDS_TO_SPEAK = 3.0
 OK, FAILED, BAD_INPUT, STOPPED_BY_SIGNAL = 0, 1, 2, 75
 
 
@@ -101,9 +103,12 @@ def writable(node: DictConfig) -> DictConfig:
 
 
 def _print_once(message: str) -> None:
-    """Every rank of a torchrun meets the same error; one of them says it."""
+    """Every rank of a torchrun meets the same error; rank 0 says it. The others leave it the time: torchrun
+    ends all ranks as soon as one has failed."""
     if os.environ.get("RANK", "0") == "0":
         print(message, file=sys.stderr, flush=True)
+    else:
+        time.sleep(SECONDS_TO_SPEAK)
 
 
 def explain(error: BaseException, schema: type) -> str:

@@ -10,6 +10,7 @@ import math
 import os
 import resource
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -190,8 +191,17 @@ class MetricsWriter:
         self.restart_clock(progress.tokens)
 
     def close(self) -> None:
-        if self.wandb is not None:
-            self.wandb.finish()
+        self._tell_wandb(lambda run: run.finish())
+
+    def _tell_wandb(self, message: Callable[[Any], None]) -> None:
+        """Observing never stops a run: at the first trouble wandb is left alone."""
+        if self.wandb is None:
+            return
+        try:
+            message(self.wandb)
+        except Exception as error:
+            log.warning("warning: wandb failed (%r) and gets no more; metrics.jsonl has everything", error)
+            self.wandb = None
 
     def _warn_of_dead_experts(self, dead: int) -> None:
         if dead > self.warned_dead:
@@ -205,11 +215,10 @@ class MetricsWriter:
         clean = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
         with self.path.open("a") as file:
             file.write(json.dumps(clean) + "\n")
-        if self.wandb is not None:
-            scalars = {
-                k: v for k, v in clean.items() if k != "step" and v is not None and not isinstance(v, list)
-            }
-            self.wandb.log(scalars, step=clean["step"])
+        scalars = {
+            k: v for k, v in clean.items() if k != "step" and v is not None and not isinstance(v, list)
+        }
+        self._tell_wandb(lambda run: run.log(scalars, step=clean["step"]))
 
 
 def forget_after(path: Path, step: int) -> None:

@@ -93,6 +93,7 @@ def train(cfg: TrainConfig, batches: Iterable[Batch] | None = None) -> int:
 
         if logged:
             writer.log_step(progress, metrics.read(grad_norm), optimizer.param_groups[0]["lr"], last_step)
+            run.write_status("running", "training", step, last_step)
         if step == last_step or (cfg.evaluation.every and step % cfg.evaluation.every == 0):
             writer.log_evaluation(progress, evaluate(cfg, model, device))
         if stop or (cfg.checkpoint.every and step % cfg.checkpoint.every == 0):

@@ -2,6 +2,8 @@
 
 import json
 import math
+import os
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -18,6 +20,7 @@ from olmoe_train.model import OlmoeConfig
 from olmoe_train.model.outputs import TrainingOutput
 from olmoe_train.run_directory import Progress
 from olmoe_train.train import Losses, Totals
+from tests.spawn import run_ranks
 
 CPU = torch.device("cpu")
 CONFIG = OlmoeConfig(
@@ -133,6 +136,32 @@ def test_wandb_offline_writes_a_run_and_disabled_writes_nothing(tmp_path: Path) 
     offline.log_evaluation(Progress(step=3), Evaluation(loss=1.5, tokens=3))
     offline.close()
     assert list((tmp_path / "wandb").glob("offline-run-*/*.wandb"))
+
+
+def read_or_empty(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError:  # a process that has ended meanwhile
+        return b""
+
+
+def log_after_wandb_died(tmp_path: Path) -> None:
+    os.environ.pop("WANDB_SERVICE", None)  # not the service of the process that spawned this one
+    observed = writer(tmp_path, config(WandbMode.offline))
+    # wandb-core is started with the process id of whom it serves.
+    ours = f"--pid\0{os.getpid()}\0".encode()
+    services = [path.parent for path in Path("/proc").glob("[0-9]*/cmdline") if ours in read_or_empty(path)]
+    assert services
+    for service in services:
+        os.kill(int(service.name), signal.SIGKILL)
+    for step in (1, 2):
+        observed.log_evaluation(Progress(step=step), Evaluation(loss=1.5, tokens=3))
+    observed.close()
+
+
+def test_a_wandb_service_that_dies_does_not_stop_the_run(tmp_path: Path) -> None:
+    run_ranks(1, log_after_wandb_died, tmp_path)  # a process of its own: wandb does not recover in this one
+    assert [record["step"] for record in records(tmp_path)] == [1, 2]
 
 
 def test_wandb_online_without_a_key_goes_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
