@@ -4,7 +4,6 @@ Nothing here knows what the tensors are for, and nothing unpickles.
 """
 
 import json
-import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +14,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from olmoe_train.errors import UserError
+from olmoe_train.files import sync
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 _UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
@@ -121,23 +121,15 @@ def publish(temporary: Path, directory: Path) -> None:
     mode = (temporary / "config.json").stat().st_mode
     for name in names:
         (temporary / name).chmod(mode)  # safetensors leaves its files readable by their owner alone
-        _sync(temporary / name)
+        sync(temporary / name)
     if not directory.exists():
         temporary.chmod(mode | (mode & 0o444) >> 2)  # mkdtemp's is private; to enter for all who may read
         temporary.rename(directory)
     else:
         for name in names:
             (temporary / name).replace(directory / name)
-    _sync(directory)
-    _sync(directory.parent)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    sync(directory)
+    sync(directory.parent)
 
 
 def some(names: list[str]) -> str:

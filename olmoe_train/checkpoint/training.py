@@ -30,6 +30,7 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.fsdp import FSDPModule
 
 from olmoe_train.errors import UserError
+from olmoe_train.files import sync
 
 STATE, MANIFEST = "state.json", "manifest.json"
 # AdamW's state of a parameter, besides its step count.
@@ -147,9 +148,9 @@ def _commit(directory: Path, partial: Path, files: dict[str, Any], content: dict
         "files": dict(sorted((files | {STATE: _entry(partial / STATE)}).items())),
     }
     _write_json(partial / MANIFEST, manifest)
-    _sync(partial)
+    sync(partial)
     partial.rename(directory)
-    _sync(directory.parent)
+    sync(directory.parent)
 
 
 def _files(tensors: Mapping[str, Tensor]) -> dict[str, int]:
@@ -174,14 +175,6 @@ def _write_json(path: Path, content: dict[str, Any]) -> None:
         json.dump(content, file, indent=1)
         file.flush()
         os.fsync(file.fileno())
-
-
-def _sync(directory: Path) -> None:
-    descriptor = os.open(directory, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 # --- reading ----------------------------------------------------------------------------------------------

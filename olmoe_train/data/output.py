@@ -14,8 +14,9 @@ from olmoe_train.config import SourceConfig
 from olmoe_train.data.encode import Encoded
 from olmoe_train.data.reader import START, Batch, Position
 from olmoe_train.data.records import BadRecord
-from olmoe_train.data.writer import ChangedError, SplitWriter, replace_durably, sync
+from olmoe_train.data.writer import ChangedError, SplitWriter, replace_durably
 from olmoe_train.errors import UserError
+from olmoe_train.files import sync
 
 PROGRESS = "progress.json"
 QUARANTINE = "quarantine.jsonl"

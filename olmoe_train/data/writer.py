@@ -14,6 +14,7 @@ import numpy as np
 
 from olmoe_train.data.tokens import ENDS_DTYPE, Shard, Split
 from olmoe_train.errors import UserError
+from olmoe_train.files import sync
 
 EMPTY_SHA256 = hashlib.sha256().hexdigest()
 LOCK = "lock"
@@ -252,11 +253,3 @@ def replace_durably(path: Path, contents: str) -> None:
 def _sync_tree(directory: Path) -> None:
     for path in [*directory.rglob("*"), directory]:
         sync(path)
-
-
-def sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
