@@ -40,9 +40,8 @@ PLAIN = {
     "ddp 4, experts 2": Layout(4, 2, "ddp", experts=2),
 }
 PLAIN |= {
-    f"zero-{stage} {ranks}, experts {experts}": Layout(
-        ranks, 8 // ranks, "deepspeed", experts, zero_stage=stage
-    )
+    # Of two ranks with two micro-batches a step, of four with one.
+    f"zero-{stage} {ranks}, experts {experts}": Layout(ranks, 4, "deepspeed", experts, zero_stage=stage)
     for ranks in (2, 4)
     for stage in range(4)
     for experts in (1, 2)
