@@ -50,7 +50,7 @@ class SourceConfig:
     """Tokenising processes; 0: one a core."""
 
 
-@dataclass(frozen=True)
+@dataclass  # frozen, data.mixture.0.weight=2 could not change what a preset gave
 class MixtureSource:
     dir: str = MISSING
     """Prepared directory; a relative one is inside of data.dir."""
