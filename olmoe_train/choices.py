@@ -55,6 +55,12 @@ class SourceKind(Enum):
     datasets = "datasets"
 
 
+class Records(Enum):
+    text = "text"
+    messages = "messages"
+    prompt_completion = "prompt_completion"
+
+
 class OnBadRecord(Enum):
     strict = "strict"
     quarantine = "quarantine"

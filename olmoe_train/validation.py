@@ -4,7 +4,8 @@ import math
 from pathlib import Path
 
 from olmoe_train.choices import BalanceScope, Strategy
-from olmoe_train.config import SourceConfig, TrainConfig, olmoe_config
+from olmoe_train.config import TrainConfig, olmoe_config
+from olmoe_train.config_source import SourceConfig
 from olmoe_train.data.tokens import read_manifest
 from olmoe_train.errors import UserError
 

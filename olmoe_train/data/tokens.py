@@ -6,7 +6,7 @@ trains on (arXiv 2402.00159; `np.memmap(path, dtype)` opens it). Only prepare.py
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass, fields
+from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,10 @@ class Shard:
     """Document index: for each document its end (just past its eos), in tokens of this shard, as uint64."""
     documents: int
     ends_sha256: str
+    mask_path: str | None = None
+    """Loss mask: a uint8 a token, 1 where it is a target to be predicted, 0 where it is only read. None:
+    every token is a target."""
+    mask_sha256: str | None = None
 
 
 @dataclass(frozen=True)
@@ -42,6 +46,20 @@ class Split:
     bytes: int
     """UTF-8 bytes of the text, ends of documents excluded."""
     shards: tuple[Shard, ...]
+
+
+@dataclass(frozen=True)
+class Targets:
+    """Of data in which not every token is a target: counts over both splits."""
+
+    conversations: int
+    """Or prompts with their completions: the documents."""
+    unaligned: int
+    """Those whose turns cannot be told among the tokens; they have no target."""
+    without_target: int
+    """Those without any target token, the unaligned ones among them."""
+    tokens: int
+    """Target tokens."""
 
 
 @dataclass(frozen=True)
@@ -61,17 +79,24 @@ class Manifest:
     bytes_per_token: float
     """Over both splits."""
     unigram_entropy: float | None
-    """Nats a token: cross-entropy of the validation tokens under the training tokens' add-one smoothed
+    """Nats a token: cross-entropy of the validation targets under the training targets' add-one smoothed
     frequencies. A model that does no better has learnt nothing from context. None without validation tokens.
     """
     train: Split
     validation: Split
     quarantined_records: int = 0
     """In quarantine.jsonl."""
+    filtered_records: int = 0
+    """Left out by data.source.keep, min_characters and max_characters."""
+    targets: Targets | None = None
+    """None: every token is a target."""
 
 
 def write_manifest(directory: Path, manifest: Manifest) -> None:
-    record = {"format": FORMAT, "version": VERSION, **asdict(manifest)}
+    record: dict[str, Any] = {"format": FORMAT, "version": VERSION, **asdict(manifest)}
+    for shard in (*record["train"]["shards"], *record["validation"]["shards"]):
+        if shard["mask_path"] is None:
+            del shard["mask_path"], shard["mask_sha256"]
     (directory / MANIFEST).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
 
 
@@ -110,12 +135,16 @@ def _parse_manifest(record: dict[str, Any]) -> Manifest:
         raise ValueError(f"format is {record['format']!r}, not {FORMAT!r}")
     if record["version"] != VERSION:
         raise ValueError(f"version is {record['version']!r}; this program reads {VERSION}")
-    # A manifest of before there was a quarantine has no count of it.
-    values = {"quarantined_records": 0, **record}
-    values = {field.name: values[field.name] for field in fields(Manifest)}
-    manifest = Manifest(
-        **{**values, **{name: _parse_split(record[name], name) for name in ("train", "validation")}}
-    )
+    # Fields that have come since have a default; a later program's are left aside.
+    values = {
+        field.name: record[field.name]
+        for field in fields(Manifest)
+        if field.default is MISSING or field.name in record
+    }
+    values |= {name: _parse_split(record[name], name) for name in ("train", "validation")}
+    if values.get("targets") is not None:
+        values["targets"] = Targets(**values["targets"])
+    manifest = Manifest(**values)
     if manifest.dtype not in DTYPES:
         raise ValueError(f"dtype is {manifest.dtype!r}, not {' or '.join(DTYPES)}")
     if manifest.vocab_size > 1 << 8 * DTYPES[manifest.dtype].itemsize:
@@ -134,10 +163,20 @@ def _parse_split(record: dict[str, Any], name: str) -> Split:
         total = sum(getattr(shard, key) for shard in shards)
         if total != getattr(split, key):
             raise ValueError(f"{name}.{key} is {getattr(split, key)}, but its shards add up to {total}")
-    for relative in (path for shard in shards for path in (shard.path, shard.ends_path)):
+    for relative in (path for shard in shards for path, _ in files_of(shard)):
         if Path(relative).is_absolute() or ".." in Path(relative).parts:
             raise ValueError(f"shard path {relative!r} leaves the prepared directory")
     return split
+
+
+def files_of(shard: Shard) -> list[tuple[str, str]]:
+    """(path, sha256) of each of its files. ValueError for a mask without a hash, or a hash without a mask."""
+    if (shard.mask_path is None) != (shard.mask_sha256 is None):
+        raise ValueError(f"{shard.path} has only one of mask_path and mask_sha256")
+    files = [(shard.path, shard.sha256), (shard.ends_path, shard.ends_sha256)]
+    if shard.mask_path is not None and shard.mask_sha256 is not None:
+        files.append((shard.mask_path, shard.mask_sha256))
+    return files
 
 
 def _damaged(path: Path, what: str, directory: Path) -> UserError:
@@ -161,6 +200,8 @@ class TokenSplit:
         for shard in self.shards:
             self._check_size(shard.path, shard.tokens * self.dtype.itemsize)
             self._check_size(shard.ends_path, shard.documents * ENDS_DTYPE.itemsize)
+            if shard.mask_path is not None:
+                self._check_size(shard.mask_path, shard.tokens)
         self._starts = np.cumsum([0, *(shard.tokens for shard in self.shards)])
         self._maps: dict[int, np.ndarray] = {}
 
@@ -221,7 +262,7 @@ def verify_hashes(directory: str | Path) -> int:
     count = 0
     for name in ("train", "validation"):
         for shard in TokenSplit(directory, manifest, name).shards:
-            for relative, expected in ((shard.path, shard.sha256), (shard.ends_path, shard.ends_sha256)):
+            for relative, expected in files_of(shard):
                 path = directory / relative
                 with path.open("rb") as file:
                     if hashlib.file_digest(file, "sha256").hexdigest() != expected:

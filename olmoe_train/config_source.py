@@ -1,0 +1,86 @@
+"""What `olmoe prepare` alone reads: the corpus and its tokenizer (the rest of the options: config.py)."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from olmoe_train.choices import OnBadRecord, Records, SourceKind
+
+
+@dataclass(frozen=True)
+class SourceConfig:
+    kind: SourceKind = SourceKind.python_stdlib
+    """Where documents come from: python_stdlib; files (JSON lines, text, parquet, arrow); datasets (what the
+    `datasets` library streams, or parquet and arrow). `olmoe prepare` alone reads data.source."""
+    paths: list[str] = field(default_factory=list)
+    """Files, globs (** for any depth) and folders. *.jsonl and *.json, also .gz and .zst: a JSON object a
+    line; *.parquet, *.arrow: rows; all else: a file is a document, .gz and .zst decompressed. A folder stands
+    for the .jsonl, .json.gz, .json.zst, .txt, .parquet and .arrow files in it, at any depth."""
+    validation_paths: list[str] = field(default_factory=list)
+    """Files, globs and folders that are the validation split, even where `paths` matches them too; []: hold
+    out validation_fraction."""
+    name: str | None = None
+    """Dataset to stream: its name on the Hugging Face hub, or a local directory laid out like one."""
+    subset: str | None = None
+    """Configuration of the dataset `name`, where it has several."""
+    revision: str | None = None
+    """Branch, tag or commit of the dataset `name`; null: its main branch."""
+    split: str = "train"
+    """Split of the dataset `name` to train on."""
+    validation_split: str | None = None
+    """Split of the dataset `name` to validate on; null: hold out validation_fraction."""
+    records: Records = Records.text
+    """What a record holds: text (text_field; all of it is learnt), messages (messages_field: a conversation,
+    rendered by the tokenizer's chat template; the assistant's turns are learnt), prompt_completion
+    (prompt_field and completion_field; the completion is learnt)."""
+    text_field: str = "text"
+    """Field or column that holds a document's text."""
+    messages_field: str = "messages"
+    """Field or column that holds a conversation: a list of {"role": ..., "content": ...}."""
+    prompt_field: str = "prompt"
+    """Field or column that holds a prompt, a string."""
+    completion_field: str = "completion"
+    """Field or column that holds its completion, a string."""
+    id_field: str | None = "id"
+    """Field or column that identifies a document, for the choice of validation documents; where a document
+    has none, and with null, its file and line do."""
+    keep: dict[str, list[Any]] = field(default_factory=dict)
+    """Filter: field -> the values that are kept, e.g. {metadata.language: [en, fr], source: [wiki]}; all must
+    hold. A dot reaches into an object; null stands for a field that is missing. Text files have no fields."""
+    min_characters: int = 0
+    """Filter: fewest characters of a document's text."""
+    max_characters: int | None = None
+    """Filter: most characters of a document's text; null: any number."""
+    max_record_bytes: int = 16 * 1024 * 1024
+    """Longest record (a line of JSON, a row's text, a file of text), in bytes; a longer one is a bad record.
+    Memory grows with it: some 150 times as much in a tokenising process."""
+    on_bad_record: OnBadRecord = OnBadRecord.strict
+    """A record that cannot be read: strict stops with path:line; quarantine writes it with the reason to
+    quarantine.jsonl and goes on."""
+    max_bad_fraction: float = 0.001
+    """Share of all records that may be quarantined; more stops the run."""
+    validation_fraction: float = 0.05
+    """Share of documents held out for validation, chosen by a hash of the document's identity."""
+    shard_tokens: int = 100_000_000
+    """Most tokens a shard file holds."""
+    processes: int = 0
+    """Tokenising processes; 0: one a core."""
+
+
+@dataclass(frozen=True)
+class TokenizerConfig:
+    path: str | None = None
+    """Tokenizer to use: a tokenizer.json, an HF directory, or a model's name on the Hugging Face hub (whose
+    cache serves without a network). null: train a byte-level BPE on the training split."""
+    revision: str | None = None
+    """Branch, tag or commit of a tokenizer of the hub; null: its main branch."""
+    chat_template: str | None = None
+    """File of a Jinja chat template, in place of the tokenizer's own; it goes along into data.dir and
+    exports. null: the tokenizer's."""
+    template_date: str | None = None
+    """Day (YYYY-MM-DD) for a chat template that asks for today's, so that the same command always makes the
+    same tokens."""
+    vocab_size: int = 4096
+    """Vocabulary of the tokenizer to train, special tokens included."""
+    train_bytes: int = 1_000_000_000
+    """Train it on the first so many bytes of the training split's text; memory grows with their different
+    words."""
