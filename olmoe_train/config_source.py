@@ -3,7 +3,17 @@
 from dataclasses import dataclass, field
 from typing import Any
 
+from omegaconf import MISSING
+
 from olmoe_train.choices import OnBadRecord, Records, SourceKind
+
+
+@dataclass(frozen=True)
+class FieldFilter:
+    field: str = MISSING
+    """Name of a field or column."""
+    values: list[Any] = MISSING
+    """Records whose field equals one of them are kept."""
 
 
 @dataclass(frozen=True)
@@ -43,9 +53,10 @@ class SourceConfig:
     id_field: str | None = "id"
     """Field or column that identifies a document, for the choice of validation documents; where a document
     has none, and with null, its file and line do."""
-    keep: dict[str, list[Any]] = field(default_factory=dict)
-    """Filter: field -> the values that are kept, e.g. {metadata.language: [en, fr], source: [wiki]}; all must
-    hold. A dot reaches into an object; null stands for a field that is missing. Text files have no fields."""
+    keep: list[FieldFilter] = field(default_factory=list)
+    """Filters: only records whose fields have these values, e.g. [{field: metadata.language, values: [en,
+    fr]}, {field: source, values: [wiki]}]. A dot reaches into an object; null stands for a field that is
+    missing. Text files have no fields."""
     min_characters: int = 0
     """Filter: fewest characters of a document's text."""
     max_characters: int | None = None

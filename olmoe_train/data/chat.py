@@ -65,7 +65,7 @@ class ChatTemplate:
             for piece in template.generate(variables):  # not extend(): _Generation reads them meanwhile
                 pieces.append(piece)
         except Exception as error:  # a template can raise anything
-            raise TemplateError(f"the chat template refuses it: {error}") from None
+            raise TemplateError(f"the chat template refuses it: {str(error).rstrip('.')}") from None
         return "".join(pieces)
 
     def render_conversation(self, messages: list[Message]) -> tuple[str, list[Span] | None]:
@@ -73,8 +73,9 @@ class ChatTemplate:
 
         A turn is what the model would have had to write. It begins where the prompt ends that generation
         would be given, and ends with the conversation cut off after it; both must be literal beginnings of
-        the whole text. A template that marks the turns itself ({% generation %}) is taken at its word. Raises
-        TemplateError.
+        the whole text. White space that the turn ends with is not part of it: templates put it between turns,
+        where it may become one token with what follows. A template that marks the turns itself
+        ({% generation %}) is taken at its word. Raises TemplateError.
         """
         marked: list[tuple[int, str]] = []
         text = self._render(messages, False, marked)
@@ -93,7 +94,7 @@ class ChatTemplate:
                 return text, None
             if not (through.startswith(prompt) and text.startswith(through)):
                 return text, None
-            turns.append((len(prompt), len(through)))
+            turns.append((len(prompt), max(len(prompt), len(through.rstrip()))))
         return text, turns
 
 

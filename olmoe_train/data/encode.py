@@ -100,7 +100,9 @@ class Encoder:
                 arrays.append(np.array([*ids, self.eos_token_id], dtype))
                 continue
             turns = self._turns(document, ids)
-            ids, targets = mark_targets(ids, turns, self.eos_token_id)
+            # Where a turn of a conversation ends is for its template to say; a completion just ends.
+            learn_eos = self.reading.records is Records.prompt_completion
+            ids, targets = mark_targets(ids, turns, self.eos_token_id, learn_eos)
             arrays.append(np.array(ids, dtype))
             masks.append(targets)
             unaligned += turns is None

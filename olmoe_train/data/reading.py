@@ -37,7 +37,7 @@ class Reading:
             content_fields(source),
             source.id_field,
             source.max_record_bytes,
-            tuple((field, tuple(values)) for field, values in source.keep.items()),
+            tuple((one.field, tuple(one.values)) for one in source.keep),
             source.min_characters,
             source.max_characters,
             template,

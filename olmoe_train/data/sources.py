@@ -2,7 +2,7 @@
 
 import platform
 import sysconfig
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -95,7 +95,7 @@ def open_corpus(source: SourceConfig) -> Corpus:
 
 def source_settings(source: SourceConfig, corpus: Corpus) -> dict[str, Any]:
     """What decides the documents, as the manifest keeps it. The standard library is what it is."""
-    settings = {
+    settings: dict[str, Any] = {
         "data.source.kind": source.kind.value,
         "data.source.validation_fraction": None if corpus.own_validation else source.validation_fraction,
     }
@@ -112,7 +112,9 @@ def source_settings(source: SourceConfig, corpus: Corpus) -> dict[str, Any]:
         settings["data.source.records"] = source.records.value
         for key in CONTENT_KEYS[source.records]:
             settings[f"data.source.{key}_field"] = getattr(source, f"{key}_field")
-    for key in ("keep", "min_characters", "max_characters"):
+    if source.keep:
+        settings["data.source.keep"] = [asdict(one) for one in source.keep]
+    for key in ("min_characters", "max_characters"):
         if value := getattr(source, key):
             settings[f"data.source.{key}"] = value
     return settings

@@ -26,19 +26,16 @@ def align(
     return [(places[start], places[end]) for start, end in turns]
 
 
-def mark_targets(ids: list[int], turns: list[Span] | None, eos_token_id: int) -> tuple[list[int], np.ndarray]:
+def mark_targets(
+    ids: list[int], turns: list[Span] | None, eos_token_id: int, learn_eos: bool
+) -> tuple[list[int], np.ndarray]:
     """(`ids`, ended by eos; uint8 a token: 1 where it is to be predicted). turns: in tokens; None: unknown.
 
-    An eos that has to be added is a target only where it ends a turn without an eos of its own: there it is
-    all that would tell the model to stop.
+    learn_eos: an eos that has to be added is a target too, unless the turns are unknown.
     """
-    ended = bool(ids) and ids[-1] == eos_token_id
-    targets = np.zeros(len(ids) + (not ended), np.uint8)
+    targets = np.zeros(len(ids), np.uint8)
     for start, end in turns or ():
         targets[start:end] = 1
-    if ended:
+    if ids and ids[-1] == eos_token_id:
         return ids, targets
-    if turns:
-        start, end = turns[-1]
-        targets[-1] = end == len(ids) and eos_token_id not in ids[start:end]
-    return [*ids, eos_token_id], targets
+    return [*ids, eos_token_id], np.append(targets, np.uint8(learn_eos and turns is not None))

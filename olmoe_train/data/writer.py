@@ -76,14 +76,14 @@ class SplitWriter:
         assert (targets is not None) == self._masked
         self._text_bytes += text_bytes
         self._count(tokens, targets)
-        cuts = np.cumsum(lengths)[:-1]
-        documents = np.split(tokens, cuts) if lengths else []
-        masks = [None] * len(documents) if targets is None else np.split(targets, cuts)
-        for document, mask in zip(documents, masks, strict=True):
-            if self._open is None or self._open.tokens + len(document) > self._shard_tokens:
+        start = 0
+        for length in lengths:
+            if self._open is None or self._open.tokens + length > self._shard_tokens:
                 self._close_shard()
                 self._open = _OpenShard(self._root, self._stem(), None, self._dtype, self._masked)
-            self._open.add(document, mask)
+            document = slice(start, start + length)
+            self._open.add(tokens[document], None if targets is None else targets[document])
+            start += length
 
     def save(self) -> dict[str, Any]:
         """All that was added is on disk when this returns. What to restore it from, as JSON."""
