@@ -24,7 +24,7 @@ DEADLINE = 120.0  # seconds
 
 
 def write_corpus(root: Path, records: int) -> Path:
-    """Four files, each with an empty document and a bad record; a text is a prompt and its completion, too."""
+    """Four files, each with an empty document and a bad record; a text is also a prompt and a completion."""
     root.mkdir()
     for number in range(4):
         lines = [record(number, i) for i in range(records)]
@@ -122,9 +122,17 @@ def corpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return write_corpus(tmp_path / "corpus", 60)
 
 
-@pytest.mark.parametrize("batches", [1, 2, 3, 7, 11])
+@pytest.mark.parametrize(
+    ("batches", "records"),
+    [
+        (1, Records.text),
+        (2, Records.prompt_completion),
+        (3, Records.text),
+        (7, Records.prompt_completion),
+        (11, Records.prompt_completion),
+    ],
+)
 @pytest.mark.parametrize("shard_tokens", [1500, 10**6])
-@pytest.mark.parametrize("records", [Records.text, Records.prompt_completion])
 def test_bytes_are_those_of_an_uninterrupted_run(
     corpus: Path,
     tmp_path: Path,
