@@ -66,6 +66,11 @@ class OnBadRecord(Enum):
     quarantine = "quarantine"
 
 
+class Packing(Enum):
+    concat = "concat"
+    best_fit = "best_fit"
+
+
 class ExpertsBackend(Enum):
     auto = "auto"
     loop = "loop"

@@ -21,7 +21,10 @@ from olmoe_train.choices import (
     Strategy,
     WandbMode,
 )
-from olmoe_train.config_source import SourceConfig, TokenizerConfig
+from olmoe_train.data.config import DataConfig as DataConfig  # `as`: importers take every group from here
+from olmoe_train.data.config import MixtureSource as MixtureSource
+from olmoe_train.data.config import SourceConfig as SourceConfig
+from olmoe_train.data.config import TokenizerConfig as TokenizerConfig
 from olmoe_train.model.configuration import OlmoeConfig
 
 
@@ -80,22 +83,15 @@ class ModelConfig:
 
 
 @dataclass(frozen=True)
-class DataConfig:
-    dir: str = MISSING
-    """Directory of prepared tokens (`olmoe prepare` writes it)."""
-    sequence_length: int = 512
-    """Tokens a training sequence."""
-    num_workers: int = 0
-    """Loader worker processes a rank; 0: load in the training process."""
-    source: SourceConfig = field(default_factory=SourceConfig)
-
-
-@dataclass(frozen=True)
 class TrainerConfig:
     max_steps: int | None = None
-    """Optimizer steps in the whole run. The run ends at max_steps or max_tokens, whichever comes first."""
+    """Optimizer steps in the whole run, which ends at max_steps, max_tokens or max_epochs, whichever comes
+    first."""
     max_tokens: int | None = None
     """Training tokens in the whole run."""
+    max_epochs: float | None = None
+    """Passes over the training data in the whole run, rounded up to whole steps: the last step is filled with
+    the next epoch's first sequences. With a mixture, its sources' token budgets together are an epoch."""
     stop_at_step: int | None = None
     """Stop here with a checkpoint, the schedule untouched; run again without it to continue."""
     global_batch_size: int = 16

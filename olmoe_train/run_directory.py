@@ -26,6 +26,7 @@ from omegaconf import OmegaConf
 from olmoe_train.checkpoint.training import complete_checkpoints
 from olmoe_train.cli import OK, STOPPED_BY_SIGNAL
 from olmoe_train.config import TrainConfig
+from olmoe_train.data.mixture import sources
 from olmoe_train.errors import UserError
 
 log = logging.getLogger("olmoe")
@@ -60,7 +61,7 @@ class RunDirectory:
         if self.is_writer:
             self.path.mkdir(parents=True, exist_ok=True)
             OmegaConf.save(OmegaConf.structured(cfg), self.path / "config.yaml")
-            tokenizer = Path(cfg.data.dir) / "tokenizer"
+            tokenizer = sources(cfg.data)[0].directory / "tokenizer"
             if tokenizer.is_dir():
                 shutil.copytree(tokenizer, self.path / "tokenizer", dirs_exist_ok=True)
         dist.barrier()

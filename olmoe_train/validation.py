@@ -4,9 +4,8 @@ import math
 from pathlib import Path
 
 from olmoe_train.choices import BalanceScope, Strategy
-from olmoe_train.config import TrainConfig, olmoe_config
-from olmoe_train.config_source import SourceConfig
-from olmoe_train.data.tokens import read_manifest
+from olmoe_train.config import SourceConfig, TrainConfig, olmoe_config
+from olmoe_train.data.mixture import mixture_errors, read_manifests
 from olmoe_train.errors import UserError
 
 
@@ -30,11 +29,14 @@ def configuration_errors(cfg: TrainConfig, world_size: int) -> list[str]:
 
 def _trainer_errors(cfg: TrainConfig, world_size: int) -> list[str]:
     trainer, parallel, errors = cfg.trainer, cfg.parallel, []
-    if trainer.max_steps is None and trainer.max_tokens is None:
-        errors.append("trainer.max_steps and trainer.max_tokens are both null: set one, so that the run ends")
+    if trainer.max_steps is None and trainer.max_tokens is None and trainer.max_epochs is None:
+        errors.append(
+            "trainer.max_steps, max_tokens and max_epochs are all null: set one, so that the run ends"
+        )
     positive = {
         "trainer.max_steps": trainer.max_steps,
         "trainer.max_tokens": trainer.max_tokens,
+        "trainer.max_epochs": trainer.max_epochs,
         "trainer.stop_at_step": trainer.stop_at_step,
         "trainer.global_batch_size": trainer.global_batch_size,
         "trainer.micro_batch_size": trainer.micro_batch_size,
@@ -167,9 +169,16 @@ def _model_errors(cfg: TrainConfig) -> list[str]:
 
 
 def _data_errors(cfg: TrainConfig) -> list[str]:
-    errors = []
+    errors = mixture_errors(cfg.data)
+    if cfg.trainer.max_epochs is not None and any(part.weight is not None for part in cfg.data.mixture):
+        errors.append(
+            f"trainer.max_epochs={cfg.trainer.max_epochs}: a mixture by weight has no end; give its sources "
+            "token budgets (tokens in place of weight), or set trainer.max_steps or trainer.max_tokens"
+        )
+    if errors:
+        return errors
     try:
-        manifest = read_manifest(cfg.data.dir)
+        manifest = next(iter(read_manifests(cfg.data).values()))  # their tokenizers are all the same
     except UserError as error:
         return [str(error)]
     if manifest.vocab_size > cfg.model.vocab_size:
@@ -192,6 +201,14 @@ def _no_effect(cfg: TrainConfig) -> list[str]:
     for name, value in vars(cfg.data.source).items():
         if value != getattr(defaults, name):
             warnings.append(f"data.source.{name} has no effect here: `olmoe prepare` alone reads it")
+    if len(cfg.data.mixture) == 1:
+        warnings.append("data.mixture has one source: its weight has no effect")
+    if cfg.data.mixture:
+        warnings += [
+            f"data.mixture: {name} has no validation split and is not evaluated"
+            for name, manifest in read_manifests(cfg.data).items()
+            if manifest.validation.tokens == 0
+        ]
     if cfg.loss.balance_scope is BalanceScope.micro_batch and cfg.loss.router_aux_loss_coef == 0:
         warnings.append("loss.balance_scope has no effect: loss.router_aux_loss_coef is 0")
     if cfg.optimizer.max_grad_norm == 0:

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from olmoe_train.choices import Records
-from olmoe_train.config_source import SourceConfig
+from olmoe_train.data.config import SourceConfig
 from olmoe_train.data.encode import Encoded
 from olmoe_train.data.reader import START, Batch, Position
 from olmoe_train.data.records import BadRecord

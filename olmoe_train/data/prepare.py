@@ -18,7 +18,7 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 
 from olmoe_train.choices import OnBadRecord, Records
 from olmoe_train.config import PrepareConfig
-from olmoe_train.config_source import TokenizerConfig
+from olmoe_train.data.config import TokenizerConfig
 from olmoe_train.data.corpus import digest
 from olmoe_train.data.encode import Encoder, cores, in_order, worker_processes
 from olmoe_train.data.output import PROGRESS, QUARANTINE, Output, begun, read_done

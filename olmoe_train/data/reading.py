@@ -5,8 +5,8 @@ from enum import Enum
 from typing import Any
 
 from olmoe_train.choices import Records
-from olmoe_train.config_source import SourceConfig
 from olmoe_train.data.chat import ChatTemplate
+from olmoe_train.data.config import SourceConfig
 from olmoe_train.errors import UserError
 
 

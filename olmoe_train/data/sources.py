@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from olmoe_train.choices import Records, SourceKind
-from olmoe_train.config_source import SourceConfig
+from olmoe_train.data.config import SourceConfig
 from olmoe_train.data.corpus import Layout, Part, digest, find_parts, python_stdlib_parts
 from olmoe_train.data.hub import HubDataset, hub_parts, open_hub_dataset
 from olmoe_train.data.reading import CONTENT_KEYS

@@ -10,8 +10,8 @@ from typing import Any
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from olmoe_train.config_source import TokenizerConfig
 from olmoe_train.data.chat import ChatTemplate, open_template
+from olmoe_train.data.config import TokenizerConfig
 from olmoe_train.errors import UserError
 
 EOS = "<|endoftext|>"

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from olmoe_train.data.tokens import ENDS_DTYPE, Shard, Split, files_of
+from olmoe_train.data.tokens import ENDS_DTYPE, Shard, Split, shard_files
 from olmoe_train.errors import UserError
 from olmoe_train.files import sync
 
@@ -112,7 +112,7 @@ class SplitWriter:
         self._text_bytes = progress["text_bytes"]
         self._closed = [Shard(**shard) for shard in progress["closed"]]
         for shard in self._closed:
-            for path, sha256 in files_of(shard):
+            for path, sha256 in shard_files(shard):
                 _check_hash(self._root / path, sha256)
             self._count_shard(shard)
         if progress["open"] is not None:

@@ -62,7 +62,7 @@ def test_a_good_config_has_neither_errors_nor_warnings(prepared: str) -> None:
         (
             "trainer",
             TrainerConfig(global_batch_size=8, micro_batch_size=2),
-            "trainer.max_steps and trainer.max_tokens are both null",
+            "trainer.max_steps, max_tokens and max_epochs are all null",
         ),
         (
             "trainer",

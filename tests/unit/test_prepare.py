@@ -13,7 +13,7 @@ from tokenizers import Tokenizer, models
 from transformers import AutoTokenizer
 
 from olmoe_train.config import DataConfig, PrepareConfig
-from olmoe_train.config_source import SourceConfig, TokenizerConfig
+from olmoe_train.data.config import SourceConfig, TokenizerConfig
 from olmoe_train.data.corpus import held_out, python_stdlib_parts
 from olmoe_train.data.prepare import prepare, unigram_entropy
 from olmoe_train.data.tokens import Split, open_split

@@ -8,7 +8,7 @@ from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
 from omegaconf import OmegaConf
 
-from olmoe_train.choices import BalanceScope, Convention, Precision, Schedule
+from olmoe_train.choices import BalanceScope, Convention, Packing, Precision, Schedule
 from olmoe_train.cli import config_directory, to_config, writable
 from olmoe_train.config import TrainConfig, olmoe_config
 from olmoe_train.data.tokens import Manifest, Split
@@ -45,6 +45,8 @@ def test_pretraining_as_released() -> None:
     cfg = recipe("olmoe_1b_7b_0924")
     assert cfg.trainer.global_batch_size == 1024
     assert cfg.data.sequence_length == 4096
+    assert (cfg.data.packing, cfg.data.mask_documents) == (Packing.concat, False)
+    assert cfg.data.repetition_filter
     assert cfg.trainer.precision is Precision.bf16
     assert cfg.optimizer.lr == 4e-4
     assert tuple(cfg.optimizer.betas) == (0.9, 0.95)
@@ -106,7 +108,7 @@ def test_large_recipes_pass_a_dry_run_on_meta(name: str, monkeypatch: pytest.Mon
         train=split,
         validation=split,
     )
-    monkeypatch.setattr("olmoe_train.validation.read_manifest", lambda directory: manifest)
+    monkeypatch.setattr("olmoe_train.validation.read_manifests", lambda data: {"validation": manifest})
     assert validate(cfg, world_size=64) == []
 
 

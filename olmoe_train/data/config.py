@@ -1,11 +1,11 @@
-"""What `olmoe prepare` alone reads: the corpus and its tokenizer (the rest of the options: config.py)."""
+"""The options of `data` and `tokenizer`, as olmoe_train/config.py has those of the other groups."""
 
 from dataclasses import dataclass, field
 from typing import Any
 
 from omegaconf import MISSING
 
-from olmoe_train.choices import OnBadRecord, Records, SourceKind
+from olmoe_train.choices import OnBadRecord, Packing, Records, SourceKind
 
 
 @dataclass(frozen=True)
@@ -75,6 +75,41 @@ class SourceConfig:
     """Most tokens a shard file holds."""
     processes: int = 0
     """Tokenising processes; 0: one a core."""
+
+
+@dataclass(frozen=True)
+class MixtureSource:
+    dir: str = MISSING
+    """Prepared directory; a relative one is inside of data.dir."""
+    name: str | None = None
+    """What metrics call it: eval/NAME/loss, data/NAME/share; null: the last part of dir."""
+    weight: float | None = None
+    """Share of the training tokens, relative to the other sources' weights."""
+    tokens: int | None = None
+    """Budget of training tokens, in place of weight; more than the source has repeats it."""
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    dir: str = MISSING
+    """Directory of prepared tokens (`olmoe prepare` writes it); with data.mixture, where its sources are."""
+    mixture: list[MixtureSource] = field(default_factory=list)
+    """Several prepared directories to train on together: [{dir: web, weight: 7}, {dir: code, weight: 3}], or
+    with token budgets, {dir: web, tokens: 700000000}; `name` is for the metrics. []: data.dir alone."""
+    sequence_length: int = 512
+    """Tokens a training sequence."""
+    packing: Packing = Packing.concat
+    """What a sequence is. concat: consecutive tokens, whatever the documents (as released). best_fit: whole
+    documents, as many as fit, and padding; only a document longer than the sequence is cut."""
+    mask_documents: bool = False
+    """Each document of a sequence by itself: attention stays inside, positions start at 0, its first token is
+    not predicted. The released model did without."""
+    repetition_filter: bool = False
+    """Leave a training sequence in which 1 to 13 tokens repeat 32 times or more out of the loss, as released;
+    its tokens still route."""
+    num_workers: int = 0
+    """Loader worker processes a rank; 0: load in the training process."""
+    source: SourceConfig = field(default_factory=SourceConfig)
 
 
 @dataclass(frozen=True)
