@@ -49,6 +49,16 @@ class WandbMode(Enum):
     disabled = "disabled"
 
 
+class DataFormat(Enum):
+    prepared = "prepared"
+    olmo = "olmo"
+
+
+class TokenDtype(Enum):
+    uint16 = "uint16"
+    uint32 = "uint32"
+
+
 class SourceKind(Enum):
     python_stdlib = "python_stdlib"
     files = "files"

@@ -5,7 +5,8 @@ from pathlib import Path
 
 from olmoe_train.choices import BalanceScope, Strategy
 from olmoe_train.config import SourceConfig, TrainConfig, olmoe_config
-from olmoe_train.data.mixture import mixture_errors, read_manifests
+from olmoe_train.data.config import OlmoFilesConfig
+from olmoe_train.data.mixture import mixture_errors, read_manifests, verify
 from olmoe_train.errors import UserError
 
 
@@ -179,6 +180,7 @@ def _data_errors(cfg: TrainConfig) -> list[str]:
         return errors
     try:
         manifest = next(iter(read_manifests(cfg.data).values()))  # their tokenizers are all the same
+        verify(cfg.data)
     except UserError as error:
         return [str(error)]
     if manifest.vocab_size > cfg.model.vocab_size:
@@ -201,6 +203,8 @@ def _no_effect(cfg: TrainConfig) -> list[str]:
     for name, value in vars(cfg.data.source).items():
         if value != getattr(defaults, name):
             warnings.append(f"data.source.{name} has no effect here: `olmoe prepare` alone reads it")
+    if cfg.data.olmo != OlmoFilesConfig():
+        warnings.append("data.olmo has no effect here: `olmoe prepare` alone reads it")
     if len(cfg.data.mixture) == 1:
         warnings.append("data.mixture has one source: its weight has no effect")
     if cfg.data.mixture:

@@ -5,7 +5,7 @@ from typing import Any
 
 from omegaconf import MISSING
 
-from olmoe_train.choices import OnBadRecord, Packing, Records, SourceKind
+from olmoe_train.choices import DataFormat, OnBadRecord, Packing, Records, SourceKind, TokenDtype
 
 
 @dataclass(frozen=True)
@@ -78,6 +78,16 @@ class SourceConfig:
 
 
 @dataclass(frozen=True)
+class OlmoFilesConfig:
+    dtype: TokenDtype = TokenDtype.uint16
+    """Data type of the token files, which does not stand in them."""
+    eos_token_id: int | None = None
+    """Token that ends documents; null: that of the tokenizer (tokenizer.path)."""
+    vocab_size: int | None = None
+    """Every token id is below it; null: the tokenizer's."""
+
+
+@dataclass(frozen=True)
 class MixtureSource:
     dir: str = MISSING
     """Prepared directory; a relative one is inside of data.dir."""
@@ -93,6 +103,11 @@ class MixtureSource:
 class DataConfig:
     dir: str = MISSING
     """Directory of prepared tokens (`olmoe prepare` writes it); with data.mixture, where its sources are."""
+    format: DataFormat = DataFormat.prepared
+    """olmo: token files that dolma or OLMo wrote (data.source.paths: raw .npy, no header) are trained on
+    where they are; `olmoe prepare` reads them once for data.dir's index of documents. prepared: data.dir has
+    the tokens."""
+    olmo: OlmoFilesConfig = field(default_factory=OlmoFilesConfig)
     mixture: list[MixtureSource] = field(default_factory=list)
     """Several prepared directories to train on together: [{dir: web, weight: 7}, {dir: code, weight: 3}], or
     with token budgets, {dir: web, tokens: 700000000}; `name` is for the metrics. []: data.dir alone."""
@@ -107,6 +122,8 @@ class DataConfig:
     repetition_filter: bool = False
     """Leave a training sequence in which 1 to 13 tokens repeat 32 times or more out of the loss, as released;
     its tokens still route."""
+    verify_hashes: bool = False
+    """Compare every file of data.dir with its hash before anything else; reads all of them."""
     num_workers: int = 0
     """Loader worker processes a rank; 0: load in the training process."""
     source: SourceConfig = field(default_factory=SourceConfig)

@@ -18,7 +18,7 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 
 from olmoe_train.choices import OnBadRecord, Records
 from olmoe_train.config import PrepareConfig
-from olmoe_train.data.config import TokenizerConfig
+from olmoe_train.data.config import OlmoFilesConfig, TokenizerConfig
 from olmoe_train.data.corpus import digest
 from olmoe_train.data.encode import Encoder, cores, in_order, worker_processes
 from olmoe_train.data.output import PROGRESS, QUARANTINE, Output, begun, read_done
@@ -68,7 +68,7 @@ def prepare(cfg: PrepareConfig) -> Manifest:
     settings = _settings(cfg, tokenizer, reading, corpus)
     if (final / MANIFEST).exists():
         manifest = read_manifest(final)
-        _refuse_other_settings(final, manifest.settings, settings)
+        refuse_other_settings(final, manifest.settings, settings)
         print(f"already prepared, nothing to do: {final} ({verify_hashes(final)} files verified)")
     else:
         with new_directory(final, keep=_keep) as directory:
@@ -79,7 +79,7 @@ def prepare(cfg: PrepareConfig) -> Manifest:
                 clear(directory)
                 manifest = _write(directory, cfg, corpus, reading, tokenizer, settings)
         print(f"prepared {final}")
-    print(_summary(final, manifest))
+    print(summary(final, manifest))
     return manifest
 
 
@@ -103,6 +103,8 @@ def _check(cfg: PrepareConfig) -> None:
         errors.append(f"data.source.shard_tokens={source.shard_tokens}: must be at least 1")
     if source.max_record_bytes < 1:
         errors.append(f"data.source.max_record_bytes={source.max_record_bytes}: must be at least 1")
+    if cfg.data.olmo != OlmoFilesConfig():
+        errors.append("data.olmo: has no effect without data.format=olmo")
     if source.min_characters < 0:
         errors.append(f"data.source.min_characters={source.min_characters}: must not be negative")
     if source.max_characters is not None and source.max_characters < max(1, source.min_characters):
@@ -141,7 +143,7 @@ def _settings(
     return settings
 
 
-def _refuse_other_settings(directory: Path, there: dict[str, Any], asked: dict[str, Any]) -> None:
+def refuse_other_settings(directory: Path, there: dict[str, Any], asked: dict[str, Any]) -> None:
     differing = [key for key in {**there, **asked} if there.get(key) != asked.get(key)]
     if differing:
         lines = [
@@ -171,7 +173,7 @@ def _write(
     strict = source.on_bad_record is OnBadRecord.strict
     asked = {**settings, "corpus in place": corpus.fingerprint_in_place()}
     done = read_done(directory, asked)
-    with _progress_bar() as bar:
+    with progress_bar() as bar:
         if done is not None:
             tokenizer = read_tokenizer(directory / TOKENIZER)
             if tokenizer.sha256 != done.tokenizer_sha256:
@@ -316,7 +318,7 @@ def unigram_entropy(train_counts: np.ndarray, validation_counts: np.ndarray) -> 
     return float(-(validation_counts @ log_probabilities) / validation_counts.sum())
 
 
-def _progress_bar() -> Progress:
+def progress_bar() -> Progress:
     """On stderr. On a terminal it moves; elsewhere each task leaves one line when it is done."""
     return Progress(
         TextColumn("{task.description}"),
@@ -328,11 +330,12 @@ def _progress_bar() -> Progress:
     )
 
 
-def _summary(directory: Path, manifest: Manifest) -> str:
+def summary(directory: Path, manifest: Manifest) -> str:
     rows = [f"  source      {manifest.source}"]
     for name, split in (("train", manifest.train), ("validation", manifest.validation)):
         rows.append(
-            f"  {name:<11} {split.documents:,} documents, {split.tokens:,} tokens, {split.bytes:,} bytes, "
+            f"  {name:<11} {split.documents:,} documents, {split.tokens:,} tokens, "
+            f"{f'{split.bytes:,} bytes, ' if split.bytes else ''}"
             f"{len(split.shards)} shard(s)"
         )
     if (found := manifest.targets) is not None:
@@ -346,7 +349,8 @@ def _summary(directory: Path, manifest: Manifest) -> str:
         rows.append(f"  skipped     {manifest.skipped_empty_documents:,} empty documents")
     if manifest.quarantined_records:
         rows.append(f"  quarantined {manifest.quarantined_records:,} bad records: {directory / QUARANTINE}")
-    rows.append(f"  tokenizer   {manifest.vocab_size:,} tokens, {manifest.bytes_per_token:.2f} bytes a token")
+    ratio = f", {manifest.bytes_per_token:.2f} bytes a token" if manifest.bytes_per_token else ""
+    rows.append(f"  tokenizer   {manifest.vocab_size:,} tokens{ratio}")
     if (entropy := manifest.unigram_entropy) is not None:
         rows.append(
             f"  unigram     {entropy:.3f} nats a token (perplexity {math.exp(entropy):,.0f}): "

@@ -70,8 +70,8 @@ class Manifest:
     source: str
     """What the corpus was, for people."""
     skipped_empty_documents: int
-    tokenizer_sha256: str
-    """Of tokenizer/tokenizer.json."""
+    tokenizer_sha256: str | None
+    """Of tokenizer/tokenizer.json; None: there is none (data.format=olmo)."""
     dtype: str
     vocab_size: int
     """Largest token id of the tokenizer, plus one."""
@@ -91,6 +91,8 @@ class Manifest:
     """Left out by data.source.keep, min_characters and max_characters."""
     targets: Targets | None = None
     """None: every token is a target."""
+    tokens_in_place: bool = False
+    """The token files are others' (data.format=olmo), by their absolute paths; the rest is here."""
 
 
 def write_manifest(directory: Path, manifest: Manifest) -> None:
@@ -120,6 +122,8 @@ def read_manifest(directory: str | Path) -> Manifest:
     except (ValueError, TypeError, KeyError) as error:
         reason = f"no {error}" if isinstance(error, KeyError) else str(error)
         raise _damaged(path, f"not a manifest of this program: {reason}", directory) from error
+    if manifest.tokenizer_sha256 is None:
+        return manifest
     tokenizer = directory / TOKENIZER / "tokenizer.json"
     if not tokenizer.is_file():
         raise _damaged(tokenizer, "missing", directory)
@@ -142,7 +146,8 @@ def _parse_manifest(record: dict[str, Any]) -> Manifest:
         for field in fields(Manifest)
         if field.default is MISSING or field.name in record
     }
-    values |= {name: _parse_split(record[name], name) for name in ("train", "validation")}
+    in_place = values.get("tokens_in_place", False)
+    values |= {name: _parse_split(record[name], name, in_place) for name in ("train", "validation")}
     if values.get("targets") is not None:
         values["targets"] = Targets(**values["targets"])
     manifest = Manifest(**values)
@@ -157,16 +162,18 @@ def _parse_manifest(record: dict[str, Any]) -> Manifest:
     return manifest
 
 
-def _parse_split(record: dict[str, Any], name: str) -> Split:
+def _parse_split(record: dict[str, Any], name: str, tokens_in_place: bool) -> Split:
     shards = tuple(Shard(**shard) for shard in record["shards"])
     split = Split(record["documents"], record["tokens"], record["bytes"], shards)
     for key in ("tokens", "documents"):
         total = sum(getattr(shard, key) for shard in shards)
         if total != getattr(split, key):
             raise ValueError(f"{name}.{key} is {getattr(split, key)}, but its shards add up to {total}")
-    for relative, _ in (file for shard in shards for file in shard_files(shard)):
-        if Path(relative).is_absolute() or ".." in Path(relative).parts:
-            raise ValueError(f"shard path {relative!r} leaves the prepared directory")
+    for shard in shards:
+        for relative, _ in shard_files(shard):
+            elsewhere = Path(relative).is_absolute() or ".." in Path(relative).parts
+            if elsewhere and not (tokens_in_place and relative == shard.path):
+                raise ValueError(f"shard path {relative!r} leaves the prepared directory")
     return split
 
 
