@@ -14,6 +14,7 @@ from transformers import AutoTokenizer
 
 from olmoe_train.choices import OnBadRecord, Records, SourceKind
 from olmoe_train.config import PrepareConfig
+from olmoe_train.data.chat import open_template
 from olmoe_train.data.prepare import prepare
 from olmoe_train.data.tokens import Manifest, Targets, read_manifest
 from olmoe_train.errors import UserError
@@ -269,6 +270,16 @@ def test_given_template_replaces_the_tokenizers_and_travels(tmp_path: Path) -> N
     prepare(config(tmp_path / "trained", corpus, None, tmp_path / "mine.jinja"))
     assert learnt(tmp_path / "trained") == [["It is.<|endoftext|>", "Yes<|endoftext|>"]]
     assert (tmp_path / "trained/tokenizer/chat_template.jinja").read_text() == TULU_3
+
+
+def test_the_shipped_tulu_template_is_tulus(tmp_path: Path) -> None:
+    shipped = (Path(__file__).parents[2] / "data/tulu.jinja").read_text()
+    talk = [turn("system", "Be terse."), *CONVERSATION]
+    for special in ({"bos_token": "<s>", "eos_token": "</s>"}, {"eos_token": "</s>"}):
+        ours = open_template(shipped, special, None, "data/tulu.jinja")
+        theirs = open_template(TULU_3, {"bos_token": "</s>", **special}, None, "TULU_3")
+        for messages, prompt in ((talk, False), (talk[:2], True), (talk[1:4], True)):
+            assert ours.render(messages, prompt) == theirs.render(messages, prompt)
 
 
 def test_templates_that_cannot_be_used(tmp_path: Path) -> None:

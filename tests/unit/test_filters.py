@@ -115,7 +115,7 @@ def test_filters_that_cannot_be(tmp_path: Path, corpus: Path) -> None:
     (tmp_path / "b.txt").write_text("text")
     with pytest.raises(UserError, match=r"data\.source\.keep: .*b\.txt is text, it has no fields"):
         prepare(config(tmp_path / "data", tmp_path / "b.txt", FieldFilter("source", ["wiki"])))
-    with pytest.raises(UserError, match=r"no document with text in it that filters keep \(6 are left"):
+    with pytest.raises(UserError, match=r"with text in it that the filters keep \(6 are left"):
         prepare(config(tmp_path / "data", corpus, FieldFilter("source", ["web"]), min_characters=99))
     with pytest.raises(UserError, match=r"min_characters=-1: must not be(.|\n)*max_characters=0: must be"):
         prepare(config(tmp_path / "data", corpus, min_characters=-1, max_characters=0))
