@@ -156,7 +156,6 @@ class MetricsWriter:
         self.peak_flops = peak_flops(name, dtype)
         self.warned_dead = 0
         self.mixture = TrainSamples(cfg.data, cfg.seed) if cfg.data.mixture else None
-        self.log_mixture(progress)
         self.wandb = None
         self.path = run_dir / "metrics.jsonl"
         if dist.get_rank() == 0:
@@ -207,10 +206,10 @@ class MetricsWriter:
             values[f"eval/{name}/loss"] = evaluation.loss
             values[f"eval/{name}/perplexity"] = evaluation.perplexity
         self._write(values)
-        self.log_mixture(progress)
+        self._log_mixture(progress)
         self.restart_clock(progress.tokens)
 
-    def log_mixture(self, progress: Progress) -> None:
+    def _log_mixture(self, progress: Progress) -> None:
         """What each source was to have of the tokens, and has had."""
         if self.mixture is not None:
             for name, share in self.mixture.shares(progress.samples).items():

@@ -171,7 +171,11 @@ def _model_errors(cfg: TrainConfig) -> list[str]:
 
 def _data_errors(cfg: TrainConfig) -> list[str]:
     errors = mixture_errors(cfg.data)
-    if cfg.trainer.max_epochs is not None and any(part.weight is not None for part in cfg.data.mixture):
+    if (
+        not errors
+        and cfg.trainer.max_epochs is not None
+        and any(part.weight is not None for part in cfg.data.mixture)
+    ):
         errors.append(
             f"trainer.max_epochs={cfg.trainer.max_epochs}: a mixture by weight has no end; give its sources "
             "token budgets (tokens in place of weight), or set trainer.max_steps or trainer.max_tokens"

@@ -8,7 +8,7 @@ from omegaconf import MISSING
 from olmoe_train.choices import DataFormat, OnBadRecord, Packing, Records, SourceKind, TokenDtype
 
 
-@dataclass(frozen=True)
+@dataclass  # not frozen, as MixtureSource
 class FieldFilter:
     field: str = MISSING
     """Name of a field or column."""
@@ -87,7 +87,7 @@ class OlmoFilesConfig:
     """Every token id is below it; null: the tokenizer's."""
 
 
-@dataclass(frozen=True)
+@dataclass  # frozen, data.mixture.0.weight=2 could not change what a preset gave
 class MixtureSource:
     dir: str = MISSING
     """Prepared directory; a relative one is inside of data.dir."""

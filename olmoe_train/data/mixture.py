@@ -103,7 +103,7 @@ def mixture_errors(data: DataConfig) -> list[str]:
             if value is not None and value <= 0:
                 errors.append(f"{key}.{name}={value}: must be positive; leave the source out instead")
     by_weight = [part.weight is not None for part in data.mixture]
-    if any(by_weight) and not all(by_weight):
+    if not errors and any(by_weight) and not all(by_weight):
         errors.append("data.mixture: some sources have a weight and others tokens; give all of them the same")
     names = [source.name for source in sources(data)] if data.mixture else []
     for name in sorted({name for name in names if names.count(name) > 1}):

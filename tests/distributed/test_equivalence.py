@@ -19,9 +19,9 @@ from omegaconf import OmegaConf
 from torch import Tensor
 
 from olmoe_train.checkpoint.training import latest_checkpoint, open_model_tensors
-from olmoe_train.choices import ActivationCheckpointing, Precision, Strategy
+from olmoe_train.choices import ActivationCheckpointing, Packing, Precision, Strategy
 from olmoe_train.cli import config_directory, to_config, writable
-from olmoe_train.config import ParallelConfig, TrainConfig
+from olmoe_train.config import MixtureSource, ParallelConfig, TrainConfig
 from olmoe_train.distributed.mesh import build_mesh, init_distributed
 from olmoe_train.train import build_model, train
 from tests.distributed.tiny import whole
@@ -56,6 +56,14 @@ TINY = {
 }
 
 
+DOCUMENTS: dict[str, Any] = {
+    "mixture": [MixtureSource("../lines", weight=2), MixtureSource("../others", weight=1)],
+    "packing": Packing.best_fit,
+    "mask_documents": True,
+    "repetition_filter": True,
+}
+
+
 @dataclass(frozen=True)
 class Layout:
     ranks: int
@@ -66,6 +74,8 @@ class Layout:
     checkpointing: str = "none"
     padded: bool = False
     precision: str = "fp32"
+    documents: bool = False
+    """Two sources of short documents, packed, each by itself."""
 
     def config(self, tiny: TrainConfig, run_dir: Path) -> TrainConfig:
         trainer = replace(
@@ -79,7 +89,8 @@ class Layout:
             expert_parallel_size=self.experts,
             replicate_size=self.copies,
         )
-        return replace(tiny, run_dir=str(run_dir), trainer=trainer, parallel=parallel)
+        data = replace(tiny.data, **DOCUMENTS) if self.documents else tiny.data
+        return replace(tiny, run_dir=str(run_dir), trainer=trainer, parallel=parallel, data=data)
 
 
 PLAIN = {
@@ -105,6 +116,11 @@ LAYOUTS = (
     | {f"{name}, padded": replace(PLAIN[name], padded=True) for name in (*list(PLAIN)[:3], *HARDEST)}
     | {f"{name}, bf16": replace(PLAIN[name], precision="bf16") for name in ("1 rank", "fsdp 2", *HARDEST)}
 )
+LAYOUTS |= {f"{name}, documents": replace(PLAIN[name], documents=True) for name in ("1 rank", *HARDEST)}
+LAYOUTS |= {
+    f"{HARDEST[0]}, documents, {mode}": replace(PLAIN[HARDEST[0]], documents=True, checkpointing=mode)
+    for mode in ("full", "selective")
+}
 LAYOUTS |= {f"{HARDEST[-1]}, padded, full": replace(PLAIN[HARDEST[-1]], padded=True, checkpointing="full")}
 
 
@@ -130,6 +146,14 @@ def real_tokens() -> list[list[int]]:
     """The standard library's source, a file a document, a byte a token; 0 and 1 stay eos and padding."""
     files = sorted(Path(os.__file__).parent.glob("a*.py"))
     return [[2 + byte for byte in path.read_bytes()[:4000]] for path in files]
+
+
+def write_lines(directory: Path, pattern: str) -> None:
+    """A line a document, the longest a little longer than a sequence."""
+    files = sorted(Path(os.__file__).parent.glob(pattern))
+    lines = [line for path in files for line in path.read_bytes()[:9000].splitlines() if line.strip()]
+    documents = [[2 + byte for byte in line[: LENGTH + 8]] for line in lines]
+    write_prepared(directory, documents, documents[:5], vocab_size=258)
 
 
 def padded_batches(layout: Layout) -> Iterator[dict[str, Tensor]]:
@@ -178,6 +202,8 @@ def initial_weights(cfg: TrainConfig) -> dict[str, Tensor]:
 def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Result]:
     directory = tmp_path_factory.mktemp("equivalence")
     write_prepared(directory / "data", real_tokens(), real_tokens()[:1], vocab_size=258)
+    write_lines(directory / "lines", "a*.py")
+    write_lines(directory / "others", "b*.py")
     tiny = compose(TINY | {"data.dir": directory / "data"})
     found = {}
     for ranks in (1, 2, 4):
@@ -190,6 +216,8 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Result]:
 
 
 def reference_of(name: str) -> str:
+    if LAYOUTS[name].documents:
+        return "1 rank, documents"
     return "1 rank, padded" if LAYOUTS[name].padded else "1 rank"
 
 
@@ -245,6 +273,12 @@ def test_bf16_does_not_drift(results: dict[str, Result], name: str) -> None:
     for step, expected in zip(results[name].metrics, results["1 rank"].metrics, strict=True):
         for loss in LOSSES:
             assert relative(step[loss], expected[loss]) < 0.01, (step["step"], loss)
+
+
+def test_documents_were_packed_and_mixed(results: dict[str, Result]) -> None:
+    last = results["1 rank, documents"].metrics[-1]
+    assert 0 < last["data/padding"] < 0.2
+    assert last["data/lines/share"] == pytest.approx(last["data/lines/requested_share"], abs=0.02)
 
 
 def test_the_layouts_trained_something(results: dict[str, Result]) -> None:
