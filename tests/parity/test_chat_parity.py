@@ -20,7 +20,7 @@ CONVERSATIONS: list[list[dict[str, Any]]] = [
     [
         turn("user", "  Hello\n\nthere  ", extra={"ü": [1, None, "<&>"], "a": True}),
         turn("assistant", "\tYes:\n  no ", thinking="Hm."),
-        turn("user", "what?"),
+        turn("user", "what?", extra=None),
         turn("assistant", "(note)", reasoning=None, tool_calls=None),
     ],
     [turn("user", "Only a question")],

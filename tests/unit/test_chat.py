@@ -142,6 +142,9 @@ NOT_PREFIXES = {
 @pytest.mark.parametrize("name", NOT_PREFIXES)
 def test_a_template_that_does_not_let_turns_be_told(tmp_path: Path, name: str) -> None:
     tokenizer = write_tokenizer(tmp_path / "hf", NOT_PREFIXES[name])
+    text, turns = open_template(NOT_PREFIXES[name], {}, None, "here").render_conversation(CONVERSATION)
+    assert "what?" in text
+    assert turns is None
     corpus = chats(tmp_path / "a.jsonl", CONVERSATION, CONVERSATION)
     with pytest.raises(UserError, match=r"nothing to learn in 2 documents; in 2 of them turns cannot"):
         prepare(config(tmp_path / "data", corpus, tokenizer))
@@ -219,7 +222,11 @@ def test_quarantine_keeps_bad_conversations(tmp_path: Path) -> None:
 def test_tables_are_read_like_lines(tmp_path: Path) -> None:
     """A column of conversations, in which every message has every field, null where it has none."""
     tokenizer = write_tokenizer(tmp_path / "hf", TEMPLATES["modern"])
-    thinking = [turn("user", "Hello"), turn("assistant", "Yes", thinking="what?"), turn("user", "of")]
+    thinking = [
+        turn("user", "Hello"),
+        turn("assistant", "Yes", thinking="what?"),
+        turn("user", "of", extra=1),
+    ]
     conversations = [CONVERSATION, thinking, CONVERSATION[:2]]
     corpus = chats(tmp_path / "a.jsonl", *conversations)
     rows = [{"id": i, "messages": one, "other": i} for i, one in enumerate(conversations)]

@@ -11,7 +11,9 @@ import torch
 
 from olmoe_train.choices import DataFormat, Packing, TokenDtype
 from olmoe_train.config import DataConfig, PrepareConfig, SourceConfig, TokenizerConfig
+from olmoe_train.data import olmo
 from olmoe_train.data.config import OlmoFilesConfig
+from olmoe_train.data.corpus import find_parts
 from olmoe_train.data.loader import build_eval_batches, build_train_loader, fingerprint
 from olmoe_train.data.mixture import verify
 from olmoe_train.data.olmo import index_olmo_files
@@ -40,14 +42,14 @@ def files(tmp_path: Path) -> Path:
 
 
 def config(directory: Path, files: Path, tokenizer: Path | None = None, **options: Any) -> PrepareConfig:
-    olmo = {"eos_token_id": EOS, "vocab_size": 100}
-    olmo |= {key: options.pop(key) for key in ("dtype", "eos_token_id", "vocab_size") if key in options}
+    values = {"eos_token_id": EOS, "vocab_size": 100}
+    values |= {key: options.pop(key) for key in ("dtype", "eos_token_id", "vocab_size") if key in options}
     source = {"paths": [str(files)], "validation_paths": [f"{files}/held"], "processes": 1, **options}
     return PrepareConfig(
         data=DataConfig(
             dir=str(directory),
             format=DataFormat.olmo,
-            olmo=OlmoFilesConfig(**olmo),
+            olmo=OlmoFilesConfig(**values),
             source=SourceConfig(**source),
         ),
         tokenizer=TokenizerConfig(path=str(tokenizer) if tokenizer else None),
@@ -55,9 +57,8 @@ def config(directory: Path, files: Path, tokenizer: Path | None = None, **option
 
 
 def test_documents_are_found_and_nothing_is_copied(
-    files: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    files: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("olmoe_train.data.olmo._BLOCK", 4)  # a document ends on a block's last token
     manifest = index_olmo_files(config(tmp_path / "data", files))
     assert (manifest.train.documents, manifest.train.tokens) == (7, 17)
     assert (manifest.validation.documents, manifest.validation.tokens) == (2, 5)
@@ -80,6 +81,20 @@ def test_documents_are_found_and_nothing_is_copied(
     assert "already indexed, nothing to do" in capsys.readouterr().out
     index_olmo_files(config(tmp_path / "two", files, processes=2))
     assert contents(tmp_path / "two") == contents(tmp_path / "data")
+
+
+def test_any_block_finds_the_same_documents(
+    files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    [part] = find_parts([str(files / "part-0.npy")], [])
+    tokens = olmo._Tokens("uint16", EOS, 100)
+    found = []
+    for block in (1, 2, 3, 5, 100):  # documents end inside of blocks, and with them
+        monkeypatch.setattr(olmo, "_BLOCK", block)
+        shard, counts = olmo._index_file(tmp_path, tokens, part, "ends")
+        found.append((shard, counts.tolist(), np.fromfile(tmp_path / "ends", "<u8").tolist()))
+    assert all(one == found[0] for one in found)
+    assert found[0][2] == [3, 5, 6, 10, 12]
 
 
 @pytest.mark.parametrize("packing", Packing)
