@@ -19,16 +19,18 @@ from olmoe_train.config import (
     TrainerConfig,
     WandbConfig,
 )
+from olmoe_train.data.loader import TrainSamples
 from olmoe_train.errors import UserError
 from olmoe_train.train import train
 from tests.prepared_data import add_loss_mask, write_prepared
 from tests.spawn import run_ranks
 
-S = 16
+S = 32
 
 
 def config(root: Path) -> TrainConfig:
-    """Budgets of 100 and 60 sequences, of data that has 40 and 64 (and 5 that are never targets)."""
+    """Budgets of 100 and 60 sequences, of data that has 40 and 64: of those, 40 say the same thing over and
+    over and 5 are never targets."""
     generator = np.random.default_rng(0)
     a = [generator.integers(2, 60, S - 1).tolist() for _ in range(40)]
     b = [[7] * (40 * S - 1), *(generator.integers(2, 60, S - 1).tolist() for _ in range(24))]
@@ -95,9 +97,15 @@ def test_a_run_on_a_mixture(tmp_path: Path) -> None:
         assert row["data/a/share"] == pytest.approx(100 / 160, abs=2 / (10 * row["step"]))
         assert row["data/a/epochs"] == pytest.approx(row["data/a/share"] * 10 * row["step"] / 40)
         assert row["data/a/share"] + row["data/bee/share"] == 1
-        # Sevens without end are of period 1.
-        assert row["data/sequences_without_targets"] >= row["data/repetitive_sequences"]
-    assert steps[-1]["data/repetitive_sequences"] == 0  # 16 tokens are no 32 repetitions
+    samples = TrainSamples(cfg.data, cfg.seed)
+    for row in steps:
+        drawn = [samples[index] for index in range(10 * (row["step"] - 1), 10 * row["step"])]
+        repetitive = sum(set(sample["input_ids"].tolist()) == {7} for sample in drawn)
+        masked = sum(set(sample["labels"].tolist()) == {-100} for sample in drawn)
+        assert row["data/repetitive_sequences"] == repetitive
+        assert row["data/sequences_without_targets"] == masked
+    assert sum(row["data/repetitive_sequences"] for row in steps) > 5
+    assert steps[0].keys() >= {"data/bee/epochs", "data/bee/requested_share"}
 
 
 def test_resumed_in_the_middle_it_is_the_same_run_and_another_mixture_is_refused(tmp_path: Path) -> None:

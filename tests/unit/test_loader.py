@@ -155,6 +155,20 @@ def test_sources_keep_their_shares_and_their_own_epochs(everything: DataConfig) 
     assert shares["a"]["epochs"] > 1
 
 
+def test_shares_are_of_tokens_even_where_sequences_differ_in_padding(tmp_path: Path) -> None:
+    """Sequences of 4 tokens and of 3: as many tokens of each take four of the one for three of the other."""
+    write_prepared(tmp_path / "full", [[2, 2, 2]] * 9)
+    write_prepared(tmp_path / "slack", [[3, 3]] * 9)
+    mixture = [MixtureSource(name, weight=1) for name in ("full", "slack")]
+    data = DataConfig(dir=str(tmp_path), mixture=mixture, sequence_length=S, packing=Packing.best_fit)
+    samples = TrainSamples(data, SEED)
+    assert samples.turns.drawn(700) == [300, 400]
+    assert {name: share["share"] for name, share in samples.shares(700).items()} == {
+        "full": 0.5,
+        "slack": 0.5,
+    }
+
+
 def test_sources_of_one_size_have_orders_of_their_own(tmp_path: Path) -> None:
     write_prepared(tmp_path / "a", [list(range(2, 2 + 40 * S))])
     mixture = [MixtureSource("a", name, weight=1) for name in ("one", "two")]
