@@ -141,17 +141,11 @@ class TrainSamples(Dataset[Sample]):
     @property
     def epoch(self) -> int:
         """Samples of one epoch: of the whole data, or of a mixture's token budgets together."""
-        if len(self.sources) == 1:
+        if self.sources[0].budget is None:
+            assert len(self.sources) == 1, "validate() refuses epochs of a mixture by weight"
             return len(self.sequences[0])
-        budgets = [source.budget for source in self.sources]
-        assert None not in budgets, "validate() refuses this"
-        return math.ceil(
-            sum(
-                budget / sequences.tokens_per_sequence
-                for budget, sequences in zip(budgets, self.sequences, strict=True)
-                if budget is not None
-            )
-        )
+        pairs = zip(self.sources, self.sequences, strict=True)
+        return math.ceil(sum((source.budget or 0) / s.tokens_per_sequence for source, s in pairs))
 
     def shares(self, samples: int) -> dict[str, dict[str, float]]:
         """For each source, of the first `samples` samples: its share of the tokens, the share that was asked

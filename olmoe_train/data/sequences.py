@@ -55,12 +55,11 @@ class Sequences:
         document_starts: int64 [documents] with mask_documents; padding is a document of its own.
         """
         pieces = [] if index is None else self.pieces(index)
-        ids = _concatenate([self.split.read(*piece) for piece in pieces])
+        ids = np.concatenate([np.empty(0, np.int64), *(self.split.read(*piece) for piece in pieces)])
         labels = ids.copy()
         if self.split.has_mask:
-            labels[~_concatenate([self.split.read_mask(*piece) for piece in pieces]).astype(bool)] = (
-                IGNORE_INDEX
-            )
+            is_target = [self.split.read_mask(*piece) for piece in pieces]
+            labels[~np.concatenate([np.empty(0, bool), *is_target])] = IGNORE_INDEX
         starts = self._document_starts(pieces)
         labels[starts] = IGNORE_INDEX
         sample = {"input_ids": ids, "labels": labels}
@@ -94,7 +93,3 @@ def mask_repetition(sample: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     repetitive = is_repetitive(ids)
     labels = np.full_like(sample["labels"], IGNORE_INDEX) if repetitive else sample["labels"]
     return {**sample, "labels": labels, "repetitive": np.array(repetitive)}
-
-
-def _concatenate(parts: list[np.ndarray]) -> np.ndarray:
-    return parts[0] if len(parts) == 1 else np.concatenate([np.empty(0, np.int64), *parts])

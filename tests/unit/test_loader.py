@@ -187,6 +187,8 @@ def test_an_epoch_is_all_samples_or_the_budgets(data: DataConfig, tmp_path: Path
     mixture = [MixtureSource("a", tokens=30), MixtureSource("b", tokens=13)]
     mixed = DataConfig(dir=str(tmp_path), mixture=mixture, sequence_length=S)
     assert TrainSamples(mixed, SEED).epoch == 11  # 43 tokens in sequences of 4
+    alone = dataclasses.replace(mixed, mixture=mixture[:1])
+    assert TrainSamples(alone, SEED).epoch == 8  # of a budget, too
     packed = dataclasses.replace(data, packing=Packing.best_fit)
     assert TrainSamples(packed, SEED).epoch == len(TrainSamples(packed, SEED).sequences[0]) == 22
 
