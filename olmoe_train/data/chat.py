@@ -109,6 +109,10 @@ def open_template(source: str, special_tokens: dict[str, str], date: str | None,
             f"{origin}: its text depends on the day (strftime_now).\n"
             "  Give one: tokenizer.template_date=YYYY-MM-DD, so that the same command makes the same tokens."
         )
+    try:
+        datetime.date.fromisoformat(date or "2000-01-01")
+    except ValueError as error:
+        raise UserError(f"tokenizer.template_date={date}: {error}; write it YYYY-MM-DD") from None
     return ChatTemplate(source, tuple(sorted(special_tokens.items())), date)
 
 

@@ -113,6 +113,17 @@ def _check(cfg: PrepareConfig) -> None:
         )
     if source.processes < 0:
         errors.append(f"data.source.processes={source.processes}: must be at least 1, or 0 for one a core")
+    errors += _tokenizer_errors(cfg)
+    if errors:
+        raise UserError("\n  ".join(errors))
+
+
+def _tokenizer_errors(cfg: PrepareConfig) -> list[str]:
+    errors = []
+    if cfg.tokenizer.template_date and cfg.data.source.records is not Records.messages:
+        errors.append("tokenizer.template_date: has no effect without data.source.records=messages")
+    if cfg.tokenizer.revision and not cfg.tokenizer.path:
+        errors.append("tokenizer.revision: has no effect without tokenizer.path")
     if cfg.tokenizer.train_bytes < 1:
         errors.append(f"tokenizer.train_bytes={cfg.tokenizer.train_bytes}: must be at least 1")
     if cfg.tokenizer.path is None and cfg.tokenizer.vocab_size < SMALLEST_VOCABULARY:
@@ -120,8 +131,7 @@ def _check(cfg: PrepareConfig) -> None:
             f"tokenizer.vocab_size={cfg.tokenizer.vocab_size}: must be at least {SMALLEST_VOCABULARY} "
             "(256 bytes and 2 special tokens)"
         )
-    if errors:
-        raise UserError("\n  ".join(errors))
+    return errors
 
 
 def _settings(

@@ -140,6 +140,8 @@ def read_tokenizer(path: str | Path, revision: str | None = None) -> TokenizerFi
     path = Path(path).expanduser()
     if not path.exists() and _HUB_NAME.fullmatch(name):
         path = _download(name, revision)
+    elif revision is not None:
+        raise UserError(f"tokenizer.revision={revision}: has no effect, {origin} is not of the hub")
     main = path / "tokenizer.json" if path.is_dir() else path
     if not main.is_file():
         raise UserError(

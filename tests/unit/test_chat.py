@@ -303,6 +303,8 @@ def test_templates_that_cannot_be_used(tmp_path: Path) -> None:
     dated = write_tokenizer(tmp_path / "dated", TEMPLATES["modern"])
     with pytest.raises(UserError, match=r"depends on the day(.|\n)*tokenizer\.template_date=YYYY-MM-DD"):
         prepare(config(tmp_path / "data", corpus, dated))
+    with pytest.raises(UserError, match=r"tokenizer\.template_date=4\.7\.: .*write it YYYY-MM-DD"):
+        open_template("{{ strftime_now('%d') }}", {}, "4.7.", "here")
     escape = "{{ messages.__class__.__mro__[1].__subclasses__() }}"
     (tmp_path / "escape.jinja").write_text(escape)
     with pytest.raises(UserError, match=r"a\.jsonl:1: the chat template refuses it: .*is unsafe"):
