@@ -26,6 +26,8 @@ TINY = {
     "model.max_position_embeddings": LENGTH,
     "model.eos_token_id": 0,
     "data.sequence_length": LENGTH,
+    # Wide enough that experts have a share in the gradient norm.
+    "model.initializer_range": 0.15,
     "trainer.max_steps": STEPS,
     "trainer.global_batch_size": SEQUENCES,
     "trainer.precision": "fp32",
