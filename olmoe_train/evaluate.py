@@ -16,7 +16,7 @@ from olmoe_train.checkpoint.source import load_source
 from olmoe_train.cli import run_verb
 from olmoe_train.config import DataConfig, EvaluateConfig, EvaluationConfig
 from olmoe_train.data.loader import build_eval_batches
-from olmoe_train.data.mixture import VALIDATION, mixture_errors, read_manifests, sources
+from olmoe_train.data.mixture import VALIDATION, mixture_errors, read_manifests, sources, verify
 from olmoe_train.data.tokens import Manifest
 from olmoe_train.errors import UserError
 from olmoe_train.model import OlmoeConfig, OlmoeForCausalLM
@@ -85,6 +85,7 @@ def main(cfg: EvaluateConfig) -> None:
     if errors := mixture_errors(cfg.data):
         raise UserError("\n  ".join(errors))
     manifest = next(iter(read_manifests(cfg.data).values()))
+    verify(cfg.data)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model, _ = load_source(cfg.source, device)
     check_data(model.config, manifest, cfg)

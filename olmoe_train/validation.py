@@ -8,7 +8,8 @@ import torch.distributed as dist
 
 from olmoe_train.choices import ActivationCheckpointing, BalanceScope, Device, Offload, Precision, Strategy
 from olmoe_train.config import ParallelConfig, SourceConfig, TrainConfig, olmoe_config
-from olmoe_train.data.mixture import mixture_errors, read_manifests
+from olmoe_train.data.config import OlmoFilesConfig
+from olmoe_train.data.mixture import mixture_errors, read_manifests, verify
 from olmoe_train.distributed.zero_config import deepspeed_config
 from olmoe_train.errors import UserError
 
@@ -250,6 +251,7 @@ def _data_errors(cfg: TrainConfig) -> list[str]:
         return errors
     try:
         manifest = next(iter(read_manifests(cfg.data).values()))  # their tokenizers are all the same
+        verify(cfg.data)
     except UserError as error:
         return [str(error)]
     if manifest.vocab_size > cfg.model.vocab_size:
@@ -272,6 +274,8 @@ def _no_effect(cfg: TrainConfig) -> list[str]:
     for name, value in vars(cfg.data.source).items():
         if value != getattr(defaults, name):
             warnings.append(f"data.source.{name} has no effect here: `olmoe prepare` alone reads it")
+    if cfg.data.olmo != OlmoFilesConfig():
+        warnings.append("data.olmo has no effect here: `olmoe prepare` alone reads it")
     if len(cfg.data.mixture) == 1:
         warnings.append("data.mixture has one source: its weight has no effect")
     if cfg.data.mixture:

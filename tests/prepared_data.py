@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 from tokenizers import Tokenizer
 
-from olmoe_train.config import DataConfig, PrepareConfig, SourceConfig, TokenizerConfig
+from olmoe_train.config import DataConfig, PrepareConfig
+from olmoe_train.data.config import SourceConfig, TokenizerConfig
 from olmoe_train.data.tokens import DTYPES, TOKENIZER, Manifest, Split, read_manifest, write_manifest
 from olmoe_train.data.writer import SplitWriter
 

@@ -13,8 +13,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from olmoe_train.choices import DataFormat
 from olmoe_train.config import DataConfig
-from olmoe_train.data.tokens import Manifest, read_manifest
+from olmoe_train.data.tokens import Manifest, read_manifest, verify_hashes
 from olmoe_train.errors import UserError
 
 TURNS = "turns-v1"
@@ -129,6 +130,18 @@ def read_manifests(data: DataConfig) -> dict[str, Manifest]:
                     f"({key}: {mine} and {theirs}).\n  Prepare both with the same tokenizer.path."
                 )
     return manifests
+
+
+def verify(data: DataConfig) -> None:
+    """As far as data.format and data.verify_hashes ask. UserError for other data, or files that changed."""
+    for source in sources(data):
+        if data.format is DataFormat.olmo and not read_manifest(source.directory).tokens_in_place:
+            raise UserError(
+                f"data.format=olmo: {source.directory} has tokens of its own.\n"
+                "  Leave data.format out, or give a data.dir that `olmoe prepare data=olmo` made."
+            )
+        if data.verify_hashes:
+            verify_hashes(source.directory)
 
 
 def source_seed(seed: int, position: int) -> int:

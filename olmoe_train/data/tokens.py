@@ -7,7 +7,7 @@ trains on (arXiv 2402.00159; `np.memmap(path, dtype)` opens it). Only prepare.py
 import hashlib
 import json
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, fields
+from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -50,14 +50,28 @@ class Split:
 
 
 @dataclass(frozen=True)
+class Targets:
+    """Of data in which not every token is a target: counts over both splits."""
+
+    conversations: int
+    """Or prompts with their completions: the documents."""
+    unaligned: int
+    """Those whose turns cannot be told among the tokens; they have no target."""
+    without_target: int
+    """Those without any target token, the unaligned ones among them."""
+    tokens: int
+    """Target tokens."""
+
+
+@dataclass(frozen=True)
 class Manifest:
     settings: dict[str, Any]
     """The configuration keys that decide the bytes of the shards."""
     source: str
     """What the corpus was, for people."""
     skipped_empty_documents: int
-    tokenizer_sha256: str
-    """Of tokenizer/tokenizer.json."""
+    tokenizer_sha256: str | None
+    """Of tokenizer/tokenizer.json; None: there is none (data.format=olmo)."""
     dtype: str
     vocab_size: int
     """Largest token id of the tokenizer, plus one."""
@@ -66,17 +80,26 @@ class Manifest:
     bytes_per_token: float
     """Over both splits."""
     unigram_entropy: float | None
-    """Nats a token: cross-entropy of the validation tokens under the training tokens' add-one smoothed
+    """Nats a token: cross-entropy of the validation targets under the training targets' add-one smoothed
     frequencies. A model that does no better has learnt nothing from context. None without validation tokens.
     """
     train: Split
     validation: Split
     quarantined_records: int = 0
     """In quarantine.jsonl."""
+    filtered_records: int = 0
+    """Left out by data.source.keep, min_characters and max_characters."""
+    targets: Targets | None = None
+    """None: every token is a target."""
+    tokens_in_place: bool = False
+    """The token files are others' (data.format=olmo), by their absolute paths; the rest is here."""
 
 
 def write_manifest(directory: Path, manifest: Manifest) -> None:
-    record = {"format": FORMAT, "version": VERSION, **asdict(manifest)}
+    record: dict[str, Any] = {"format": FORMAT, "version": VERSION, **asdict(manifest)}
+    for shard in (*record["train"]["shards"], *record["validation"]["shards"]):
+        if shard["mask_path"] is None:
+            del shard["mask_path"], shard["mask_sha256"]
     (directory / MANIFEST).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
 
 
@@ -99,6 +122,8 @@ def read_manifest(directory: str | Path) -> Manifest:
     except (ValueError, TypeError, KeyError) as error:
         reason = f"no {error}" if isinstance(error, KeyError) else str(error)
         raise _damaged(path, f"not a manifest of this program: {reason}", directory) from error
+    if manifest.tokenizer_sha256 is None:
+        return manifest
     tokenizer = directory / TOKENIZER / "tokenizer.json"
     if not tokenizer.is_file():
         raise _damaged(tokenizer, "missing", directory)
@@ -115,12 +140,17 @@ def _parse_manifest(record: dict[str, Any]) -> Manifest:
         raise ValueError(f"format is {record['format']!r}, not {FORMAT!r}")
     if record["version"] != VERSION:
         raise ValueError(f"version is {record['version']!r}; this program reads {VERSION}")
-    # A manifest of before there was a quarantine has no count of it.
-    values = {"quarantined_records": 0, **record}
-    values = {field.name: values[field.name] for field in fields(Manifest)}
-    manifest = Manifest(
-        **{**values, **{name: _parse_split(record[name], name) for name in ("train", "validation")}}
-    )
+    # Fields that have come since have a default; a later program's are left aside.
+    values = {
+        field.name: record[field.name]
+        for field in fields(Manifest)
+        if field.default is MISSING or field.name in record
+    }
+    in_place = values.get("tokens_in_place", False)
+    values |= {name: _parse_split(record[name], name, in_place) for name in ("train", "validation")}
+    if values.get("targets") is not None:
+        values["targets"] = Targets(**values["targets"])
+    manifest = Manifest(**values)
     if manifest.dtype not in DTYPES:
         raise ValueError(f"dtype is {manifest.dtype!r}, not {' or '.join(DTYPES)}")
     if manifest.vocab_size > 1 << 8 * DTYPES[manifest.dtype].itemsize:
@@ -132,16 +162,18 @@ def _parse_manifest(record: dict[str, Any]) -> Manifest:
     return manifest
 
 
-def _parse_split(record: dict[str, Any], name: str) -> Split:
+def _parse_split(record: dict[str, Any], name: str, tokens_in_place: bool) -> Split:
     shards = tuple(Shard(**shard) for shard in record["shards"])
     split = Split(record["documents"], record["tokens"], record["bytes"], shards)
     for key in ("tokens", "documents"):
         total = sum(getattr(shard, key) for shard in shards)
         if total != getattr(split, key):
             raise ValueError(f"{name}.{key} is {getattr(split, key)}, but its shards add up to {total}")
-    for relative, _ in (file for shard in shards for file in shard_files(shard)):
-        if Path(relative).is_absolute() or ".." in Path(relative).parts:
-            raise ValueError(f"shard path {relative!r} leaves the prepared directory")
+    for shard in shards:
+        for relative, _ in shard_files(shard):
+            elsewhere = Path(relative).is_absolute() or ".." in Path(relative).parts
+            if elsewhere and not (tokens_in_place and relative == shard.path):
+                raise ValueError(f"shard path {relative!r} leaves the prepared directory")
     return split
 
 
@@ -153,11 +185,11 @@ def _damaged(path: Path, what: str, directory: Path) -> UserError:
 
 
 def shard_files(shard: Shard) -> list[tuple[str, str]]:
-    """(path, SHA-256) of each file of a shard."""
+    """(path, SHA-256) of each file of a shard. ValueError for a mask without a hash, or the other way."""
+    if (shard.mask_path is None) != (shard.mask_sha256 is None):
+        raise ValueError(f"{shard.path} has only one of mask_path and mask_sha256")
     files = [(shard.path, shard.sha256), (shard.ends_path, shard.ends_sha256)]
-    if shard.mask_path is not None:
-        if shard.mask_sha256 is None:
-            raise ValueError(f"no mask_sha256 for {shard.mask_path}")
+    if shard.mask_path is not None and shard.mask_sha256 is not None:
         files.append((shard.mask_path, shard.mask_sha256))
     return files
 

@@ -1,5 +1,6 @@
 """What a user gets wrong and the message read in return; and that every option is documented."""
 
+import dataclasses
 import os
 import subprocess
 import sys
@@ -23,6 +24,7 @@ from olmoe_train.config import (
     TrainConfig,
     TrainerConfig,
 )
+from olmoe_train.data.config import OlmoFilesConfig
 from olmoe_train.errors import UserError
 from olmoe_train.validation import validate
 from tests.prepared_data import write_prepared
@@ -267,3 +269,24 @@ def test_a_good_command_line_reaches_the_verb(monkeypatch: pytest.MonkeyPatch) -
     reached: list[TrainConfig] = []
     assert run_verb("train", TrainConfig, reached.append) == 0
     assert (reached[0].trainer.max_steps, reached[0].run_dir) == (7, "runs/quickstart")
+
+
+def test_hashes_are_verified_on_request(tmp_path: Path) -> None:
+    directory = write_prepared(tmp_path / "data", [[5] * 100], [[6] * 100])
+    shard = directory / "validation/shard-00000.npy"
+    shard.write_bytes(b"\7" + shard.read_bytes()[1:])
+    data = DataConfig(dir=str(directory), sequence_length=32)
+    assert validate(good(str(directory), data=data), world_size=2) == []
+    [problem] = problems(good(str(directory), data=dataclasses.replace(data, verify_hashes=True)))
+    assert "validation/shard-00000.npy: its contents changed since it was prepared (hash)" in problem
+
+
+def test_what_only_prepare_reads_has_no_effect(prepared: str) -> None:
+    data = DataConfig(
+        dir=prepared,
+        sequence_length=32,
+        source=SourceConfig(min_characters=3),
+        olmo=OlmoFilesConfig(vocab_size=5),
+    )
+    warnings = validate(good(prepared, data=data), world_size=2)
+    assert [warning.split(" ")[0] for warning in warnings] == ["data.source.min_characters", "data.olmo"]

@@ -171,7 +171,10 @@ def test_another_tokenizer_is_refused(prepared: Path) -> None:
         (lambda m: m["train"].update(documents=6), "train.documents is 6, but its shards add up to 5"),
         (lambda m: m["train"]["shards"][0].update(path="../../etc/passwd"), "leaves the prepared directory"),
         (lambda m: m["train"]["shards"][0].update(ends_path="/etc/passwd"), "leaves the prepared directory"),
-        (lambda m: m["train"]["shards"][0].update(mask_path="../mask"), "no mask_sha256 for ../mask"),
+        (
+            lambda m: m["train"]["shards"][0].update(mask_path="../mask"),
+            "has only one of mask_path and mask_sha256",
+        ),
         (
             lambda m: m["train"]["shards"][0].update(mask_path="../mask", mask_sha256=""),
             "leaves the prepared directory",
