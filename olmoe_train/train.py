@@ -79,7 +79,7 @@ def train(cfg: TrainConfig, batches: Iterable[Batch] | None = None) -> int:
         stop = signalled or step >= end
         logged = stop or step % cfg.trainer.log_every == 0
         seed_dropout(cfg.seed, step)
-        counts = count_experts(cfg.loss, model, micro_batches, device)
+        counts = count_experts(cfg.loss, model, micro_batches, device, logged)
         seed_dropout(cfg.seed, step)
         metrics.start_step()
         for index, batch in enumerate(micro_batches):
@@ -212,20 +212,17 @@ def seed_dropout(seed: int, step: int) -> None:
 
 
 def count_experts(
-    cfg: LossConfig, model: OlmoeForCausalLM, micro_batches: list[Batch], device: torch.device
+    cfg: LossConfig, model: OlmoeForCausalLM, micro_batches: list[Batch], device: torch.device, logged: bool
 ) -> Tensor | None:
     """Tokens per layer and expert [L, E] over the step's global batch, where they are needed before its
     backward.
 
     With balance_scope=global_batch the gradient of the first micro-batch depends on the routing of the
-    last one, so several micro-batches take a forward pass more. None: step_losses can do with the
-    micro-batch it is given.
+    last one, so several micro-batches take a forward pass more; where the loss has no weight, only when its
+    value is logged. None: step_losses can do with the micro-batch it is given.
     """
-    if (
-        cfg.balance_scope is BalanceScope.micro_batch
-        or len(micro_batches) == 1
-        or not cfg.router_aux_loss_coef
-    ):
+    needed = cfg.router_aux_loss_coef != 0 or logged
+    if cfg.balance_scope is BalanceScope.micro_batch or len(micro_batches) == 1 or not needed:
         return None
     counts_LE = torch.zeros(model.config.num_hidden_layers, model.config.num_experts, device=device)
     with torch.no_grad():

@@ -80,6 +80,14 @@ def _trainer_errors(cfg: TrainConfig, world_size: int) -> list[str]:
             f"trainer.micro_batch_size x ranks = {trainer.micro_batch_size} x {world_size} = "
             f"{a_pass}; the nearest is {nearest}"
         )
+    errors += _parallel_errors(cfg, world_size)
+    if any(not 0 <= beta < 1 for beta in cfg.optimizer.betas):
+        errors.append(f"optimizer.betas={list(cfg.optimizer.betas)}: each must be in [0, 1)")
+    return errors
+
+
+def _parallel_errors(cfg: TrainConfig, world_size: int) -> list[str]:
+    parallel, errors = cfg.parallel, []
     if parallel.strategy is not Strategy.fsdp and parallel.replicate_size != 1:
         errors.append(
             f"parallel.replicate_size={parallel.replicate_size}: has no meaning with parallel.strategy="
@@ -92,8 +100,6 @@ def _trainer_errors(cfg: TrainConfig, world_size: int) -> list[str]:
     errors += _expert_parallel_errors(cfg, world_size)
     if parallel.strategy is Strategy.deepspeed:
         errors += _deepspeed_errors(cfg, world_size)
-    if any(not 0 <= beta < 1 for beta in cfg.optimizer.betas):
-        errors.append(f"optimizer.betas={list(cfg.optimizer.betas)}: each must be in [0, 1)")
     return errors
 
 
