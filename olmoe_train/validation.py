@@ -235,9 +235,16 @@ def _model_errors(cfg: TrainConfig) -> list[str]:
         errors.append(
             f"model.init_from={init_from}: no config.json there; give an HF model directory, or null"
         )
-    if cfg.checkpoint.resume not in ("auto", "never") and not Path(cfg.checkpoint.resume).is_dir():
+    resume = Path(cfg.checkpoint.resume)
+    if cfg.checkpoint.resume in ("auto", "never"):
+        return errors
+    if not resume.is_dir():
+        errors.append(f"checkpoint.resume={resume}: give auto, never, or an existing checkpoint")
+    elif any(resume.glob("*_optim_states.pt")) or any(resume.glob("global_step*")):
         errors.append(
-            f"checkpoint.resume={cfg.checkpoint.resume}: give auto, never, or an existing checkpoint"
+            f"checkpoint.resume={resume}: a native checkpoint of DeepSpeed, whose pickles run code when "
+            "they are loaded; where you trust it, make an HF directory of it (its zero_to_fp32.py with "
+            "--safe_serialization, and a config.json), and start with model.init_from"
         )
     return errors
 
