@@ -164,6 +164,12 @@ class TrainerConfig:
     """auto: cuda where there is one, else cpu."""
     log_every: int = 10
     """Steps between logged metrics."""
+    max_skipped_steps: int = 10
+    """How many of the last 128 steps may be skipped before the run stops. A step whose gradient is not
+    finite is skipped by all ranks: weights and optimizer stay as they are."""
+    spike_sigmas: float | None = None
+    """Skip too a step whose loss or gradient norm is so many standard deviations above the mean of the last
+    128 (6, say); null: off."""
     compile: bool = False
     """torch.compile each decoder layer."""
     activation_checkpointing: ActivationCheckpointing = ActivationCheckpointing.none

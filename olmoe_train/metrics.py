@@ -169,11 +169,6 @@ class MetricsWriter:
         )
         self._warn_of_dead_experts(int(values["router/dead_experts"]))
         self._write(values)
-        if not math.isfinite(values["train/grad_norm"]):
-            raise FloatingPointError(
-                f"gradient norm is {values['train/grad_norm']} at step {progress.step}: stopped before "
-                "saving it. Lower optimizer.lr or lengthen the warm-up, and continue from the last checkpoint"
-            )
 
     def log_evaluation(self, progress: Progress, evaluation: Evaluation) -> None:
         log.info(

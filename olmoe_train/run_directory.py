@@ -16,7 +16,7 @@ import shutil
 import signal
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -43,10 +43,13 @@ class Progress:
     """Sequences drawn from the data order: the loader's whole state."""
     expert_last_used: list[list[int]] | None = None
     """The last step at which each layer sent a token to each expert [L][E]; None: no step yet."""
+    guard: dict[str, Any] | None = None
+    """Losses, gradient norms and skipped steps of late (guard.GuardState); None: no step yet."""
 
     @classmethod
     def from_json(cls, state: dict[str, Any]) -> "Progress":
-        return cls(**{name: state[name] for name in ("step", "tokens", "samples", "expert_last_used")})
+        known: dict[str, Any] = {item.name: state[item.name] for item in fields(cls)}
+        return cls(**known)
 
 
 class RunDirectory:

@@ -25,6 +25,7 @@ from olmoe_train.data.loader import build_eval_batches, build_train_loader, fing
 from olmoe_train.distributed.mesh import Mesh, build_mesh, init_distributed
 from olmoe_train.distributed.parallelize import initialise, parallelize
 from olmoe_train.evaluate import Evaluation, evaluate_model
+from olmoe_train.guard import StepGuard
 from olmoe_train.metrics import MetricsWriter, StepMetrics
 from olmoe_train.model import OlmoeForCausalLM
 from olmoe_train.model.losses import IGNORE_INDEX, expert_counts, router_losses
@@ -57,6 +58,7 @@ def train(cfg: TrainConfig, batches: Iterable[Batch] | None = None) -> int:
     optimizer = build_optimizer(model, cfg.optimizer)
     progress = resume(cfg, run, model, optimizer)
     metrics = StepMetrics(model.config, cfg, progress, device)
+    guard = StepGuard(cfg.trainer, progress.guard, device)
     writer = MetricsWriter(cfg, run.path, model.config, progress, device)
     last_step, (warmup, decay) = total_steps(cfg), warmup_and_decay_steps(cfg)
     end = min(last_step, cfg.trainer.stop_at_step or last_step)
@@ -87,17 +89,21 @@ def train(cfg: TrainConfig, batches: Iterable[Batch] | None = None) -> int:
             losses.total.backward()
             metrics.add(losses, output, batch.get("attention_mask"), totals, with_entropy=logged)
         grad_norm = clip_gradients(model.parameters(), cfg.optimizer.max_grad_norm)
+        guard.decide(optimizer, step, metrics.losses[0], grad_norm)
         optimizer.step()
         optimizer.zero_grad()
         progress = metrics.end_step(totals, cfg.trainer.global_batch_size)
 
         if logged:
-            writer.log_step(progress, metrics.read(grad_norm), optimizer.param_groups[0]["lr"], last_step)
+            values = metrics.read(grad_norm) | {"train/skipped_steps": int(guard.skipped)}
+            writer.log_step(progress, values, optimizer.param_groups[0]["lr"], last_step)
+            guard.check(step)
             run.write_status("running", "training", step, last_step)
         if step == last_step or (cfg.evaluation.every and step % cfg.evaluation.every == 0):
             writer.log_evaluation(progress, evaluate(cfg, model, device))
         if stop or (cfg.checkpoint.every and step % cfg.checkpoint.every == 0):
-            state = training_state(cfg, progress, metrics)
+            guard.check(step)
+            state = training_state(cfg, progress, metrics, guard)
             save_checkpoint(run.path, step, model, optimizer, state)
             prune(run.path, cfg.checkpoint.keep)
             writer.restart_clock(progress.tokens)
@@ -137,9 +143,11 @@ def resume(
     return Progress()
 
 
-def training_state(cfg: TrainConfig, progress: Progress, metrics: StepMetrics) -> dict[str, Any]:
-    """What a checkpoint holds besides tensors, as JSON; collective."""
-    state = replace(progress, expert_last_used=metrics.last_used())
+def training_state(
+    cfg: TrainConfig, progress: Progress, metrics: StepMetrics, guard: StepGuard
+) -> dict[str, Any]:
+    """What a checkpoint holds besides tensors, as JSON; collective. No generator's state: seed_dropout."""
+    state = replace(progress, expert_last_used=metrics.last_used(), guard=guard.state())
     return asdict(state) | {"fingerprint": fingerprint(cfg.data, cfg.seed)}
 
 

@@ -45,6 +45,7 @@ def _trainer_errors(cfg: TrainConfig, world_size: int) -> list[str]:
         "evaluation.micro_batch_size": cfg.evaluation.micro_batch_size,
         "evaluation.max_sequences": cfg.evaluation.max_sequences,
         "optimizer.lr": cfg.optimizer.lr,
+        "trainer.spike_sigmas": trainer.spike_sigmas,
     }
     errors += [
         f"{key}={value}: must be positive"
@@ -55,6 +56,7 @@ def _trainer_errors(cfg: TrainConfig, world_size: int) -> list[str]:
         "checkpoint.every": cfg.checkpoint.every,
         "checkpoint.keep": cfg.checkpoint.keep,
         "evaluation.every": cfg.evaluation.every,
+        "trainer.max_skipped_steps": trainer.max_skipped_steps,
         "data.num_workers": cfg.data.num_workers,
         "optimizer.weight_decay": cfg.optimizer.weight_decay,
         "optimizer.max_grad_norm": cfg.optimizer.max_grad_norm,

@@ -109,11 +109,10 @@ def records(tmp_path: Path) -> list[dict[str, object]]:
     return [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
 
 
-def test_a_gradient_that_is_not_finite_is_recorded_as_null_and_stops_the_run(tmp_path: Path) -> None:
+def test_a_gradient_that_is_not_finite_is_recorded_as_null(tmp_path: Path) -> None:
     metrics = StepMetrics(CONFIG, config(), Progress(), CPU)
     progress = add_step(metrics, [[2.0] * 4] * 2)
-    with pytest.raises(FloatingPointError, match="gradient norm is nan at step 1"):
-        writer(tmp_path, config()).log_step(progress, metrics.read(torch.tensor(math.nan)), 1e-3, 9)
+    writer(tmp_path, config()).log_step(progress, metrics.read(torch.tensor(math.nan)), 1e-3, 9)
     assert records(tmp_path)[0]["train/grad_norm"] is None
 
 
