@@ -13,7 +13,6 @@ import json
 import logging
 import os
 import shutil
-import signal
 import sys
 import time
 from dataclasses import dataclass, fields
@@ -23,10 +22,20 @@ from typing import Any
 import torch.distributed as dist
 from omegaconf import OmegaConf
 
-from olmoe_train.checkpoint.training import complete_checkpoints
+from olmoe_train.checkpoint.directory import (
+    CheckpointError,
+    complete_checkpoints,
+    incomplete_checkpoints,
+    set_aside,
+    verify,
+)
+from olmoe_train.checkpoint.ranks import on_rank_0
 from olmoe_train.cli import OK, STOPPED_BY_SIGNAL
 from olmoe_train.config import TrainConfig
 from olmoe_train.errors import UserError
+from olmoe_train.run_lock import RunLock
+from olmoe_train.signals import Signals
+from olmoe_train.watchdog import Watchdog
 
 log = logging.getLogger("olmoe")
 
@@ -53,31 +62,27 @@ class Progress:
 
 
 class RunDirectory:
-    """Opened by every rank; rank 0 writes. SIGTERM and SIGINT set `stop_requested`; a second SIGINT leaves
-    at once."""
+    """Opened by every rank; rank 0 locks it and writes. Has the ears for signals, and the watchdog."""
 
     def __init__(self, cfg: TrainConfig, warnings: list[str]) -> None:
         self.path = Path(cfg.run_dir)
-        self.stop_requested = False
         self.is_writer = dist.get_rank() == 0
-        if self.is_writer:
-            self.path.mkdir(parents=True, exist_ok=True)
-            OmegaConf.save(OmegaConf.structured(cfg), self.path / "config.yaml")
-            tokenizer = Path(cfg.data.dir) / "tokenizer"
-            if tokenizer.is_dir():
-                shutil.copytree(tokenizer, self.path / "tokenizer", dirs_exist_ok=True)
-        dist.barrier()
-        self._open_log()
+        self._status: dict[str, Any] = {}
+        self._lock: RunLock | None = None
+        on_rank_0(lambda: self.path.mkdir(parents=True, exist_ok=True))
+        open_log(self.path, logging.INFO if self.is_writer else logging.ERROR)
+        on_rank_0(lambda: self._open(cfg))
         for warning in warnings:
             log.warning("warning: %s", warning)
         self.write_status("running", "started", 0, 0)
-        signal.signal(signal.SIGTERM, self._on_signal)
-        signal.signal(signal.SIGINT, self._on_signal)
+        self.watchdog = Watchdog(self.path, cfg.trainer.timeout, self._give_up)
+        self.signals = Signals(lambda: self._give_up("a second interrupt: left at once"))
 
     def checkpoints_to_resume(self, choice: str) -> list[Path]:
         """What checkpoint.resume (auto, never, or a directory) asks for, newest first, on all ranks."""
         if choice not in ("auto", "never"):
             return [Path(choice)]
+        on_rank_0(self._set_incomplete_aside)
         found: list[Any] = [complete_checkpoints(self.path)]
         dist.broadcast_object_list(found)
         if choice == "never" and found[0]:
@@ -88,59 +93,64 @@ class RunDirectory:
         return found[0]
 
     def set_aside(self, checkpoint: Path, error: Exception) -> None:
-        """Keep a damaged checkpoint under another name: its step will be saved again."""
+        """Say that a checkpoint is damaged, and move it out of the way of the next save of its step."""
         log.warning("WARNING: %s; it is set aside and the checkpoint before it is used", error)
-        if self.is_writer and checkpoint.parent == self.path / "checkpoints":
-            checkpoint.rename(checkpoint.with_name(f"{checkpoint.name}.damaged"))
-        dist.barrier()
+        if checkpoint.parent == self.path / "checkpoints":
+            on_rank_0(lambda: set_aside(checkpoint))
 
-    def check_fingerprint(self, saved: dict[str, Any], current: dict[str, Any], checkpoint: Path) -> None:
-        """The data order must be the one the checkpoint was made with, or its position means nothing."""
-        changed = [
-            f"{key}: {saved.get(key)} in the checkpoint, {current.get(key)} now"
-            for key in sorted(saved.keys() | current.keys())
-            if saved.get(key) != current.get(key)
-        ]
-        if changed:
-            raise UserError(
-                "\n  ".join(
-                    [
-                        f"{checkpoint} was made on other data:",
-                        *changed,
-                        "restore these, or use another run_dir",
-                    ]
-                )
-            )
+    def _set_incomplete_aside(self) -> None:
+        for checkpoint in incomplete_checkpoints(self.path):
+            try:
+                verify(checkpoint)
+            except CheckpointError as error:
+                log.warning("WARNING: %s; it is set aside as %s", error, set_aside(checkpoint).name)
+
+    def write_config(self, cfg: TrainConfig) -> None:
+        """Once it is known that the run can go on with it."""
+        if self.is_writer:
+            OmegaConf.save(OmegaConf.structured(cfg), self.path / "config.yaml")
 
     def finish(self, step: int, last_step: int, signalled: bool) -> int:
-        """Record how the run ended; its exit code."""
+        """Record how the run ended, `step` being saved; its exit code."""
+        self.watchdog.close()
+        self.signals.close()
         if step >= last_step:
             self.write_status("done", "reached the last step", step, last_step)
             log.info("done: step %d of %d; everything is in %s", step, last_step, self.path)
-            return OK
-        reason = "signal" if signalled else "trainer.stop_at_step"
-        self.write_status("stopped", reason, step, last_step)
-        log.info(
-            "stopped at step %d of %d (%s); run the same command again to continue", step, last_step, reason
-        )
-        return STOPPED_BY_SIGNAL if signalled else OK
+        else:
+            reason = "signal" if signalled else "trainer.stop_at_step"
+            self.write_status("stopped", reason, step, last_step)
+            again = "run the same command again to continue"
+            log.info("stopped at step %d of %d (%s); %s", step, last_step, reason, again)
+        if self._lock is not None:
+            self._lock.release()
+        return STOPPED_BY_SIGNAL if signalled and step < last_step else OK
 
     def write_status(self, state: str, reason: str, step: int, last_step: int) -> None:
+        self._status = {"state": state, "reason": reason, "step": step, "last_step": last_step}
         if self.is_writer:
-            _write_status(self.path, {"state": state, "reason": reason, "step": step, "last_step": last_step})
+            _write_status(self.path, self._status)
 
-    def _open_log(self) -> None:
-        log.handlers.clear()
-        log.propagate = False
-        log.setLevel(logging.INFO if self.is_writer else logging.ERROR)
-        log.addHandler(logging.StreamHandler(sys.stdout))
-        if self.is_writer:
-            log.addHandler(logging.FileHandler(self.path / "log.txt"))
+    def _open(self, cfg: TrainConfig) -> None:
+        self._lock = RunLock(self.path)
+        shutil.rmtree(self.path / "stalled", ignore_errors=True)
+        tokenizer = Path(cfg.data.dir) / "tokenizer"
+        if tokenizer.is_dir():
+            shutil.copytree(tokenizer, self.path / "tokenizer", dirs_exist_ok=True)
 
-    def _on_signal(self, number: int, _frame: object) -> None:
-        if self.stop_requested and number == signal.SIGINT:
-            sys.exit(130)
-        self.stop_requested = True
+    def _give_up(self, reason: str) -> None:
+        """Called in another thread, on any rank, before its process leaves."""
+        log.error("ERROR: %s", reason)
+        _write_status(self.path, self._status | {"state": "failed", "reason": reason})
+
+
+def open_log(run_dir: Path, level: int) -> None:
+    """The console and run_dir/log.txt."""
+    log.handlers.clear()
+    log.propagate = False
+    log.setLevel(level)
+    log.addHandler(logging.StreamHandler(sys.stdout))
+    log.addHandler(logging.FileHandler(run_dir / "log.txt", delay=True))
 
 
 def record_failure(run_dir: str, error: BaseException) -> None:

@@ -4,6 +4,7 @@ import math
 from pathlib import Path
 
 from olmoe_train.choices import BalanceScope, Strategy
+from olmoe_train.cli import documented_keys
 from olmoe_train.config import SourceConfig, TrainConfig, olmoe_config
 from olmoe_train.data.tokens import read_manifest
 from olmoe_train.errors import UserError
@@ -44,7 +45,9 @@ def _trainer_errors(cfg: TrainConfig, world_size: int) -> list[str]:
         "data.sequence_length": cfg.data.sequence_length - 1,  # one token has no next one to predict
         "evaluation.micro_batch_size": cfg.evaluation.micro_batch_size,
         "evaluation.max_sequences": cfg.evaluation.max_sequences,
+        "checkpoint.max_failures": cfg.checkpoint.max_failures,
         "optimizer.lr": cfg.optimizer.lr,
+        "trainer.timeout": trainer.timeout,
         "trainer.spike_sigmas": trainer.spike_sigmas,
     }
     errors += [
@@ -55,6 +58,7 @@ def _trainer_errors(cfg: TrainConfig, world_size: int) -> list[str]:
     not_negative = {
         "checkpoint.every": cfg.checkpoint.every,
         "checkpoint.keep": cfg.checkpoint.keep,
+        "checkpoint.keep_every": cfg.checkpoint.keep_every,
         "evaluation.every": cfg.evaluation.every,
         "trainer.max_skipped_steps": trainer.max_skipped_steps,
         "data.num_workers": cfg.data.num_workers,
@@ -164,6 +168,10 @@ def _model_errors(cfg: TrainConfig) -> list[str]:
         errors.append(
             f"checkpoint.resume={cfg.checkpoint.resume}: give auto, never, or an existing checkpoint"
         )
+    known = {key for key, _, _ in documented_keys(TrainConfig)}
+    known |= {key.split(".")[0] for key in known}
+    for key in set(cfg.checkpoint.allow_changes) - known:
+        errors.append(f"checkpoint.allow_changes=[{key}]: there is no such key or section")
     return errors
 
 
@@ -195,6 +203,8 @@ def _no_effect(cfg: TrainConfig) -> list[str]:
             warnings.append(f"data.source.{name} has no effect here: `olmoe prepare` alone reads it")
     if cfg.loss.balance_scope is BalanceScope.micro_batch and cfg.loss.router_aux_loss_coef == 0:
         warnings.append("loss.balance_scope has no effect: loss.router_aux_loss_coef is 0")
+    if cfg.checkpoint.keep_every and not cfg.checkpoint.keep:
+        warnings.append("checkpoint.keep_every has no effect: checkpoint.keep=0 keeps every checkpoint")
     if cfg.optimizer.max_grad_norm == 0:
         warnings.append("optimizer.max_grad_norm=0: gradients are not clipped")
     return warnings

@@ -18,7 +18,8 @@ from hydra.core.config_store import ConfigStore
 from omegaconf import OmegaConf
 from torch import Tensor
 
-from olmoe_train.checkpoint.training import latest_checkpoint, open_model_tensors
+from olmoe_train.checkpoint.directory import latest_checkpoint
+from olmoe_train.checkpoint.training import open_model_tensors
 from olmoe_train.choices import ActivationCheckpointing, Precision, Strategy
 from olmoe_train.cli import config_directory, to_config, writable
 from olmoe_train.config import ParallelConfig, TrainConfig

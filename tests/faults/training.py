@@ -12,7 +12,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from olmoe_train import train as train_module
-from olmoe_train.checkpoint.training import checkpoint_path, complete_checkpoints
+from olmoe_train.checkpoint.directory import checkpoint_path, complete_checkpoints
 from olmoe_train.choices import Device, Precision, Schedule, WandbMode
 from olmoe_train.config import (
     CheckpointConfig,
@@ -41,7 +41,7 @@ def write_data(directory: Path) -> Path:
     return write_prepared(directory, documents, documents[:2], vocab_size=64)
 
 
-def config(data: Path, run_dir: Path, **changes: Any) -> TrainConfig:
+def config(data: Path, run_dir: Path, /, **changes: Any) -> TrainConfig:
     """A run of six steps, saved after each. changes: by section, its fields; or a field of the whole."""
     sections = {
         "model": ModelConfig(
@@ -71,11 +71,12 @@ def config(data: Path, run_dir: Path, **changes: Any) -> TrainConfig:
         "logging": LoggingConfig(wandb=WandbConfig(mode=WandbMode.disabled)),
         "evaluation": EvaluationConfig(at_start=False, max_sequences=8),
     }
+    cfg = TrainConfig(run_dir=str(run_dir), **sections)  # type: ignore[arg-type]
     fields = {
-        name: replace(sections[name], **change) if isinstance(change, dict) else change
+        name: replace(getattr(cfg, name), **change) if isinstance(change, dict) else change
         for name, change in changes.items()
     }
-    return TrainConfig(run_dir=str(run_dir), **sections | fields)  # type: ignore[arg-type]
+    return replace(cfg, **fields)
 
 
 def run(cfg: TrainConfig, *faults: Fault) -> int:
