@@ -69,7 +69,7 @@ class RunDirectory:
         self.is_writer = dist.get_rank() == 0
         self._status: dict[str, Any] = {}
         self._lock: RunLock | None = None
-        on_rank_0(lambda: self.path.mkdir(parents=True, exist_ok=True))
+        on_rank_0(self._make)
         open_log(self.path, logging.INFO if self.is_writer else logging.ERROR)
         on_rank_0(lambda: self._open(cfg))
         for warning in warnings:
@@ -130,6 +130,13 @@ class RunDirectory:
         self._status = {"state": state, "reason": reason, "step": step, "last_step": last_step}
         if self.is_writer:
             _write_status(self.path, self._status)
+
+    def _make(self) -> None:
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            (self.path / "log.txt").open("a").close()
+        except OSError as error:
+            raise UserError(f"run_dir={self.path}: cannot be written: {error.strerror}") from None
 
     def _open(self, cfg: TrainConfig) -> None:
         self._lock = RunLock(self.path)

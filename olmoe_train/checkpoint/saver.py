@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.checkpoint.staging import BlockingAsyncStager
 
-from olmoe_train.checkpoint.directory import delete, superseded
+from olmoe_train.checkpoint.directory import CheckpointError, delete, set_aside, superseded
 from olmoe_train.checkpoint.ranks import on_any_rank, on_rank_0
 from olmoe_train.checkpoint.training import Snapshot, take_snapshot, verify_together, write_checkpoint
 from olmoe_train.config import CheckpointConfig
@@ -80,7 +80,7 @@ class Saver:
         self.report()
         if self.given_up:
             assert self.failure is not None
-            if isinstance(self.failure, UserError):
+            if self._for_the_user:
                 raise self.failure
             raise RuntimeError(f"{self.failures} saves failed in a row, the last one with: {self.failure}")
 
@@ -93,7 +93,12 @@ class Saver:
     @property
     def given_up(self) -> bool:
         """Whether the run has to end. Ranks may learn it at different steps, but by `wait` they all have."""
-        return isinstance(self.failure, UserError) or self.failures >= self.cfg.max_failures
+        return self._for_the_user or self.failures >= self.cfg.max_failures
+
+    @property
+    def _for_the_user(self) -> bool:
+        """Whether the last save failed for a reason that stays until somebody does something."""
+        return isinstance(self.failure, UserError) and not isinstance(self.failure, CheckpointError)
 
     @property
     def busy(self) -> bool:
@@ -113,16 +118,20 @@ class Saver:
     def _save(self, step: int, snapshot: Snapshot, state: dict[str, Any]) -> None:
         try:
             checkpoint = write_checkpoint(self.run_dir, step, snapshot, state, self.group)
-            self.saved_step = step
             self._retire(checkpoint)
-            self.failure, self.failures = None, 0
+            self.saved_step, self.failure, self.failures = step, None, 0
         except Exception as error:
             self.failure, self.failures = error, self.failures + 1
 
     def _retire(self, newest: Path) -> None:
-        """Delete what retention gives up, if the newest checkpoint reads back as it was written."""
+        """Delete what retention gives up, if the newest checkpoint reads back as it was written; else set
+        that aside."""
         found = [superseded(self.run_dir, self.cfg.keep, self.cfg.keep_every)]
         dist.broadcast_object_list(found, src=0, group=self.group)
         if found[0]:
-            verify_together(newest, self.group)
+            try:
+                verify_together(newest, self.group)
+            except CheckpointError:
+                on_rank_0(lambda: set_aside(newest), self.group)
+                raise
             on_rank_0(lambda: delete(found[0]), self.group)

@@ -24,6 +24,7 @@ import torch.distributed as dist
 from safetensors import safe_open
 from torch import Tensor, nn
 from torch.distributed.checkpoint import state_dict_loader, state_dict_saver
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.staging import BlockingAsyncStager
@@ -97,7 +98,7 @@ def write_checkpoint(
     on_rank_0(lambda: _start(directory, partial), group)
     try:
         writer = HuggingFaceStorageWriter(str(partial), _files(tensors), save_distributed=True)
-        state_dict_saver.save(tensors, storage_writer=writer, process_group=group)
+        _write_shards(tensors, writer, group)
         # DCP counts the shards of rank 0 as 1; each rank hashes its own, which are still in its page cache.
         own = sorted(partial.glob(f"shard-{dist.get_rank() + 1:05d}-*.safetensors"))
         hashes = everywhere(lambda: {path.name: entry_of(path) for path in own}, group)
@@ -150,6 +151,14 @@ def _commit(directory: Path, partial: Path, files: dict[str, Any], content: dict
     sync(partial)
     partial.rename(directory)
     sync(directory.parent)
+
+
+def _write_shards(tensors: dict[str, Tensor], writer: HuggingFaceStorageWriter, group: Group) -> None:
+    try:
+        state_dict_saver.save(tensors, storage_writer=writer, process_group=group)
+    except CheckpointException as error:  # no Exception, but a BaseException
+        failures = (f"rank {r}: {type(e).__name__}: {e}" for r, (e, _) in error.failures.items())
+        raise RuntimeError("; ".join(failures)) from None
 
 
 def _files(tensors: Mapping[str, Tensor]) -> dict[str, int]:
