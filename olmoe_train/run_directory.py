@@ -3,6 +3,8 @@
 run_dir/config.yaml       resolved configuration of the last start
         metrics.jsonl     one JSON object a logged step (metrics.py)
         log.txt           what the console showed
+        ranks.json        (host, process) of each rank
+        lock              who runs here (run_lock.py)
         status.json       {"state": running|done|stopped|failed, "reason", "step", "last_step", "time"}
         tokenizer/        copied from the prepared data, for exports
         checkpoints/step-00000100/
@@ -13,6 +15,7 @@ import json
 import logging
 import os
 import shutil
+import socket
 import sys
 import time
 from dataclasses import dataclass, fields
@@ -35,7 +38,7 @@ from olmoe_train.config import TrainConfig
 from olmoe_train.errors import UserError
 from olmoe_train.run_lock import RunLock
 from olmoe_train.signals import Signals
-from olmoe_train.watchdog import Watchdog
+from olmoe_train.watchdog import Watchdog, ended_ranks, ranks_of
 
 log = logging.getLogger("olmoe")
 
@@ -67,15 +70,14 @@ class RunDirectory:
     def __init__(self, cfg: TrainConfig, warnings: list[str]) -> None:
         self.path = Path(cfg.run_dir)
         self.is_writer = dist.get_rank() == 0
-        self._status: dict[str, Any] = {}
         self._lock: RunLock | None = None
         on_rank_0(self._make)
         open_log(self.path, logging.INFO if self.is_writer else logging.ERROR)
         on_rank_0(lambda: self._open(cfg))
         for warning in warnings:
             log.warning("warning: %s", warning)
-        self.write_status("running", "started", 0, 0)
         self.watchdog = Watchdog(self.path, cfg.trainer.timeout, self._give_up)
+        self.write_status("running", "started", 0, 0)
         self.signals = Signals(lambda: self._give_up("a second interrupt: left at once"))
 
     def checkpoints_to_resume(self, choice: str) -> list[Path]:
@@ -113,6 +115,7 @@ class RunDirectory:
     def finish(self, step: int, last_step: int, signalled: bool) -> int:
         """Record how the run ended, `step` being saved; its exit code."""
         self.watchdog.close()
+        dist.barrier()  # until no watchdog takes a rank that has finished for one that died
         self.signals.close()
         if step >= last_step:
             self.write_status("done", "reached the last step", step, last_step)
@@ -127,9 +130,8 @@ class RunDirectory:
         return STOPPED_BY_SIGNAL if signalled and step < last_step else OK
 
     def write_status(self, state: str, reason: str, step: int, last_step: int) -> None:
-        self._status = {"state": state, "reason": reason, "step": step, "last_step": last_step}
         if self.is_writer:
-            _write_status(self.path, self._status)
+            _write_status(self.path, {"state": state, "reason": reason, "step": step, "last_step": last_step})
 
     def _make(self) -> None:
         try:
@@ -148,7 +150,7 @@ class RunDirectory:
     def _give_up(self, reason: str) -> None:
         """Called in another thread, on any rank, before its process leaves."""
         log.error("ERROR: %s", reason)
-        _write_status(self.path, self._status | {"state": "failed", "reason": reason})
+        _record(self.path, reason)
 
 
 def open_log(run_dir: Path, level: int) -> None:
@@ -161,15 +163,27 @@ def open_log(run_dir: Path, level: int) -> None:
 
 
 def record_failure(run_dir: str, error: BaseException) -> None:
-    """Leave the reason in status.json, if the run got so far as to have one."""
-    path = Path(run_dir) / "status.json"
-    if os.environ.get("RANK", "0") == "0" and path.is_file():
-        status = json.loads(path.read_text())
-        _write_status(path.parent, status | {"state": "failed", "reason": f"{type(error).__name__}: {error}"})
+    """Leave the reason in status.json, if this process is one of the run's ranks."""
+    path = Path(run_dir)
+    ranks = ranks_of(path)
+    if (socket.gethostname(), os.getpid()) not in ranks:
+        return  # it never got so far, or the directory is another run's
+    reason = f"{type(error).__name__}: {error}"
+    if not isinstance(error, UserError):
+        gone = ended_ranks(ranks)
+        reason = f"rank {dist.get_rank()}: {reason}" + (f" ({gone})" if gone else "")
+    _record(path, reason)
+
+
+def _record(run_dir: Path, reason: str) -> None:
+    """The first to fail knows best why; what others meet is what comes of it."""
+    status = json.loads((run_dir / "status.json").read_text())
+    if status["state"] != "failed":
+        _write_status(run_dir, status | {"state": "failed", "reason": reason})
 
 
 def _write_status(run_dir: Path, status: dict[str, Any]) -> None:
     """Replaced in one rename, so that a reader never sees half of it."""
-    temporary = run_dir / "status.json.tmp"
+    temporary = run_dir / f"status.json.{socket.gethostname()}.{os.getpid()}"
     temporary.write_text(json.dumps(status | {"time": time.time()}) + "\n")
     temporary.replace(run_dir / "status.json")

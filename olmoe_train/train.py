@@ -76,8 +76,8 @@ def train(cfg: TrainConfig, batches: Iterable[Batch] | None = None) -> int:
     signalled = False
     while progress.step < end and not signalled:
         step = progress.step + 1
-        set_learning_rate(optimizer, learning_rate(step, cfg.optimizer.lr, cfg.scheduler, warmup, decay))
         run.watchdog.beat(f"step {step}")
+        set_learning_rate(optimizer, learning_rate(step, cfg.optimizer.lr, cfg.scheduler, warmup, decay))
         micro_batches = list(itertools.islice(loader, accumulation))
         totals = count_tokens(micro_batches, run.signals.stop_requested or saver.given_up, device)
         signalled = totals.stop_requested

@@ -5,6 +5,7 @@ where its rank stands to run_dir/stalled/, which all nodes share, and leaves; on
 """
 
 import faulthandler
+import json
 import logging
 import os
 import signal
@@ -23,6 +24,7 @@ log = logging.getLogger("olmoe")
 POLL_S, WORDS_S = 0.5, 2.0
 """Between looks, and how long to wait for the other ranks' words."""
 FRAMES = 12
+RANKS = "ranks.json"
 Item = TypeVar("Item")
 
 
@@ -34,6 +36,8 @@ class Watchdog:
         self.directory, self.timeout, self.give_up = run_dir / "stalled", timeout, give_up
         self.peers: list[tuple[str, int]] = [("", 0)] * dist.get_world_size()
         dist.all_gather_object(self.peers, (socket.gethostname(), os.getpid()))
+        if dist.get_rank() == 0:
+            (run_dir / RANKS).write_text(json.dumps(self.peers), encoding="utf-8")
         self.rank, self.launcher = dist.get_rank(), os.getppid()
         self._main = threading.main_thread().ident
         self._closed = threading.Event()
@@ -56,14 +60,6 @@ class Watchdog:
         self._thread.join()
         faulthandler.cancel_dump_traceback_later()
 
-    def missing(self) -> list[str]:
-        """The ranks on this host whose process has ended, in words."""
-        return [
-            f"rank {rank} (host {host}, process {pid}) is gone"
-            for rank, (host, pid) in enumerate(self.peers)
-            if host == socket.gethostname() and _ended(pid)
-        ]
-
     def _watch(self) -> None:
         while not self._closed.wait(POLL_S):
             # A rank stuck outside of Python never gets here again: this one is C, and needs no turn.
@@ -72,6 +68,11 @@ class Watchdog:
                 os._exit(1)  # torchrun is gone, and with it whoever could stop or restart this rank
             if self.directory.is_dir() or time.monotonic() - self.beaten > self.timeout:
                 self._leave()
+            if gone := ended_ranks(self.peers):
+                time.sleep(WORDS_S)  # a collective that has noticed raises, and the run ends by itself
+                if not self._closed.is_set():
+                    self.give_up(gone)
+                    os._exit(1)
 
     def _leave(self) -> None:
         self.directory.mkdir(exist_ok=True)
@@ -121,6 +122,22 @@ class Watchdog:
             host, pid = self.peers[rank]
             if host == socket.gethostname() and not _ended(pid):
                 os.kill(pid, signal.SIGKILL)
+
+
+def ranks_of(run_dir: Path) -> list[tuple[str, int]]:
+    """(host, process) of each rank of the last run that started in this directory."""
+    path = run_dir / RANKS
+    return [(host, pid) for host, pid in json.loads(path.read_text())] if path.is_file() else []
+
+
+def ended_ranks(ranks: list[tuple[str, int]]) -> str:
+    """Those on this host whose process is no more, in words; empty if there is none."""
+    gone = [
+        f"rank {rank} (host {host}, process {pid})"
+        for rank, (host, pid) in enumerate(ranks)
+        if host == socket.gethostname() and _ended(pid)
+    ]
+    return f"{', '.join(gone)} died" if gone else ""
 
 
 def _ended(pid: int) -> bool:

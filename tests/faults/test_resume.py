@@ -4,6 +4,7 @@ import json
 import multiprocessing
 import os
 import random
+import re
 import shutil
 import signal
 import time
@@ -39,6 +40,8 @@ def test_kill_9_at_a_random_step(data: Path, twin: Path, tmp_path: Path, rank: i
     with pytest.raises(RankError, match=rf"rank {rank}: died without a word, exit code -9"):
         run_ranks(2, run, cfg, partial(at_step, rank, step, kill))
     assert saved_steps(tmp_path) == list(range(1, step))
+    assert status(tmp_path)["state"] == "failed"
+    assert re.search(rf"rank {rank} \(host .*, process \d+\) died", status(tmp_path)["reason"])
     # Whoever goes on finds the clock an hour behind the one that the files were written by.
     assert run_ranks(2, run, cfg, set_clock_back) == [0, 0]
     assert_same_end(tmp_path, twin)
