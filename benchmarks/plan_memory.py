@@ -87,7 +87,7 @@ def measure(cfg: TrainConfig) -> Measured:
     resident = _resident_peak()
     mesh = build_mesh(cfg.parallel, device)
     model = build_model(cfg, mesh)
-    optimizer = build_optimizer(model, cfg.optimizer)
+    optimizer = build_optimizer(model.parameters(), cfg.optimizer)
     live = LiveBytes(list(model.parameters()))
     shape = (cfg.trainer.micro_batch_size, cfg.data.sequence_length)
     with live:

@@ -23,6 +23,13 @@ class ActivationCheckpointing(Enum):
 class Strategy(Enum):
     fsdp = "fsdp"
     ddp = "ddp"
+    deepspeed = "deepspeed"
+
+
+class Offload(Enum):
+    none = "none"
+    optimizer = "optimizer"
+    parameters = "parameters"
 
 
 class Convention(Enum):

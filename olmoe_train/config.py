@@ -16,6 +16,7 @@ from olmoe_train.choices import (
     Convention,
     Device,
     ExpertsBackend,
+    Offload,
     OnBadRecord,
     Precision,
     Schedule,
@@ -183,12 +184,22 @@ class TrainerConfig:
 @dataclass(frozen=True)
 class ParallelConfig:
     strategy: Strategy = Strategy.fsdp
-    """fsdp: shard parameters, gradients and optimizer (FSDP2). ddp: a whole copy on every rank."""
+    """fsdp: shard parameters, gradients and optimizer (FSDP2). ddp: a whole copy on every rank. deepspeed:
+    ZeRO, whose stage is zero_stage."""
     expert_parallel_size: int = 1
     """Ranks that share the experts of a layer, each holding num_experts / expert_parallel_size of them and
     seeing its own data; tokens travel by all-to-all. Divides the experts, and the ranks of a model copy."""
     replicate_size: int = 1
     """HSDP: number of model copies; each is sharded over world_size / replicate_size ranks. fsdp only."""
+    zero_stage: int = 2
+    """What DeepSpeed shards over the ranks: 0 nothing, 1 the optimizer, 2 gradients too, 3 parameters too.
+    deepspeed only."""
+    offload: Offload = Offload.none
+    """What DeepSpeed keeps in CPU memory: none, optimizer (with the fp32 weights; the update is made there),
+    parameters (zero_stage 3: they too). deepspeed only."""
+    deepspeed_config: str | None = None
+    """JSON file of DeepSpeed options to add to those that this run generates, which are written to
+    run_dir/deepspeed.json. deepspeed only."""
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -12,11 +13,13 @@ from olmoe_train.config import OptimizerConfig, SchedulerConfig, TrainConfig
 from olmoe_train.distributed.mesh import copies, local_tensor
 
 
-def build_optimizer(model: nn.Module, cfg: OptimizerConfig) -> torch.optim.AdamW:
+def build_optimizer(
+    parameters: Iterable[nn.Parameter] | list[dict[str, Any]], cfg: OptimizerConfig
+) -> torch.optim.AdamW:
     """Fused AdamW over every parameter, decay on all of them, norms and embeddings included (arXiv
     2409.02060, table 10)."""
     return torch.optim.AdamW(
-        model.parameters(), lr=cfg.lr, betas=cfg.betas, eps=cfg.eps, weight_decay=cfg.weight_decay, fused=True
+        parameters, lr=cfg.lr, betas=cfg.betas, eps=cfg.eps, weight_decay=cfg.weight_decay, fused=True
     )
 
 

@@ -26,6 +26,7 @@ from olmoe_train.choices import BalanceScope
 from olmoe_train.cli import run_verb
 from olmoe_train.config import LossConfig, TrainConfig, olmoe_config
 from olmoe_train.data.loader import build_eval_batches, build_train_loader
+from olmoe_train.distributed.deepspeed import start_engine
 from olmoe_train.distributed.mesh import Mesh, build_mesh, init_distributed
 from olmoe_train.distributed.parallelize import initialise, parallelize
 from olmoe_train.evaluate import Evaluation, evaluate_model
@@ -59,13 +60,17 @@ def train(cfg: TrainConfig, batches: Iterable[Batch] | None = None) -> int:
     run = RunDirectory(cfg, warnings=validate(cfg, dist.get_world_size()))
     mesh = build_mesh(cfg.parallel, device)
     model = build_model(cfg, mesh)
-    optimizer = build_optimizer(model, cfg.optimizer)
+    optimizer = build_optimizer(model.parameters(), cfg.optimizer)
     progress = resume(cfg, run, model, optimizer)
     run.write_config(cfg)
+    zero = start_engine(cfg, model, optimizer, device)
+    if zero is not None:
+        model, optimizer = zero.model, zero.optimizer
     metrics = StepMetrics(model.config, cfg, progress, device)
     guard = StepGuard(cfg.trainer, progress.guard, device)
     writer = MetricsWriter(cfg, run.path, model.config, progress, device)
-    saver = Saver(cfg.checkpoint, run.path, model, optimizer, progress.step)
+    stored = zero.stored if zero is not None else lambda: (model, optimizer)
+    saver = Saver(cfg.checkpoint, run.path, stored, progress.step)
     last_step, (warmup, decay) = total_steps(cfg), warmup_and_decay_steps(cfg)
     end = min(last_step, cfg.trainer.stop_at_step or last_step)
     accumulation = cfg.trainer.global_batch_size // (cfg.trainer.micro_batch_size * dist.get_world_size())
@@ -88,17 +93,24 @@ def train(cfg: TrainConfig, batches: Iterable[Batch] | None = None) -> int:
         seed_dropout(cfg.seed, step)
         metrics.start_step()
         for index, batch in enumerate(micro_batches):
-            # Over shards with every micro-batch, which keeps gradients sharded; over replicas once a step.
-            model.set_requires_all_reduce(index == accumulation - 1)  # type: ignore[operator]
             batch = to_device(batch, device)
             output = model.training_forward(**batch)
             losses = step_losses(cfg.loss, model, output, batch.get("attention_mask"), totals, counts)
-            losses.total.backward()
+            if zero is None:
+                # Over shards with every micro-batch, so gradients stay sharded; over replicas once a step.
+                model.set_requires_all_reduce(index == accumulation - 1)  # type: ignore[operator]
+                losses.total.backward()
+            else:
+                zero.backward(losses.total)
             metrics.add(losses, output, batch.get("attention_mask"), totals, with_entropy=logged)
-        grad_norm = clip_gradients(model.parameters(), cfg.optimizer.max_grad_norm)
-        guard.decide(optimizer, step, metrics.losses[0], grad_norm)
-        optimizer.step()
-        optimizer.zero_grad()
+        if zero is None:
+            grad_norm = clip_gradients(model.parameters(), cfg.optimizer.max_grad_norm)
+            guard.decide(optimizer, step, metrics.losses[0], grad_norm)
+            optimizer.step()
+            optimizer.zero_grad()
+        else:
+            grad_norm = zero.step()
+            guard.decide(optimizer, step, metrics.losses[0], grad_norm)
         progress = metrics.end_step(totals, cfg.trainer.global_batch_size)
 
         if logged:

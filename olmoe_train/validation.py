@@ -3,10 +3,14 @@
 import math
 from pathlib import Path
 
-from olmoe_train.choices import BalanceScope, Strategy
+import torch
+import torch.distributed as dist
+
+from olmoe_train.choices import ActivationCheckpointing, BalanceScope, Device, Offload, Precision, Strategy
 from olmoe_train.cli import documented_keys
-from olmoe_train.config import SourceConfig, TrainConfig, olmoe_config
+from olmoe_train.config import ParallelConfig, SourceConfig, TrainConfig, olmoe_config
 from olmoe_train.data.tokens import read_manifest
+from olmoe_train.distributed.zero_config import deepspeed_config
 from olmoe_train.errors import UserError
 
 
@@ -17,6 +21,8 @@ def validate(cfg: TrainConfig, world_size: int) -> list[str]:
     Returns warnings: options that are set and have no effect in this run.
     """
     errors = [*configuration_errors(cfg, world_size), *_data_errors(cfg)]
+    if not errors:
+        errors = _deepspeed_file_errors(cfg, world_size)
     if errors:
         count = f"{len(errors)} errors" if len(errors) > 1 else "1 error"
         raise UserError("\n  - ".join([f"{count} in the configuration:", *errors]))
@@ -76,16 +82,18 @@ def _trainer_errors(cfg: TrainConfig, world_size: int) -> list[str]:
             f"trainer.micro_batch_size x ranks = {trainer.micro_batch_size} x {world_size} = "
             f"{a_pass}; the nearest is {nearest}"
         )
-    if parallel.strategy is Strategy.ddp and parallel.replicate_size != 1:
+    if parallel.strategy is not Strategy.fsdp and parallel.replicate_size != 1:
         errors.append(
-            f"parallel.replicate_size={parallel.replicate_size}: has no meaning with parallel.strategy=ddp, "
-            "which replicates over all ranks; use parallel.strategy=fsdp for HSDP, or leave replicate_size=1"
+            f"parallel.replicate_size={parallel.replicate_size}: has no meaning with parallel.strategy="
+            f"{parallel.strategy.value}; use parallel.strategy=fsdp for HSDP, or leave replicate_size=1"
         )
     elif parallel.replicate_size > 0 and world_size % parallel.replicate_size:
         errors.append(
             f"parallel.replicate_size={parallel.replicate_size}: must divide the {world_size} ranks"
         )
     errors += _expert_parallel_errors(cfg, world_size)
+    if parallel.strategy is Strategy.deepspeed:
+        errors += _deepspeed_errors(cfg)
     if any(not 0 <= beta < 1 for beta in cfg.optimizer.betas):
         errors.append(f"optimizer.betas={list(cfg.optimizer.betas)}: each must be in [0, 1)")
     return errors
@@ -103,7 +111,7 @@ def _expert_parallel_errors(cfg: TrainConfig, world_size: int) -> list[str]:
             "since each rank of the group holds as many experts"
         )
     # The ranks that hold one copy of the experts between them.
-    group = world_size if parallel.strategy is Strategy.ddp else world_size // parallel.replicate_size
+    group = world_size // parallel.replicate_size if parallel.strategy is Strategy.fsdp else world_size
     if group % size:
         errors.append(
             f"parallel.expert_parallel_size={size}: must divide the number of ranks that share a copy of the "
@@ -122,6 +130,52 @@ def _expert_parallel_errors(cfg: TrainConfig, world_size: int) -> list[str]:
                     f"{shards} ranks that share these experts; raise expert_parallel_size or replicate_size"
                 )
     return errors
+
+
+def _deepspeed_errors(cfg: TrainConfig) -> list[str]:
+    """What DeepSpeed 0.19 cannot do, each with the nearest that works."""
+    parallel, trainer, errors = cfg.parallel, cfg.trainer, []
+    stage = f"parallel.zero_stage={parallel.zero_stage}"
+    if not 0 <= parallel.zero_stage <= 3:
+        return [f"{stage}: must be 0, 1, 2 or 3"]
+    if parallel.zero_stage == 0 and trainer.precision is Precision.bf16:
+        errors.append(
+            f"{stage} with trainer.precision=bf16: DeepSpeed accumulates gradients in fp32 from ZeRO-1 on; "
+            "set parallel.zero_stage=1, or parallel.strategy=ddp"
+        )
+    if parallel.offload is Offload.optimizer and parallel.zero_stage == 0:
+        errors.append(f"{stage} with parallel.offload=optimizer: nothing is partitioned; set zero_stage=2")
+    if parallel.offload is Offload.parameters and parallel.zero_stage != 3:
+        errors.append(f"{stage} with parallel.offload=parameters: only ZeRO-3 moves them; set zero_stage=3")
+    if parallel.zero_stage == 3 and trainer.compile:
+        errors.append(
+            f"{stage} with trainer.compile=true: ZeRO-3 gathers weights in hooks inside of what is compiled, "
+            "which is compiled anew for every layer until torch gives up; set zero_stage=2, or strategy=fsdp"
+        )
+    if parallel.zero_stage == 3 and trainer.activation_checkpointing is ActivationCheckpointing.selective:
+        errors.append(
+            f"{stage} with trainer.activation_checkpointing=selective: its recomputation meets gathers of "
+            "weights that the first pass did not have; set it to full, or parallel.strategy=fsdp"
+        )
+    return errors
+
+
+def _deepspeed_file_errors(cfg: TrainConfig, world_size: int) -> list[str]:
+    """A user's own DeepSpeed JSON, merged and, where there are ranks to parse it for, read by DeepSpeed."""
+    path = cfg.parallel.deepspeed_config
+    if cfg.parallel.strategy is not Strategy.deepspeed or path is None:
+        return []
+    try:
+        config = deepspeed_config(cfg, world_size, cuda=False)
+        if dist.is_initialized():
+            from olmoe_train.distributed.deepspeed import import_deepspeed, parse_config  # takes seconds
+
+            cuda = torch.cuda.is_available() and cfg.trainer.device is not Device.cpu
+            import_deepspeed(torch.device("cuda" if cuda else "cpu"))
+            parse_config(config, path)
+    except UserError as error:
+        return [str(error)]
+    return []
 
 
 def _schedule_errors(cfg: TrainConfig) -> list[str]:
@@ -205,6 +259,12 @@ def _no_effect(cfg: TrainConfig) -> list[str]:
         warnings.append("loss.balance_scope has no effect: loss.router_aux_loss_coef is 0")
     if cfg.checkpoint.keep_every and not cfg.checkpoint.keep:
         warnings.append("checkpoint.keep_every has no effect: checkpoint.keep=0 keeps every checkpoint")
+    if cfg.parallel.strategy is not Strategy.deepspeed:
+        warnings += [
+            f"parallel.{name} has no effect: parallel.strategy is {cfg.parallel.strategy.value}"
+            for name in ("zero_stage", "offload", "deepspeed_config")
+            if getattr(cfg.parallel, name) != getattr(ParallelConfig(), name)
+        ]
     if cfg.optimizer.max_grad_norm == 0:
         warnings.append("optimizer.max_grad_norm=0: gradients are not clipped")
     return warnings

@@ -2,6 +2,7 @@
 
 import logging
 import threading
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -32,11 +33,11 @@ class Saver:
         self,
         cfg: CheckpointConfig,
         run_dir: Path,
-        model: nn.Module,
-        optimizer: torch.optim.Optimizer,
+        stored: Callable[[], tuple[nn.Module, torch.optim.Optimizer]],
         saved_step: int,
     ) -> None:
-        self.cfg, self.run_dir, self.model, self.optimizer = cfg, run_dir, model, optimizer
+        """stored: gives the model and its optimizer as a checkpoint has them; collective."""
+        self.cfg, self.run_dir, self._stored = cfg, run_dir, stored
         self.group = dist.new_group(backend="gloo") if cfg.async_save else None
         # Cached, the copy is in pinned memory, which CUDA writes to several times as fast.
         stager = BlockingAsyncStager(cache_staged_state_dict=torch.cuda.is_available())
@@ -63,7 +64,7 @@ class Saver:
         self.wait()
         if last and self.failure is None:
             return
-        snapshot = take_snapshot(self.model, self.optimizer, self.stager)
+        snapshot = take_snapshot(*self._stored(), self.stager)
         work = partial(self._save, step, snapshot, state)
         if self.cfg.async_save:
             self.thread = threading.Thread(target=work, name=f"save step {step}")

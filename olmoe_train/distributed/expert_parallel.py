@@ -20,7 +20,7 @@ from torch.distributed.tensor import Shard, distribute_tensor
 
 from olmoe_train.distributed.mesh import local_tensor
 from olmoe_train.model import OlmoeForCausalLM
-from olmoe_train.model.moe import Routing, combine_local, copy_rows, sort_by_expert
+from olmoe_train.model.moe import OlmoeSparseMoeBlock, Routing, combine_local, copy_rows, sort_by_expert
 from olmoe_train.model.transformer import OlmoeDecoderLayer
 
 
@@ -50,8 +50,13 @@ def apply_expert_parallelism(model: OlmoeForCausalLM, mesh: DeviceMesh) -> None:
             part = distribute_tensor(parameter, mesh, [Shard(0)], src_data_rank=None)
             layer.mlp.experts.register_parameter(name, nn.Parameter(part))
         layer.mlp.experts.own = local_tensor
-        layer.mlp.dispatch = partial(dispatch, group=group)
-        layer.mlp.combine = partial(combine, group=group)
+        exchange_tokens(layer.mlp, group)
+
+
+def exchange_tokens(block: OlmoeSparseMoeBlock, group: dist.ProcessGroup) -> None:
+    """Send a block's tokens to the ranks of `group` that hold their experts, instead of keeping them here."""
+    block.dispatch = partial(dispatch, group=group)
+    block.combine = partial(combine, group=group)
 
 
 def dispatch(

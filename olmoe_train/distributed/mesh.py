@@ -56,8 +56,11 @@ def build_mesh(parallel: ParallelConfig, device: torch.device) -> Mesh:
 
     fsdp: replicate_size copies, each sharded over the rest; expert parallelism takes neighbouring ranks of
     one copy, so that rows travel inside a machine where it is large enough. ddp: a copy on every rank; a copy
-    of the experts is then spread over expert_parallel_size ranks.
+    of the experts is then spread over expert_parallel_size ranks. deepspeed: one copy, in CPU memory, for its
+    checkpoints; the engine arranges ranks by itself, in the same order.
     """
+    if parallel.strategy is Strategy.deepspeed:
+        device = torch.device("cpu")
     world, experts = dist.get_world_size(), parallel.expert_parallel_size
     replicate = world if parallel.strategy is Strategy.ddp else parallel.replicate_size
     dense_shape = (replicate, world // replicate)

@@ -4,85 +4,27 @@ The reference is one rank with one micro-batch. Each world size is spawned once 
 """
 
 import json
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import hydra
 import pytest
 import torch
 import torch.distributed as dist
-from hydra.core.config_store import ConfigStore
-from omegaconf import OmegaConf
 from torch import Tensor
 
 from olmoe_train.checkpoint.directory import latest_checkpoint
 from olmoe_train.checkpoint.training import open_model_tensors
-from olmoe_train.choices import ActivationCheckpointing, Precision, Strategy
-from olmoe_train.cli import config_directory, to_config, writable
-from olmoe_train.config import ParallelConfig, TrainConfig
+from olmoe_train.config import TrainConfig
 from olmoe_train.distributed.mesh import build_mesh, init_distributed
 from olmoe_train.train import build_model, train
+from tests.distributed.runs import LENGTH, SEQUENCES, STEPS, TINY, Layout, compose, real_tokens
 from tests.distributed.tiny import whole
 from tests.prepared_data import PAD, write_prepared
 from tests.spawn import run_ranks
 
-STEPS, SEQUENCES, LENGTH = 6, 16, 32
 LOSSES = ("train/loss", "train/ce_loss", "train/load_balancing_loss", "train/router_z_loss")
-TINY = {
-    "model.vocab_size": 320,
-    "model.hidden_size": 32,
-    "model.intermediate_size": 16,
-    "model.num_hidden_layers": 3,
-    "model.num_attention_heads": 4,
-    "model.num_experts": 8,
-    "model.num_experts_per_tok": 2,
-    "model.max_position_embeddings": LENGTH,
-    "model.eos_token_id": 0,
-    "data.sequence_length": LENGTH,
-    "trainer.max_steps": STEPS,
-    "trainer.global_batch_size": SEQUENCES,
-    "trainer.precision": "fp32",
-    "trainer.device": "cpu",
-    "trainer.log_every": 1,
-    "optimizer.lr": 1e-3,
-    # Far below the norms that occur: every step is clipped, and a wrong norm is a wrong step.
-    "optimizer.max_grad_norm": 0.1,
-    "scheduler": "constant",
-    "checkpoint.every": 0,
-    "evaluation.at_start": False,
-    "logging.wandb.mode": "disabled",
-}
-
-
-@dataclass(frozen=True)
-class Layout:
-    ranks: int
-    micro_batch: int
-    strategy: str = "fsdp"
-    experts: int = 1
-    copies: int = 1
-    checkpointing: str = "none"
-    padded: bool = False
-    precision: str = "fp32"
-
-    def config(self, tiny: TrainConfig, run_dir: Path) -> TrainConfig:
-        trainer = replace(
-            tiny.trainer,
-            micro_batch_size=self.micro_batch,
-            activation_checkpointing=ActivationCheckpointing(self.checkpointing),
-            precision=Precision(self.precision),
-        )
-        parallel = ParallelConfig(
-            strategy=Strategy(self.strategy),
-            expert_parallel_size=self.experts,
-            replicate_size=self.copies,
-        )
-        return replace(tiny, run_dir=str(run_dir), trainer=trainer, parallel=parallel)
-
-
 PLAIN = {
     "1 rank": Layout(1, 16),
     "1 rank, 2 micro-batches": Layout(1, 8),
@@ -98,6 +40,13 @@ PLAIN = {
     "hsdp 2x2, experts 2": Layout(4, 2, experts=2, copies=2),
     "ddp 4, experts 2": Layout(4, 2, "ddp", experts=2),
 }
+PLAIN |= {
+    # Of two ranks with two micro-batches a step, of four with one.
+    f"zero-{stage} {ranks}, experts {experts}": Layout(ranks, 4, "deepspeed", experts, zero_stage=stage)
+    for ranks in (2, 4)
+    for stage in range(4)
+    for experts in (1, 2)
+}
 HARDEST = ("fsdp 4, experts 2", "fsdp 4, experts 4", "hsdp 2x2, experts 2")
 LAYOUTS = (
     PLAIN
@@ -106,6 +55,16 @@ LAYOUTS = (
     | {f"{name}, padded": replace(PLAIN[name], padded=True) for name in (*list(PLAIN)[:3], *HARDEST)}
     | {f"{name}, bf16": replace(PLAIN[name], precision="bf16") for name in ("1 rank", "fsdp 2", *HARDEST)}
 )
+ZERO = {stage: PLAIN[f"zero-{stage} 2, experts 2"] for stage in range(4)}
+LAYOUTS |= {f"zero-{stage} 2, experts 2, bf16": replace(ZERO[stage], precision="bf16") for stage in (1, 2, 3)}
+LAYOUTS |= {
+    "zero-3 4, experts 4": replace(PLAIN["zero-3 4, experts 2"], experts=4),
+    "zero-3 2, experts 2, full": replace(ZERO[3], checkpointing="full"),
+    "zero-2 2, experts 2, selective": replace(ZERO[2], checkpointing="selective"),
+    "zero-3 2, experts 2, padded": replace(ZERO[3], padded=True),
+    "zero-2 2, experts 2, optimizer offloaded": replace(ZERO[2], offload="optimizer"),
+    "zero-3 2, experts 2, parameters offloaded": replace(ZERO[3], offload="parameters"),
+}
 LAYOUTS |= {f"{HARDEST[-1]}, padded, full": replace(PLAIN[HARDEST[-1]], padded=True, checkpointing="full")}
 
 
@@ -118,19 +77,6 @@ class Result:
 
 
 # --- running one layout -----------------------------------------------------------------------------------
-
-
-def compose(overrides: dict[str, Any]) -> TrainConfig:
-    ConfigStore.instance().store("train_schema", node=writable(OmegaConf.structured(TrainConfig)))
-    arguments = [f"{key}={'null' if value is None else value}" for key, value in overrides.items()]
-    with hydra.initialize_config_dir(str(config_directory()), version_base="1.3"):
-        return to_config(hydra.compose("train", arguments))
-
-
-def real_tokens() -> list[list[int]]:
-    """The standard library's source, a file a document, a byte a token; 0 and 1 stay eos and padding."""
-    files = sorted(Path(os.__file__).parent.glob("a*.py"))
-    return [[2 + byte for byte in path.read_bytes()[:4000]] for path in files]
 
 
 def padded_batches(layout: Layout) -> Iterator[dict[str, Tensor]]:
