@@ -166,14 +166,11 @@ class TrainerConfig:
     log_every: int = 10
     """Steps between logged metrics."""
     timeout: float = 600.0
-    """Seconds without progress (a first step that compiles, or a save, included) after which every rank tells
-    where it stands and the run ends."""
+    """Seconds for a step or a save, after which every rank tells where it stands and the run ends."""
     max_skipped_steps: int = 10
-    """How many of the last 128 steps may be skipped before the run stops. A step whose gradient is not
-    finite is skipped by all ranks: weights and optimizer stay as they are."""
+    """How many of the last 128 steps may be skipped (gradient not finite) before the run stops."""
     spike_sigmas: float | None = None
-    """Skip too a step whose loss or gradient norm is so many standard deviations above the mean of the last
-    128 (6, say); null: off."""
+    """Skip a step whose loss or gradient norm is so many deviations above the last 128's mean; null: off."""
     compile: bool = False
     """torch.compile each decoder layer."""
     activation_checkpointing: ActivationCheckpointing = ActivationCheckpointing.none
@@ -268,8 +265,7 @@ class CheckpointConfig:
     """auto: continue from the newest complete checkpoint of run_dir, if any; never: start anew in an empty
     run_dir; a path: continue from that checkpoint directory."""
     allow_changes: list[str] = field(default_factory=list)
-    """Keys or sections ([optimizer.lr], [data]) that may differ from the checkpoint's although they change
-    the mathematics; else resuming refuses, with the differences."""
+    """Keys or sections ([optimizer.lr]) whose change resuming accepts although it alters the mathematics."""
 
 
 @dataclass(frozen=True)

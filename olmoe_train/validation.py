@@ -143,6 +143,11 @@ def _deepspeed_errors(cfg: TrainConfig) -> list[str]:
             f"{stage} with trainer.precision=bf16: DeepSpeed accumulates gradients in fp32 from ZeRO-1 on; "
             "set parallel.zero_stage=1, or parallel.strategy=ddp"
         )
+    if trainer.spike_sigmas is not None:
+        errors.append(
+            f"trainer.spike_sigmas={trainer.spike_sigmas}: DeepSpeed knows the gradient norm when the weights are "
+            "changed already; set it to null, or parallel.strategy=fsdp"
+        )
     if parallel.offload is Offload.optimizer and parallel.zero_stage == 0:
         errors.append(f"{stage} with parallel.offload=optimizer: nothing is partitioned; set zero_stage=2")
     if parallel.offload is Offload.parameters and parallel.zero_stage != 3:

@@ -27,6 +27,7 @@ from olmoe_train.config import (
     TrainerConfig,
     WandbConfig,
 )
+from olmoe_train.distributed.deepspeed import ZeroEngine
 from olmoe_train.model import OlmoeForCausalLM
 from olmoe_train.run_directory import record_failure
 from tests.prepared_data import write_prepared
@@ -122,6 +123,14 @@ def spoil_activations(rank: int, steps: range, factor: float) -> None:
         model.model.norm.register_forward_hook(spoil)
         return model
 
+    def starting(*arguments: Any) -> ZeroEngine | None:
+        engine = original_start(*arguments)
+        if engine is not None:
+            engine.model.model.norm.register_forward_hook(spoil)
+        return engine
+
+    original_start = train_module.start_engine
+    train_module.start_engine = starting
     train_module.learning_rate, train_module.build_model = noting, building
 
 
