@@ -257,6 +257,8 @@ class CheckpointConfig:
     """Newest complete checkpoints to keep; 0: all. Older ones are deleted once the newest is verified."""
     keep_every: int = 0
     """Keep for good the checkpoints of steps that this divides; 0: none."""
+    export_every: int = 0
+    """Steps between exports to run_dir/hf, each of a checkpoint that is saved for it; 0: none."""
     async_save: bool = False
     """Write in the background, from a copy in the host's memory (12 bytes a parameter, over all ranks)."""
     max_failures: int = 3

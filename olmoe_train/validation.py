@@ -65,6 +65,7 @@ def _trainer_errors(cfg: TrainConfig, world_size: int) -> list[str]:
         "checkpoint.every": cfg.checkpoint.every,
         "checkpoint.keep": cfg.checkpoint.keep,
         "checkpoint.keep_every": cfg.checkpoint.keep_every,
+        "checkpoint.export_every": cfg.checkpoint.export_every,
         "evaluation.every": cfg.evaluation.every,
         "trainer.max_skipped_steps": trainer.max_skipped_steps,
         "data.num_workers": cfg.data.num_workers,
@@ -145,8 +146,8 @@ def _deepspeed_errors(cfg: TrainConfig) -> list[str]:
         )
     if trainer.spike_sigmas is not None:
         errors.append(
-            f"trainer.spike_sigmas={trainer.spike_sigmas}: DeepSpeed knows the gradient norm when the weights are "
-            "changed already; set it to null, or parallel.strategy=fsdp"
+            f"trainer.spike_sigmas={trainer.spike_sigmas}: DeepSpeed tells the gradient norm when weights "
+            "have changed already; set it to null, or parallel.strategy=fsdp"
         )
     if parallel.offload is Offload.optimizer and parallel.zero_stage == 0:
         errors.append(f"{stage} with parallel.offload=optimizer: nothing is partitioned; set zero_stage=2")

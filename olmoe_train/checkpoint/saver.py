@@ -17,6 +17,7 @@ from olmoe_train.checkpoint.ranks import on_any_rank, on_rank_0
 from olmoe_train.checkpoint.training import Snapshot, take_snapshot, verify_together, write_checkpoint
 from olmoe_train.config import CheckpointConfig
 from olmoe_train.errors import UserError
+from olmoe_train.export import export_checkpoint, hf_directory
 
 log = logging.getLogger("olmoe")
 
@@ -52,7 +53,7 @@ class Saver:
         self._told = 0
 
     def due(self, step: int) -> bool:
-        return bool(self.cfg.every) and step % self.cfg.every == 0
+        return any(every and step % every == 0 for every in (self.cfg.every, self.cfg.export_every))
 
     def save(self, step: int, state: dict[str, Any], stopping: bool = False) -> None:
         """Save `step`, once the save before it has ended; collective.
@@ -123,6 +124,17 @@ class Saver:
             self.saved_step, self.failure, self.failures = step, None, 0
         except Exception as error:
             self.failure, self.failures = error, self.failures + 1
+        else:
+            if self.cfg.export_every and step % self.cfg.export_every == 0 and dist.get_rank() == 0:
+                self._export(checkpoint)
+
+    def _export(self, checkpoint: Path) -> None:
+        try:
+            out = hf_directory(self.run_dir, checkpoint)
+            export_checkpoint(self.run_dir, checkpoint, out)
+            log.info("exported to %s", out)
+        except Exception as error:  # the checkpoint is there, and can be exported at any time
+            log.warning("WARNING: exporting %s failed: %s", checkpoint, error)
 
     def _retire(self, newest: Path) -> None:
         """Delete what retention gives up, if the newest checkpoint reads back as it was written; else set
