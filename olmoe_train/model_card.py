@@ -11,6 +11,7 @@ from olmoe_train.config import ModelConfig, olmoe_config
 from olmoe_train.data.tokens import read_manifest
 from olmoe_train.errors import UserError
 from olmoe_train.flops import parameter_counts
+from olmoe_train.redaction import redact_text
 
 _CARD = """---
 library_name: transformers
@@ -53,7 +54,7 @@ def model_card(run_dir: Path, checkpoint: Path) -> str:
     model = olmoe_config(ModelConfig(**config["model"]))
     counts = parameter_counts(model)
     shown = {key: config[key] for key in config if key not in ("checkpoint", "logging", "run_dir")}
-    return _CARD.format(
+    card = _CARD.format(
         **model.to_dict()
         | {"name": run_dir.resolve().name, "step": state["step"], "tokens": state["tokens"]},
         total=counts.total,
@@ -62,6 +63,7 @@ def model_card(run_dir: Path, checkpoint: Path) -> str:
         data=_data(config.get("data", {})),
         config=OmegaConf.to_yaml(shown),
     )
+    return redact_text(card)
 
 
 def _losses(metrics: Path, step: int) -> str:

@@ -36,6 +36,7 @@ from olmoe_train.checkpoint.ranks import on_rank_0
 from olmoe_train.cli import OK, STOPPED_BY_SIGNAL
 from olmoe_train.config import TrainConfig
 from olmoe_train.errors import UserError
+from olmoe_train.redaction import RedactingFormatter, redact, redact_text
 from olmoe_train.run_lock import RunLock
 from olmoe_train.signals import Signals
 from olmoe_train.watchdog import Watchdog, ended_ranks, ranks_of
@@ -110,7 +111,8 @@ class RunDirectory:
     def write_config(self, cfg: TrainConfig) -> None:
         """Once it is known that the run can go on with it."""
         if self.is_writer:
-            OmegaConf.save(OmegaConf.structured(cfg), self.path / "config.yaml")
+            values = OmegaConf.to_container(OmegaConf.structured(cfg), enum_to_str=True)
+            OmegaConf.save(OmegaConf.create(redact(values)), self.path / "config.yaml")
 
     def finish(self, step: int, last_step: int, signalled: bool) -> int:
         """Record how the run ended, `step` being saved; its exit code."""
@@ -158,8 +160,9 @@ def open_log(run_dir: Path, level: int) -> None:
     log.handlers.clear()
     log.propagate = False
     log.setLevel(level)
-    log.addHandler(logging.StreamHandler(sys.stdout))
-    log.addHandler(logging.FileHandler(run_dir / "log.txt", delay=True))
+    for handler in (logging.StreamHandler(sys.stdout), logging.FileHandler(run_dir / "log.txt", delay=True)):
+        handler.setFormatter(RedactingFormatter())
+        log.addHandler(handler)
 
 
 def record_failure(run_dir: str, error: BaseException) -> None:
@@ -179,7 +182,7 @@ def _record(run_dir: Path, reason: str) -> None:
     """The first to fail knows best why; what others meet is what comes of it."""
     status = json.loads((run_dir / "status.json").read_text())
     if status["state"] != "failed":
-        _write_status(run_dir, status | {"state": "failed", "reason": reason})
+        _write_status(run_dir, status | {"state": "failed", "reason": redact_text(reason)})
 
 
 def _write_status(run_dir: Path, status: dict[str, Any]) -> None:

@@ -12,6 +12,7 @@ from olmoe_train.config import TrainConfig
 from olmoe_train.data.loader import fingerprint
 from olmoe_train.errors import UserError
 from olmoe_train.optim import warmup_and_decay_steps
+from olmoe_train.redaction import redact
 
 log = logging.getLogger("olmoe")
 # Where and how to compute, and what to watch: keys and sections that no weight depends on. All others do.
@@ -69,7 +70,7 @@ def description(cfg: TrainConfig) -> dict[str, Any]:
     assert isinstance(config, dict)
     del config["run_dir"]
     return {
-        "config": config,
+        "config": redact(config),
         "schedule": schedule,
         "fingerprint": fingerprint(cfg.data, cfg.seed),
     }

@@ -129,7 +129,7 @@ def test_a_resumed_run_forgets_the_steps_that_come_again(tmp_path: Path) -> None
 
 
 def test_wandb_offline_writes_a_run_and_disabled_writes_nothing(tmp_path: Path) -> None:
-    assert start_wandb(WandbConfig(mode=WandbMode.disabled), tmp_path) is None
+    assert start_wandb(WandbConfig(mode=WandbMode.disabled), tmp_path, {}) is None
     assert not (tmp_path / "wandb").exists()
     offline = writer(tmp_path, config(WandbMode.offline))
     offline.log_evaluation(Progress(step=3), Evaluation(loss=1.5, tokens=3))
@@ -167,7 +167,7 @@ def test_wandb_online_without_a_key_goes_offline(tmp_path: Path, monkeypatch: py
     monkeypatch.delenv("WANDB_API_KEY", raising=False)
     monkeypatch.setenv("NETRC", str(tmp_path / "none"))
     monkeypatch.setenv("HOME", str(tmp_path))
-    run = start_wandb(WandbConfig(mode=WandbMode.online), tmp_path)
+    run = start_wandb(WandbConfig(mode=WandbMode.online), tmp_path, {})
     assert run is not None
     run.finish()
     assert list((tmp_path / "wandb").glob("offline-run-*"))
