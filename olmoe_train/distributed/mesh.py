@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.rendezvous import rendezvous
 from torch.distributed.tensor import DTensor
 
 from olmoe_train.choices import Strategy
@@ -54,7 +55,11 @@ def init_distributed(device: str = "auto", timeout: timedelta = COLLECTIVE_TIMEO
 
 def _join(backend: str, timeout: timedelta) -> None:
     try:
-        dist.init_process_group(backend, timeout=timeout)
+        store, rank, world_size = next(rendezvous("env://", timeout=timeout))
+        # Workers that torchrun restarts get the store of those before, and would look for these (torch 2.13).
+        restart = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+        store = dist.PrefixStore(f"restart-{restart}", store)  # type: ignore[attr-defined]
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
     except dist.DistNetworkError as error:
         address = ", ".join(f"{key}={os.environ.get(key)}" for key in ("MASTER_ADDR", "MASTER_PORT"))
         raise UserError(
