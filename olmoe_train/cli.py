@@ -46,6 +46,8 @@ def run_verb(verb: str, schema: type, main: Callable[[Any], int | None]) -> int:
     signal after saving. `--help` prints the options' own documentation; Hydra's flags (`--cfg job`,
     `--config-dir`, `-m`, `--hydra-help`) work as everywhere.
     """
+    # The deepspeed launcher says it here, where Hydra would stumble, and in LOCAL_RANK like every other.
+    sys.argv = [argument for argument in sys.argv if not argument.startswith("--local_rank=")]
     if any(argument in ("--help", "-h") for argument in sys.argv[1:]):
         print(help_text(verb, schema))
         return OK

@@ -11,7 +11,7 @@ from dataclasses import dataclass, fields, replace
 
 import torch
 
-from olmoe_train.choices import ActivationCheckpointing, Precision, Strategy
+from olmoe_train.choices import ActivationCheckpointing, Offload, Precision, Strategy
 from olmoe_train.model import OlmoeConfig, OlmoeForCausalLM
 from olmoe_train.model.losses import HEAD_CHUNK_ROWS
 
@@ -27,6 +27,10 @@ class Layout:
     expert_parallel_size: int = 1
     replicate_size: int = 1
     """Copies of the model under fsdp (HSDP); ddp has one on every rank, or on every EP group."""
+    zero_stage: int = 2
+    """Under deepspeed: what is sharded (memory_zero.py)."""
+    offload: Offload = Offload.none
+    """Under deepspeed: what is in CPU memory."""
 
     @property
     def shard_size(self) -> int:
@@ -173,8 +177,6 @@ def rank_memory(config: OlmoeConfig, layout: Layout, batch: MicroBatch) -> RankM
     units = count_units(config, layout)
     gathered, reduction = _gathered(units, batch.element), _reduction(units, batch.element)
     exchange = all_to_all_bytes(config, batch) if layout.expert_parallel_size > 1 else 0
-    layer = _layer_temporaries(config, batch)
-    head = _head_temporaries(config, batch) - reduction
     return RankMemory(
         parameters=FP32 * units.sharded,
         gradients=FP32 * units.sharded,
@@ -182,7 +184,7 @@ def rank_memory(config: OlmoeConfig, layout: Layout, batch: MicroBatch) -> RankM
         gathered=gathered,
         reduction=reduction,
         activations=saved_activations(config, batch) + recomputed_activations(config, batch),
-        temporaries=max(layer, head - exchange),
+        temporaries=temporary_bytes(config, batch, reduction + exchange),
         all_to_all=exchange,
     )
 
@@ -313,6 +315,12 @@ def _layer_kept(config: OlmoeConfig, batch: MicroBatch) -> int:
     attention = tokens * (b * (4 * hidden + 2 * query + 2 * key) + FP32 * config.num_attention_heads)
     rows = b * (received * 2 * (hidden + config.intermediate_size) + sent * hidden)
     return attention + _routing_saved(config, batch) + rows
+
+
+def temporary_bytes(config: OlmoeConfig, batch: MicroBatch, of_layers: int) -> int:
+    """What one layer's backward has besides, or the head where that is more; the head's turn comes when
+    `of_layers`, the gradients on their way and the exchange of rows, is not there."""
+    return max(_layer_temporaries(config, batch), _head_temporaries(config, batch) - of_layers)
 
 
 def _layer_temporaries(config: OlmoeConfig, batch: MicroBatch) -> int:

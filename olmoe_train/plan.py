@@ -10,12 +10,13 @@ from dataclasses import dataclass, fields, replace
 
 import torch
 
-from olmoe_train.choices import ActivationCheckpointing, Precision, Strategy
+from olmoe_train.choices import ActivationCheckpointing, Offload, Precision, Strategy
 from olmoe_train.cli import run_verb
 from olmoe_train.config import ParallelConfig, PlanConfig, TrainConfig, olmoe_config
 from olmoe_train.errors import UserError
 from olmoe_train.flops import FlopsPerToken, parameter_counts, peak_flops, train_flops_per_token
 from olmoe_train.memory import Layout, MicroBatch, RankMemory, rank_memory
+from olmoe_train.memory_zero import host_memory, zero_memory
 from olmoe_train.optim import tokens_per_step, total_steps
 from olmoe_train.validation import configuration_errors
 
@@ -73,7 +74,14 @@ def gpu_peak_flops(cfg: PlanConfig) -> float:
 
 def plan_layout(cfg: PlanConfig) -> Layout:
     parallel = cfg.parallel
-    return Layout(parallel.strategy, cfg.gpus, parallel.expert_parallel_size, parallel.replicate_size)
+    return Layout(
+        parallel.strategy,
+        cfg.gpus,
+        parallel.expert_parallel_size,
+        parallel.replicate_size,
+        parallel.zero_stage,
+        parallel.offload,
+    )
 
 
 def plan_micro_batch(cfg: TrainConfig) -> MicroBatch:
@@ -90,22 +98,34 @@ def plan_memory(cfg: PlanConfig, layout: Layout, batch: MicroBatch) -> list[Rank
     """The rank's memory at each load factor; a single one where rows stay at home (EP 1)."""
     config = olmoe_config(cfg.model)
     factors = LOAD_FACTORS if layout.expert_parallel_size > 1 else LOAD_FACTORS[:1]
-    return [rank_memory(config, layout, replace(batch, load_factor=factor)) for factor in factors]
+    memory = zero_memory if layout.strategy is Strategy.deepspeed else rank_memory
+    return [memory(config, layout, replace(batch, load_factor=factor)) for factor in factors]
 
 
 def possible_layouts(cfg: PlanConfig) -> list[Layout]:
-    """Every layout of these GPUs that `olmoe train` takes: fsdp by number of copies, and ddp, each by EP
-    size."""
+    """Layouts of these GPUs that `olmoe train` takes, by EP size: fsdp by number of copies, ddp, and
+    deepspeed by stage and, with ZeRO-3, what is offloaded."""
     divisors = [n for n in range(1, cfg.gpus + 1) if cfg.gpus % n == 0]
     sizes = [n for n in divisors if cfg.model.num_experts % n == 0]
-    candidates = [(Strategy.fsdp, size, copies) for copies in divisors for size in sizes]
-    candidates += [(Strategy.ddp, size, 1) for size in sizes]
-    layouts = []
-    for strategy, size, copies in candidates:
-        parallel = ParallelConfig(strategy=strategy, expert_parallel_size=size, replicate_size=copies)
-        if not configuration_errors(replace(cfg, parallel=parallel), cfg.gpus):
-            layouts.append(Layout(strategy, cfg.gpus, size, copies))
-    return layouts
+    candidates = [Layout(Strategy.fsdp, cfg.gpus, size, copies) for copies in divisors for size in sizes]
+    candidates += [Layout(Strategy.ddp, cfg.gpus, size) for size in sizes]
+    kinds = [(stage, Offload.none) for stage in (1, 2, 3)] + [(3, Offload.optimizer), (3, Offload.parameters)]
+    candidates += [Layout(Strategy.deepspeed, cfg.gpus, size, 1, *kind) for kind in kinds for size in sizes]
+    return [layout for layout in candidates if _works(cfg, layout)]
+
+
+def _works(
+    cfg: PlanConfig, layout: Layout, mode: ActivationCheckpointing = ActivationCheckpointing.none
+) -> bool:
+    parallel = ParallelConfig(
+        strategy=layout.strategy,
+        expert_parallel_size=layout.expert_parallel_size,
+        replicate_size=layout.replicate_size,
+        zero_stage=layout.zero_stage,
+        offload=layout.offload,
+    )
+    trainer = replace(cfg.trainer, activation_checkpointing=mode)
+    return not configuration_errors(replace(cfg, parallel=parallel, trainer=trainer), cfg.gpus)
 
 
 def largest_micro_batch(cfg: PlanConfig, layout: Layout, batch: MicroBatch) -> int:
@@ -178,6 +198,8 @@ def memory_lines(cfg: PlanConfig) -> list[str]:
         lines.append(f"  {part.replace('_', '-'):<16}{values}")
     fitting = "".join(f"{'yes' if fits(cfg, memory) else 'no':>10}" for memory in memories)
     lines.append(f"  {'fits ' + _room(cfg):<16}{fitting}")
+    if host := host_memory(olmoe_config(cfg.model), layout, batch):
+        lines.append(f"  offloaded to the CPU: {host / unit:.2f} {name} a GPU")
     most = [
         f"{mode.value} {largest_micro_batch(cfg, layout, replace(batch, checkpointing=mode))}"
         for mode in ActivationCheckpointing
@@ -194,17 +216,20 @@ def layout_lines(cfg: PlanConfig) -> list[str]:
     lines = [
         f"all layouts of {cfg.gpus:,} GPUs: {name} at load 1x by activation checkpointing; does it fit?",
         "(to 2x: up to that load; state: parameters, gradients and optimizer)",
-        f"  {'strategy':<9}{'expert_parallel_size':>21}{'replicate_size':>15}{'state':>9}{modes}",
+        f"  {'strategy':<20}{'expert_parallel_size':>21}{'replicate_size':>15}{'state':>9}{modes}",
     ]
     for layout in possible_layouts(cfg):
         cells, state = "", 0
         for mode in ActivationCheckpointing:
             memories = plan_memory(cfg, layout, replace(batch, checkpointing=mode))
             state = memories[0].state
+            if not _works(cfg, layout, mode):
+                cells += f"{'refused':>9}{'':8}"
+                continue
             cells += f"{memories[0].total / unit:9.1f} {_fits_to(cfg, memories):<7}"
         here = "<- this configuration" if layout == plan_layout(cfg) else ""
         lines.append(
-            f"  {layout.strategy.value:<9}{layout.expert_parallel_size:>21}{layout.replicate_size:>15}"
+            f"  {_strategy(layout):<20}{layout.expert_parallel_size:>21}{layout.replicate_size:>15}"
             f"{state / unit:9.1f}{cells}{here}".rstrip()
         )
     return lines
@@ -213,7 +238,14 @@ def layout_lines(cfg: PlanConfig) -> list[str]:
 def describe(layout: Layout) -> str:
     copies = f", {layout.replicate_size} copies" if layout.replicate_size > 1 else ""
     expert_parallel = f"expert parallel {layout.expert_parallel_size}"
-    return f"{layout.strategy.value}{copies}, {expert_parallel}, {layout.gpus:,} GPUs"
+    return f"{_strategy(layout)}{copies}, {expert_parallel}, {layout.gpus:,} GPUs"
+
+
+def _strategy(layout: Layout) -> str:
+    if layout.strategy is not Strategy.deepspeed:
+        return layout.strategy.value
+    offloaded = "" if layout.offload is Offload.none else f", {layout.offload.value} off"
+    return f"ZeRO-{layout.zero_stage}{offloaded}"
 
 
 def _unit(memory: RankMemory) -> tuple[str, int]:

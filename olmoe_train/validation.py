@@ -94,7 +94,7 @@ def _trainer_errors(cfg: TrainConfig, world_size: int) -> list[str]:
         )
     errors += _expert_parallel_errors(cfg, world_size)
     if parallel.strategy is Strategy.deepspeed:
-        errors += _deepspeed_errors(cfg)
+        errors += _deepspeed_errors(cfg, world_size)
     if any(not 0 <= beta < 1 for beta in cfg.optimizer.betas):
         errors.append(f"optimizer.betas={list(cfg.optimizer.betas)}: each must be in [0, 1)")
     return errors
@@ -133,7 +133,7 @@ def _expert_parallel_errors(cfg: TrainConfig, world_size: int) -> list[str]:
     return errors
 
 
-def _deepspeed_errors(cfg: TrainConfig) -> list[str]:
+def _deepspeed_errors(cfg: TrainConfig, world_size: int) -> list[str]:
     """What DeepSpeed 0.19 cannot do, each with the nearest that works."""
     parallel, trainer, errors = cfg.parallel, cfg.trainer, []
     stage = f"parallel.zero_stage={parallel.zero_stage}"
@@ -153,6 +153,13 @@ def _deepspeed_errors(cfg: TrainConfig) -> list[str]:
         errors.append(f"{stage} with parallel.offload=optimizer: nothing is partitioned; set zero_stage=2")
     if parallel.offload is Offload.parameters and parallel.zero_stage != 3:
         errors.append(f"{stage} with parallel.offload=parameters: only ZeRO-3 moves them; set zero_stage=3")
+    sums_in_bf16 = parallel.zero_stage in (1, 2) and trainer.precision is Precision.bf16
+    if sums_in_bf16 and parallel.offload is Offload.optimizer and _micro_batches(cfg, world_size) > 1:
+        errors.append(
+            f"{stage} with parallel.offload=optimizer and trainer.precision=bf16: DeepSpeed sums gradients "
+            "of several micro-batches in bf16 there; set zero_stage=3, which sums in fp32, or raise "
+            "trainer.micro_batch_size until a step is one micro-batch"
+        )
     if parallel.zero_stage == 3 and trainer.compile:
         errors.append(
             f"{stage} with trainer.compile=true: ZeRO-3 gathers weights in hooks inside of what is compiled, "
@@ -164,6 +171,12 @@ def _deepspeed_errors(cfg: TrainConfig) -> list[str]:
             "weights that the first pass did not have; set it to full, or parallel.strategy=fsdp"
         )
     return errors
+
+
+def _micro_batches(cfg: TrainConfig, world_size: int) -> int:
+    """Of a rank, a step; 0 where that is an error of its own."""
+    a_pass = cfg.trainer.micro_batch_size * world_size
+    return cfg.trainer.global_batch_size // a_pass if a_pass > 0 else 0
 
 
 def _deepspeed_file_errors(cfg: TrainConfig, world_size: int) -> list[str]:

@@ -9,7 +9,7 @@ from olmoe_train.config import TrainConfig
 from olmoe_train.errors import UserError
 
 # DeepSpeed's defaults reserve 2 GB a rank for each of them, in elements; these fill a fast network as well.
-_BUCKET = 50_000_000
+BUCKET = 50_000_000
 
 
 def deepspeed_config(cfg: TrainConfig, world_size: int, cuda: bool) -> dict[str, Any]:
@@ -57,8 +57,8 @@ def _defaults() -> dict[str, Any]:
         "steps_per_print": 10**9,  # the run has its own log
         "zero_optimization": {
             "overlap_comm": False,
-            "reduce_bucket_size": _BUCKET,
-            "allgather_bucket_size": _BUCKET,
+            "reduce_bucket_size": BUCKET,
+            "allgather_bucket_size": BUCKET,
         },
     }
 

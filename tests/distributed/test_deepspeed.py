@@ -30,7 +30,7 @@ Steps = dict[int, tuple[float, float]]
 ZERO = {stage: Layout(2, 4, "deepspeed", experts=2, zero_stage=stage) for stage in range(4)}
 LAYOUTS = {f"zero-{stage}": layout for stage, layout in ZERO.items()} | {
     "zero-1, bf16": replace(ZERO[1], precision="bf16"),
-    "zero-2, bf16, offloaded": replace(ZERO[2], precision="bf16", offload="optimizer"),
+    "zero-2, bf16, offloaded": replace(ZERO[2], precision="bf16", offload="optimizer", micro_batch=8),
     "zero-3, bf16, offloaded": replace(ZERO[3], precision="bf16", offload="parameters"),
 }
 # Each goes on from what the one before has saved.

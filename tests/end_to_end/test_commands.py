@@ -3,12 +3,13 @@
 import json
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 
 from omegaconf import OmegaConf
 
-from tests.end_to_end.commands import command_environment, olmoe, run, train_command
+from tests.end_to_end.commands import TINY, command_environment, olmoe, run, train_command
 from tests.end_to_end.conftest import Quickstart
 
 
@@ -28,13 +29,31 @@ def test_stopped_and_resumed_in_another_layout_ends_with_the_same_losses(
     assert second.returncode == 0, second.stderr
     assert (status(tmp_path)["state"], status(tmp_path)["step"]) == ("done", 6)
 
-    def losses(run_dir: Path) -> dict[int, float]:
-        lines = (run_dir / "metrics.jsonl").read_text().splitlines()
-        return {r["step"]: r["train/loss"] for r in map(json.loads, lines) if "train/loss" in r}
-
     resumed, straight = losses(tmp_path), losses(quickstart.run_dir)
     assert resumed.keys() == straight.keys()
     assert all(abs(resumed[step] / straight[step] - 1) < 1e-5 for step in straight), (resumed, straight)
+
+
+def test_deepspeeds_launcher_starts_what_torchrun_continues(quickstart: Quickstart, tmp_path: Path) -> None:
+    options = [f"data.dir={quickstart.data_dir}", f"run_dir={tmp_path}", "logging.wandb.mode=disabled"]
+    options += ["parallel.strategy=deepspeed", "parallel.zero_stage=3"]
+    launcher = [Path(sys.executable).with_name("deepspeed"), "--num_gpus=2", "--module"]
+    training = ["olmoe_train.train", "experiment=quickstart", *TINY, *options, "trainer.stop_at_step=3"]
+    first = run(*launcher, *training, cwd=tmp_path)
+    assert first.returncode == 0, first.stderr
+    assert (status(tmp_path)["state"], status(tmp_path)["step"]) == ("stopped", 3)
+    used = json.loads((tmp_path / "deepspeed.json").read_text())
+    assert used["zero_optimization"]["stage"] == 3
+    second = run(*train_command(*options), cwd=tmp_path)
+    assert second.returncode == 0, second.stderr
+    resumed, straight = losses(tmp_path), losses(quickstart.run_dir)
+    assert resumed.keys() == straight.keys()
+    assert all(abs(resumed[step] / straight[step] - 1) < 1e-5 for step in straight), (resumed, straight)
+
+
+def losses(run_dir: Path) -> dict[int, float]:
+    lines = (run_dir / "metrics.jsonl").read_text().splitlines()
+    return {r["step"]: r["train/loss"] for r in map(json.loads, lines) if "train/loss" in r}
 
 
 def test_a_signal_saves_and_exits_with_75(quickstart: Quickstart, tmp_path: Path) -> None:

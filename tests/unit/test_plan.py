@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from benchmarks.plan_memory import LiveBytes, measure, predict
-from olmoe_train.choices import ActivationCheckpointing, ExpertsBackend, Precision, Strategy
+from olmoe_train.choices import ActivationCheckpointing, ExpertsBackend, Offload, Precision, Strategy
 from olmoe_train.communication import Group, Links, exchange, group, ring, step_traffic
 from olmoe_train.config import DataConfig, ModelConfig, ParallelConfig, PlanConfig, TrainConfig, TrainerConfig
 from olmoe_train.distributed.recompute import checkpoint_activations
@@ -27,6 +27,7 @@ from olmoe_train.memory import (
     rank_memory,
     saved_activations,
 )
+from olmoe_train.memory_zero import host_memory
 from olmoe_train.model import OlmoeConfig, OlmoeForCausalLM
 from olmoe_train.model.losses import router_losses
 from olmoe_train.plan import check, fits, largest_micro_batch, plan_memory, plan_speed, possible_layouts
@@ -199,12 +200,32 @@ def test_speed_of_the_released_run() -> None:
 
 
 def test_layouts_are_those_that_train_takes() -> None:
-    found = {
-        (x.strategy.name, x.expert_parallel_size, x.replicate_size) for x in possible_layouts(plan_config())
-    }
+    layouts = possible_layouts(plan_config())
+    zero = [layout for layout in layouts if layout.strategy is Strategy.deepspeed]
+    others = [layout for layout in layouts if layout.strategy is not Strategy.deepspeed]
+    found = {(x.strategy.name, x.expert_parallel_size, x.replicate_size) for x in others}
     by_copies = {1: (1, 2, 4, 8), 2: (1, 2, 4), 4: (1, 2), 8: (1,)}
     expected = {("fsdp", size, copies) for copies, sizes in by_copies.items() for size in sizes}
     assert found == expected | {("ddp", size, 1) for size in (1, 2, 4, 8)}
+    kinds = {(1, Offload.none), (2, Offload.none), (3, Offload.none)}
+    kinds |= {(3, Offload.optimizer), (3, Offload.parameters)}
+    assert {(x.zero_stage, x.offload) for x in zero} == kinds
+    assert len(zero) == len(kinds) * 4
+
+
+def test_offloading_fits_the_released_model_on_one_gpu_of_80_gb() -> None:
+    """bf16: 2 bytes a parameter stay, 20 more go to the CPU: masters, moments, gradients and their sum."""
+    cfg, batch = plan_config(gpus=1), replace(ONE_SEQUENCE, checkpointing=FULL)
+    offloaded = Layout(Strategy.deepspeed, 1, zero_stage=3, offload=Offload.optimizer)
+    (memory,) = plan_memory(cfg, offloaded, batch)
+    assert memory.state == memory.parameters == 2 * TOTAL
+    assert host_memory(OLMOE_1B_7B, offloaded, batch) == 20 * TOTAL
+    assert fits(cfg, memory)
+    assert not fits(cfg, plan_memory(cfg, replace(offloaded, offload=Offload.none), batch)[0])
+    assert not fits(cfg, plan_memory(cfg, fsdp(1), batch)[0])
+    nothing_left = replace(offloaded, offload=Offload.parameters)
+    assert plan_memory(cfg, nothing_left, batch)[0].state == 0
+    assert host_memory(OLMOE_1B_7B, nothing_left, batch) == 22 * TOTAL
 
 
 def test_what_fits() -> None:

@@ -113,6 +113,7 @@ SELECTIVE = replace(TRAINER, activation_checkpointing=ActivationCheckpointing.se
         (config(BF16, zero_stage=0), "set parallel.zero_stage=1"),
         (config(zero_stage=0, offload=Offload.optimizer), "set zero_stage=2"),
         (config(zero_stage=2, offload=Offload.parameters), "set zero_stage=3"),
+        (config(BF16, zero_stage=2, offload=Offload.optimizer), "set zero_stage=3, which sums in fp32"),
         (config(replace(TRAINER, compile=True), zero_stage=3), "set zero_stage=2, or strategy=fsdp"),
         (config(SELECTIVE, zero_stage=3), "set it to full"),
         (config(replicate_size=2), "use parallel.strategy=fsdp for HSDP"),
@@ -131,6 +132,7 @@ def test_what_deepspeed_cannot_do_is_refused_with_the_nearest_that_works(
     [
         config(zero_stage=0),
         config(BF16, zero_stage=1, expert_parallel_size=2),
+        config(replace(BF16, micro_batch_size=8), zero_stage=2, offload=Offload.optimizer),
         config(replace(TRAINER, compile=True), zero_stage=2),
         config(SELECTIVE, zero_stage=2, offload=Offload.optimizer),
         config(zero_stage=3, offload=Offload.parameters),
