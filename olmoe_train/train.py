@@ -72,6 +72,7 @@ def train(cfg: TrainConfig, batches: Iterable[Batch] | None = None) -> int:
     stored = zero.stored if zero is not None else lambda: (model, optimizer)
     saver = Saver(cfg.checkpoint, run.path, stored, progress.step)
     last_step, (warmup, decay) = total_steps(cfg), warmup_and_decay_steps(cfg)
+    max_norm = cfg.optimizer.max_grad_norm
     end = min(last_step, cfg.trainer.stop_at_step or last_step)
     accumulation = cfg.trainer.global_batch_size // (cfg.trainer.micro_batch_size * dist.get_world_size())
     loader = iter(batches if batches is not None else train_batches(cfg, progress))
@@ -84,6 +85,7 @@ def train(cfg: TrainConfig, batches: Iterable[Batch] | None = None) -> int:
         run.watchdog.beat(f"step {step}")
         set_learning_rate(optimizer, learning_rate(step, cfg.optimizer.lr, cfg.scheduler, warmup, decay))
         micro_batches = list(itertools.islice(loader, accumulation))
+        run.watchdog.ready()
         totals = count_tokens(micro_batches, run.signals.stop_requested or saver.given_up, device)
         signalled = totals.stop_requested
         stop = signalled or step >= end
@@ -103,20 +105,18 @@ def train(cfg: TrainConfig, batches: Iterable[Batch] | None = None) -> int:
             else:
                 zero.backward(losses.total)
             metrics.add(losses, output, batch.get("attention_mask"), totals, with_entropy=logged)
+        grad_norm = clip_gradients(model.parameters(), max_norm) if zero is None else zero.step()
+        guard.decide(optimizer, step, metrics.losses[0], grad_norm)
         if zero is None:
-            grad_norm = clip_gradients(model.parameters(), cfg.optimizer.max_grad_norm)
-            guard.decide(optimizer, step, metrics.losses[0], grad_norm)
             optimizer.step()
             optimizer.zero_grad()
-        else:
-            grad_norm = zero.step()
-            guard.decide(optimizer, step, metrics.losses[0], grad_norm)
         progress = metrics.end_step(totals, cfg.trainer.global_batch_size)
 
         if logged:
             values = metrics.read(grad_norm) | {"train/skipped_steps": int(guard.skipped)}
             writer.log_step(progress, values, optimizer.param_groups[0]["lr"], last_step)
             guard.check(step)
+            run.watchdog.name_slow_ranks()
             run.write_status("running", "training", step, last_step)
         if step == last_step or (cfg.evaluation.every and step % cfg.evaluation.every == 0):
             writer.log_evaluation(progress, evaluate(cfg, run, model, device))
