@@ -155,6 +155,12 @@ def check(cfg: PlanConfig) -> None:
         errors.append(
             f"reserve_gib={cfg.reserve_gib}: must be at least 0 and below gpu_memory_gib={cfg.gpu_memory_gib}"
         )
+    trainer = cfg.trainer
+    if trainer.max_epochs is not None and trainer.max_steps is None and trainer.max_tokens is None:
+        errors.append(
+            f"trainer.max_epochs={trainer.max_epochs}: a plan reads no data, which would say what that is; "
+            "give trainer.max_steps or trainer.max_tokens"
+        )
     if cfg.gpus > 0:
         errors += configuration_errors(cfg, cfg.gpus)
     if errors:
@@ -270,6 +276,7 @@ def _fits_to(cfg: PlanConfig, memories: list[RankMemory]) -> str:
 
 def main(cfg: PlanConfig) -> None:
     check(cfg)
+    cfg = replace(cfg, trainer=replace(cfg.trainer, max_epochs=None))
     print("\n".join([*run_lines(cfg), "", *memory_lines(cfg), "", *layout_lines(cfg)]))
 
 

@@ -73,7 +73,7 @@ class Watchdog:
                     f"the last {elapsed:.1f} s to have its batches"
                 )
 
-    def beating(self, items: Iterable[Item], where: str) -> Iterator[Item]:
+    def beating(self, items: Iterable[Item], where: str = "validating") -> Iterator[Item]:
         """The items, with a beat at each."""
         for item in items:
             self.beat(where)

@@ -319,6 +319,10 @@ def test_traffic_of_a_step_by_hand() -> None:
             {"parallel": ParallelConfig(replicate_size=3)},
             "parallel.replicate_size=3: must divide the 8 ranks",
         ),
+        (
+            {"trainer": TrainerConfig(max_epochs=2, global_batch_size=1024, micro_batch_size=4)},
+            "trainer.max_epochs=2: a plan reads no data",
+        ),
     ],
 )
 def test_wrong_values(changes: dict[str, object], message: str) -> None:
@@ -333,7 +337,9 @@ def olmoe(directory: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_the_verb_needs_no_data_and_works_anywhere(tmp_path: Path) -> None:
-    run = olmoe(tmp_path, "experiment=olmoe_1b_7b_0924", "gpus=8", "gpu_memory_gib=80")
+    # The epochs' length is in the data; the recipe's max_tokens will do.
+    options = ("gpus=8", "gpu_memory_gib=80", "trainer.max_epochs=2")
+    run = olmoe(tmp_path, "experiment=olmoe_1b_7b_0924", *options)
     assert run.returncode == 0, run.stderr
     for text in (
         "6,919,161,856; 1,282,017,280 act on a token",
