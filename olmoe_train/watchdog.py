@@ -62,8 +62,9 @@ class Watchdog:
         collective."""
         elapsed, own = time.monotonic() - self._asked, torch.tensor([self._preparing], dtype=torch.float64)
         self._asked, self._preparing = time.monotonic(), 0.0
-        seconds = torch.zeros(len(self.peers), dtype=torch.float64)
-        dist.all_gather_into_tensor(seconds, own)
+        gathered = [torch.zeros_like(own) for _ in self.peers]
+        dist.all_gather(gathered, own)
+        seconds = torch.cat(gathered)
         limit = max(SLOW * seconds.median().item(), SLOW_SHARE * elapsed)
         for rank, taken in enumerate(seconds.tolist()):
             if taken > limit:
