@@ -5,7 +5,7 @@ The loss is the mean over all target tokens, however they fall into sequences, b
 
 import math
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 
 import torch
@@ -22,6 +22,8 @@ from olmoe_train.errors import UserError
 from olmoe_train.model import OlmoeConfig, OlmoeForCausalLM
 from olmoe_train.model.losses import IGNORE_INDEX
 
+Batches = Iterable[dict[str, Tensor]]
+
 
 @dataclass(frozen=True)
 class Evaluation:
@@ -37,10 +39,14 @@ class Evaluation:
 
 
 def evaluate_data(
-    model: OlmoeForCausalLM, data: DataConfig, cfg: EvaluationConfig, device: torch.device
+    model: OlmoeForCausalLM,
+    data: DataConfig,
+    cfg: EvaluationConfig,
+    device: torch.device,
+    watched: Callable[[Batches], Batches] = iter,
 ) -> dict[str, Evaluation]:
     """By name, each source of the mixture that has a validation split; last, as "validation", all its tokens
-    together. Collective where there are ranks.
+    together. Collective where there are ranks. watched: passes batches on, and sees that there is progress.
     """
     rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     manifests = read_manifests(data)
@@ -49,7 +55,7 @@ def evaluate_data(
     for source in chosen or sources(data)[:1]:  # of which the loader then says that it is empty
         one = replace(data, dir=str(source.directory), mixture=[])
         batches = build_eval_batches(one, rank, world_size, cfg.micro_batch_size, cfg.max_sequences)
-        results[source.name] = evaluate_model(model, batches, device)
+        results[source.name] = evaluate_model(model, watched(batches), device)
     parts = list(results.values())
     if len(parts) > 1:
         tokens = sum(part.tokens for part in parts)
@@ -58,9 +64,7 @@ def evaluate_data(
     return results | {VALIDATION: parts[-1]}
 
 
-def evaluate_model(
-    model: OlmoeForCausalLM, batches: Iterable[dict[str, Tensor]], device: torch.device
-) -> Evaluation:
+def evaluate_model(model: OlmoeForCausalLM, batches: Batches, device: torch.device) -> Evaluation:
     """Mean loss over every target token of all ranks' batches; leaves the model's mode as it was.
 
     batches: keyword arguments of training_forward, [B, S] on any device; as many on every rank,

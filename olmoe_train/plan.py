@@ -206,6 +206,9 @@ def memory_lines(cfg: PlanConfig) -> list[str]:
     lines.append(f"  {'fits ' + _room(cfg):<16}{fitting}")
     if host := host_memory(olmoe_config(cfg.model), layout, batch):
         lines.append(f"  offloaded to the CPU: {host / unit:.2f} {name} a GPU")
+    if cfg.checkpoint.async_save and layout.strategy is not Strategy.deepspeed:
+        copied = memories[0].parameters + memories[0].optimizer
+        lines.append(f"  copied to the CPU for checkpoint.async_save: {copied / unit:.2f} {name} a GPU")
     most = [
         f"{mode.value} {largest_micro_batch(cfg, layout, replace(batch, checkpointing=mode))}"
         for mode in ActivationCheckpointing

@@ -116,12 +116,12 @@ def test_resumed_in_the_middle_it_is_the_same_run_and_another_mixture_is_refused
     a, b = cfg.data.mixture
     heavier = replace(cfg.data, mixture=[a, replace(b, tokens=100 * S)])
     (message,) = run_ranks(1, refusal, replace(stopped, data=heavier))
-    assert "step-00000002 was made on other data" in message
-    assert "mixture.bee.share: 0.375 in the checkpoint, 0.5 now" in message
+    assert "step-00000002 was made by a run that computes something else" in message
+    assert "data (mixture.bee.share): 0.375 in the checkpoint, 0.5 now" in message
     assert "train_sha256" not in message
     packed = replace(cfg.data, packing=Packing.best_fit)
     (message,) = run_ranks(1, refusal, replace(stopped, data=packed))
-    assert "packing: concat in the checkpoint, best_fit-v1 now" in message
+    assert "data (packing): concat in the checkpoint, best_fit-v1 now" in message
     (resumed,) = run_ranks(2, run, replace(stopped, trainer=replace(cfg.trainer, stop_at_step=None)))[:1]
     for found, expected in zip(resumed, straight, strict=True):
         assert found.keys() == expected.keys()

@@ -15,7 +15,15 @@ import torch
 from benchmarks.plan_memory import LiveBytes, measure, predict
 from olmoe_train.choices import ActivationCheckpointing, ExpertsBackend, Offload, Precision, Strategy
 from olmoe_train.communication import Group, Links, exchange, group, ring, step_traffic
-from olmoe_train.config import DataConfig, ModelConfig, ParallelConfig, PlanConfig, TrainConfig, TrainerConfig
+from olmoe_train.config import (
+    CheckpointConfig,
+    DataConfig,
+    ModelConfig,
+    ParallelConfig,
+    PlanConfig,
+    TrainConfig,
+    TrainerConfig,
+)
 from olmoe_train.distributed.recompute import checkpoint_activations
 from olmoe_train.errors import UserError
 from olmoe_train.memory import (
@@ -30,7 +38,16 @@ from olmoe_train.memory import (
 from olmoe_train.memory_zero import host_memory
 from olmoe_train.model import OlmoeConfig, OlmoeForCausalLM
 from olmoe_train.model.losses import router_losses
-from olmoe_train.plan import check, fits, largest_micro_batch, plan_memory, plan_speed, possible_layouts
+from olmoe_train.plan import (
+    GIB,
+    check,
+    fits,
+    largest_micro_batch,
+    memory_lines,
+    plan_memory,
+    plan_speed,
+    possible_layouts,
+)
 from tests.spawn import run_ranks
 
 OLMOE_1B_7B = OlmoeConfig(intermediate_size=1024)  # the other defaults are the released model's
@@ -211,6 +228,13 @@ def test_layouts_are_those_that_train_takes() -> None:
     kinds |= {(3, Offload.optimizer), (3, Offload.parameters)}
     assert {(x.zero_stage, x.offload) for x in zero} == kinds
     assert len(zero) == len(kinds) * 4
+
+
+def test_a_copy_for_asynchronous_saves_is_planned_for() -> None:
+    """fp32 weights and two moments, 12 bytes a parameter of the rank."""
+    told = memory_lines(plan_config(gpus=1, checkpoint=CheckpointConfig(async_save=True)))
+    assert f"  copied to the CPU for checkpoint.async_save: {12 * TOTAL / GIB:.2f} GiB a GPU" in told
+    assert not any("async_save" in line for line in memory_lines(plan_config(gpus=1)))
 
 
 def test_offloading_fits_the_released_model_on_one_gpu_of_80_gb() -> None:
