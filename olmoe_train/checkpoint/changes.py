@@ -42,6 +42,7 @@ HARMLESS = (
 SCHEDULE = (
     "trainer.max_steps",
     "trainer.max_tokens",
+    "trainer.max_epochs",
     "scheduler.warmup_steps",
     "scheduler.warmup_tokens",
     "scheduler.warmup_fraction",
