@@ -81,6 +81,8 @@ def _losses(metrics: Path, step: int) -> str:
 
 def _data(data: dict[str, Any]) -> str:
     """A line for each source: its share of the training tokens, and how much there is of it."""
+    if "dir" not in data:
+        return "Not recorded."
     root, lines = Path(data["dir"]).expanduser(), []
     parts = data.get("mixture") or [{"dir": "", "weight": 1.0}]
     weights = [float(part.get("weight") or part.get("tokens") or 0) for part in parts]

@@ -39,6 +39,7 @@ TINY = {
     "scheduler": "constant",
     "checkpoint.every": 0,
     "evaluation.at_start": False,
+    "evaluation.max_sequences": 8,
     "logging.wandb.mode": "disabled",
 }
 

@@ -49,7 +49,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> TrainConfig:
     directory = tmp_path_factory.mktemp("data")
     write_prepared(directory, real_tokens(), real_tokens()[:1], vocab_size=258)
     # An odd vocabulary: no cut of the embedding is even.
-    return compose(TINY | {"data.dir": directory, "model.vocab_size": 321, "evaluation.max_sequences": 4})
+    return compose(TINY | {"data.dir": directory, "model.vocab_size": 321})
 
 
 def stop_at(cfg: TrainConfig, step: int) -> TrainConfig:

@@ -53,9 +53,7 @@ def losses(run_dir: str) -> dict[int, tuple[float, float]]:
 @pytest.mark.parametrize("stage", [2, 3])
 def test_a_killed_run_goes_on_exactly(tmp_path: Path, stage: int) -> None:
     write_prepared(tmp_path / "data", real_tokens(), real_tokens()[:1], vocab_size=258)
-    tiny = compose(
-        TINY | {"data.dir": tmp_path / "data", "trainer.max_steps": STEPS, "evaluation.max_sequences": 4}
-    )
+    tiny = compose(TINY | {"data.dir": tmp_path / "data", "trainer.max_steps": STEPS})
     layout = Layout(2, 8, "deepspeed", experts=2, zero_stage=stage)
     cfg = layout.config(tiny, tmp_path / "killed")
     cfg = replace(cfg, checkpoint=replace(cfg.checkpoint, every=2))
