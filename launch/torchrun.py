@@ -7,6 +7,7 @@ torchrun exits 1 whatever its workers exit with, which hides 2 (bad configuratio
 """
 
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -15,9 +16,12 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.run import main as torchrun
 
 STOPPED_BY_SIGNAL = 75
+# Passed on to the workers, which save. SIGUSR1 is what SLURM is often told to send; torchrun would die of it.
+SIGNALS = "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"
 
 
 def main(arguments: list[str]) -> int:
+    os.environ.setdefault("TORCHELASTIC_SIGNALS_TO_HANDLE", SIGNALS)
     try:
         torchrun(arguments)
     except ChildFailedError as error:

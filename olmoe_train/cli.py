@@ -25,6 +25,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from olmoe_train.errors import UserError
+from olmoe_train.redaction import redact_text
 
 SECONDS_TO_SPEAK = 3.0
 OK, FAILED, BAD_INPUT, STOPPED_BY_SIGNAL = 0, 1, 2, 75
@@ -75,7 +76,7 @@ def run_verb(verb: str, schema: type, main: Callable[[Any], int | None]) -> int:
         _print_once("interrupted")
         return 130
     except Exception:
-        traceback.print_exc()
+        print(redact_text(traceback.format_exc()), file=sys.stderr, end="")
         return FAILED
     return exit_code
 
@@ -108,7 +109,7 @@ def _print_once(message: str) -> None:
     """Every rank of a torchrun meets the same error; rank 0 says it. The others leave it the time: torchrun
     ends all ranks as soon as one has failed."""
     if os.environ.get("RANK", "0") == "0":
-        print(message, file=sys.stderr, flush=True)
+        print(redact_text(message), file=sys.stderr, flush=True)
     else:
         time.sleep(SECONDS_TO_SPEAK)
 

@@ -165,6 +165,12 @@ class TrainerConfig:
     """auto: cuda where there is one, else cpu."""
     log_every: int = 10
     """Steps between logged metrics."""
+    timeout: float = 600.0
+    """Seconds for a step or a save, after which every rank tells where it stands and the run ends."""
+    max_skipped_steps: int = 10
+    """How many of the last 128 steps may be skipped (gradient not finite) before the run stops."""
+    spike_sigmas: float | None = None
+    """Skip a step whose loss or gradient norm is so many deviations above the last 128's mean; null: off."""
     compile: bool = False
     """torch.compile each decoder layer."""
     activation_checkpointing: ActivationCheckpointing = ActivationCheckpointing.none
@@ -248,10 +254,20 @@ class CheckpointConfig:
     every: int = 1000
     """Steps between checkpoints; 0: only at the end."""
     keep: int = 2
-    """Newest complete checkpoints to keep; 0: all."""
+    """Newest complete checkpoints to keep; 0: all. Older ones are deleted once the newest is verified."""
+    keep_every: int = 0
+    """Keep for good the checkpoints of steps that this divides; 0: none."""
+    export_every: int = 0
+    """Steps between exports to run_dir/hf, each of a checkpoint that is saved for it; 0: none."""
+    async_save: bool = False
+    """Write in the background, from a copy in the host's memory (12 bytes a parameter, over all ranks)."""
+    max_failures: int = 3
+    """Saves that may fail in a row before the run ends; it goes on after fewer."""
     resume: str = "auto"
     """auto: continue from the newest complete checkpoint of run_dir, if any; never: start anew in an empty
     run_dir; a path: continue from that checkpoint directory."""
+    allow_changes: list[str] = field(default_factory=list)
+    """Keys or sections ([optimizer.lr]) whose change resuming accepts although it alters the mathematics."""
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.distributed as dist
 import wandb
+from omegaconf import OmegaConf
 from torch import Tensor
 
 from olmoe_train.choices import Precision, WandbMode
@@ -25,12 +26,15 @@ from olmoe_train.evaluate import Evaluation
 from olmoe_train.flops import peak_flops, train_flops_per_token
 from olmoe_train.model.configuration import OlmoeConfig
 from olmoe_train.model.outputs import TrainingOutput
+from olmoe_train.redaction import redact, redact_text
 from olmoe_train.run_directory import Progress
 
 if TYPE_CHECKING:
     from olmoe_train.train import Losses, Totals
 
 log = logging.getLogger("olmoe")
+WANDB_START_S, WANDB_END_S = 30.0, 60.0
+"""How long rank 0 waits for wandb as it starts, and as the run ends."""
 LOSS_NAMES = ("train/loss", "train/ce_loss", "train/load_balancing_loss", "train/router_z_loss")
 
 
@@ -141,7 +145,8 @@ class MetricsWriter:
         self.path = run_dir / "metrics.jsonl"
         if dist.get_rank() == 0:
             forget_after(self.path, progress.step)
-            self.wandb = start_wandb(cfg.logging.wandb, run_dir)
+            values = OmegaConf.to_container(OmegaConf.structured(cfg), enum_to_str=True)
+            self.wandb = start_wandb(cfg.logging.wandb, run_dir, redact(values))
         self.restart_clock(progress.tokens)
 
     def restart_clock(self, tokens: int) -> None:
@@ -169,11 +174,6 @@ class MetricsWriter:
         )
         self._warn_of_dead_experts(int(values["router/dead_experts"]))
         self._write(values)
-        if not math.isfinite(values["train/grad_norm"]):
-            raise FloatingPointError(
-                f"gradient norm is {values['train/grad_norm']} at step {progress.step}: stopped before "
-                "saving it. Lower optimizer.lr or lengthen the warm-up, and continue from the last checkpoint"
-            )
 
     def log_evaluation(self, progress: Progress, evaluation: Evaluation) -> None:
         log.info(
@@ -232,7 +232,7 @@ def forget_after(path: Path, step: int) -> None:
     temporary.replace(path)
 
 
-def start_wandb(cfg: WandbConfig, run_dir: Path) -> Any:
+def start_wandb(cfg: WandbConfig, run_dir: Path, config: dict[str, Any]) -> Any:
     """A wandb run, or None where it is disabled or cannot start: observing never stops a run."""
     if cfg.mode is WandbMode.disabled:
         return None
@@ -245,10 +245,19 @@ def start_wandb(cfg: WandbConfig, run_dir: Path) -> Any:
     try:
         return wandb.init(
             project=cfg.project,
-            name=cfg.name or run_dir.resolve().name,
+            name=redact_text(cfg.name or run_dir.resolve().name),
             dir=str(run_dir),
             mode=mode,
-            settings=wandb.Settings(silent=True, console="off", init_timeout=30),
+            config=config,
+            # x_disable_meta: it would take the command line, and the git remote's URL, as they are.
+            settings=wandb.Settings(
+                silent=True,
+                console="off",
+                init_timeout=WANDB_START_S,
+                finish_timeout=WANDB_END_S,
+                finish_timeout_raises=True,
+                x_disable_meta=True,
+            ),
         )
     except Exception as error:
         log.warning("warning: wandb could not start (%s); metrics.jsonl has everything", error)

@@ -3,6 +3,8 @@
 run_dir/config.yaml       resolved configuration of the last start
         metrics.jsonl     one JSON object a logged step (metrics.py)
         log.txt           what the console showed
+        ranks.json        (host, process) of each rank
+        lock              who runs here (run_lock.py)
         status.json       {"state": running|done|stopped|failed, "reason", "step", "last_step", "time"}
         tokenizer/        copied from the prepared data, for exports
         checkpoints/step-00000100/
@@ -13,20 +15,31 @@ import json
 import logging
 import os
 import shutil
-import signal
+import socket
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
 from omegaconf import OmegaConf
 
-from olmoe_train.checkpoint.training import complete_checkpoints
+from olmoe_train.checkpoint.directory import (
+    CheckpointError,
+    complete_checkpoints,
+    incomplete_checkpoints,
+    set_aside,
+    verify,
+)
+from olmoe_train.checkpoint.ranks import on_rank_0
 from olmoe_train.cli import OK, STOPPED_BY_SIGNAL
 from olmoe_train.config import TrainConfig
 from olmoe_train.errors import UserError
+from olmoe_train.redaction import RedactingFormatter, redact, redact_text
+from olmoe_train.run_lock import RunLock
+from olmoe_train.signals import Signals
+from olmoe_train.watchdog import Watchdog, ended_ranks, ranks_of
 
 log = logging.getLogger("olmoe")
 
@@ -43,38 +56,36 @@ class Progress:
     """Sequences drawn from the data order: the loader's whole state."""
     expert_last_used: list[list[int]] | None = None
     """The last step at which each layer sent a token to each expert [L][E]; None: no step yet."""
+    guard: dict[str, Any] | None = None
+    """Losses, gradient norms and skipped steps of late (guard.GuardState); None: no step yet."""
 
     @classmethod
     def from_json(cls, state: dict[str, Any]) -> "Progress":
-        return cls(**{name: state[name] for name in ("step", "tokens", "samples", "expert_last_used")})
+        known: dict[str, Any] = {item.name: state[item.name] for item in fields(cls)}
+        return cls(**known)
 
 
 class RunDirectory:
-    """Opened by every rank; rank 0 writes. SIGTERM and SIGINT set `stop_requested`; a second SIGINT leaves
-    at once."""
+    """Opened by every rank; rank 0 locks it and writes. Has the ears for signals, and the watchdog."""
 
     def __init__(self, cfg: TrainConfig, warnings: list[str]) -> None:
         self.path = Path(cfg.run_dir)
-        self.stop_requested = False
         self.is_writer = dist.get_rank() == 0
-        if self.is_writer:
-            self.path.mkdir(parents=True, exist_ok=True)
-            OmegaConf.save(OmegaConf.structured(cfg), self.path / "config.yaml")
-            tokenizer = Path(cfg.data.dir) / "tokenizer"
-            if tokenizer.is_dir():
-                shutil.copytree(tokenizer, self.path / "tokenizer", dirs_exist_ok=True)
-        dist.barrier()
-        self._open_log()
+        self._lock: RunLock | None = None
+        on_rank_0(self._make)
+        open_log(self.path, logging.INFO if self.is_writer else logging.ERROR)
+        on_rank_0(lambda: self._open(cfg))
         for warning in warnings:
             log.warning("warning: %s", warning)
+        self.watchdog = Watchdog(self.path, cfg.trainer.timeout, self._give_up)
         self.write_status("running", "started", 0, 0)
-        signal.signal(signal.SIGTERM, self._on_signal)
-        signal.signal(signal.SIGINT, self._on_signal)
+        self.signals = Signals(lambda: self._give_up("a second interrupt: left at once"))
 
     def checkpoints_to_resume(self, choice: str) -> list[Path]:
         """What checkpoint.resume (auto, never, or a directory) asks for, newest first, on all ranks."""
         if choice not in ("auto", "never"):
             return [Path(choice)]
+        on_rank_0(self._set_incomplete_aside)
         found: list[Any] = [complete_checkpoints(self.path)]
         dist.broadcast_object_list(found)
         if choice == "never" and found[0]:
@@ -85,71 +96,97 @@ class RunDirectory:
         return found[0]
 
     def set_aside(self, checkpoint: Path, error: Exception) -> None:
-        """Keep a damaged checkpoint under another name: its step will be saved again."""
+        """Say that a checkpoint is damaged, and move it out of the way of the next save of its step."""
         log.warning("WARNING: %s; it is set aside and the checkpoint before it is used", error)
-        if self.is_writer and checkpoint.parent == self.path / "checkpoints":
-            checkpoint.rename(checkpoint.with_name(f"{checkpoint.name}.damaged"))
-        dist.barrier()
+        if checkpoint.parent == self.path / "checkpoints":
+            on_rank_0(lambda: set_aside(checkpoint))
 
-    def check_fingerprint(self, saved: dict[str, Any], current: dict[str, Any], checkpoint: Path) -> None:
-        """The data order must be the one the checkpoint was made with, or its position means nothing."""
-        changed = [
-            f"{key}: {saved.get(key)} in the checkpoint, {current.get(key)} now"
-            for key in sorted(saved.keys() | current.keys())
-            if saved.get(key) != current.get(key)
-        ]
-        if changed:
-            raise UserError(
-                "\n  ".join(
-                    [
-                        f"{checkpoint} was made on other data:",
-                        *changed,
-                        "restore these, or use another run_dir",
-                    ]
-                )
-            )
+    def _set_incomplete_aside(self) -> None:
+        for checkpoint in incomplete_checkpoints(self.path):
+            try:
+                verify(checkpoint)
+            except CheckpointError as error:
+                log.warning("WARNING: %s; it is set aside as %s", error, set_aside(checkpoint).name)
+
+    def write_config(self, cfg: TrainConfig) -> None:
+        """Once it is known that the run can go on with it."""
+        if self.is_writer:
+            values = OmegaConf.to_container(OmegaConf.structured(cfg), enum_to_str=True)
+            OmegaConf.save(OmegaConf.create(redact(values)), self.path / "config.yaml")
 
     def finish(self, step: int, last_step: int, signalled: bool) -> int:
-        """Record how the run ended; its exit code."""
+        """Record how the run ended, `step` being saved; its exit code."""
+        self.watchdog.close()
+        dist.barrier()  # until no watchdog takes a rank that has finished for one that died
+        self.signals.close()
         if step >= last_step:
             self.write_status("done", "reached the last step", step, last_step)
             log.info("done: step %d of %d; everything is in %s", step, last_step, self.path)
-            return OK
-        reason = "signal" if signalled else "trainer.stop_at_step"
-        self.write_status("stopped", reason, step, last_step)
-        log.info(
-            "stopped at step %d of %d (%s); run the same command again to continue", step, last_step, reason
-        )
-        return STOPPED_BY_SIGNAL if signalled else OK
+        else:
+            reason = "signal" if signalled else "trainer.stop_at_step"
+            self.write_status("stopped", reason, step, last_step)
+            again = "run the same command again to continue"
+            log.info("stopped at step %d of %d (%s); %s", step, last_step, reason, again)
+        if self._lock is not None:
+            self._lock.release()
+        return STOPPED_BY_SIGNAL if signalled and step < last_step else OK
 
     def write_status(self, state: str, reason: str, step: int, last_step: int) -> None:
         if self.is_writer:
             _write_status(self.path, {"state": state, "reason": reason, "step": step, "last_step": last_step})
 
-    def _open_log(self) -> None:
-        log.handlers.clear()
-        log.propagate = False
-        log.setLevel(logging.INFO if self.is_writer else logging.ERROR)
-        log.addHandler(logging.StreamHandler(sys.stdout))
-        if self.is_writer:
-            log.addHandler(logging.FileHandler(self.path / "log.txt"))
+    def _make(self) -> None:
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            (self.path / "log.txt").open("a").close()
+        except OSError as error:
+            raise UserError(f"run_dir={self.path}: cannot be written: {error.strerror}") from None
 
-    def _on_signal(self, number: int, _frame: object) -> None:
-        if self.stop_requested and number == signal.SIGINT:
-            sys.exit(130)
-        self.stop_requested = True
+    def _open(self, cfg: TrainConfig) -> None:
+        self._lock = RunLock(self.path)
+        shutil.rmtree(self.path / "stalled", ignore_errors=True)
+        tokenizer = Path(cfg.data.dir) / "tokenizer"
+        if tokenizer.is_dir():
+            shutil.copytree(tokenizer, self.path / "tokenizer", dirs_exist_ok=True)
+
+    def _give_up(self, reason: str) -> None:
+        """Called in another thread, on any rank, before its process leaves."""
+        log.error("ERROR: %s", reason)
+        _record(self.path, reason)
+
+
+def open_log(run_dir: Path, level: int) -> None:
+    """The console and run_dir/log.txt."""
+    log.handlers.clear()
+    log.propagate = False
+    log.setLevel(level)
+    for handler in (logging.StreamHandler(sys.stdout), logging.FileHandler(run_dir / "log.txt", delay=True)):
+        handler.setFormatter(RedactingFormatter())
+        log.addHandler(handler)
 
 
 def record_failure(run_dir: str, error: BaseException) -> None:
-    """Leave the reason in status.json, if the run got so far as to have one."""
-    path = Path(run_dir) / "status.json"
-    if os.environ.get("RANK", "0") == "0" and path.is_file():
-        status = json.loads(path.read_text())
-        _write_status(path.parent, status | {"state": "failed", "reason": f"{type(error).__name__}: {error}"})
+    """Leave the reason in status.json, if this process is one of the run's ranks."""
+    path = Path(run_dir)
+    ranks = ranks_of(path)
+    if (socket.gethostname(), os.getpid()) not in ranks:
+        return  # it never got so far, or the directory is another run's
+    reason = f"{type(error).__name__}: {error}"
+    if not isinstance(error, UserError):
+        gone = ended_ranks(ranks)
+        reason = f"rank {dist.get_rank()}: {reason}" + (f" ({gone})" if gone else "")
+    _record(path, reason)
+
+
+def _record(run_dir: Path, reason: str) -> None:
+    """The first to fail knows best why; what others meet is what comes of it."""
+    status = json.loads((run_dir / "status.json").read_text())
+    if status["state"] != "failed":
+        _write_status(run_dir, status | {"state": "failed", "reason": redact_text(reason)})
 
 
 def _write_status(run_dir: Path, status: dict[str, Any]) -> None:
     """Replaced in one rename, so that a reader never sees half of it."""
-    temporary = run_dir / "status.json.tmp"
+    temporary = run_dir / f"status.json.{socket.gethostname()}.{os.getpid()}"
     temporary.write_text(json.dumps(status | {"time": time.time()}) + "\n")
     temporary.replace(run_dir / "status.json")

@@ -16,16 +16,21 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from olmoe_train.checkpoint.changes import check_changes, description
+from olmoe_train.checkpoint.directory import CheckpointError
 from olmoe_train.checkpoint.hf import load_pretrained
-from olmoe_train.checkpoint.training import CheckpointError, load_checkpoint, prune, save_checkpoint
+from olmoe_train.checkpoint.ranks import on_any_rank
+from olmoe_train.checkpoint.saver import Saver
+from olmoe_train.checkpoint.training import load_checkpoint, saved_state
 from olmoe_train.choices import BalanceScope
 from olmoe_train.cli import run_verb
 from olmoe_train.config import LossConfig, TrainConfig, olmoe_config
-from olmoe_train.data.loader import build_eval_batches, build_train_loader, fingerprint
+from olmoe_train.data.loader import build_eval_batches, build_train_loader
 from olmoe_train.distributed.deepspeed import start_engine
 from olmoe_train.distributed.mesh import Mesh, build_mesh, init_distributed
 from olmoe_train.distributed.parallelize import initialise, parallelize
 from olmoe_train.evaluate import Evaluation, evaluate_model
+from olmoe_train.guard import StepGuard
 from olmoe_train.metrics import MetricsWriter, StepMetrics
 from olmoe_train.model import OlmoeForCausalLM
 from olmoe_train.model.losses import IGNORE_INDEX, expert_counts, router_losses
@@ -57,24 +62,29 @@ def train(cfg: TrainConfig, batches: Iterable[Batch] | None = None) -> int:
     model = build_model(cfg, mesh)
     optimizer = build_optimizer(model.parameters(), cfg.optimizer)
     progress = resume(cfg, run, model, optimizer)
+    run.write_config(cfg)
     zero = start_engine(cfg, model, optimizer, device)
     if zero is not None:
         model, optimizer = zero.model, zero.optimizer
     metrics = StepMetrics(model.config, cfg, progress, device)
+    guard = StepGuard(cfg.trainer, progress.guard, device)
     writer = MetricsWriter(cfg, run.path, model.config, progress, device)
+    stored = zero.stored if zero is not None else lambda: (model, optimizer)
+    saver = Saver(cfg.checkpoint, run.path, stored, progress.step)
     last_step, (warmup, decay) = total_steps(cfg), warmup_and_decay_steps(cfg)
     end = min(last_step, cfg.trainer.stop_at_step or last_step)
     accumulation = cfg.trainer.global_batch_size // (cfg.trainer.micro_batch_size * dist.get_world_size())
     loader = iter(batches if batches is not None else train_batches(cfg, progress))
     if progress.step == 0 and cfg.evaluation.at_start:
-        writer.log_evaluation(progress, evaluate(cfg, model, device))
+        writer.log_evaluation(progress, evaluate(cfg, run, model, device))
 
     signalled = False
     while progress.step < end and not signalled:
         step = progress.step + 1
+        run.watchdog.beat(f"step {step}")
         set_learning_rate(optimizer, learning_rate(step, cfg.optimizer.lr, cfg.scheduler, warmup, decay))
         micro_batches = list(itertools.islice(loader, accumulation))
-        totals = count_tokens(micro_batches, run.stop_requested, device)
+        totals = count_tokens(micro_batches, run.signals.stop_requested or saver.given_up, device)
         signalled = totals.stop_requested
         stop = signalled or step >= end
         logged = stop or step % cfg.trainer.log_every == 0
@@ -95,24 +105,29 @@ def train(cfg: TrainConfig, batches: Iterable[Batch] | None = None) -> int:
             metrics.add(losses, output, batch.get("attention_mask"), totals, with_entropy=logged)
         if zero is None:
             grad_norm = clip_gradients(model.parameters(), cfg.optimizer.max_grad_norm)
+            guard.decide(optimizer, step, metrics.losses[0], grad_norm)
             optimizer.step()
             optimizer.zero_grad()
         else:
             grad_norm = zero.step()
+            guard.decide(optimizer, step, metrics.losses[0], grad_norm)
         progress = metrics.end_step(totals, cfg.trainer.global_batch_size)
 
         if logged:
-            writer.log_step(progress, metrics.read(grad_norm), optimizer.param_groups[0]["lr"], last_step)
+            values = metrics.read(grad_norm) | {"train/skipped_steps": int(guard.skipped)}
+            writer.log_step(progress, values, optimizer.param_groups[0]["lr"], last_step)
+            guard.check(step)
             run.write_status("running", "training", step, last_step)
         if step == last_step or (cfg.evaluation.every and step % cfg.evaluation.every == 0):
-            writer.log_evaluation(progress, evaluate(cfg, model, device))
-        if stop or (cfg.checkpoint.every and step % cfg.checkpoint.every == 0):
-            state = training_state(cfg, progress, metrics)
-            save_checkpoint(run.path, step, *(zero.stored() if zero else (model, optimizer)), state)
-            prune(run.path, cfg.checkpoint.keep)
+            writer.log_evaluation(progress, evaluate(cfg, run, model, device))
+        if stop or saver.due(step):
+            guard.check(step)
+            saver.save(step, training_state(cfg, progress, metrics, guard), signalled)
+            signalled = on_any_rank(signalled or run.signals.stop_requested)
             writer.restart_clock(progress.tokens)
+    saver.finish()
     writer.close()
-    return run.finish(progress.step, last_step, signalled)
+    return run.finish(saver.saved_step, last_step, signalled)
 
 
 def build_model(cfg: TrainConfig, mesh: Mesh) -> OlmoeForCausalLM:
@@ -137,20 +152,22 @@ def resume(
     """
     for checkpoint in run.checkpoints_to_resume(cfg.checkpoint.resume):
         try:
+            check_changes(saved_state(checkpoint), cfg, checkpoint)
             state = load_checkpoint(checkpoint, model, optimizer)
         except CheckpointError as error:
             run.set_aside(checkpoint, error)
             continue
-        run.check_fingerprint(state["fingerprint"], fingerprint(cfg.data, cfg.seed), checkpoint)
         log.info("resumed from %s", checkpoint)
         return Progress.from_json(state)
     return Progress()
 
 
-def training_state(cfg: TrainConfig, progress: Progress, metrics: StepMetrics) -> dict[str, Any]:
-    """What a checkpoint holds besides tensors, as JSON; collective."""
-    state = replace(progress, expert_last_used=metrics.last_used())
-    return asdict(state) | {"fingerprint": fingerprint(cfg.data, cfg.seed)}
+def training_state(
+    cfg: TrainConfig, progress: Progress, metrics: StepMetrics, guard: StepGuard
+) -> dict[str, Any]:
+    """What a checkpoint holds besides tensors, as JSON; collective. No generator's state: seed_dropout."""
+    state = replace(progress, expert_last_used=metrics.last_used(), guard=guard.state())
+    return asdict(state) | description(cfg)
 
 
 def train_batches(cfg: TrainConfig, progress: Progress) -> Iterator[Batch]:
@@ -275,11 +292,13 @@ def to_device(batch: Batch, device: torch.device) -> Batch:
     return {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
 
 
-def evaluate(cfg: TrainConfig, model: OlmoeForCausalLM, device: torch.device) -> Evaluation:
+def evaluate(
+    cfg: TrainConfig, run: RunDirectory, model: OlmoeForCausalLM, device: torch.device
+) -> Evaluation:
     """Loss and perplexity on the validation split."""
     size, sequences = cfg.evaluation.micro_batch_size, cfg.evaluation.max_sequences
     batches = build_eval_batches(cfg.data, dist.get_rank(), dist.get_world_size(), size, sequences)
-    return evaluate_model(model, batches, device)
+    return evaluate_model(model, run.watchdog.beating(batches, "validating"), device)
 
 
 def main(cfg: TrainConfig) -> int:

@@ -7,6 +7,7 @@ import torch
 import torch.distributed as dist
 
 from olmoe_train.choices import ActivationCheckpointing, BalanceScope, Device, Offload, Precision, Strategy
+from olmoe_train.cli import documented_keys
 from olmoe_train.config import ParallelConfig, SourceConfig, TrainConfig, olmoe_config
 from olmoe_train.data.tokens import read_manifest
 from olmoe_train.distributed.zero_config import deepspeed_config
@@ -50,7 +51,10 @@ def _trainer_errors(cfg: TrainConfig, world_size: int) -> list[str]:
         "data.sequence_length": cfg.data.sequence_length - 1,  # one token has no next one to predict
         "evaluation.micro_batch_size": cfg.evaluation.micro_batch_size,
         "evaluation.max_sequences": cfg.evaluation.max_sequences,
+        "checkpoint.max_failures": cfg.checkpoint.max_failures,
         "optimizer.lr": cfg.optimizer.lr,
+        "trainer.timeout": trainer.timeout,
+        "trainer.spike_sigmas": trainer.spike_sigmas,
     }
     errors += [
         f"{key}={value}: must be positive"
@@ -60,7 +64,10 @@ def _trainer_errors(cfg: TrainConfig, world_size: int) -> list[str]:
     not_negative = {
         "checkpoint.every": cfg.checkpoint.every,
         "checkpoint.keep": cfg.checkpoint.keep,
+        "checkpoint.keep_every": cfg.checkpoint.keep_every,
+        "checkpoint.export_every": cfg.checkpoint.export_every,
         "evaluation.every": cfg.evaluation.every,
+        "trainer.max_skipped_steps": trainer.max_skipped_steps,
         "data.num_workers": cfg.data.num_workers,
         "optimizer.weight_decay": cfg.optimizer.weight_decay,
         "optimizer.max_grad_norm": cfg.optimizer.max_grad_norm,
@@ -136,6 +143,11 @@ def _deepspeed_errors(cfg: TrainConfig, world_size: int) -> list[str]:
         errors.append(
             f"{stage} with trainer.precision=bf16: DeepSpeed accumulates gradients in fp32 from ZeRO-1 on; "
             "set parallel.zero_stage=1, or parallel.strategy=ddp"
+        )
+    if trainer.spike_sigmas is not None:
+        errors.append(
+            f"trainer.spike_sigmas={trainer.spike_sigmas}: DeepSpeed tells the gradient norm when weights "
+            "have changed already; set it to null, or parallel.strategy=fsdp"
         )
     if parallel.offload is Offload.optimizer and parallel.zero_stage == 0:
         errors.append(f"{stage} with parallel.offload=optimizer: nothing is partitioned; set zero_stage=2")
@@ -229,6 +241,10 @@ def _model_errors(cfg: TrainConfig) -> list[str]:
         errors.append(
             f"checkpoint.resume={cfg.checkpoint.resume}: give auto, never, or an existing checkpoint"
         )
+    known = {key for key, _, _ in documented_keys(TrainConfig)}
+    known |= {key.split(".")[0] for key in known}
+    for key in set(cfg.checkpoint.allow_changes) - known:
+        errors.append(f"checkpoint.allow_changes=[{key}]: there is no such key or section")
     return errors
 
 
@@ -260,6 +276,8 @@ def _no_effect(cfg: TrainConfig) -> list[str]:
             warnings.append(f"data.source.{name} has no effect here: `olmoe prepare` alone reads it")
     if cfg.loss.balance_scope is BalanceScope.micro_batch and cfg.loss.router_aux_loss_coef == 0:
         warnings.append("loss.balance_scope has no effect: loss.router_aux_loss_coef is 0")
+    if cfg.checkpoint.keep_every and not cfg.checkpoint.keep:
+        warnings.append("checkpoint.keep_every has no effect: checkpoint.keep=0 keeps every checkpoint")
     if cfg.parallel.strategy is not Strategy.deepspeed:
         warnings += [
             f"parallel.{name} has no effect: parallel.strategy is {cfg.parallel.strategy.value}"

@@ -118,19 +118,24 @@ def write_directory(
     max_shard_size: str | int = "5GB",
     architecture: str = "OlmoeForCausalLM",
     tokenizer: Path | None = None,
+    card: str | None = None,
+    verify: bool = False,
 ) -> None:
     """Write an HF directory from `read`, which gives each whole parameter by its in-memory name when it is
     its turn.
 
     Holds about one shard in memory beyond what `read` returns. The directory appears complete: files are
     written and synced beside it, then moved, config.json last. tokenizer: a directory whose tokenizer files
-    are copied. UserError where `directory` already holds weights.
+    are copied. card: README.md. verify: compare what was written to a second reading before it appears.
+    UserError where `directory` already holds weights.
     """
     directory = Path(directory)
     if any(directory.glob("*.safetensors*")):
         raise UserError(f"{directory} already holds a model: choose another directory, or delete it")
     shards = plan_shards(parameter_shapes(config, architecture), dtype, byte_count(max_shard_size))
     directory.parent.mkdir(parents=True, exist_ok=True)
+    for left_over in directory.parent.glob(f".{directory.name}.*.partial"):  # of one that was killed here
+        shutil.rmtree(left_over)
     temporary = Path(tempfile.mkdtemp(".partial", f".{directory.name}.", directory.parent))
     try:
         _write_shards(temporary, shards, read, dtype)
@@ -139,6 +144,10 @@ def write_directory(
         for name in TOKENIZER_FILES:
             if tokenizer is not None and (tokenizer / name).is_file():
                 shutil.copyfile(tokenizer / name, temporary / name)
+        if card is not None:
+            (temporary / "README.md").write_text(card, encoding="utf-8")
+        if verify and not holds_model(temporary, config, read, dtype, architecture):
+            raise RuntimeError(f"{directory}: not what was written reads back; is the disk failing?")
         publish(temporary, directory)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -195,17 +204,21 @@ def _write_shards(
 
 
 def holds_model(
-    directory: Path, config: OlmoeConfig, read: Callable[[str], Tensor], dtype: torch.dtype
+    directory: Path,
+    config: OlmoeConfig,
+    read: Callable[[str], Tensor],
+    dtype: torch.dtype,
+    architecture: str = "OlmoeForCausalLM",
 ) -> bool:
     """Whether `directory` is what write_directory would write: the same configuration and tensors, bit for
     bit."""
     if not (directory / "config.json").is_file():
         return False
     stored = StoredWeights(directory)
-    if OlmoeConfig.from_pretrained(directory) != _as_written(config, dtype):
+    if OlmoeConfig.from_pretrained(directory) != _as_written(config, dtype, architecture):
         return False
     compared = 0
-    for name, shape in parameter_shapes(config).items():
+    for name, shape in parameter_shapes(config, architecture).items():
         whole = read(name).to("cpu", dtype)
         for hub_name, index in hub_parts(name, shape).items():
             if hub_name not in stored.tensors or not torch.equal(stored.read(hub_name), whole[index]):

@@ -5,14 +5,14 @@ from pathlib import Path
 import torch
 from omegaconf import OmegaConf
 
-from olmoe_train.checkpoint.hf import assign
-from olmoe_train.checkpoint.training import (
+from olmoe_train.checkpoint.directory import (
     checkpoint_path,
     complete_checkpoints,
     is_complete,
     latest_checkpoint,
-    open_model_tensors,
 )
+from olmoe_train.checkpoint.hf import assign
+from olmoe_train.checkpoint.training import open_model_tensors
 from olmoe_train.config import ModelConfig, olmoe_config
 from olmoe_train.errors import UserError
 from olmoe_train.model import OlmoeConfig, OlmoeForCausalLM

@@ -7,90 +7,47 @@
 
 torch.distributed.checkpoint writes the safetensors, and cuts them anew for any other number and layout of
 ranks. Nothing is pickled. torch loads a flipped bit, or a checkpoint that lacks a rank's file, without a
-word; the hashes are what makes reading safe. XXH3, since a hash has to keep up with the disk (13.9 GiB/s
-against 1.6 of SHA-256 on one core); it guards against damage, not against forgery.
+word; the hashes are what makes reading safe.
 """
 
 import json
+import math
 import os
-import re
 import shutil
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 import torch.distributed as dist
-import xxhash
 from safetensors import safe_open
 from torch import Tensor, nn
 from torch.distributed.checkpoint import state_dict_loader, state_dict_saver
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torch.distributed.checkpoint.staging import BlockingAsyncStager
 from torch.distributed.fsdp import FSDPModule
 
+from olmoe_train.checkpoint.directory import (
+    MANIFEST,
+    STATE,
+    checkpoint_path,
+    entry_of,
+    read_manifest,
+    step_of,
+    verify,
+)
+from olmoe_train.checkpoint.ranks import Group, everywhere, on_rank_0
+from olmoe_train.distributed.mesh import local_tensor
 from olmoe_train.errors import UserError
 from olmoe_train.files import sync
 
-STATE, MANIFEST = "state.json", "manifest.json"
 # AdamW's state of a parameter, besides its step count.
 MOMENTS = ("exp_avg", "exp_avg_sq")
 # A rank's files are about this long: the writer makes each in memory first.
 FILE_BYTES = 2 * 1024**3
-_NAME = re.compile(r"step-(\d{8,})")
-Result = TypeVar("Result")
-
-
-class CheckpointError(UserError):
-    """A damaged checkpoint; the message names it and the file."""
-
-
-# --- which there are --------------------------------------------------------------------------------------
-
-
-def checkpoint_path(run_dir: Path, step: int) -> Path:
-    """Where the checkpoint of `step` is, or would be."""
-    return Path(run_dir) / "checkpoints" / f"step-{step:08d}"
-
-
-def is_complete(directory: Path) -> bool:
-    """Whether `directory` is a finished checkpoint: the one predicate for resume, retention and every verb.
-
-    It has its final name, its manifest, and every file listed there at its full size.
-    """
-    if not _NAME.fullmatch(directory.name):
-        return False
-    try:
-        files = read_manifest(directory)["files"]
-        return all((directory / name).stat().st_size == entry["bytes"] for name, entry in files.items())
-    except (CheckpointError, OSError):
-        return False
-
-
-def complete_checkpoints(run_dir: Path) -> list[Path]:
-    """The finished checkpoints of a run by step, the newest first."""
-    found = [path for path in (Path(run_dir) / "checkpoints").glob("step-*") if is_complete(path)]
-    return sorted(found, key=_step, reverse=True)
-
-
-def latest_checkpoint(run_dir: Path) -> Path | None:
-    """The finished checkpoint with the highest step."""
-    return next(iter(complete_checkpoints(run_dir)), None)
-
-
-def prune(run_dir: Path, keep: int) -> None:
-    """Delete all finished checkpoints but the `keep` newest (0: none). Rank 0 does; others do not wait."""
-    if keep and dist.get_rank() == 0:
-        for path in complete_checkpoints(run_dir)[keep:]:
-            # Under another name first, so that a half-deleted one is never taken for a checkpoint.
-            doomed = path.rename(path.with_name(f".{path.name}.deleting"))
-            shutil.rmtree(doomed)
-
-
-def _step(directory: Path) -> int:
-    match = _NAME.fullmatch(directory.name)
-    assert match is not None, directory
-    return int(match[1])
 
 
 # --- writing ----------------------------------------------------------------------------------------------
@@ -104,19 +61,62 @@ def save_checkpoint(
     state: JSON values, taken from rank 0. Raises, on every rank: UserError if the checkpoint is there already
     (nothing is ever overwritten), RuntimeError naming the rank that could not write.
     """
+    return write_checkpoint(run_dir, step, take_snapshot(model, optimizer), state)
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """This rank's part of the training state at one step."""
+
+    tensors: dict[str, Tensor]
+    adam_steps: dict[str, float]
+
+
+def take_snapshot(
+    model: nn.Module, optimizer: torch.optim.Optimizer, stager: BlockingAsyncStager | None = None
+) -> Snapshot:
+    """What write_checkpoint writes. stager: copies it to the host's memory, so that training may go on.
+
+    Collective; FloatingPointError on every rank where a value is not finite.
+    """
+    tensors, adam_steps = _training_tensors(model, optimizer)
+    shards = [shard for shard in map(local_tensor, tensors.values()) if shard.numel()]
+    finite = torch.stack(torch._foreach_norm(shards, math.inf)).isfinite().all() if shards else True
+    bad = [rank for rank, of_rank in enumerate(everywhere(lambda: bool(finite))) if not of_rank]
+    if bad:
+        raise FloatingPointError(f"not saved: parameters or moments on rank {bad[0]} are not finite")
+    return Snapshot(stager.stage(tensors) if stager is not None else tensors, adam_steps)
+
+
+def write_checkpoint(
+    run_dir: Path, step: int, snapshot: Snapshot, state: dict[str, Any], group: Group = None
+) -> Path:
+    """save_checkpoint of a snapshot, by the collectives of `group`."""
+    tensors = snapshot.tensors
     directory = checkpoint_path(run_dir, step)
     partial = directory.with_name(f".{directory.name}.partial")
-    _on_rank_0(lambda: _start(directory, partial))
-    tensors, adam_steps = _training_tensors(model, optimizer)
-    writer = HuggingFaceStorageWriter(str(partial), _files(tensors), save_distributed=True)
-    state_dict_saver.save(tensors, storage_writer=writer)
-    # DCP counts the shards of rank 0 as 1; each rank hashes its own, which are still in its page cache.
-    own = sorted(partial.glob(f"shard-{dist.get_rank() + 1:05d}-*.safetensors"))
-    hashes = _everywhere(lambda: {path.name: _entry(path) for path in own})
-    files = {name: entry for of_rank in hashes for name, entry in of_rank.items()}
-    content = {"state": state, "adam_steps": adam_steps}
-    _on_rank_0(lambda: _commit(directory, partial, files, content))
+    on_rank_0(lambda: _start(directory, partial), group)
+    try:
+        writer = HuggingFaceStorageWriter(str(partial), _files(tensors), save_distributed=True)
+        _write_shards(tensors, writer, group)
+        # DCP counts the shards of rank 0 as 1; each rank hashes its own, which are still in its page cache.
+        own = sorted(partial.glob(f"shard-{dist.get_rank() + 1:05d}-*.safetensors"))
+        hashes = everywhere(lambda: {path.name: entry_of(path) for path in own}, group)
+        files = {name: entry for of_rank in hashes for name, entry in of_rank.items()}
+        content = {"state": state, "adam_steps": snapshot.adam_steps}
+        on_rank_0(lambda: _commit(directory, partial, files, content), group)
+    except Exception:
+        if dist.get_rank() == 0:  # what is in it may be what fills the disk
+            shutil.rmtree(partial, ignore_errors=True)
+        raise
     return directory
+
+
+def verify_together(directory: Path, group: Group = None) -> None:
+    """Check every file by its hash, the files shared out over the ranks; CheckpointError on all of them."""
+    files = sorted(read_manifest(directory)["files"])
+    share = files[dist.get_rank() :: dist.get_world_size()]
+    everywhere(lambda: verify(directory, share), group)
 
 
 def _start(directory: Path, partial: Path) -> None:
@@ -143,14 +143,22 @@ def _commit(directory: Path, partial: Path, files: dict[str, Any], content: dict
     _write_json(partial / STATE, content)
     manifest = {
         "format": 1,
-        "step": _step(directory),
+        "step": step_of(directory),
         "world_size": dist.get_world_size(),
-        "files": dict(sorted((files | {STATE: _entry(partial / STATE)}).items())),
+        "files": dict(sorted((files | {STATE: entry_of(partial / STATE)}).items())),
     }
     _write_json(partial / MANIFEST, manifest)
     sync(partial)
     partial.rename(directory)
     sync(directory.parent)
+
+
+def _write_shards(tensors: dict[str, Tensor], writer: HuggingFaceStorageWriter, group: Group) -> None:
+    try:
+        state_dict_saver.save(tensors, storage_writer=writer, process_group=group)
+    except CheckpointException as error:  # no Exception, but a BaseException
+        failures = (f"rank {r}: {type(e).__name__}: {e}" for r, (e, _) in error.failures.items())
+        raise RuntimeError("; ".join(failures)) from None
 
 
 def _files(tensors: Mapping[str, Tensor]) -> dict[str, int]:
@@ -160,14 +168,6 @@ def _files(tensors: Mapping[str, Tensor]) -> dict[str, int]:
         numbers[name] = 1 + written // (FILE_BYTES * dist.get_world_size())
         written += tensor.nbytes
     return numbers
-
-
-def _entry(path: Path) -> dict[str, Any]:
-    digest = xxhash.xxh3_128()
-    with path.open("rb") as file:
-        while block := file.read(8 * 1024**2):
-            digest.update(block)
-    return {"bytes": path.stat().st_size, "xxh3_128": digest.hexdigest()}
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:
@@ -189,10 +189,8 @@ def load_checkpoint(
     CheckpointError if the checkpoint is damaged, UserError if it does not fit; the model is untouched then.
     """
     directory = Path(directory)
-    files = sorted(read_manifest(directory)["files"])
-    share = files[dist.get_rank() :: dist.get_world_size()]
-    _everywhere(lambda: verify(directory, share))
-    content = json.loads((directory / STATE).read_text())
+    verify_together(directory)
+    content = _read_state(directory)
     if optimizer is not None:
         _make_adam_state(model, optimizer, content["adam_steps"])
     tensors, _ = _training_tensors(model, optimizer)
@@ -209,6 +207,18 @@ def load_checkpoint(
         raise UserError("\n  ".join([f"{directory} is another model's:", *lines[:5]]))
     state_dict_loader.load(tensors, storage_reader=reader)
     return content["state"]
+
+
+def saved_state(directory: Path) -> dict[str, Any]:
+    """The state of a checkpoint without its tensors; no communication. CheckpointError if it is damaged."""
+    verify(directory, [STATE])
+    state: dict[str, Any] = _read_state(directory)["state"]
+    return state
+
+
+def _read_state(directory: Path) -> dict[str, Any]:
+    content: dict[str, Any] = json.loads((directory / STATE).read_text(encoding="utf-8"))
+    return content
 
 
 def open_model_tensors(directory: Path) -> Callable[[str], Tensor]:
@@ -237,35 +247,6 @@ def open_model_tensors(directory: Path) -> Callable[[str], Tensor]:
         return whole
 
     return read
-
-
-def verify(directory: Path, names: list[str] | None = None) -> None:
-    """Check these files (None: all) by the manifest's hashes. CheckpointError names the first bad one."""
-    files = read_manifest(directory)["files"]
-    if unknown := {path.name for path in directory.iterdir()} - files.keys() - {MANIFEST}:
-        raise CheckpointError(f"{directory}: {min(unknown)} is not part of this checkpoint")
-    for name in names if names is not None else files:
-        try:
-            found = _entry(directory / name)
-        except OSError as error:
-            raise CheckpointError(f"{directory}: {name} cannot be read: {error.strerror}") from None
-        if found != files[name]:
-            raise CheckpointError(f"{directory}: {name} is damaged: {found}, in the manifest {files[name]}")
-
-
-def read_manifest(directory: Path) -> dict[str, Any]:
-    """manifest.json, whose files all lie in `directory`. CheckpointError if it is missing or damaged."""
-    try:
-        manifest = json.loads((directory / MANIFEST).read_text(encoding="utf-8"))
-        names = list(manifest["files"])
-        assert all(entry.keys() == {"bytes", "xxh3_128"} for entry in manifest["files"].values())
-    except OSError as error:
-        raise CheckpointError(f"{directory}: no readable {MANIFEST}: {error.strerror}") from None
-    except (ValueError, KeyError, TypeError, AttributeError, AssertionError):
-        raise CheckpointError(f"{directory}: {MANIFEST} is damaged") from None
-    if any(Path(name).name != name for name in names):
-        raise CheckpointError(f"{directory}: {MANIFEST} lists files outside of the checkpoint")
-    return manifest
 
 
 # --- what is in it ----------------------------------------------------------------------------------------
@@ -299,31 +280,3 @@ def _make_adam_state(
             step = torch.tensor(adam_steps[name], dtype=torch.float32, device=parameter.device)
             moments = {moment: torch.zeros_like(parameter, requires_grad=False) for moment in MOMENTS}
             optimizer.state[parameter] = {"step": step, **moments}
-
-
-# --- ranks in step ----------------------------------------------------------------------------------------
-
-
-def _everywhere(work: Callable[[], Result]) -> list[Result]:
-    """Run on every rank and give every rank all results; where one fails, all raise what it raised.
-
-    UserErrors as they are; anything else as a RuntimeError that names the rank.
-    """
-    outcome: Result | Exception
-    try:
-        outcome = work()
-    except UserError as error:
-        outcome = error
-    except Exception as error:
-        outcome = RuntimeError(f"rank {dist.get_rank()}: {type(error).__name__}: {error}")
-    outcomes: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(outcomes, outcome)
-    for result in outcomes:
-        if isinstance(result, Exception):
-            raise result
-    return outcomes
-
-
-def _on_rank_0(work: Callable[[], None]) -> None:
-    """Run on rank 0 while the others wait for it."""
-    _everywhere(work if dist.get_rank() == 0 else lambda: None)

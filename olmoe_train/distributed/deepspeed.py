@@ -78,6 +78,7 @@ class ZeroEngine:
         self._norm = torch.zeros((), device=device)
         if self.stage == 0:
             self._adamw.register_step_pre_hook(self._clip_whole_gradients)
+        self._adamw.register_step_pre_hook(self._skip_not_finite)
         self._engine = _start(self.model, self._adamw, config, cfg)
         self.optimizer = self._engine.optimizer
         self._take_over(stored, adamw)
@@ -203,6 +204,17 @@ class ZeroEngine:
         self._norm = square.sqrt()
         if (limit := self.cfg.optimizer.max_grad_norm) > 0:
             torch._foreach_mul_(list(gradients.values()), (limit / (self._norm + 1e-6)).clamp(max=1.0))
+
+    @torch.no_grad()
+    def _skip_not_finite(self, *_: Any) -> None:
+        """DeepSpeed looks for overflow in fp16 alone. Where found_inf is 1, fused AdamW does nothing."""
+        parameters = [p for group in self._adamw.param_groups for p in group["params"]]
+        bad = torch.zeros((), device=parameters[0].device)
+        for parameter in parameters:
+            if parameter.grad is not None:
+                bad += (~parameter.grad.isfinite()).any()
+        dist.all_reduce(bad)
+        self._adamw.found_inf = (bad > 0).float()  # type: ignore[attr-defined]
 
 
 # --- building the engine's model --------------------------------------------------------------------------

@@ -9,10 +9,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.rendezvous import rendezvous
 from torch.distributed.tensor import DTensor
 
 from olmoe_train.choices import Strategy
 from olmoe_train.config import ParallelConfig
+from olmoe_train.errors import UserError
 
 # How long a collective waits for the slowest rank, a first step that compiles included.
 COLLECTIVE_TIMEOUT = timedelta(minutes=10)
@@ -44,11 +46,26 @@ def init_distributed(device: str = "auto", timeout: timedelta = COLLECTIVE_TIMEO
     if not dist.is_initialized():
         backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
         if "WORLD_SIZE" in os.environ:
-            dist.init_process_group(backend, timeout=timeout)
+            _join(backend, timeout)
         else:
             store = dist.HashStore()  # type: ignore[attr-defined]
             dist.init_process_group(backend, store=store, rank=0, world_size=1, timeout=timeout)
     return torch.device("cuda", local_rank) if cuda else torch.device("cpu")
+
+
+def _join(backend: str, timeout: timedelta) -> None:
+    try:
+        store, rank, world_size = next(rendezvous("env://", timeout=timeout))
+        # Workers that torchrun restarts get the store of those before, and would look for these (torch 2.13).
+        restart = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+        store = dist.PrefixStore(f"restart-{restart}", store)  # type: ignore[attr-defined]
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
+    except dist.DistNetworkError as error:
+        address = ", ".join(f"{key}={os.environ.get(key)}" for key in ("MASTER_ADDR", "MASTER_PORT"))
+        raise UserError(
+            f"the ranks cannot meet at {address}: {str(error).splitlines()[0]}\n  "
+            "Choose a port that is not in use (torchrun --standalone takes a free one), or end what uses it."
+        ) from None
 
 
 def build_mesh(parallel: ParallelConfig, device: torch.device) -> Mesh:

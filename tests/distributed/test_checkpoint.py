@@ -8,13 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from olmoe_train.checkpoint.training import (
-    CheckpointError,
-    checkpoint_path,
-    latest_checkpoint,
-    load_checkpoint,
-    save_checkpoint,
-)
+from olmoe_train.checkpoint.directory import CheckpointError, checkpoint_path, latest_checkpoint
+from olmoe_train.checkpoint.training import load_checkpoint, save_checkpoint
 from olmoe_train.choices import Strategy
 from olmoe_train.config import ParallelConfig
 from olmoe_train.errors import UserError

@@ -11,7 +11,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from olmoe_train.checkpoint.training import latest_checkpoint, load_checkpoint
+from olmoe_train.checkpoint.directory import latest_checkpoint
+from olmoe_train.checkpoint.training import load_checkpoint
 from olmoe_train.config import TrainConfig
 from olmoe_train.distributed.deepspeed import start_engine
 from olmoe_train.distributed.mesh import build_mesh, init_distributed

@@ -12,17 +12,17 @@ import torch
 from torch import Tensor
 
 from olmoe_train.checkpoint import training
-from olmoe_train.checkpoint.training import (
+from olmoe_train.checkpoint.directory import (
     CheckpointError,
     checkpoint_path,
     complete_checkpoints,
+    delete,
     is_complete,
     latest_checkpoint,
-    open_model_tensors,
-    prune,
-    save_checkpoint,
+    superseded,
     verify,
 )
+from olmoe_train.checkpoint.training import open_model_tensors, save_checkpoint
 from olmoe_train.errors import UserError
 from tests.distributed.tiny import build, train_step, whole
 from tests.spawn import RankError, run_ranks
@@ -136,20 +136,20 @@ def test_no_checkpoint_is_none(tmp_path: Path) -> None:
     assert latest_checkpoint(tmp_path) is None
 
 
-def prune_both_ways(run_dir: Path) -> None:
-    prune(run_dir, 0)
-    assert len(complete_checkpoints(run_dir)) == 4
-    prune(run_dir, 2)
-
-
-def test_pruning_keeps_the_newest_complete_ones(checkpoint: Path) -> None:
+def test_retention_keeps_the_newest_complete_ones_and_every_nth(checkpoint: Path) -> None:
     run_dir = checkpoint.parent.parent
     for step in (8, 10, 12, 11):
         shutil.copytree(checkpoint, checkpoint_path(run_dir, step))
-    (checkpoint_path(run_dir, 12) / SHARD_1).unlink()
-    run_ranks(1, prune_both_ways, run_dir)
+    (checkpoint_path(run_dir, 12) / SHARD_1).unlink()  # damaged: counts for nothing, and is left
+
+    def given_up(keep: int, keep_every: int = 0) -> list[int]:
+        return [int(path.name.removeprefix("step-")) for path in superseded(run_dir, keep, keep_every)]
+
+    assert given_up(0) == given_up(0, 2) == []
+    assert given_up(2) == [8, 7]
+    assert given_up(1, keep_every=4) == [10, 7]
+    delete(superseded(run_dir, 2))
     left = sorted(path.name for path in checkpoint.parent.iterdir())
-    # The damaged one counts for nothing, and is left to be looked at.
     assert left == ["step-00000010", "step-00000011", "step-00000012"]
 
 
@@ -177,7 +177,7 @@ def save_with_a_full_disk_on_rank_1(run_dir: Path) -> str:
         def full(path: Path) -> dict:
             raise OSError(28, "No space left on device")
 
-        training._entry = full
+        training.entry_of = full
     with pytest.raises(RuntimeError, match=r"rank 1: OSError: .*No space left on device"):
         save_checkpoint(run_dir, 7, model, optimizer, {})
     return "raised"

@@ -109,11 +109,10 @@ def records(tmp_path: Path) -> list[dict[str, object]]:
     return [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
 
 
-def test_a_gradient_that_is_not_finite_is_recorded_as_null_and_stops_the_run(tmp_path: Path) -> None:
+def test_a_gradient_that_is_not_finite_is_recorded_as_null(tmp_path: Path) -> None:
     metrics = StepMetrics(CONFIG, config(), Progress(), CPU)
     progress = add_step(metrics, [[2.0] * 4] * 2)
-    with pytest.raises(FloatingPointError, match="gradient norm is nan at step 1"):
-        writer(tmp_path, config()).log_step(progress, metrics.read(torch.tensor(math.nan)), 1e-3, 9)
+    writer(tmp_path, config()).log_step(progress, metrics.read(torch.tensor(math.nan)), 1e-3, 9)
     assert records(tmp_path)[0]["train/grad_norm"] is None
 
 
@@ -130,7 +129,7 @@ def test_a_resumed_run_forgets_the_steps_that_come_again(tmp_path: Path) -> None
 
 
 def test_wandb_offline_writes_a_run_and_disabled_writes_nothing(tmp_path: Path) -> None:
-    assert start_wandb(WandbConfig(mode=WandbMode.disabled), tmp_path) is None
+    assert start_wandb(WandbConfig(mode=WandbMode.disabled), tmp_path, {}) is None
     assert not (tmp_path / "wandb").exists()
     offline = writer(tmp_path, config(WandbMode.offline))
     offline.log_evaluation(Progress(step=3), Evaluation(loss=1.5, tokens=3))
@@ -168,7 +167,7 @@ def test_wandb_online_without_a_key_goes_offline(tmp_path: Path, monkeypatch: py
     monkeypatch.delenv("WANDB_API_KEY", raising=False)
     monkeypatch.setenv("NETRC", str(tmp_path / "none"))
     monkeypatch.setenv("HOME", str(tmp_path))
-    run = start_wandb(WandbConfig(mode=WandbMode.online), tmp_path)
+    run = start_wandb(WandbConfig(mode=WandbMode.online), tmp_path, {})
     assert run is not None
     run.finish()
     assert list((tmp_path / "wandb").glob("offline-run-*"))

@@ -1,0 +1,150 @@
+"""When a run saves and what follows: in the background or not, what is kept, what a failed save means."""
+
+import logging
+import threading
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.checkpoint.staging import BlockingAsyncStager
+
+from olmoe_train.checkpoint.directory import CheckpointError, delete, set_aside, superseded
+from olmoe_train.checkpoint.ranks import on_any_rank, on_rank_0
+from olmoe_train.checkpoint.training import Snapshot, take_snapshot, verify_together, write_checkpoint
+from olmoe_train.config import CheckpointConfig
+from olmoe_train.errors import UserError
+from olmoe_train.export import export_checkpoint, hf_directory
+
+log = logging.getLogger("olmoe")
+
+
+class Saver:
+    """Saves one checkpoint at a time, on all ranks. With checkpoint.async_save a thread of each rank writes a
+    copy of its tensors, by collectives of its own, while training goes on.
+
+    A save that fails costs nothing but itself: the next one is another chance, until checkpoint.max_failures
+    in a row have failed.
+    """
+
+    def __init__(
+        self,
+        cfg: CheckpointConfig,
+        run_dir: Path,
+        stored: Callable[[], tuple[nn.Module, torch.optim.Optimizer]],
+        saved_step: int,
+    ) -> None:
+        """stored: gives the model and its optimizer as a checkpoint has them; collective."""
+        self.cfg, self.run_dir, self._stored = cfg, run_dir, stored
+        self.group = dist.new_group(backend="gloo") if cfg.async_save else None
+        # Cached, the copy is in pinned memory, which CUDA writes to several times as fast.
+        stager = BlockingAsyncStager(cache_staged_state_dict=torch.cuda.is_available())
+        self.stager = stager if cfg.async_save else None
+        self.thread: threading.Thread | None = None
+        self.saved_step = saved_step
+        """The newest step that is saved; 0: none."""
+        self.failure: Exception | None = None
+        """Of the last save; None: it succeeded."""
+        self.failures = 0
+        """Failed saves in a row."""
+        self._told = 0
+
+    def due(self, step: int) -> bool:
+        return any(every and step % every == 0 for every in (self.cfg.every, self.cfg.export_every))
+
+    def save(self, step: int, state: dict[str, Any], stopping: bool = False) -> None:
+        """Save `step`, once the save before it has ended; collective.
+
+        state: JSON values, as save_checkpoint's.
+        stopping: a signal leaves no time for two, so a save that is on its way is the last one.
+        """
+        last = stopping and on_any_rank(self.busy)
+        self.wait()
+        if last and self.failure is None:
+            return
+        snapshot = take_snapshot(*self._stored(), self.stager)
+        work = partial(self._save, step, snapshot, state)
+        if self.cfg.async_save:
+            self.thread = threading.Thread(target=work, name=f"save step {step}")
+            self.thread.start()
+        else:
+            work()
+            self.wait()
+
+    def wait(self) -> None:
+        """Until no save is on its way; raises where too many have failed."""
+        if self.thread is not None:
+            self.thread.join()
+            self.thread = None
+        self.report()
+        if self.given_up:
+            assert self.failure is not None
+            if self._for_the_user:
+                raise self.failure
+            raise RuntimeError(f"{self.failures} saves failed in a row, the last one with: {self.failure}")
+
+    def finish(self) -> None:
+        """The end of the run: its last save must have succeeded."""
+        self.wait()
+        if self.failure is not None:
+            raise self.failure
+
+    @property
+    def given_up(self) -> bool:
+        """Whether the run has to end. Ranks may learn it at different steps, but by `wait` they all have."""
+        return self._for_the_user or self.failures >= self.cfg.max_failures
+
+    @property
+    def _for_the_user(self) -> bool:
+        """Whether the last save failed for a reason that stays until somebody does something."""
+        return isinstance(self.failure, UserError) and not isinstance(self.failure, CheckpointError)
+
+    @property
+    def busy(self) -> bool:
+        return self.thread is not None and self.thread.is_alive()
+
+    def report(self) -> None:
+        """Tell of a save that has failed since the last call."""
+        if self.failures > self._told and not self.given_up:
+            log.warning(
+                "WARNING: saving failed, %d of at most %d times in a row; training goes on: %s",
+                self.failures,
+                self.cfg.max_failures,
+                self.failure,
+            )
+        self._told = self.failures
+
+    def _save(self, step: int, snapshot: Snapshot, state: dict[str, Any]) -> None:
+        try:
+            checkpoint = write_checkpoint(self.run_dir, step, snapshot, state, self.group)
+            self._retire(checkpoint)
+            self.saved_step, self.failure, self.failures = step, None, 0
+        except Exception as error:
+            self.failure, self.failures = error, self.failures + 1
+        else:
+            if self.cfg.export_every and step % self.cfg.export_every == 0 and dist.get_rank() == 0:
+                self._export(checkpoint)
+
+    def _export(self, checkpoint: Path) -> None:
+        try:
+            out = hf_directory(self.run_dir, checkpoint)
+            export_checkpoint(self.run_dir, checkpoint, out)
+            log.info("exported to %s", out)
+        except Exception as error:  # the checkpoint is there, and can be exported at any time
+            log.warning("WARNING: exporting %s failed: %s", checkpoint, error)
+
+    def _retire(self, newest: Path) -> None:
+        """Delete what retention gives up, if the newest checkpoint reads back as it was written; else set
+        that aside."""
+        found = [superseded(self.run_dir, self.cfg.keep, self.cfg.keep_every)]
+        dist.broadcast_object_list(found, src=0, group=self.group)
+        if found[0]:
+            try:
+                verify_together(newest, self.group)
+            except CheckpointError:
+                on_rank_0(lambda: set_aside(newest), self.group)
+                raise
+            on_rank_0(lambda: delete(found[0]), self.group)

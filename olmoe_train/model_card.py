@@ -1,0 +1,91 @@
+"""README.md of an export: what the model is, what it was trained on and how well, and how to load it."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+
+from olmoe_train.checkpoint.training import saved_state
+from olmoe_train.config import ModelConfig, olmoe_config
+from olmoe_train.data.tokens import read_manifest
+from olmoe_train.errors import UserError
+from olmoe_train.flops import parameter_counts
+from olmoe_train.redaction import redact_text
+
+_CARD = """---
+library_name: transformers
+pipeline_tag: text-generation
+tags: [olmoe, moe]
+---
+# {name}, step {step}
+
+An OLMoE mixture-of-experts language model (arXiv 2409.02060) of {total:,} parameters, of which {active:,} act
+on a token: {num_hidden_layers} layers, {num_experts} experts a layer, {num_experts_per_tok} a token.
+
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained("PATH_OF_THIS_DIRECTORY")
+tokenizer = AutoTokenizer.from_pretrained("PATH_OF_THIS_DIRECTORY")
+```
+
+## Losses
+
+{losses}
+
+## Data
+
+{data}
+
+## Training
+
+{tokens:,} tokens in {step:,} steps with olmoe-train. Configuration:
+
+```yaml
+{config}```
+"""
+
+
+def model_card(run_dir: Path, checkpoint: Path) -> str:
+    """From the run's config.yaml, metrics.jsonl and data, as far as they are there."""
+    config: Any = OmegaConf.to_container(OmegaConf.load(run_dir / "config.yaml"))
+    state = {"step": 0, "tokens": 0} | saved_state(checkpoint)
+    model = olmoe_config(ModelConfig(**config["model"]))
+    counts = parameter_counts(model)
+    shown = {key: config[key] for key in config if key not in ("checkpoint", "logging", "run_dir")}
+    card = _CARD.format(
+        **model.to_dict()
+        | {"name": run_dir.resolve().name, "step": state["step"], "tokens": state["tokens"]},
+        total=counts.total,
+        active=counts.active,
+        losses=_losses(run_dir / "metrics.jsonl", state["step"]),
+        data=_data(config.get("data", {})),
+        config=OmegaConf.to_yaml(shown),
+    )
+    return redact_text(card)
+
+
+def _losses(metrics: Path, step: int) -> str:
+    """A table of the last values up to `step`."""
+    records = map(json.loads, metrics.read_text().splitlines()) if metrics.is_file() else ()
+    last: dict[str, tuple[int, float]] = {}
+    for record in records:
+        shown = {
+            k: v for k, v in record.items() if k.startswith(("train/", "eval/")) and record["step"] <= step
+        }
+        last |= {key: (record["step"], value) for key, value in shown.items() if value is not None}
+    rows = [f"| {key} | {value:.6g} | {at} |" for key, (at, value) in sorted(last.items())]
+    return "\n".join(["| | value | step |", "|---|---|---|", *rows]) if rows else "Not recorded."
+
+
+def _data(data: dict[str, Any]) -> str:
+    try:
+        manifest = read_manifest(data["dir"])
+    except (UserError, KeyError):
+        return "Not recorded."
+    train, validation = manifest.train, manifest.validation
+    return (
+        f"{manifest.source}: {train.tokens:,} tokens in {train.documents:,} documents to train on, "
+        f"{validation.tokens:,} tokens to validate; sequences of {data['sequence_length']:,} tokens."
+    )

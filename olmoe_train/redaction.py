@@ -1,0 +1,46 @@
+"""Secrets stay out of config.yaml, checkpoints, logs, status.json, model cards and wandb."""
+
+import logging
+import os
+import re
+from typing import Any
+
+HIDDEN = "[redacted]"
+_SECRET_NAME = re.compile(
+    r"(^|[_-])(api[_-]?key|access[_-]?key|token|secret|password|passwd|credentials?)$", re.IGNORECASE
+)
+_SECRET_VALUE = re.compile(
+    r"\b(?:hf_[A-Za-z0-9]{16,}"  # Hugging Face
+    r"|gh[a-z]_[A-Za-z0-9]{20,}|github_pat_\w{20,}"
+    r"|sk-[A-Za-z0-9_-]{20,}"
+    r"|AKIA[A-Z0-9]{16}"
+    r"|(?<=://)[^/\s:@]+:[^/\s@]+(?=@)"  # user:password of a URL
+    r"|(?<=[?&])(?:[\w-]*(?:token|key|secret|password|signature|sig))=[^&\s'\"]+)",
+    re.IGNORECASE,
+)
+# Shorter values of environment variables are words that occur everywhere.
+_SHORTEST = 8
+
+
+def redact_text(text: str) -> str:
+    """The text without what looks like a secret, and without the values of secret environment variables."""
+    for name, value in os.environ.items():
+        if _SECRET_NAME.search(name) and len(value) >= _SHORTEST:
+            text = text.replace(value, HIDDEN)
+    return _SECRET_VALUE.sub(HIDDEN, text)
+
+
+def redact(value: Any, name: str = "") -> Any:
+    """A container of JSON values without secrets; also a text is one if its key says so."""
+    if isinstance(value, dict):
+        return {key: redact(item, str(key)) for key, item in value.items()}
+    if isinstance(value, list):
+        return [redact(item, name) for item in value]
+    if isinstance(value, str):
+        return HIDDEN if _SECRET_NAME.search(name) else redact_text(value)
+    return value
+
+
+class RedactingFormatter(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        return redact_text(super().format(record))

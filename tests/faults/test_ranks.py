@@ -1,0 +1,116 @@
+"""Ranks that hang, freeze or die while the others wait: the job ends, and says which rank and where."""
+
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch.distributed as dist
+
+from olmoe_train.checkpoint.directory import checkpoint_path
+from olmoe_train.distributed.mesh import init_distributed
+from olmoe_train.errors import UserError
+from tests.faults.training import assert_same_end, at_step, config, run, saved_steps, status
+from tests.spawn import RankError, run_ranks
+
+TIMEOUT = 3.0
+
+
+def hang_in_a_loop() -> None:
+    time.sleep(1000)
+
+
+def freeze() -> None:
+    os.kill(os.getpid(), signal.SIGSTOP)
+
+
+@pytest.mark.parametrize(
+    ("fault", "reason"),
+    [
+        (hang_in_a_loop, r"rank 1 \(host .*\), step 3: is in hang_in_a_loop \(test_ranks\.py:\d+\)$"),
+        (freeze, r"rank 1 \(host .*\), does not answer: dead, frozen, or stuck outside of Python$"),
+    ],
+    ids=["hangs", "frozen"],
+)
+def test_a_rank_that_hangs_is_named_with_its_place(
+    data: Path, tmp_path: Path, fault: object, reason: str
+) -> None:
+    cfg = config(data, tmp_path, trainer={"timeout": TIMEOUT})
+    with pytest.raises(RankError):  # the timeout of run_ranks would say "ranks still running"
+        run_ranks(2, run, cfg, partial(at_step, 1, 3, fault), timeout=60)
+    ended = status(tmp_path)
+    assert ended["state"] == "failed"
+    assert ended["reason"].startswith("no progress for trainer.timeout=3 s. Held up by rank 1 ")
+    assert re.search(reason, ended["reason"]), ended["reason"]
+    log = (tmp_path / "log.txt").read_text()
+    # Rank 0 stands in the step's first collective, and its stack says so.
+    assert re.search(r"rank 0 \(host .*\): step 3: waits for other ranks in ", log), log
+    assert "in count_tokens" in log
+    assert saved_steps(tmp_path) == [1, 2]
+
+
+# --- one run per directory, and its port ------------------------------------------------------------------
+
+TRY_TO_LOCK = "import sys; from pathlib import Path; from olmoe_train.run_lock import RunLock; "
+TRY_TO_LOCK += "RunLock(Path(sys.argv[1])); print('locked')"
+
+
+def lock_elsewhere(run_dir: Path, said: Path) -> None:
+    """As a second `olmoe train` would, while this one is training."""
+    command = [sys.executable, "-c", TRY_TO_LOCK, str(run_dir)]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    said.write_text(f"{os.getpid()}\n{result.stdout}{result.stderr}")
+
+
+def test_a_second_run_in_the_same_directory_is_told_whose_it_is(
+    data: Path, twin: Path, tmp_path: Path
+) -> None:
+    second = partial(lock_elsewhere, tmp_path / "run", tmp_path / "said")
+    run_ranks(2, run, config(data, tmp_path / "run"), partial(at_step, 0, 3, second))
+    assert_same_end(tmp_path / "run", twin)  # and the first one noticed nothing
+    pid, *said = (tmp_path / "said").read_text().splitlines()
+    assert "still going on" in said[-1]
+    assert f"host {socket.gethostname()}, process {pid})" in said[-1]
+    # Once it is over the directory is free, and nothing is said of it.
+    lock_elsewhere(tmp_path / "run", tmp_path / "said")
+    assert (tmp_path / "said").read_text().splitlines()[1:] == ["locked"]
+
+
+def join_at(port: int) -> str:
+    """Rank 0 of a group that meets at this port."""
+    dist.destroy_process_group()
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    with pytest.raises(UserError) as caught:
+        init_distributed("cpu")
+    os.environ["MASTER_PORT"] = "0"
+    init_distributed("cpu")  # for the harness
+    return str(caught.value)
+
+
+def test_a_port_in_use_is_named() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        message = run_ranks(1, join_at, port)[0]
+    assert f"MASTER_PORT={port}" in message
+    assert "in use" in message
+
+
+# --- under torchrun ---------------------------------------------------------------------------------------
+
+
+def test_torchrun_restarts_and_the_run_goes_on(data: Path, twin: Path, tmp_path: Path) -> None:
+    script = Path(__file__).with_name("killed_once.py")
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    command = [*launcher, "--max-restarts=1", str(script), str(data), str(tmp_path)]
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2]), "OMP_NUM_THREADS": "1"}
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200)
+    assert result.returncode == 0, result.stderr
+    assert_same_end(tmp_path, twin)
+    assert f"resumed from {checkpoint_path(tmp_path, 3)}" in (tmp_path / "log.txt").read_text()
+    assert status(tmp_path)["state"] == "done"
