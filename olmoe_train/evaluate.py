@@ -61,7 +61,7 @@ def evaluate_model(
 def main(cfg: EvaluateConfig) -> None:
     manifest = read_manifest(cfg.data.dir)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model, _ = load_source(cfg.source, device)
+    model, _ = load_source(cfg.source, device, cfg.trust_pickle)
     check_data(model.config, manifest, cfg)
     batches = build_eval_batches(
         cfg.data, 0, 1, cfg.evaluation.micro_batch_size, cfg.evaluation.max_sequences

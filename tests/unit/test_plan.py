@@ -15,7 +15,7 @@ import torch
 from benchmarks.plan_memory import LiveBytes, measure, predict
 from olmoe_train.choices import ActivationCheckpointing, ExpertsBackend, Offload, Precision, Strategy
 from olmoe_train.communication import Group, Links, exchange, group, ring, step_traffic
-from olmoe_train.config import DataConfig, ModelConfig, ParallelConfig, PlanConfig, TrainConfig, TrainerConfig
+from olmoe_train.config import DataConfig, ModelConfig, ParallelConfig, TrainConfig, TrainerConfig
 from olmoe_train.distributed.recompute import checkpoint_activations
 from olmoe_train.errors import UserError
 from olmoe_train.memory import (
@@ -30,7 +30,15 @@ from olmoe_train.memory import (
 from olmoe_train.memory_zero import host_memory
 from olmoe_train.model import OlmoeConfig, OlmoeForCausalLM
 from olmoe_train.model.losses import router_losses
-from olmoe_train.plan import check, fits, largest_micro_batch, plan_memory, plan_speed, possible_layouts
+from olmoe_train.plan import (
+    PlanConfig,
+    check,
+    fits,
+    largest_micro_batch,
+    plan_memory,
+    plan_speed,
+    possible_layouts,
+)
 from tests.spawn import run_ranks
 
 OLMOE_1B_7B = OlmoeConfig(intermediate_size=1024)  # the other defaults are the released model's
