@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from olmoe_train.checkpoint.special_tokens import special_token_errors
 from olmoe_train.choices import ActivationCheckpointing, BalanceScope, Device, Offload, Precision, Strategy
 from olmoe_train.cli import documented_keys
 from olmoe_train.config import ParallelConfig, SourceConfig, TrainConfig, olmoe_config
@@ -235,8 +236,11 @@ def _model_errors(cfg: TrainConfig) -> list[str]:
     init_from = cfg.model.init_from
     if init_from is not None and not (Path(init_from) / "config.json").is_file():
         errors.append(
-            f"model.init_from={init_from}: no config.json there; give an HF model directory, or null"
+            f"model.init_from={init_from}: no config.json there; give an HF model directory (`olmoe export` "
+            "makes one of anything it reads), or null"
         )
+    elif init_from is not None and not errors:
+        errors += _special_token_errors(cfg, Path(init_from))
     if cfg.checkpoint.resume not in ("auto", "never") and not Path(cfg.checkpoint.resume).is_dir():
         errors.append(
             f"checkpoint.resume={cfg.checkpoint.resume}: give auto, never, or an existing checkpoint"
@@ -246,6 +250,13 @@ def _model_errors(cfg: TrainConfig) -> list[str]:
     for key in set(cfg.checkpoint.allow_changes) - known:
         errors.append(f"checkpoint.allow_changes=[{key}]: there is no such key or section")
     return errors
+
+
+def _special_token_errors(cfg: TrainConfig, tokenizer: Path) -> list[str]:
+    try:
+        return [f"model.{error}" for error in special_token_errors(olmoe_config(cfg.model), tokenizer)]
+    except UserError as error:
+        return [str(error)]
 
 
 def _data_errors(cfg: TrainConfig) -> list[str]:
@@ -265,6 +276,9 @@ def _data_errors(cfg: TrainConfig) -> list[str]:
             f"model.eos_token_id={cfg.model.eos_token_id}: documents in data.dir={cfg.data.dir} end with "
             f"token {manifest.eos_token_id}; set model.eos_token_id={manifest.eos_token_id}"
         )
+    elif not _model_errors(cfg):
+        # Exports carry this tokenizer; and the padding token's embedding learns nothing.
+        errors += _special_token_errors(cfg, Path(cfg.data.dir) / "tokenizer")
     return errors
 
 
@@ -284,6 +298,8 @@ def _no_effect(cfg: TrainConfig) -> list[str]:
             for name in ("zero_stage", "offload", "deepspeed_config")
             if getattr(cfg.parallel, name) != getattr(ParallelConfig(), name)
         ]
+    if cfg.model.trust_pickle and cfg.model.init_from is None:
+        warnings.append("model.trust_pickle has no effect: model.init_from is null")
     if cfg.optimizer.max_grad_norm == 0:
         warnings.append("optimizer.max_grad_norm=0: gradients are not clipped")
     return warnings
