@@ -24,7 +24,8 @@ from typing import Any
 from tokenizers import Tokenizer
 
 from olmoe_train.choices import SourceKind
-from olmoe_train.config import DataConfig, PrepareConfig, SourceConfig, TokenizerConfig
+from olmoe_train.config import DataConfig, PrepareConfig
+from olmoe_train.data.config import SourceConfig, TokenizerConfig
 from olmoe_train.data.corpus import python_stdlib_parts
 from olmoe_train.data.prepare import prepare
 

@@ -21,7 +21,7 @@ SIGNALS = "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"
 
 
 def main(arguments: list[str]) -> int:
-    os.environ.setdefault("TORCHELASTIC_SIGNALS_TO_HANDLE", SIGNALS)
+    os.environ.setdefault("PET_SIGNALS_TO_HANDLE", SIGNALS)
     try:
         torchrun(arguments)
     except ChildFailedError as error:

@@ -61,15 +61,36 @@ class WandbMode(Enum):
     disabled = "disabled"
 
 
+class DataFormat(Enum):
+    prepared = "prepared"
+    olmo = "olmo"
+
+
+class TokenDtype(Enum):
+    uint16 = "uint16"
+    uint32 = "uint32"
+
+
 class SourceKind(Enum):
     python_stdlib = "python_stdlib"
     files = "files"
     datasets = "datasets"
 
 
+class Records(Enum):
+    text = "text"
+    messages = "messages"
+    prompt_completion = "prompt_completion"
+
+
 class OnBadRecord(Enum):
     strict = "strict"
     quarantine = "quarantine"
+
+
+class Packing(Enum):
+    concat = "concat"
+    best_fit = "best_fit"
 
 
 class ExpertsBackend(Enum):

@@ -18,13 +18,15 @@ from olmoe_train.choices import (
     ExpertsBackend,
     ExportFormat,
     Offload,
-    OnBadRecord,
     Precision,
     Schedule,
-    SourceKind,
     Strategy,
     WandbMode,
 )
+from olmoe_train.data.config import DataConfig as DataConfig  # `as`: importers take every group from here
+from olmoe_train.data.config import MixtureSource as MixtureSource
+from olmoe_train.data.config import SourceConfig as SourceConfig
+from olmoe_train.data.config import TokenizerConfig as TokenizerConfig
 from olmoe_train.model.configuration import OlmoeConfig
 
 
@@ -86,76 +88,15 @@ class ModelConfig:
 
 
 @dataclass(frozen=True)
-class SourceConfig:
-    kind: SourceKind = SourceKind.python_stdlib
-    """Where documents come from: python_stdlib; files (JSON lines, text, parquet, arrow); datasets (what the
-    `datasets` library streams, or parquet and arrow). `olmoe prepare` alone reads data.source."""
-    paths: list[str] = field(default_factory=list)
-    """Files, globs (** for any depth) and folders. *.jsonl and *.json, also .gz and .zst: a JSON object a
-    line; *.parquet, *.arrow: rows; all else: a file is a document, .gz and .zst decompressed. A folder stands
-    for the .jsonl, .json.gz, .json.zst, .txt, .parquet and .arrow files in it, at any depth."""
-    validation_paths: list[str] = field(default_factory=list)
-    """Files, globs and folders that are the validation split, even where `paths` matches them too; []: hold
-    out validation_fraction."""
-    name: str | None = None
-    """Dataset to stream: its name on the Hugging Face hub, or a local directory laid out like one."""
-    subset: str | None = None
-    """Configuration of the dataset `name`, where it has several."""
-    revision: str | None = None
-    """Branch, tag or commit of the dataset `name`; null: its main branch."""
-    split: str = "train"
-    """Split of the dataset `name` to train on."""
-    validation_split: str | None = None
-    """Split of the dataset `name` to validate on; null: hold out validation_fraction."""
-    text_field: str = "text"
-    """Field or column that holds a document's text."""
-    id_field: str | None = "id"
-    """Field or column that identifies a document, for the choice of validation documents; where a document
-    has none, and with null, its file and line do."""
-    max_record_bytes: int = 16 * 1024 * 1024
-    """Longest record (a line of JSON, a row's text, a file of text), in bytes; a longer one is a bad record.
-    Memory grows with it: some 150 times as much in a tokenising process."""
-    on_bad_record: OnBadRecord = OnBadRecord.strict
-    """A record that cannot be read: strict stops with path:line; quarantine writes it with the reason to
-    quarantine.jsonl and goes on."""
-    max_bad_fraction: float = 0.001
-    """Share of all records that may be quarantined; more stops the run."""
-    validation_fraction: float = 0.05
-    """Share of documents held out for validation, chosen by a hash of the document's identity."""
-    shard_tokens: int = 100_000_000
-    """Most tokens a shard file holds."""
-    processes: int = 0
-    """Tokenising processes; 0: one a core."""
-
-
-@dataclass(frozen=True)
-class DataConfig:
-    dir: str = MISSING
-    """Directory of prepared tokens (`olmoe prepare` writes it)."""
-    sequence_length: int = 512
-    """Tokens a training sequence."""
-    num_workers: int = 0
-    """Loader worker processes a rank; 0: load in the training process."""
-    source: SourceConfig = field(default_factory=SourceConfig)
-
-
-@dataclass(frozen=True)
-class TokenizerConfig:
-    path: str | None = None
-    """tokenizer.json or HF directory to use; null: train a byte-level BPE on the training split."""
-    vocab_size: int = 4096
-    """Vocabulary of the tokenizer to train, special tokens included."""
-    train_bytes: int = 1_000_000_000
-    """Train it on the first so many bytes of the training split's text; memory grows with their different
-    words."""
-
-
-@dataclass(frozen=True)
 class TrainerConfig:
     max_steps: int | None = None
-    """Optimizer steps in the whole run. The run ends at max_steps or max_tokens, whichever comes first."""
+    """Optimizer steps in the whole run, which ends at max_steps, max_tokens or max_epochs, whichever comes
+    first."""
     max_tokens: int | None = None
     """Training tokens in the whole run."""
+    max_epochs: float | None = None
+    """Passes over the training data in the whole run, rounded up to whole steps: the last step is filled with
+    the next epoch's first sequences. With a mixture, its sources' token budgets together are an epoch."""
     stop_at_step: int | None = None
     """Stop here with a checkpoint, the schedule untouched; run again without it to continue."""
     global_batch_size: int = 16

@@ -5,8 +5,8 @@ The loss is the mean over all target tokens, however they fall into sequences, b
 
 import math
 import sys
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
 
 import torch
 import torch.distributed as dist
@@ -14,12 +14,15 @@ from torch import Tensor
 
 from olmoe_train.checkpoint.source import load_source
 from olmoe_train.cli import run_verb
-from olmoe_train.config import EvaluateConfig
+from olmoe_train.config import DataConfig, EvaluateConfig, EvaluationConfig
 from olmoe_train.data.loader import build_eval_batches
-from olmoe_train.data.tokens import Manifest, read_manifest
+from olmoe_train.data.mixture import VALIDATION, mixture_errors, read_manifests, sources, verify
+from olmoe_train.data.tokens import Manifest
 from olmoe_train.errors import UserError
 from olmoe_train.model import OlmoeConfig, OlmoeForCausalLM
 from olmoe_train.model.losses import IGNORE_INDEX
+
+Batches = Iterable[dict[str, Tensor]]
 
 
 @dataclass(frozen=True)
@@ -35,12 +38,36 @@ class Evaluation:
         return math.exp(self.loss) if self.loss < 700 else math.inf
 
 
-def evaluate_model(
-    model: OlmoeForCausalLM, batches: Iterable[dict[str, Tensor]], device: torch.device
-) -> Evaluation:
+def evaluate_data(
+    model: OlmoeForCausalLM,
+    data: DataConfig,
+    cfg: EvaluationConfig,
+    device: torch.device,
+    watched: Callable[[Batches], Batches] = iter,
+) -> dict[str, Evaluation]:
+    """By name, each source of the mixture that has a validation split; last, as "validation", all its tokens
+    together. Collective where there are ranks. watched: passes batches on, and sees that there is progress.
+    """
+    rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    manifests = read_manifests(data)
+    chosen = [source for source in sources(data) if manifests[source.name].validation.tokens]
+    results = {}
+    for source in chosen or sources(data)[:1]:  # of which the loader then says that it is empty
+        one = replace(data, dir=str(source.directory), mixture=[])
+        batches = build_eval_batches(one, rank, world_size, cfg.micro_batch_size, cfg.max_sequences)
+        results[source.name] = evaluate_model(model, watched(batches), device)
+    parts = list(results.values())
+    if len(parts) > 1:
+        tokens = sum(part.tokens for part in parts)
+        loss = sum(part.loss * part.tokens for part in parts if part.tokens) / max(1, tokens)
+        parts.append(Evaluation(loss if tokens else math.nan, tokens))
+    return results | {VALIDATION: parts[-1]}
+
+
+def evaluate_model(model: OlmoeForCausalLM, batches: Batches, device: torch.device) -> Evaluation:
     """Mean loss over every target token of all ranks' batches; leaves the model's mode as it was.
 
-    batches: input_ids, labels and perhaps attention_mask, [B, S] int64 on any device; as many on every rank,
+    batches: keyword arguments of training_forward, [B, S] on any device; as many on every rank,
     because a sharded model's forward is a collective. Sums are fp64.
     """
     was_training = model.training
@@ -59,19 +86,22 @@ def evaluate_model(
 
 
 def main(cfg: EvaluateConfig) -> None:
-    manifest = read_manifest(cfg.data.dir)
+    if errors := mixture_errors(cfg.data):
+        raise UserError("\n  ".join(errors))
+    manifest = next(iter(read_manifests(cfg.data).values()))
+    verify(cfg.data)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model, _ = load_source(cfg.source, device, cfg.trust_pickle)
     check_data(model.config, manifest, cfg)
-    batches = build_eval_batches(
-        cfg.data, 0, 1, cfg.evaluation.micro_batch_size, cfg.evaluation.max_sequences
-    )
-    result = evaluate_model(model, batches, device)
+    results = evaluate_data(model, cfg.data, cfg.evaluation, device)
+    result = results.pop(VALIDATION)
     print(f"source           {cfg.source}")
+    for name, part in results.items():
+        print(f"  {name}: loss {part.loss:.4f}, perplexity {part.perplexity:.2f}, tokens {part.tokens:,}")
     print(f"loss             {result.loss:.4f} nats a token")
     print(f"perplexity       {result.perplexity:.2f}")
     print(f"tokens           {result.tokens:,}")
-    if manifest.unigram_entropy is not None:
+    if not cfg.data.mixture and manifest.unigram_entropy is not None:
         print(f"unigram entropy  {manifest.unigram_entropy:.4f} nats a token (guessing by frequency alone)")
 
 

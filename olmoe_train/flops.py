@@ -42,6 +42,9 @@ def train_flops_per_token(config: OlmoeConfig, sequence_length: int) -> FlopsPer
                              are two matmuls of H multiply-adds a key, each with two operands that need
                              gradients: 3 * 2 * 2 * L * H * (S + 1) / 2 = 6 * L * H * (S + 1)
 
+    With data.mask_documents a token meets its own document's keys alone, and the last part is an upper bound,
+    as is perf/mfu then.
+
     Norms, activations, RoPE, softmax, the weighted sum of expert outputs and the optimizer are left out:
     memory bounds them, not arithmetic. OLMoE-1B-7B at 4096 tokens, in GFLOP: experts 4.832, attention
     projections 1.611, head 0.618, router 0.013, causal attention 0.806; 7.879 in all.

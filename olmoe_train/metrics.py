@@ -20,8 +20,9 @@ import wandb
 from omegaconf import OmegaConf
 from torch import Tensor
 
-from olmoe_train.choices import Precision, WandbMode
+from olmoe_train.choices import Packing, Precision, WandbMode
 from olmoe_train.config import TrainConfig, WandbConfig
+from olmoe_train.data.loader import TrainSamples
 from olmoe_train.evaluate import Evaluation
 from olmoe_train.flops import peak_flops, train_flops_per_token
 from olmoe_train.model.configuration import OlmoeConfig
@@ -46,6 +47,8 @@ class StepMetrics:
     ) -> None:
         self.progress = progress
         self.dead_after = cfg.logging.dead_expert_steps
+        self.data = cfg.data
+        self.sequences = self.tokens = self.without_targets = self.repetitive = 0  # since they were read
         shape = (config.num_hidden_layers, config.num_experts)
         self.last_used_LE = torch.zeros(shape, dtype=torch.int64, device=device)
         if progress.expert_last_used is not None:
@@ -76,6 +79,10 @@ class StepMetrics:
 
     def end_step(self, totals: "Totals", samples: int) -> Progress:
         """Where the run stands after this step. The sums stay for `read` until `start_step`."""
+        self.sequences += samples
+        self.tokens += totals.tokens_int
+        self.without_targets += totals.sequences_without_targets
+        self.repetitive += totals.repetitive_sequences
         done = self.progress
         self.last_used_LE.masked_fill_(self.counts_LE > 0, done.step + 1)
         self.progress = Progress(done.step + 1, done.tokens + totals.tokens_int, done.samples + samples)
@@ -103,6 +110,7 @@ class StepMetrics:
             sum(self.progress.step - step >= self.dead_after for step in used) for used in self.last_used()
         ]
         values = dict(zip(LOSS_NAMES, losses.tolist(), strict=True))
+        values |= self._read_data()
         values["train/grad_norm"] = grad_norm.item()
         values["router/max_violation"] = violation_L.max().item()
         values["router/entropy"] = entropy_L.mean().item()
@@ -113,6 +121,16 @@ class StepMetrics:
             values[f"{prefix}/entropy"] = entropy_L[layer].item()
             values[f"{prefix}/dead_experts"] = dead_L[layer]
             values[f"{prefix}/load"] = (load_LE[layer] / load_LE[layer].sum().clamp(min=1)).tolist()
+        return values
+
+    def _read_data(self) -> dict[str, float]:
+        """Of all sequences since the last time; the sums start again."""
+        values: dict[str, float] = {"data/sequences_without_targets": self.without_targets}
+        if self.data.repetition_filter:
+            values["data/repetitive_sequences"] = self.repetitive
+        if self.data.packing is Packing.best_fit:
+            values["data/padding"] = 1 - self.tokens / (self.sequences * self.data.sequence_length)
+        self.sequences = self.tokens = self.without_targets = self.repetitive = 0
         return values
 
 
@@ -141,6 +159,7 @@ class MetricsWriter:
         self.flops_per_token = train_flops_per_token(config, cfg.data.sequence_length).total
         self.peak_flops = peak_flops(name, dtype)
         self.warned_dead = 0
+        self.mixture = TrainSamples(cfg.data, cfg.seed) if cfg.data.mixture else None
         self.wandb = None
         self.path = run_dir / "metrics.jsonl"
         if dist.get_rank() == 0:
@@ -160,6 +179,7 @@ class MetricsWriter:
         speed = (progress.tokens - self.tokens_at_restart) / elapsed
         self.restart_clock(progress.tokens)
         values = {"step": progress.step, "tokens": progress.tokens, **values, "train/lr": learning_rate}
+        values |= self._mixture_shares(progress)
         values["perf/tokens_per_second"] = speed
         values["perf/mfu"] = None
         if self.peak_flops is not None:
@@ -175,20 +195,34 @@ class MetricsWriter:
         self._warn_of_dead_experts(int(values["router/dead_experts"]))
         self._write(values)
 
-    def log_evaluation(self, progress: Progress, evaluation: Evaluation) -> None:
-        log.info(
-            f"step {progress.step} | validation loss {evaluation.loss:.4f}"
-            f" | perplexity {evaluation.perplexity:.2f} | {evaluation.tokens:,} tokens"
-        )
-        self._write(
-            {
-                "step": progress.step,
-                "tokens": progress.tokens,
-                "eval/validation/loss": evaluation.loss,
-                "eval/validation/perplexity": evaluation.perplexity,
-            }
-        )
+    def log_evaluation(self, progress: Progress, evaluations: dict[str, Evaluation]) -> None:
+        """evaluations: by the name of their data; see evaluate_data."""
+        values: dict[str, Any] = {"step": progress.step, "tokens": progress.tokens}
+        for name, evaluation in evaluations.items():
+            log.info(
+                f"step {progress.step} | {name} loss {evaluation.loss:.4f}"
+                f" | perplexity {evaluation.perplexity:.2f} | {evaluation.tokens:,} tokens"
+            )
+            values[f"eval/{name}/loss"] = evaluation.loss
+            values[f"eval/{name}/perplexity"] = evaluation.perplexity
+        self._write(values)
+        self._log_mixture(progress)
         self.restart_clock(progress.tokens)
+
+    def _log_mixture(self, progress: Progress) -> None:
+        """What each source was to have of the tokens, and has had."""
+        if self.mixture is not None:
+            for name, share in self.mixture.shares(progress.samples).items():
+                log.info(
+                    f"step {progress.step} | {name}: {share['share']:.2%} of the tokens so far, "
+                    f"{share['requested_share']:.2%} asked for | {share['epochs']:.3f} epochs"
+                )
+
+    def _mixture_shares(self, progress: Progress) -> dict[str, float]:
+        if self.mixture is None:
+            return {}
+        shares = self.mixture.shares(progress.samples)
+        return {f"data/{name}/{key}": value for name, share in shares.items() for key, value in share.items()}
 
     def close(self) -> None:
         self._tell_wandb(lambda run: run.finish())

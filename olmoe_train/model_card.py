@@ -80,12 +80,17 @@ def _losses(metrics: Path, step: int) -> str:
 
 
 def _data(data: dict[str, Any]) -> str:
-    try:
-        manifest = read_manifest(data["dir"])
-    except (UserError, KeyError):
+    """A line for each source: its share of the training tokens, and how much there is of it."""
+    if "dir" not in data:
         return "Not recorded."
-    train, validation = manifest.train, manifest.validation
-    return (
-        f"{manifest.source}: {train.tokens:,} tokens in {train.documents:,} documents to train on, "
-        f"{validation.tokens:,} tokens to validate; sequences of {data['sequence_length']:,} tokens."
-    )
+    root, lines = Path(data["dir"]).expanduser(), []
+    parts = data.get("mixture") or [{"dir": "", "weight": 1.0}]
+    weights = [float(part.get("weight") or part.get("tokens") or 0) for part in parts]
+    for part, weight in zip(parts, weights, strict=True):
+        try:
+            manifest = read_manifest(root / part["dir"])
+        except UserError:
+            return "Not recorded."
+        what = f"{weight / sum(weights):.1%} {manifest.source}: {manifest.train.tokens:,} tokens"
+        lines.append(f"- {what} in {manifest.train.documents:,} documents")
+    return "\n".join([*lines, "", f"Sequences of {data['sequence_length']:,} tokens."])

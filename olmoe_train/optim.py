@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from olmoe_train.choices import Schedule
 from olmoe_train.config import OptimizerConfig, SchedulerConfig, TrainConfig
+from olmoe_train.data.loader import TrainSamples
 from olmoe_train.distributed.mesh import copies, local_tensor
 
 
@@ -28,10 +29,16 @@ def tokens_per_step(cfg: TrainConfig) -> int:
 
 
 def total_steps(cfg: TrainConfig) -> int:
-    """Optimizer steps of the whole run: trainer.max_steps or trainer.max_tokens, whichever ends it first."""
+    """Optimizer steps of the whole run: trainer.max_steps, max_tokens or max_epochs, whichever ends it first.
+
+    Tokens and epochs are rounded up to whole steps. Only max_epochs looks at the data.
+    """
     limits = [cfg.trainer.max_steps] if cfg.trainer.max_steps is not None else []
     if cfg.trainer.max_tokens is not None:
         limits.append(math.ceil(cfg.trainer.max_tokens / tokens_per_step(cfg)))
+    if cfg.trainer.max_epochs is not None:
+        samples = round(cfg.trainer.max_epochs * TrainSamples(cfg.data, cfg.seed).epoch)
+        limits.append(math.ceil(samples / cfg.trainer.global_batch_size))
     return min(limits)
 
 

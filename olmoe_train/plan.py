@@ -176,6 +176,12 @@ def check(cfg: PlanConfig) -> None:
         errors.append(
             f"reserve_gib={cfg.reserve_gib}: must be at least 0 and below gpu_memory_gib={cfg.gpu_memory_gib}"
         )
+    trainer = cfg.trainer
+    if trainer.max_epochs is not None and trainer.max_steps is None and trainer.max_tokens is None:
+        errors.append(
+            f"trainer.max_epochs={trainer.max_epochs}: a plan reads no data, which would say what that is; "
+            "give trainer.max_steps or trainer.max_tokens"
+        )
     if cfg.gpus > 0:
         errors += configuration_errors(cfg, cfg.gpus)
     if errors:
@@ -221,6 +227,9 @@ def memory_lines(cfg: PlanConfig) -> list[str]:
     lines.append(f"  {'fits ' + _room(cfg):<16}{fitting}")
     if host := host_memory(olmoe_config(cfg.model), layout, batch):
         lines.append(f"  offloaded to the CPU: {host / unit:.2f} {name} a GPU")
+    if cfg.checkpoint.async_save and layout.strategy is not Strategy.deepspeed:
+        copied = memories[0].parameters + memories[0].optimizer
+        lines.append(f"  copied to the CPU for checkpoint.async_save: {copied / unit:.2f} {name} a GPU")
     most = [
         f"{mode.value} {largest_micro_batch(cfg, layout, replace(batch, checkpointing=mode))}"
         for mode in ActivationCheckpointing
@@ -288,6 +297,7 @@ def _fits_to(cfg: PlanConfig, memories: list[RankMemory]) -> str:
 
 def main(cfg: PlanConfig) -> None:
     check(cfg)
+    cfg = replace(cfg, trainer=replace(cfg.trainer, max_epochs=None))
     print("\n".join([*run_lines(cfg), "", *memory_lines(cfg), "", *layout_lines(cfg)]))
 
 

@@ -5,13 +5,18 @@ Run again with the same settings, it verifies what is there. data/README.md desc
 
 import sys
 
+from olmoe_train.choices import DataFormat
 from olmoe_train.cli import run_verb
 from olmoe_train.config import PrepareConfig
+from olmoe_train.data.olmo import index_olmo_files
 from olmoe_train.data.prepare import prepare
 
 
 def main(cfg: PrepareConfig) -> None:
-    prepare(cfg)
+    if cfg.data.format is DataFormat.olmo:
+        index_olmo_files(cfg)
+    else:
+        prepare(cfg)
 
 
 def run() -> int:

@@ -35,6 +35,7 @@ from olmoe_train.checkpoint.directory import (
 from olmoe_train.checkpoint.ranks import on_rank_0
 from olmoe_train.cli import OK, STOPPED_BY_SIGNAL
 from olmoe_train.config import TrainConfig
+from olmoe_train.data.mixture import sources
 from olmoe_train.errors import UserError
 from olmoe_train.redaction import RedactingFormatter, redact, redact_text
 from olmoe_train.run_lock import RunLock
@@ -145,7 +146,7 @@ class RunDirectory:
     def _open(self, cfg: TrainConfig) -> None:
         self._lock = RunLock(self.path)
         shutil.rmtree(self.path / "stalled", ignore_errors=True)
-        tokenizer = Path(cfg.data.dir) / "tokenizer"
+        tokenizer = sources(cfg.data)[0].directory / "tokenizer"
         if tokenizer.is_dir():
             shutil.copytree(tokenizer, self.path / "tokenizer", dirs_exist_ok=True)
 

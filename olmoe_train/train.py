@@ -25,11 +25,11 @@ from olmoe_train.checkpoint.training import load_checkpoint, saved_state
 from olmoe_train.choices import BalanceScope
 from olmoe_train.cli import run_verb
 from olmoe_train.config import LossConfig, TrainConfig, olmoe_config
-from olmoe_train.data.loader import build_eval_batches, build_train_loader
+from olmoe_train.data.loader import build_train_loader
 from olmoe_train.distributed.deepspeed import start_engine
 from olmoe_train.distributed.mesh import Mesh, build_mesh, init_distributed
 from olmoe_train.distributed.parallelize import initialise, parallelize
-from olmoe_train.evaluate import Evaluation, evaluate_model
+from olmoe_train.evaluate import evaluate_data
 from olmoe_train.guard import StepGuard
 from olmoe_train.metrics import MetricsWriter, StepMetrics
 from olmoe_train.model import OlmoeForCausalLM
@@ -53,8 +53,8 @@ Batch = dict[str, Tensor]
 def train(cfg: TrainConfig, batches: Iterable[Batch] | None = None) -> int:
     """Run the whole configuration; returns the exit code.
 
-    batches: this rank's micro-batches in place of the prepared data, on the CPU (input_ids and labels [B,
-    S] int64, and attention_mask where there is padding).
+    batches: this rank's micro-batches in place of the prepared data, on the CPU (columns as
+    data/loader.py's collate; input_ids and labels [B, S] will do).
     """
     device = init_distributed(cfg.trainer.device.value)
     run = RunDirectory(cfg, warnings=validate(cfg, dist.get_world_size()))
@@ -72,11 +72,12 @@ def train(cfg: TrainConfig, batches: Iterable[Batch] | None = None) -> int:
     stored = zero.stored if zero is not None else lambda: (model, optimizer)
     saver = Saver(cfg.checkpoint, run.path, stored, progress.step)
     last_step, (warmup, decay) = total_steps(cfg), warmup_and_decay_steps(cfg)
+    max_norm, watched = cfg.optimizer.max_grad_norm, run.watchdog.beating
     end = min(last_step, cfg.trainer.stop_at_step or last_step)
     accumulation = cfg.trainer.global_batch_size // (cfg.trainer.micro_batch_size * dist.get_world_size())
     loader = iter(batches if batches is not None else train_batches(cfg, progress))
     if progress.step == 0 and cfg.evaluation.at_start:
-        writer.log_evaluation(progress, evaluate(cfg, run, model, device))
+        writer.log_evaluation(progress, evaluate_data(model, cfg.data, cfg.evaluation, device, watched))
 
     signalled = False
     while progress.step < end and not signalled:
@@ -84,12 +85,13 @@ def train(cfg: TrainConfig, batches: Iterable[Batch] | None = None) -> int:
         run.watchdog.beat(f"step {step}")
         set_learning_rate(optimizer, learning_rate(step, cfg.optimizer.lr, cfg.scheduler, warmup, decay))
         micro_batches = list(itertools.islice(loader, accumulation))
+        run.watchdog.ready()
         totals = count_tokens(micro_batches, run.signals.stop_requested or saver.given_up, device)
         signalled = totals.stop_requested
         stop = signalled or step >= end
         logged = stop or step % cfg.trainer.log_every == 0
         seed_dropout(cfg.seed, step)
-        counts = count_experts(cfg.loss, model, micro_batches, device)
+        counts = count_experts(cfg.loss, model, micro_batches, device, logged)
         seed_dropout(cfg.seed, step)
         metrics.start_step()
         for index, batch in enumerate(micro_batches):
@@ -103,23 +105,21 @@ def train(cfg: TrainConfig, batches: Iterable[Batch] | None = None) -> int:
             else:
                 zero.backward(losses.total)
             metrics.add(losses, output, batch.get("attention_mask"), totals, with_entropy=logged)
+        grad_norm = clip_gradients(model.parameters(), max_norm) if zero is None else zero.step()
+        guard.decide(optimizer, step, metrics.losses[0], grad_norm)
         if zero is None:
-            grad_norm = clip_gradients(model.parameters(), cfg.optimizer.max_grad_norm)
-            guard.decide(optimizer, step, metrics.losses[0], grad_norm)
             optimizer.step()
             optimizer.zero_grad()
-        else:
-            grad_norm = zero.step()
-            guard.decide(optimizer, step, metrics.losses[0], grad_norm)
         progress = metrics.end_step(totals, cfg.trainer.global_batch_size)
 
         if logged:
             values = metrics.read(grad_norm) | {"train/skipped_steps": int(guard.skipped)}
             writer.log_step(progress, values, optimizer.param_groups[0]["lr"], last_step)
             guard.check(step)
+            run.watchdog.name_slow_ranks()
             run.write_status("running", "training", step, last_step)
         if step == last_step or (cfg.evaluation.every and step % cfg.evaluation.every == 0):
-            writer.log_evaluation(progress, evaluate(cfg, run, model, device))
+            writer.log_evaluation(progress, evaluate_data(model, cfg.data, cfg.evaluation, device, watched))
         if stop or saver.due(step):
             guard.check(step)
             saver.save(step, training_state(cfg, progress, metrics, guard), signalled)
@@ -194,21 +194,32 @@ class Totals:
     """Tokens that have a label to predict."""
     tokens_int: int
     """`tokens` on the host."""
+    sequences_without_targets: int
+    repetitive_sequences: int
+    """Left out of the loss by data.repetition_filter."""
     stop_requested: bool
     """Whether any rank has had a signal to stop; every rank reads the same."""
 
 
 def count_tokens(micro_batches: list[Batch], stop_requested: bool, device: torch.device) -> Totals:
-    """One all-reduce of three numbers on the CPU, where the batches are: the GPU is not waited for."""
-    counts = torch.zeros(3, dtype=torch.int64)
+    """One all-reduce of five numbers on the CPU, where the batches are: the GPU is not waited for.
+
+    Takes the column `repetitive` out of the batches; the model gets the others.
+    """
+    counts = torch.zeros(5, dtype=torch.int64)
     for batch in micro_batches:
         mask = batch.get("attention_mask")
         counts[0] += batch["input_ids"].numel() if mask is None else mask.sum()
-        counts[1] += (batch["labels"][:, 1:] != IGNORE_INDEX).sum()
-    counts[2] = int(stop_requested)
+        is_target = batch["labels"][:, 1:] != IGNORE_INDEX
+        counts[1] += is_target.sum()
+        counts[2] += (~is_target.any(dim=1)).sum()
+        if (repetitive := batch.pop("repetitive", None)) is not None:
+            counts[3] += repetitive.sum()
+    counts[4] = int(stop_requested)
     dist.all_reduce(counts)
     tokens, targets = counts[:2].clamp(min=1).to(device, torch.float32, non_blocking=True)
-    return Totals(tokens, targets, int(counts[0]), bool(counts[2]))
+    on_host, _, empty, repetitive_count, stop = counts.tolist()
+    return Totals(tokens, targets, on_host, empty, repetitive_count, bool(stop))
 
 
 def seed_dropout(seed: int, step: int) -> None:
@@ -218,27 +229,25 @@ def seed_dropout(seed: int, step: int) -> None:
 
 
 def count_experts(
-    cfg: LossConfig, model: OlmoeForCausalLM, micro_batches: list[Batch], device: torch.device
+    cfg: LossConfig, model: OlmoeForCausalLM, micro_batches: list[Batch], device: torch.device, logged: bool
 ) -> Tensor | None:
     """Tokens per layer and expert [L, E] over the step's global batch, where they are needed before its
     backward.
 
     With balance_scope=global_batch the gradient of the first micro-batch depends on the routing of the
-    last one, so several micro-batches take a forward pass more. None: step_losses can do with the
-    micro-batch it is given.
+    last one, so several micro-batches take a forward pass more; where the loss has no weight, only when its
+    value is logged. None: step_losses can do with the micro-batch it is given.
     """
-    if (
-        cfg.balance_scope is BalanceScope.micro_batch
-        or len(micro_batches) == 1
-        or not cfg.router_aux_loss_coef
-    ):
+    needed = cfg.router_aux_loss_coef != 0 or logged
+    if cfg.balance_scope is BalanceScope.micro_batch or len(micro_batches) == 1 or not needed:
         return None
     counts_LE = torch.zeros(model.config.num_hidden_layers, model.config.num_experts, device=device)
     with torch.no_grad():
         for batch in micro_batches:
             inputs = to_device(batch, device)
+            del inputs["labels"]
             mask = inputs.get("attention_mask")
-            output = model.training_forward(inputs["input_ids"], None, mask, inputs.get("position_ids"))
+            output = model.training_forward(labels=None, **inputs)
             mask = None if mask is None else mask.reshape(-1).float()
             counts_LE += expert_counts(output.expert_indices, model.config.num_experts, mask)
     dist.all_reduce(counts_LE)
@@ -290,15 +299,6 @@ def step_losses(
 
 def to_device(batch: Batch, device: torch.device) -> Batch:
     return {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
-
-
-def evaluate(
-    cfg: TrainConfig, run: RunDirectory, model: OlmoeForCausalLM, device: torch.device
-) -> Evaluation:
-    """Loss and perplexity on the validation split."""
-    size, sequences = cfg.evaluation.micro_batch_size, cfg.evaluation.max_sequences
-    batches = build_eval_batches(cfg.data, dist.get_rank(), dist.get_world_size(), size, sequences)
-    return evaluate_model(model, run.watchdog.beating(batches, "validating"), device)
 
 
 def main(cfg: TrainConfig) -> int:

@@ -10,7 +10,8 @@ from olmoe_train.checkpoint.special_tokens import special_token_errors
 from olmoe_train.choices import ActivationCheckpointing, BalanceScope, Device, Offload, Precision, Strategy
 from olmoe_train.cli import documented_keys
 from olmoe_train.config import ParallelConfig, SourceConfig, TrainConfig, olmoe_config
-from olmoe_train.data.tokens import read_manifest
+from olmoe_train.data.config import OlmoFilesConfig
+from olmoe_train.data.mixture import mixture_errors, read_manifests, sources, verify
 from olmoe_train.distributed.zero_config import deepspeed_config
 from olmoe_train.errors import UserError
 
@@ -37,11 +38,14 @@ def configuration_errors(cfg: TrainConfig, world_size: int) -> list[str]:
 
 def _trainer_errors(cfg: TrainConfig, world_size: int) -> list[str]:
     trainer, parallel, errors = cfg.trainer, cfg.parallel, []
-    if trainer.max_steps is None and trainer.max_tokens is None:
-        errors.append("trainer.max_steps and trainer.max_tokens are both null: set one, so that the run ends")
+    if trainer.max_steps is None and trainer.max_tokens is None and trainer.max_epochs is None:
+        errors.append(
+            "trainer.max_steps, max_tokens and max_epochs are all null: set one, so that the run ends"
+        )
     positive = {
         "trainer.max_steps": trainer.max_steps,
         "trainer.max_tokens": trainer.max_tokens,
+        "trainer.max_epochs": trainer.max_epochs,
         "trainer.stop_at_step": trainer.stop_at_step,
         "trainer.global_batch_size": trainer.global_batch_size,
         "trainer.micro_batch_size": trainer.micro_batch_size,
@@ -84,6 +88,14 @@ def _trainer_errors(cfg: TrainConfig, world_size: int) -> list[str]:
             f"trainer.micro_batch_size x ranks = {trainer.micro_batch_size} x {world_size} = "
             f"{a_pass}; the nearest is {nearest}"
         )
+    errors += _parallel_errors(cfg, world_size)
+    if any(not 0 <= beta < 1 for beta in cfg.optimizer.betas):
+        errors.append(f"optimizer.betas={list(cfg.optimizer.betas)}: each must be in [0, 1)")
+    return errors
+
+
+def _parallel_errors(cfg: TrainConfig, world_size: int) -> list[str]:
+    parallel, errors = cfg.parallel, []
     if parallel.strategy is not Strategy.fsdp and parallel.replicate_size != 1:
         errors.append(
             f"parallel.replicate_size={parallel.replicate_size}: has no meaning with parallel.strategy="
@@ -96,8 +108,6 @@ def _trainer_errors(cfg: TrainConfig, world_size: int) -> list[str]:
     errors += _expert_parallel_errors(cfg, world_size)
     if parallel.strategy is Strategy.deepspeed:
         errors += _deepspeed_errors(cfg, world_size)
-    if any(not 0 <= beta < 1 for beta in cfg.optimizer.betas):
-        errors.append(f"optimizer.betas={list(cfg.optimizer.betas)}: each must be in [0, 1)")
     return errors
 
 
@@ -241,15 +251,27 @@ def _model_errors(cfg: TrainConfig) -> list[str]:
         )
     elif init_from is not None and not errors:
         errors += _special_token_errors(cfg, Path(init_from))
-    if cfg.checkpoint.resume not in ("auto", "never") and not Path(cfg.checkpoint.resume).is_dir():
-        errors.append(
-            f"checkpoint.resume={cfg.checkpoint.resume}: give auto, never, or an existing checkpoint"
-        )
+    if cfg.checkpoint.resume not in ("auto", "never"):
+        errors += _resume_errors(Path(cfg.checkpoint.resume))
     known = {key for key, _, _ in documented_keys(TrainConfig)}
     known |= {key.split(".")[0] for key in known}
     for key in set(cfg.checkpoint.allow_changes) - known:
         errors.append(f"checkpoint.allow_changes=[{key}]: there is no such key or section")
     return errors
+
+
+def _resume_errors(resume: Path) -> list[str]:
+    if not resume.is_dir():
+        return [f"checkpoint.resume={resume}: give auto, never, or an existing checkpoint"]
+    if any(resume.glob("*_optim_states.pt")) or any(resume.glob("global_step*")):
+        return [
+            (
+                f"checkpoint.resume={resume}: a native checkpoint of DeepSpeed, whose pickles run code when "
+                "they are loaded; where you trust it, make an HF directory of it (its zero_to_fp32.py with "
+                "--safe_serialization, and a config.json), and start with model.init_from"
+            )
+        ]
+    return []
 
 
 def _special_token_errors(cfg: TrainConfig, tokenizer: Path) -> list[str]:
@@ -260,9 +282,21 @@ def _special_token_errors(cfg: TrainConfig, tokenizer: Path) -> list[str]:
 
 
 def _data_errors(cfg: TrainConfig) -> list[str]:
-    errors = []
+    errors = mixture_errors(cfg.data)
+    if (
+        not errors
+        and cfg.trainer.max_epochs is not None
+        and any(part.weight is not None for part in cfg.data.mixture)
+    ):
+        errors.append(
+            f"trainer.max_epochs={cfg.trainer.max_epochs}: a mixture by weight has no end; give its sources "
+            "token budgets (tokens in place of weight), or set trainer.max_steps or trainer.max_tokens"
+        )
+    if errors:
+        return errors
     try:
-        manifest = read_manifest(cfg.data.dir)
+        manifest = next(iter(read_manifests(cfg.data).values()))  # their tokenizers are all the same
+        verify(cfg.data)
     except UserError as error:
         return [str(error)]
     if manifest.vocab_size > cfg.model.vocab_size:
@@ -278,7 +312,7 @@ def _data_errors(cfg: TrainConfig) -> list[str]:
         )
     elif not _model_errors(cfg):
         # Exports carry this tokenizer; and the padding token's embedding learns nothing.
-        errors += _special_token_errors(cfg, Path(cfg.data.dir) / "tokenizer")
+        errors += _special_token_errors(cfg, sources(cfg.data)[0].directory / "tokenizer")
     return errors
 
 
@@ -288,6 +322,16 @@ def _no_effect(cfg: TrainConfig) -> list[str]:
     for name, value in vars(cfg.data.source).items():
         if value != getattr(defaults, name):
             warnings.append(f"data.source.{name} has no effect here: `olmoe prepare` alone reads it")
+    if cfg.data.olmo != OlmoFilesConfig():
+        warnings.append("data.olmo has no effect here: `olmoe prepare` alone reads it")
+    if len(cfg.data.mixture) == 1:
+        warnings.append("data.mixture has one source: its weight has no effect")
+    if cfg.data.mixture:
+        warnings += [
+            f"data.mixture: {name} has no validation split and is not evaluated"
+            for name, manifest in read_manifests(cfg.data).items()
+            if manifest.validation.tokens == 0
+        ]
     if cfg.loss.balance_scope is BalanceScope.micro_batch and cfg.loss.router_aux_loss_coef == 0:
         warnings.append("loss.balance_scope has no effect: loss.router_aux_loss_coef is 0")
     if cfg.checkpoint.keep_every and not cfg.checkpoint.keep:

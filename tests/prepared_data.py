@@ -2,13 +2,15 @@
 
 import hashlib
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from tokenizers import Tokenizer
 
-from olmoe_train.config import DataConfig, PrepareConfig, SourceConfig, TokenizerConfig
+from olmoe_train.config import DataConfig, PrepareConfig
+from olmoe_train.data.config import SourceConfig, TokenizerConfig
 from olmoe_train.data.tokens import DTYPES, TOKENIZER, Manifest, Split, read_manifest, write_manifest
 from olmoe_train.data.writer import SplitWriter
 
@@ -52,6 +54,17 @@ def write_prepared(
     )
     write_manifest(directory, manifest)
     return directory
+
+
+def add_loss_mask(directory: Path, name: str, mask: Sequence[int]) -> None:
+    """Give a split of one shard a loss mask, a number a token."""
+    path = f"{name}/shard-00000.mask.u8"
+    (directory / path).write_bytes(bytes(mask))
+    manifest = read_manifest(directory)
+    split: Split = getattr(manifest, name)
+    (shard,) = split.shards
+    masked = replace(shard, mask_path=path, mask_sha256=hashlib.sha256(bytes(mask)).hexdigest())
+    write_manifest(directory, replace(manifest, **{name: replace(split, shards=(masked,))}))
 
 
 def prepare_config(

@@ -19,7 +19,9 @@ log = logging.getLogger("olmoe")
 HARMLESS = (
     "model.init_from",  # it gave the first step's weights; the checkpoint has later ones
     "model.experts_backend",
-    "data.dir",  # its content is compared by fingerprint
+    "data.dir",  # their content and shares are compared by fingerprint
+    "data.mixture",
+    "data.verify_hashes",
     "data.num_workers",
     "data.source",
     "trainer.stop_at_step",
@@ -40,6 +42,7 @@ HARMLESS = (
 SCHEDULE = (
     "trainer.max_steps",
     "trainer.max_tokens",
+    "trainer.max_epochs",
     "scheduler.warmup_steps",
     "scheduler.warmup_tokens",
     "scheduler.warmup_fraction",

@@ -15,8 +15,12 @@ from pathlib import Path
 import numpy as np
 from tokenizers import Tokenizer
 
-from olmoe_train.data.reader import Batch, Reading, Work
+from olmoe_train.choices import Records
+from olmoe_train.data.chat import Span
+from olmoe_train.data.reader import Batch, Work
+from olmoe_train.data.reading import Filtered, Reading
 from olmoe_train.data.records import BadRecord, Document, Splitting, documents
+from olmoe_train.data.targets import align, mark_targets
 from olmoe_train.data.tokenizer import load_for_encoding
 from olmoe_train.data.tokens import DTYPES
 
@@ -25,9 +29,15 @@ from olmoe_train.data.tokens import DTYPES
 class EncodedSplit:
     tokens: np.ndarray
     """Its documents, each ended by eos, of the shards' dtype."""
+    targets: np.ndarray | None
+    """uint8 a token: 1 where it is to be predicted, 0 where it is only read; None: all are predicted."""
     lengths: list[int]
     """Tokens of each document, eos included."""
     text_bytes: int
+    unaligned: int
+    """Documents whose turns cannot be told among the tokens; none of these is a target."""
+    without_target: int
+    """Documents without any target, the unaligned ones among them."""
 
 
 @dataclass(frozen=True)
@@ -38,6 +48,8 @@ class Encoded:
     validation: EncodedSplit
     empty: int
     """Records without any text; they make no document."""
+    filtered: int
+    """Records that a filter leaves out."""
     bad: list[BadRecord]
 
 
@@ -58,43 +70,71 @@ class Encoder:
         train: list[Document] = []
         validation: list[Document] = []
         bad: list[BadRecord] = []
-        empty = 0
+        empty = filtered = 0
         for record in documents(work, self.reading, self.splitting):
             if isinstance(record, BadRecord):
                 if self.strict:
                     raise record.error()
                 bad.append(record)
+            elif isinstance(record, Filtered):
+                filtered += 1
             elif not record.text.strip():
                 empty += 1
             else:
                 (validation if record.validation else train).append(record)
-        return Encoded(self._encode(train, bad), self._encode(validation, bad), empty, bad)
+        return Encoded(self._encode(train, bad), self._encode(validation, bad), empty, filtered, bad)
 
     def _encode(self, batch: list[Document], bad: list[BadRecord]) -> EncodedSplit:
-        arrays, text_bytes = [], 0
-        for document, ids in zip(batch, self._ids(batch), strict=True):
+        dtype = DTYPES[self.dtype]
+        arrays, masks = [np.empty(0, dtype)], [np.empty(0, np.uint8)]
+        text_bytes = unaligned = without_target = 0
+        for document, ids in zip(batch, self._ids([document.text for document in batch]), strict=True):
             if isinstance(ids, str):
                 record = BadRecord(document.where, ids, document.text.encode())
                 if self.strict:
                     raise record.error()
                 bad.append(record)
                 continue
-            arrays.append(np.array([*ids, self.eos_token_id], DTYPES[self.dtype]))
             text_bytes += len(document.text.encode())
-        tokens = np.concatenate(arrays) if arrays else np.empty(0, DTYPES[self.dtype])
-        return EncodedSplit(tokens, [len(array) for array in arrays], text_bytes)
+            if self._learns_all:
+                arrays.append(np.array([*ids, self.eos_token_id], dtype))
+                continue
+            turns = self._turns(document, ids)
+            # Where a turn of a conversation ends is for its template to say; a completion just ends.
+            learn_eos = self.reading.records is Records.prompt_completion
+            ids, targets = mark_targets(ids, turns, self.eos_token_id, learn_eos)
+            arrays.append(np.array(ids, dtype))
+            masks.append(targets)
+            unaligned += turns is None
+            without_target += not targets.any()
+        mask = None if self._learns_all else np.concatenate(masks)
+        lengths = [len(array) for array in arrays[1:]]
+        return EncodedSplit(np.concatenate(arrays), mask, lengths, text_bytes, unaligned, without_target)
 
-    def _ids(self, batch: list[Document]) -> list[list[int] | str]:
-        """Token ids of each document, or the reason why it has none."""
-        tokenizer = _tokenizer(self.tokenizer_json)
+    @property
+    def _learns_all(self) -> bool:
+        return self.reading.records is Records.text
+
+    def _turns(self, document: Document, ids: list[int]) -> list[Span] | None:
+        """The document's turns in tokens; None: they cannot be told."""
+        if document.turns is None:
+            return None
+        tokenizer = _tokenizer(self.tokenizer_json, self._learns_all)
+
+        def encode(text: str) -> list[int]:
+            return tokenizer.encode_batch_fast([text], add_special_tokens=False)[0].ids
+
+        return align(document.text, document.turns, ids, encode)
+
+    def _ids(self, texts: list[str]) -> list[list[int] | str]:
+        """Token ids of each text, or the reason why it has none."""
+        tokenizer = _tokenizer(self.tokenizer_json, self._learns_all)
         try:
-            found = tokenizer.encode_batch_fast(
-                [document.text for document in batch], add_special_tokens=False
-            )
+            found = tokenizer.encode_batch_fast(texts, add_special_tokens=False)
         except Exception as error:  # bare, from `tokenizers`: an unknown word without a token for it
-            if len(batch) == 1:
+            if len(texts) == 1:
                 return [f"the tokenizer cannot encode it: {error}"]
-            return [ids for document in batch for ids in self._ids([document])]
+            return [ids for text in texts for ids in self._ids([text])]
         return [self._within_vocabulary(encoding.ids) for encoding in found]
 
     def _within_vocabulary(self, ids: list[int]) -> list[int] | str:
@@ -104,8 +144,8 @@ class Encoder:
 
 
 @cache
-def _tokenizer(tokenizer_json: Path) -> Tokenizer:
-    return load_for_encoding(tokenizer_json)
+def _tokenizer(tokenizer_json: Path, plain_text: bool) -> Tokenizer:
+    return load_for_encoding(tokenizer_json, plain_text)
 
 
 def cores() -> int:

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from olmoe_train.data.corpus import Layout, Part
+from olmoe_train.data.reading import Reading
 from olmoe_train.errors import UserError
 
 if TYPE_CHECKING:
@@ -18,19 +19,13 @@ class HubDataset:
     name: str
     builder: "DatasetBuilder"
 
-    def rows(self, split: str, skip: int, text_field: str, id_field: str | None) -> Iterator[tuple[Any, Any]]:
-        """(text, id) of each row of `split` after the first `skip`; the id is None where there is none."""
+    def rows(self, split: str, skip: int, how: Reading) -> Iterator[dict[str, Any]]:
+        """Each row of `split` after the first `skip`, with the columns that are asked for."""
         dataset = self.builder.as_streaming_dataset(split)
         names = dataset.column_names or list(next(iter(dataset), {}))
-        if text_field not in names:
-            raise UserError(
-                f"data.source.name={self.name}: no column {text_field!r}; it has {', '.join(names)}.\n"
-                "  Say which one holds the text with data.source.text_field."
-            )
-        columns = [name for name in names if name in (text_field, id_field)]
+        columns = how.columns(f"data.source.name={self.name}", names)
         for batch in dataset.select_columns(columns).skip(skip).iter(batch_size=_ROWS):
-            texts = batch[text_field]
-            yield from zip(texts, batch.get(id_field) or [None] * len(texts), strict=True)
+            yield from (dict(zip(batch, row, strict=True)) for row in zip(*batch.values(), strict=True))
 
     @property
     def fingerprint(self) -> str:

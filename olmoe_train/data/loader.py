@@ -1,13 +1,12 @@
 """From prepared tokens to batches, the same global stream whatever the ranks, workers and micro-batches.
 
-Samples are consecutive windows of `sequence_length` tokens of the concatenated documents, as the released
-OLMoE was trained (arXiv 2409.02060, section 2; documents end with eos, windows ignore them). The stream's
-order is a function of the seed and one integer, the index of the next sample, which is all the state that a
-checkpoint has to keep.
+The stream's order is a function of the seed, the mixture and one integer, the index of the next sample, which
+is all the state that a checkpoint has to keep. What a sample is: sequences.py.
 """
 
 import hashlib
 import itertools
+import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -16,12 +15,16 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
+from olmoe_train.choices import Packing
 from olmoe_train.config import DataConfig
+from olmoe_train.data.mixture import TURNS, Turns, read_manifests, source_seed, sources
 from olmoe_train.data.order import ORDER, sample_for
-from olmoe_train.data.tokens import TokenSplit, open_split, read_manifest
+from olmoe_train.data.packing import ALGORITHM
+from olmoe_train.data.sequences import Sequences, mask_repetition
+from olmoe_train.data.tokens import Manifest, open_split, shard_files
 from olmoe_train.errors import UserError
 
-IGNORED_LABEL = -100  # Transformers' label of a position without a target
+Sample = dict[str, np.ndarray]
 
 
 def build_train_loader(
@@ -39,11 +42,11 @@ def build_train_loader(
     global order; rank r has the r-th contiguous share of them, in micro-batches of `micro_batch_size`
     sequences (B). After j steps the state to save is `start_sample + j * global_batch_size`.
 
-    Yields {"input_ids", "labels"}, both int64 [B, S] and equal: the model shifts labels, as Transformers'
-    does. Raises UserError for missing or damaged data, or a training split shorter than one sequence.
+    Yields the columns of `collate`. Raises UserError for missing or damaged data, or a training split shorter
+    than one sequence.
     """
     assert global_batch_size % (world_size * micro_batch_size) == 0, "validate() refuses this"
-    dataset = TrainSamples(open_split(data.dir, "train"), data.sequence_length, seed)
+    dataset = TrainSamples(data, seed)
     batches = RankMicroBatches(start_sample, global_batch_size, rank, world_size, micro_batch_size)
     return _loader(dataset, batches, data.num_workers, seed)
 
@@ -51,15 +54,14 @@ def build_train_loader(
 def build_eval_batches(
     data: DataConfig, rank: int, world_size: int, micro_batch_size: int, max_sequences: int | None = None
 ) -> DataLoader[dict[str, torch.Tensor]]:
-    """This rank's batches of the validation split, in order; every rank gets the same number of batches.
+    """This rank's batches of data.dir's validation split, in order; every rank gets as many batches.
 
     Every validation token is in exactly one sequence; the last one is padded, and so is the last batch, with
     whole sequences of padding. max_sequences: only the first so many sequences; None: all.
 
-    Yields {"input_ids", "labels", "attention_mask"}, all int64 [B, S]; padding has label -100 and attention
-    mask 0.
+    Yields the columns of `collate`, attention_mask among them.
     """
-    dataset = EvalSequences(open_split(data.dir, "validation"), data.sequence_length)
+    dataset = EvalSequences(data)
     count = len(dataset) if max_sequences is None else min(max_sequences, len(dataset))
     if count == 0:
         raise UserError(
@@ -79,65 +81,102 @@ def fingerprint(data: DataConfig, seed: int) -> dict[str, Any]:
     """What decides the stream: a run may go on from a sample index only where this is equal. JSON values,
     flat.
     """
-    manifest = read_manifest(data.dir)
-    shards = "".join(shard.sha256 for shard in manifest.train.shards)
-    return {
+    manifests = read_manifests(data)
+    common = {
         "order": ORDER,
         "seed": seed,
         "sequence_length": data.sequence_length,
+        "packing": ALGORITHM if data.packing is Packing.best_fit else data.packing.value,
+        "tokenizer_sha256": next(iter(manifests.values())).tokenizer_sha256,
+    }
+    if not data.mixture:
+        return common | _contents(*manifests.values())
+    common["mixture"] = f"{TURNS}: {', '.join(manifests)}"
+    weights = {source.name: source.weight for source in sources(data)}
+    for name, manifest in manifests.items():
+        contents = _contents(manifest) | {"share": weights[name] / sum(weights.values())}
+        common |= {f"mixture.{name}.{key}": value for key, value in contents.items()}
+    return common
+
+
+def _contents(manifest: Manifest) -> dict[str, Any]:
+    hashes = "".join(digest for shard in manifest.train.shards for _, digest in shard_files(shard))
+    return {
         "train_tokens": manifest.train.tokens,
-        "train_sha256": hashlib.sha256(shards.encode()).hexdigest(),
-        "tokenizer_sha256": manifest.tokenizer_sha256,
+        "train_sha256": hashlib.sha256(hashes.encode()).hexdigest(),
     }
 
 
-class TrainSamples(Dataset[dict[str, torch.Tensor]]):
-    """Global sample index -> sequence. The tail that does not fill a sequence is dropped, as in the released
-    run.
+class TrainSamples(Dataset[Sample]):
+    """Global sample index -> sample, over all sources of the mixture. UserError for a source shorter than one
+    sequence.
     """
 
-    def __init__(self, tokens: TokenSplit, sequence_length: int, seed: int):
-        self.tokens = tokens
-        self.sequence_length = sequence_length
-        self.seed = seed
-        self.num_samples = len(tokens) // sequence_length
-        if self.num_samples == 0:
-            raise UserError(
-                f"data.sequence_length={sequence_length} is longer than the whole training split "
-                f"({len(tokens):,} tokens).\n  Shorten it, or prepare more data."
-            )
+    def __init__(self, data: DataConfig, seed: int):
+        self.sources = sources(data)
+        read_manifests(data)  # complains of sources that do not fit together
+        self.sequences = [
+            Sequences(open_split(source.directory, "train"), data, keep_tail=False) for source in self.sources
+        ]
+        for source, sequences in zip(self.sources, self.sequences, strict=True):
+            if len(sequences) == 0:
+                where = f"the training split of {source.name}" if data.mixture else "the whole training split"
+                raise UserError(
+                    f"data.sequence_length={data.sequence_length} is longer than {where} "
+                    f"({len(sequences.split):,} tokens).\n  Shorten it, or prepare more data."
+                )
+        # Weights are shares of tokens; packed sequences of one source may be fuller than another's.
+        densities = [sequences.tokens_per_sequence for sequences in self.sequences]
+        self.turns = Turns([s.weight / density for s, density in zip(self.sources, densities, strict=True)])
+        several = len(data.mixture) > 0
+        self.seeds = [source_seed(seed, i) if several else seed for i in range(len(self.sources))]
+        self.repetition_filter = data.repetition_filter
 
-    def __getitem__(self, global_index: int) -> dict[str, torch.Tensor]:
-        start = sample_for(global_index, self.num_samples, self.seed) * self.sequence_length
-        input_ids = torch.from_numpy(self.tokens.read(start, start + self.sequence_length))
-        return {"input_ids": input_ids, "labels": input_ids}
+    def __getitem__(self, global_index: int) -> Sample:
+        source, index = self.turns.place(global_index)
+        sequences = self.sequences[source]
+        sample = sequences.sample(sample_for(index, len(sequences), self.seeds[source]))
+        return mask_repetition(sample) if self.repetition_filter else sample
+
+    @property
+    def epoch(self) -> int:
+        """Samples of one epoch: of the whole data, or of a mixture's token budgets together."""
+        if self.sources[0].budget is None:
+            assert len(self.sources) == 1, "validate() refuses epochs of a mixture by weight"
+            return len(self.sequences[0])
+        pairs = zip(self.sources, self.sequences, strict=True)
+        return math.ceil(sum((source.budget or 0) / s.tokens_per_sequence for source, s in pairs))
+
+    def shares(self, samples: int) -> dict[str, dict[str, float]]:
+        """For each source, of the first `samples` samples: its share of the tokens, the share that was asked
+        for, and its epochs so far.
+        """
+        drawn = self.turns.drawn(samples)
+        tokens = [n * s.tokens_per_sequence for n, s in zip(drawn, self.sequences, strict=True)]
+        whole = sum(source.weight for source in self.sources)
+        return {
+            source.name: {
+                "share": tokens[i] / max(1, sum(tokens)),
+                "requested_share": source.weight / whole,
+                "epochs": drawn[i] / len(self.sequences[i]),
+            }
+            for i, source in enumerate(self.sources)
+        }
 
 
-class EvalSequences(Dataset[dict[str, torch.Tensor]]):
-    """Sequence i of the split in order; the last may be padded, FILLER is all padding."""
+class EvalSequences(Dataset[Sample]):
+    """Sequence i of data.dir's validation split; the last may be padded, FILLER is all padding."""
 
     FILLER = -1
 
-    def __init__(self, tokens: TokenSplit, sequence_length: int):
-        self.tokens = tokens
-        self.sequence_length = sequence_length
-        manifest = tokens.manifest
-        # Any id serves: padding is masked out of attention, loss and router statistics.
-        self.pad = manifest.eos_token_id if manifest.pad_token_id is None else manifest.pad_token_id
+    def __init__(self, data: DataConfig):
+        self.sequences = Sequences(open_split(data.dir, "validation"), data, keep_tail=True)
 
     def __len__(self) -> int:
-        return -(-len(self.tokens) // self.sequence_length)
+        return len(self.sequences)
 
-    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
-        start = len(self.tokens) if index == self.FILLER else index * self.sequence_length
-        real = self.tokens.read(start, min(start + self.sequence_length, len(self.tokens)))
-        padding = (0, self.sequence_length - len(real))
-        columns = {
-            "input_ids": np.pad(real, padding, constant_values=self.pad),
-            "labels": np.pad(real, padding, constant_values=IGNORED_LABEL),
-            "attention_mask": np.pad(np.ones_like(real), padding),
-        }
-        return {name: torch.from_numpy(column) for name, column in columns.items()}
+    def __getitem__(self, index: int) -> Sample:
+        return self.sequences.sample(None if index == self.FILLER else index)
 
 
 @dataclass(frozen=True)
@@ -159,13 +198,33 @@ class RankMicroBatches:
                 yield list(range(start, start + self.micro_batch_size))
 
 
+def collate(samples: list[Sample]) -> dict[str, torch.Tensor]:
+    """Samples as one batch: every column stacked, but for document_starts.
+
+    input_ids, labels, perhaps attention_mask: int64 [B, S]. repetitive: bool [B], with the repetition filter.
+    document_offsets: int32 [documents + 1], with mask_documents: where each document starts in the batch's
+    B * S tokens laid end to end, and their number (what attention kernels call cu_seqlens).
+    """
+    batch = {
+        name: torch.from_numpy(np.stack([sample[name] for sample in samples]))
+        for name in samples[0]
+        if name != "document_starts"
+    }
+    if "document_starts" in samples[0]:
+        tokens, length = batch["input_ids"].numel(), batch["input_ids"].shape[1]
+        starts = [sample["document_starts"] + row * length for row, sample in enumerate(samples)]
+        batch["document_offsets"] = torch.from_numpy(np.concatenate([*starts, [tokens]]).astype(np.int32))
+    return batch
+
+
 def _loader(
-    dataset: Dataset[dict[str, torch.Tensor]], batches: Iterable[list[int]], num_workers: int, seed: int
+    dataset: Dataset[Any], batches: Iterable[list[int]], num_workers: int, seed: int
 ) -> DataLoader[dict[str, torch.Tensor]]:
     return DataLoader(
         dataset,
         batch_sampler=batches,
         num_workers=num_workers,
+        collate_fn=collate,
         pin_memory=torch.cuda.is_available(),
         # Its own generator: a DataLoader draws a seed for its workers, by default from the global one, where
         # a resumed run would then no longer draw the same dropout masks.

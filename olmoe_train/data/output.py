@@ -10,7 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from olmoe_train.config import SourceConfig
+from olmoe_train.choices import Records
+from olmoe_train.data.config import SourceConfig
 from olmoe_train.data.encode import Encoded
 from olmoe_train.data.reader import START, Batch, Position
 from olmoe_train.data.records import BadRecord
@@ -31,10 +32,13 @@ class Counts:
     documents: int = 0
     empty: int = 0
     quarantined: int = 0
+    filtered: int = 0
+    unaligned: int = 0
+    without_target: int = 0
 
     @property
     def records(self) -> int:
-        return self.documents + self.empty + self.quarantined
+        return self.documents + self.empty + self.quarantined + self.filtered
 
 
 @dataclass(frozen=True)
@@ -82,16 +86,22 @@ class Output:
     """Takes encoded batches in order; what `done` says is there already is verified and kept."""
 
     def __init__(
-        self, directory: Path, source: SourceConfig, vocab_size: int, dtype: np.dtype[Any], done: Done
+        self,
+        directory: Path,
+        source: SourceConfig,
+        vocab_size: int,
+        dtype: np.dtype[Any],
+        done: Done,
     ):
         """Raises ChangedError where the files are not as `done` says."""
         self._directory = directory
         self._begun = done
         self._position = done.position
         self.counts = done.counts
-        self.train = SplitWriter(directory, "train", source.shard_tokens, vocab_size, dtype, done.train)
-        self.validation = SplitWriter(
-            directory, "validation", source.shard_tokens, vocab_size, dtype, done.validation
+        masked = source.records is not Records.text
+        self.train, self.validation = (
+            SplitWriter(directory, name, source.shard_tokens, vocab_size, dtype, masked, progress)
+            for name, progress in (("train", done.train), ("validation", done.validation))
         )
         self._quarantine = Quarantine(directory, source.max_bad_fraction, done.quarantine_bytes)
         self._saved_at = time.monotonic()
@@ -104,9 +114,12 @@ class Output:
         """UserError when more than the allowed share of records is bad."""
         shards = self.shards_closed
         for split, new in ((self.train, encoded.train), (self.validation, encoded.validation)):
-            split.add(new.tokens, new.lengths, new.text_bytes)
+            split.add(new.tokens, new.lengths, new.text_bytes, new.targets)
             self.counts.documents += len(new.lengths)
+            self.counts.unaligned += new.unaligned
+            self.counts.without_target += new.without_target
         self.counts.empty += encoded.empty
+        self.counts.filtered += encoded.filtered
         self.counts.quarantined += len(encoded.bad)
         self._quarantine.add(encoded.bad)
         self._position = batch.end

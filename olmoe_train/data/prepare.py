@@ -8,6 +8,7 @@ tokens.py reads what is written here.
 import math
 import sys
 from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -15,19 +16,31 @@ import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
-from olmoe_train.choices import OnBadRecord
-from olmoe_train.config import PrepareConfig, TokenizerConfig
+from olmoe_train.choices import OnBadRecord, Records
+from olmoe_train.config import PrepareConfig
+from olmoe_train.data.config import OlmoFilesConfig, TokenizerConfig
+from olmoe_train.data.corpus import digest
 from olmoe_train.data.encode import Encoder, cores, in_order, worker_processes
 from olmoe_train.data.output import PROGRESS, QUARANTINE, Output, begun, read_done
-from olmoe_train.data.reader import START, Position, Reading, read_batches
-from olmoe_train.data.records import BadRecord, Splitting, documents
+from olmoe_train.data.reader import START, Position, read_batches
+from olmoe_train.data.reading import Reading
+from olmoe_train.data.records import BadRecord, Document, Splitting, documents
 from olmoe_train.data.sources import Corpus, open_corpus, source_errors, source_settings
-from olmoe_train.data.tokenizer import SMALLEST_VOCABULARY, TokenizerFiles, read_tokenizer, train_tokenizer
+from olmoe_train.data.tokenizer import (
+    SMALLEST_VOCABULARY,
+    TokenizerFiles,
+    chat_template,
+    given_tokenizer,
+    read_tokenizer,
+    template_file,
+    train_tokenizer,
+)
 from olmoe_train.data.tokens import (
     DTYPES,
     MANIFEST,
     TOKENIZER,
     Manifest,
+    Targets,
     read_manifest,
     verify_hashes,
     write_manifest,
@@ -48,23 +61,25 @@ def prepare(cfg: PrepareConfig) -> Manifest:
     """
     _check(cfg)
     final = Path(cfg.data.dir).expanduser().resolve()
-    tokenizer = read_tokenizer(cfg.tokenizer.path) if cfg.tokenizer.path else None
+    tokenizer = given_tokenizer(cfg.tokenizer)
+    chats = cfg.data.source.records is Records.messages
+    reading = Reading.of(cfg.data.source, chat_template(cfg.tokenizer, tokenizer) if chats else None)
     corpus = open_corpus(cfg.data.source)
-    settings = _settings(cfg, tokenizer, corpus)
+    settings = _settings(cfg, tokenizer, reading, corpus)
     if (final / MANIFEST).exists():
         manifest = read_manifest(final)
-        _refuse_other_settings(final, manifest.settings, settings)
+        refuse_other_settings(final, manifest.settings, settings)
         print(f"already prepared, nothing to do: {final} ({verify_hashes(final)} files verified)")
     else:
         with new_directory(final, keep=_keep) as directory:
             try:
-                manifest = _write(directory, cfg, corpus, tokenizer, settings)
+                manifest = _write(directory, cfg, corpus, reading, tokenizer, settings)
             except ChangedError as reason:
                 print(f"starting over, what an interrupted run left in {directory} is of no use: {reason}")
                 clear(directory)
-                manifest = _write(directory, cfg, corpus, tokenizer, settings)
+                manifest = _write(directory, cfg, corpus, reading, tokenizer, settings)
         print(f"prepared {final}")
-    print(_summary(final, manifest))
+    print(summary(final, manifest))
     return manifest
 
 
@@ -88,8 +103,27 @@ def _check(cfg: PrepareConfig) -> None:
         errors.append(f"data.source.shard_tokens={source.shard_tokens}: must be at least 1")
     if source.max_record_bytes < 1:
         errors.append(f"data.source.max_record_bytes={source.max_record_bytes}: must be at least 1")
+    if cfg.data.olmo != OlmoFilesConfig():
+        errors.append("data.olmo: has no effect without data.format=olmo")
+    if source.min_characters < 0:
+        errors.append(f"data.source.min_characters={source.min_characters}: must not be negative")
+    if source.max_characters is not None and source.max_characters < max(1, source.min_characters):
+        errors.append(
+            f"data.source.max_characters={source.max_characters}: must be at least 1 and min_characters"
+        )
     if source.processes < 0:
         errors.append(f"data.source.processes={source.processes}: must be at least 1, or 0 for one a core")
+    errors += _tokenizer_errors(cfg)
+    if errors:
+        raise UserError("\n  ".join(errors))
+
+
+def _tokenizer_errors(cfg: PrepareConfig) -> list[str]:
+    errors = []
+    if cfg.tokenizer.template_date and cfg.data.source.records is not Records.messages:
+        errors.append("tokenizer.template_date: has no effect without data.source.records=messages")
+    if cfg.tokenizer.revision and not cfg.tokenizer.path:
+        errors.append("tokenizer.revision: has no effect without tokenizer.path")
     if cfg.tokenizer.train_bytes < 1:
         errors.append(f"tokenizer.train_bytes={cfg.tokenizer.train_bytes}: must be at least 1")
     if cfg.tokenizer.path is None and cfg.tokenizer.vocab_size < SMALLEST_VOCABULARY:
@@ -97,11 +131,12 @@ def _check(cfg: PrepareConfig) -> None:
             f"tokenizer.vocab_size={cfg.tokenizer.vocab_size}: must be at least {SMALLEST_VOCABULARY} "
             "(256 bytes and 2 special tokens)"
         )
-    if errors:
-        raise UserError("\n  ".join(errors))
+    return errors
 
 
-def _settings(cfg: PrepareConfig, tokenizer: TokenizerFiles | None, corpus: Corpus) -> dict[str, Any]:
+def _settings(
+    cfg: PrepareConfig, tokenizer: TokenizerFiles | None, reading: Reading, corpus: Corpus
+) -> dict[str, Any]:
     """What decides the shards' bytes, as the manifest keeps it."""
     settings = {
         "seed": cfg.seed,
@@ -113,10 +148,12 @@ def _settings(cfg: PrepareConfig, tokenizer: TokenizerFiles | None, corpus: Corp
     }
     if tokenizer is None and cfg.tokenizer.train_bytes != TokenizerConfig.train_bytes:
         settings["tokenizer.train_bytes"] = cfg.tokenizer.train_bytes  # manifests once had no such key
+    if reading.template is not None:
+        settings["chat template"] = digest([asdict(reading.template)])
     return settings
 
 
-def _refuse_other_settings(directory: Path, there: dict[str, Any], asked: dict[str, Any]) -> None:
+def refuse_other_settings(directory: Path, there: dict[str, Any], asked: dict[str, Any]) -> None:
     differing = [key for key in {**there, **asked} if there.get(key) != asked.get(key)]
     if differing:
         lines = [
@@ -136,17 +173,17 @@ def _write(
     directory: Path,
     cfg: PrepareConfig,
     corpus: Corpus,
+    reading: Reading,
     tokenizer: TokenizerFiles | None,
     settings: dict[str, Any],
 ) -> Manifest:
     """All of preparing: fills `directory`, the manifest last."""
     source = cfg.data.source
-    reading = Reading(source.text_field, source.id_field, source.max_record_bytes)
     splitting = Splitting(0.0 if corpus.own_validation else source.validation_fraction, cfg.seed)
     strict = source.on_bad_record is OnBadRecord.strict
     asked = {**settings, "corpus in place": corpus.fingerprint_in_place()}
     done = read_done(directory, asked)
-    with _progress_bar() as bar:
+    with progress_bar() as bar:
         if done is not None:
             tokenizer = read_tokenizer(directory / TOKENIZER)
             if tokenizer.sha256 != done.tokenizer_sha256:
@@ -158,6 +195,7 @@ def _write(
                 texts = _training_texts(corpus, reading, splitting, strict, bar)
                 texts = _first_bytes(texts, cfg.tokenizer.train_bytes)
                 tokenizer = train_tokenizer(texts, cfg.tokenizer.vocab_size)
+                tokenizer = tokenizer.with_chat_template(template_file(cfg.tokenizer))
             tokenizer.save(directory / TOKENIZER)
             done = begun(asked, tokenizer.sha256)
             if trained:  # worth keeping, like shards
@@ -176,7 +214,8 @@ def _write(
             print(f"going on after {done.counts.records:,} records: {output.shards_closed} shards kept")
         _encode(corpus, encoder, output, done.position, source.processes or cores(), bar)
     output.finish()
-    manifest = _manifest(settings, corpus, tokenizer, encoder.dtype, output)
+    masked = source.records is not Records.text
+    manifest = _manifest(settings, corpus, tokenizer, encoder.dtype, output, masked)
     _refuse_empty_splits(manifest, source.validation_fraction)
     write_manifest(directory, manifest)
     return manifest
@@ -192,7 +231,7 @@ def _training_texts(
             if isinstance(record, BadRecord):
                 if strict:
                     raise record.error()
-            elif not record.validation:
+            elif isinstance(record, Document) and not record.validation:
                 yield record.text
         bar.advance(task, batch.bytes_read)
 
@@ -224,15 +263,24 @@ def _encode(
 
 
 def _manifest(
-    settings: dict[str, Any], corpus: Corpus, tokenizer: TokenizerFiles, dtype: str, output: Output
+    settings: dict[str, Any],
+    corpus: Corpus,
+    tokenizer: TokenizerFiles,
+    dtype: str,
+    output: Output,
+    masked: bool,
 ) -> Manifest:
     train, validation = output.train.finish(), output.validation.finish()
-    tokens = train.tokens + validation.tokens
+    tokens, counts, targets = train.tokens + validation.tokens, output.counts, None
+    if masked:
+        target_tokens = int(output.train.counts.sum() + output.validation.counts.sum())
+        targets = Targets(counts.documents, counts.unaligned, counts.without_target, target_tokens)
     return Manifest(
         settings=settings,
         source=corpus.description,
-        skipped_empty_documents=output.counts.empty,
-        quarantined_records=output.counts.quarantined,
+        skipped_empty_documents=counts.empty,
+        quarantined_records=counts.quarantined,
+        filtered_records=counts.filtered,
         tokenizer_sha256=tokenizer.sha256,
         dtype=dtype,
         vocab_size=tokenizer.vocab_size,
@@ -242,13 +290,24 @@ def _manifest(
         unigram_entropy=unigram_entropy(output.train.counts, output.validation.counts),
         train=train,
         validation=validation,
+        targets=targets,
     )
 
 
 def _refuse_empty_splits(manifest: Manifest, fraction: float) -> None:
     train, validation = manifest.train.documents, manifest.validation.documents
     if not train + validation:
-        raise UserError(f"data.source: {manifest.source} has no document with text in it.")
+        filters = f" that the filters keep ({manifest.filtered_records:,} are left out)"
+        raise UserError(
+            f"data.source: {manifest.source} has no document with text in it"
+            f"{filters if manifest.filtered_records else ''}."
+        )
+    if manifest.targets and not manifest.targets.tokens:
+        raise UserError(
+            f"data.source.records: nothing to learn in {manifest.targets.conversations:,} documents; in "
+            f"{manifest.targets.unaligned:,} of them turns cannot be told among the tokens.\n"
+            "  data/README.md says what a chat template must be like (chat and fine-tuning data)."
+        )
     if not train or (fraction > 0 and not validation):
         raise UserError(
             f"data.source.validation_fraction={fraction}: no document of {train + validation} is in the "
@@ -269,7 +328,7 @@ def unigram_entropy(train_counts: np.ndarray, validation_counts: np.ndarray) -> 
     return float(-(validation_counts @ log_probabilities) / validation_counts.sum())
 
 
-def _progress_bar() -> Progress:
+def progress_bar() -> Progress:
     """On stderr. On a terminal it moves; elsewhere each task leaves one line when it is done."""
     return Progress(
         TextColumn("{task.description}"),
@@ -281,18 +340,27 @@ def _progress_bar() -> Progress:
     )
 
 
-def _summary(directory: Path, manifest: Manifest) -> str:
+def summary(directory: Path, manifest: Manifest) -> str:
     rows = [f"  source      {manifest.source}"]
     for name, split in (("train", manifest.train), ("validation", manifest.validation)):
         rows.append(
-            f"  {name:<11} {split.documents:,} documents, {split.tokens:,} tokens, {split.bytes:,} bytes, "
+            f"  {name:<11} {split.documents:,} documents, {split.tokens:,} tokens, "
+            f"{f'{split.bytes:,} bytes, ' if split.bytes else ''}"
             f"{len(split.shards)} shard(s)"
         )
+    if (found := manifest.targets) is not None:
+        rows.append(
+            f"  targets     {found.tokens:,} tokens of {found.conversations:,} documents; "
+            f"{found.without_target:,} have none, in {found.unaligned:,} of them turns cannot be told"
+        )
+    if manifest.filtered_records:
+        rows.append(f"  filtered    {manifest.filtered_records:,} records")
     if manifest.skipped_empty_documents:
         rows.append(f"  skipped     {manifest.skipped_empty_documents:,} empty documents")
     if manifest.quarantined_records:
         rows.append(f"  quarantined {manifest.quarantined_records:,} bad records: {directory / QUARANTINE}")
-    rows.append(f"  tokenizer   {manifest.vocab_size:,} tokens, {manifest.bytes_per_token:.2f} bytes a token")
+    ratio = f", {manifest.bytes_per_token:.2f} bytes a token" if manifest.bytes_per_token else ""
+    rows.append(f"  tokenizer   {manifest.vocab_size:,} tokens{ratio}")
     if (entropy := manifest.unigram_entropy) is not None:
         rows.append(
             f"  unigram     {entropy:.3f} nats a token (perplexity {math.exp(entropy):,.0f}): "

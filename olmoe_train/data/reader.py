@@ -18,6 +18,7 @@ import zstandard
 
 from olmoe_train.data.corpus import Layout, Part
 from olmoe_train.data.hub import HubDataset
+from olmoe_train.data.reading import Reading
 from olmoe_train.errors import UserError
 
 # Text a batch: large against the cost of handing it to a process, small against a core's share of the corpus.
@@ -61,8 +62,8 @@ class Lines:
 @dataclass(frozen=True)
 class Rows:
     part: Part
-    rows: list[tuple[int, Any, Any]]
-    """(row number from 1, text, id); None for an id that there is not."""
+    rows: list[tuple[int, dict[str, Any]]]
+    """(row number from 1, the columns that Reading.columns asks for)"""
 
 
 Work = Files | Lines | Rows
@@ -74,15 +75,6 @@ class Batch:
     end: Position
     bytes_read: int
     """Bytes on disk since the batch before, for the progress bar."""
-
-
-@dataclass(frozen=True)
-class Reading:
-    """What of the configuration decides how a corpus is read."""
-
-    text_field: str
-    id_field: str | None
-    max_record_bytes: int
 
 
 def read_batches(
@@ -196,35 +188,38 @@ def _row_batches(
     part: Part, skip: int, how: Reading, hub: HubDataset | None
 ) -> Iterator[tuple[Work, int | None, int]]:
     """(rows, number of the last one or None at the end, bytes read on disk: all with the last batch)"""
-    held: list[tuple[int, Any, Any]] = []
+    held: list[tuple[int, dict[str, Any]]] = []
     size, number = 0, skip
-    for text, identity in _rows(part, skip, how, hub):
+    for row in _rows(part, skip, how, hub):
         number += 1
-        held.append((number, text, identity))
-        size += len(text) if isinstance(text, str) else 1
+        held.append((number, row))
+        size += characters(row)
         if size >= BATCH_BYTES:
             yield Rows(part, held), number, 0
             held, size = [], 0
     yield Rows(part, held), None, part.size
 
 
-def _rows(part: Part, skip: int, how: Reading, hub: HubDataset | None) -> Iterator[tuple[Any, Any]]:
-    """(text, id) of each row after the first `skip`."""
+def characters(value: Any) -> int:
+    """Of all text in a row's value."""
+    if isinstance(value, str):
+        return len(value)
+    if isinstance(value, dict):
+        return sum(map(characters, value.values()))
+    return sum(map(characters, value)) if isinstance(value, list) else 1
+
+
+def _rows(part: Part, skip: int, how: Reading, hub: HubDataset | None) -> Iterator[dict[str, Any]]:
+    """Each row after the first `skip`."""
     if part.layout is Layout.hub:
         assert hub is not None
-        yield from hub.rows(part.path, skip, how.text_field, how.id_field)
+        yield from hub.rows(part.path, skip, how)
         return
     number = 0
     try:
         for table in _tables(part, how):
-            if (number := number + table.num_rows) <= skip:
-                continue
-            kept = table.slice(max(0, table.num_rows - (number - skip)))
-            texts = kept.column(how.text_field).to_pylist()
-            has_ids = how.id_field is not None and how.id_field in kept.schema.names
-            yield from zip(
-                texts, kept.column(how.id_field).to_pylist() if has_ids else [None] * len(texts), strict=True
-            )
+            if (number := number + table.num_rows) > skip:
+                yield from table.slice(max(0, table.num_rows - (number - skip))).to_pylist()
     except DAMAGE as error:
         raise damaged(part.path, number + 1, error) from error
 
@@ -233,24 +228,15 @@ def _tables(part: Part, how: Reading) -> Iterator[pyarrow.RecordBatch]:
     """Record batches of a parquet or arrow file (stream or file format)."""
     if part.layout is Layout.parquet:
         with pyarrow.parquet.ParquetFile(part.path) as file:
-            columns = check_columns(part.path, file.schema_arrow.names, how)
+            columns = how.columns(part.path, file.schema_arrow.names)
             yield from file.iter_batches(batch_size=_ROWS, columns=columns)
         return
     with pyarrow.memory_map(part.path) as mapped:
         is_file = mapped.read(6) == b"ARROW1"
         mapped.seek(0)
         reader = pyarrow.ipc.open_file(mapped) if is_file else pyarrow.ipc.open_stream(mapped)
-        check_columns(part.path, reader.schema.names, how)
+        columns = how.columns(part.path, reader.schema.names)
         batches = map(reader.get_batch, range(reader.num_record_batches)) if is_file else reader
         for batch in batches:
-            yield from (batch.slice(start, _ROWS) for start in range(0, batch.num_rows, _ROWS))
-
-
-def check_columns(where: str, names: list[str], how: Reading) -> list[str]:
-    """The columns to read. UserError without a column of texts."""
-    if how.text_field not in names:
-        raise UserError(
-            f"{where}: no column {how.text_field!r}; it has {', '.join(names)}.\n"
-            "  Say which one holds the text with data.source.text_field."
-        )
-    return [name for name in names if name in (how.text_field, how.id_field)]
+            chosen = batch.select(columns)
+            yield from (chosen.slice(start, _ROWS) for start in range(0, chosen.num_rows, _ROWS))

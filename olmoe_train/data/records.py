@@ -6,8 +6,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from olmoe_train.choices import Records
+from olmoe_train.data.chat import Message, Span, TemplateError
 from olmoe_train.data.corpus import Part, held_out
-from olmoe_train.data.reader import CUT_BYTES, DAMAGE, Files, Lines, Reading, Work, chunks, damaged
+from olmoe_train.data.reader import CUT_BYTES, DAMAGE, Files, Lines, Work, chunks, damaged
+from olmoe_train.data.reading import Filtered, Reading
 from olmoe_train.errors import UserError
 
 
@@ -18,6 +21,9 @@ class Document:
     validation: bool
     where: str
     """path:line"""
+    turns: list[Span] | None = None
+    """Of a conversation, or a prompt and its completion: the characters to be learnt; None: they cannot be
+    told. Of plain text: None, for all of it is learnt."""
 
 
 @dataclass(frozen=True)
@@ -47,48 +53,56 @@ class _NoDocumentError(Exception):
     """Why a record is none, on its way to the BadRecord."""
 
 
-def documents(work: Work, how: Reading, splitting: Splitting) -> Iterator[Document | BadRecord]:
+def documents(work: Work, how: Reading, splitting: Splitting) -> Iterator[Document | BadRecord | Filtered]:
     """Each record of a batch, in order. UserError path:line for a damaged compressed file."""
     if isinstance(work, Files):
         for part in work.parts:
             yield _whole_file(part, how, splitting)
-        return
-    if isinstance(work, Lines):
+    elif isinstance(work, Lines):
         for number, line, size in work.lines:
             try:
-                text, identity = _parse_line(line, size, how)
+                record = _parse_line(line, size, how)
+                yield _document(work.part, number, record, how, splitting)
             except _NoDocumentError as bad:
                 yield BadRecord(f"{work.part.path}:{number}", str(bad), line)
-            else:
-                yield _document(work.part, number, text, identity, splitting)
-        return
-    for number, text, identity in work.rows:
-        try:
-            _check_text(text, how)
-        except _NoDocumentError as bad:
-            raw = text if isinstance(text, str) else json.dumps(text, default=repr)
-            contents = raw.encode("utf-8", "backslashreplace")
-            yield BadRecord(
-                f"{work.part.path}:{number}",
-                str(bad),
-                contents[:CUT_BYTES] if len(contents) > how.max_record_bytes else contents,
-            )
-        else:
-            yield _document(work.part, number, text, identity, splitting)
+    else:
+        for number, row in work.rows:
+            try:
+                yield _document(work.part, number, row, how, splitting)
+            except _NoDocumentError as bad:
+                raw = json.dumps(row, ensure_ascii=False, default=repr).encode("utf-8", "backslashreplace")
+                kept = raw[:CUT_BYTES] if len(raw) > how.max_record_bytes else raw
+                yield BadRecord(f"{work.part.path}:{number}", str(bad), kept)
 
 
-def _document(part: Part, number: int, text: str, identity: Any, splitting: Splitting) -> Document:
+def _document(
+    part: Part, number: int, record: dict[str, Any] | None, how: Reading, splitting: Splitting
+) -> Document | Filtered:
+    """record: None for a file without lines, which counts as an empty document."""
+    where = f"{part.path}:{number}"
+    if record is None:
+        return Document("", part.validation, where)
+    if not how.wants(record):
+        return Filtered.FILTERED
+    text, turns = _content(record, how)
+    identity = record.get(how.id_field) if how.id_field is not None else None
     # An id stays with a document when it moves to another line or file.
     name = f"{part.name}:{number}" if identity is None else f"id:{identity}"
     validation = part.validation or held_out(name, splitting.fraction, splitting.seed)
-    return Document(text, validation, f"{part.path}:{number}")
+    return _if_wanted(Document(text, validation, where, turns), how)
 
 
-def _parse_line(line: bytes, size: int, how: Reading) -> tuple[str, Any]:
-    """(text, id or None). _NoDocumentError for what is no record with a text."""
+def _if_wanted(document: Document, how: Reading) -> Document | Filtered:
+    """Empty documents are counted as such, whatever their length should be."""
+    empty = not document.text.strip()
+    return document if empty or how.wants_length(len(document.text)) else Filtered.FILTERED
+
+
+def _parse_line(line: bytes, size: int, how: Reading) -> dict[str, Any] | None:
+    """_NoDocumentError for what is no JSON object. None for a file without lines."""
     _check_size(size, how)
-    if not line:  # a file without lines: counted as an empty document
-        return "", None
+    if not line:
+        return None
     try:
         record = json.loads(line.decode("utf-8"))
     except UnicodeDecodeError as error:
@@ -98,25 +112,61 @@ def _parse_line(line: bytes, size: int, how: Reading) -> tuple[str, Any]:
     except (ValueError, RecursionError) as error:  # a number of thousands of digits, thousands of brackets
         raise _NoDocumentError(f"malformed JSON: {error}") from None
     if not isinstance(record, dict):
-        raise _NoDocumentError(f"a JSON {_json_type(record)}, not an object with a field {how.text_field!r}")
-    if how.text_field not in record:
-        fields = ", ".join(map(repr, list(record)[:10])) or "no fields"
-        raise _NoDocumentError(f"no field {how.text_field!r} (data.source.text_field); it has {fields}")
-    _check_text(record[how.text_field], how)
-    identity = record.get(how.id_field) if how.id_field is not None else None
-    return record[how.text_field], identity
+        field = how.content_fields[0]
+        raise _NoDocumentError(f"a JSON {_json_type(record)}, not an object with a field {field!r}")
+    return record
 
 
-def _check_text(text: Any, how: Reading) -> None:
-    if not isinstance(text, str):
-        raise _NoDocumentError(f"its {how.text_field!r} is a JSON {_json_type(text)}, not a string")
+def _content(record: dict[str, Any], how: Reading) -> tuple[str, list[Span] | None]:
+    """(text, what of it is to be learnt, as Document says). _NoDocumentError for a record without them."""
+    for field in how.content_fields:
+        if field not in record:
+            there = ", ".join(map(repr, list(record)[:10])) or "no fields"
+            raise _NoDocumentError(f"no field {field!r} ({how.key_of(field)}); it has {there}")
+    values = [record[field] for field in how.content_fields]
+    turns: list[Span] | None = None
+    if how.records is Records.messages:
+        assert how.template is not None
+        try:
+            text, turns = how.template.render_conversation(_messages(values[0], how.content_fields[0]))
+        except TemplateError as error:
+            raise _NoDocumentError(str(error)) from None
+    else:
+        for field, value in zip(how.content_fields, values, strict=True):
+            if not isinstance(value, str):
+                raise _NoDocumentError(f"its {field!r} is a JSON {_json_type(value)}, not a string")
+        text = "".join(values)
+        if how.records is Records.prompt_completion:
+            turns = [(len(values[0]), len(text))]
+    _check_text(text, how)
+    return text, turns
+
+
+def _messages(value: Any, field: str) -> list[Message]:
+    """_NoDocumentError unless it is a list of messages, each with a role and a content that are strings."""
+    if not isinstance(value, list):
+        raise _NoDocumentError(f"its {field!r} is a JSON {_json_type(value)}, not a list")
+    if not value:
+        raise _NoDocumentError(f"its {field!r} has no message")
+    for number, message in enumerate(value, start=1):
+        if not isinstance(message, dict):
+            raise _NoDocumentError(f"message {number} is a JSON {_json_type(message)}, not an object")
+        for name in ("role", "content"):
+            if name not in message:
+                raise _NoDocumentError(f"message {number} has no {name!r}")
+            if not isinstance(message[name], str):
+                kind = _json_type(message[name])
+                raise _NoDocumentError(f"the {name!r} of message {number} is a JSON {kind}, not a string")
+    return value
+
+
+def _check_text(text: str, how: Reading) -> None:
     try:
         _check_size(len(text.encode("utf-8")), how)
     except UnicodeEncodeError as error:  # JSON can spell "\ud800" alone, no encoding of Unicode can
         half = f"\\u{ord(text[error.start]):04x}"
-        raise _NoDocumentError(
-            f"its {how.text_field!r} has half a surrogate pair, {half}, at {error.start}"
-        ) from None
+        field = " + ".join(map(repr, how.content_fields))
+        raise _NoDocumentError(f"its {field} has half a surrogate pair, {half}, at {error.start}") from None
 
 
 def _check_size(size: int, how: Reading) -> None:
@@ -137,7 +187,7 @@ def _not_utf8(contents: bytes, error: UnicodeDecodeError) -> str:
     return f"byte 0x{contents[error.start]:02x} is not UTF-8 ({error.reason})"
 
 
-def _whole_file(part: Part, how: Reading, splitting: Splitting) -> Document | BadRecord:
+def _whole_file(part: Part, how: Reading, splitting: Splitting) -> Document | BadRecord | Filtered:
     """A file's text, every character kept."""
     try:
         contents = _read(part, how.max_record_bytes)
@@ -148,7 +198,7 @@ def _whole_file(part: Part, how: Reading, splitting: Splitting) -> Document | Ba
         reason = f"more than data.source.max_record_bytes={how.max_record_bytes} bytes"
         return BadRecord(f"{part.path}:1", reason, contents[:CUT_BYTES])
     try:
-        return Document(contents.decode("utf-8"), validation, f"{part.path}:1")
+        return _if_wanted(Document(contents.decode("utf-8"), validation, f"{part.path}:1"), how)
     except UnicodeDecodeError as error:
         line = contents.count(b"\n", 0, error.start) + 1
         return BadRecord(f"{part.path}:{line}", _not_utf8(contents, error), contents)

@@ -2,14 +2,15 @@
 
 import platform
 import sysconfig
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from olmoe_train.choices import SourceKind
-from olmoe_train.config import SourceConfig
+from olmoe_train.choices import Records, SourceKind
+from olmoe_train.data.config import SourceConfig
 from olmoe_train.data.corpus import Layout, Part, digest, find_parts, python_stdlib_parts
 from olmoe_train.data.hub import HubDataset, hub_parts, open_hub_dataset
+from olmoe_train.data.reading import CONTENT_KEYS
 from olmoe_train.errors import UserError
 
 
@@ -52,12 +53,18 @@ def source_errors(source: SourceConfig) -> list[str]:
         "name": source.kind is not SourceKind.datasets,
         "paths": source.kind is SourceKind.python_stdlib,
         "validation_paths": not source.paths,
+        "keep": source.kind is SourceKind.python_stdlib,
     }
-    return [
+    errors = [
         f"data.source.{key}={value}: has no effect with {kind}; see data=jsonl and data=hf"
         for key, nothing_reads_it in unread.items()
         if nothing_reads_it and (value := getattr(source, key))
     ]
+    if source.records is not Records.text and source.kind is SourceKind.python_stdlib:
+        errors.append(
+            f"data.source.records={source.records.value}: {kind} has text files only; see data=chat"
+        )
+    return errors
 
 
 def open_corpus(source: SourceConfig) -> Corpus:
@@ -72,6 +79,11 @@ def open_corpus(source: SourceConfig) -> Corpus:
             hub_parts(hub, source.split, source.validation_split), hub, f"dataset {source.name} ({names})"
         )
     parts = find_parts(source.paths, source.validation_paths)
+    texts = [part.path for part in parts if part.layout is Layout.text]
+    if texts and source.records is not Records.text:
+        raise UserError(f"data.source.records={source.records.value}: {texts[0]} is text, it has no records.")
+    if texts and source.keep:
+        raise UserError(f"data.source.keep: {texts[0]} is text, it has no fields to keep it by.")
     tables = (Layout.parquet, Layout.arrow)
     if source.kind is SourceKind.datasets and (other := [p.path for p in parts if p.layout not in tables]):
         raise UserError(
@@ -83,7 +95,7 @@ def open_corpus(source: SourceConfig) -> Corpus:
 
 def source_settings(source: SourceConfig, corpus: Corpus) -> dict[str, Any]:
     """What decides the documents, as the manifest keeps it. The standard library is what it is."""
-    settings = {
+    settings: dict[str, Any] = {
         "data.source.kind": source.kind.value,
         "data.source.validation_fraction": None if corpus.own_validation else source.validation_fraction,
     }
@@ -94,4 +106,15 @@ def source_settings(source: SourceConfig, corpus: Corpus) -> dict[str, Any]:
             "data.source.id_field": source.id_field,
             "data.source.max_record_bytes": source.max_record_bytes,
         }
+    # Manifests once had none of these: they are there where they are not the default.
+    if source.records is not Records.text:
+        del settings["data.source.text_field"]
+        settings["data.source.records"] = source.records.value
+        for key in CONTENT_KEYS[source.records]:
+            settings[f"data.source.{key}_field"] = getattr(source, f"{key}_field")
+    if source.keep:
+        settings["data.source.keep"] = [asdict(one) for one in source.keep]
+    for key in ("min_characters", "max_characters"):
+        if value := getattr(source, key):
+            settings[f"data.source.{key}"] = value
     return settings

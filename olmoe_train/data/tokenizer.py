@@ -1,22 +1,29 @@
-"""The tokenizer of prepared data: trained here, or taken from a tokenizer.json or an HF directory."""
+"""The tokenizer of prepared data: trained here, or a tokenizer.json, an HF directory or one of the hub."""
 
 import hashlib
 import json
+import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
+from olmoe_train.data.chat import ChatTemplate, open_template
+from olmoe_train.data.config import TokenizerConfig
 from olmoe_train.errors import UserError
 
 EOS = "<|endoftext|>"
 PAD = "<|padding|>"
 SMALLEST_VOCABULARY = 2 + 256  # the two special tokens and the bytes
+CHAT_TEMPLATE = "chat_template.jinja"
 
 # What else a Hugging Face directory may hold of a tokenizer; it goes along into exports.
-_COMPANIONS = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja")
+_COMPANIONS = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", CHAT_TEMPLATE)
+_HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
+# The names under which templates and Transformers know special tokens.
+_SPECIAL = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 
 
 @dataclass(frozen=True)
@@ -27,6 +34,24 @@ class TokenizerFiles:
     pad_token_id: int | None
     vocab_size: int
     """Largest token id plus one."""
+    special_tokens: dict[str, str]
+    """("eos_token", ...) -> its text, as chat templates are given them."""
+
+    @property
+    def chat_template(self) -> str | None:
+        """Its own file's, else the one in tokenizer_config.json (where there are several, the default)."""
+        if CHAT_TEMPLATE in self.files:
+            return self.files[CHAT_TEMPLATE].decode("utf-8")
+        template = json.loads(self.files.get("tokenizer_config.json", b"{}")).get("chat_template")
+        if isinstance(template, list):
+            return next((entry["template"] for entry in template if entry["name"] == "default"), None)
+        return template
+
+    def with_chat_template(self, template: str | None) -> "TokenizerFiles":
+        """With another template in its files; None: as it is."""
+        if template is None:
+            return self
+        return replace(self, files={**self.files, CHAT_TEMPLATE: template.encode()})
 
     @property
     def sha256(self) -> str:
@@ -36,6 +61,38 @@ class TokenizerFiles:
         directory.mkdir()
         for name, contents in self.files.items():
             (directory / name).write_bytes(contents)
+
+
+def given_tokenizer(cfg: TokenizerConfig) -> TokenizerFiles | None:
+    """The one that there is already, with the chat template that is asked for. None: one is to be trained."""
+    if cfg.path is None:
+        return None
+    return read_tokenizer(cfg.path, cfg.revision).with_chat_template(template_file(cfg))
+
+
+def template_file(cfg: TokenizerConfig) -> str | None:
+    if cfg.chat_template is None:
+        return None
+    try:
+        return Path(cfg.chat_template).expanduser().read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"tokenizer.chat_template={cfg.chat_template}: {error}") from error
+
+
+def chat_template(cfg: TokenizerConfig, tokenizer: TokenizerFiles | None) -> ChatTemplate:
+    """What renders conversations. tokenizer: as given_tokenizer gives it. UserError without a template."""
+    source = tokenizer.chat_template if tokenizer else template_file(cfg)
+    if source is None:
+        raise UserError(
+            f"data.source.records=messages: the tokenizer (tokenizer.path={cfg.path}) has no chat "
+            "template.\n  Give a file with one: tokenizer.chat_template=FILE.jinja."
+        )
+    if cfg.chat_template:
+        origin = f"tokenizer.chat_template={cfg.chat_template}"
+    else:
+        origin = f"the chat template of tokenizer.path={cfg.path}"
+    special = tokenizer.special_tokens if tokenizer else {"eos_token": EOS, "pad_token": PAD}
+    return open_template(source, special, cfg.template_date, origin)
 
 
 def train_tokenizer(texts: Iterator[str], vocab_size: int) -> TokenizerFiles:
@@ -73,22 +130,44 @@ def train_tokenizer(texts: Iterator[str], vocab_size: int) -> TokenizerFiles:
     )
 
 
-def read_tokenizer(path: str | Path) -> TokenizerFiles:
-    """The tokenizer of an HF directory, or of a lone tokenizer.json, whose eos must then be <|endoftext|>.
+def read_tokenizer(path: str | Path, revision: str | None = None) -> TokenizerFiles:
+    """The tokenizer of an HF directory, of a model's name on the hub, or of a lone tokenizer.json, whose eos
+    must then be <|endoftext|>.
 
     UserError if there is none, it is unreadable, or it has no end-of-text token.
     """
+    origin, name = f"tokenizer.path={path}", str(path)
     path = Path(path).expanduser()
+    if not path.exists() and _HUB_NAME.fullmatch(name):
+        path = _download(name, revision)
+    elif revision is not None:
+        raise UserError(f"tokenizer.revision={revision}: has no effect, {origin} is not of the hub")
     main = path / "tokenizer.json" if path.is_dir() else path
     if not main.is_file():
         raise UserError(
-            f"tokenizer.path={path}: no tokenizer.json there.\n"
-            "  Give a tokenizer.json, a Hugging Face directory that has one, or null to train a tokenizer."
+            f"{origin}: no tokenizer.json there.\n  Give a tokenizer.json, a Hugging Face directory or a "
+            "model's name on the hub that has one, or null to train a tokenizer."
         )
     files = {"tokenizer.json": main.read_bytes()}
     if path.is_dir():
         files |= {name: (path / name).read_bytes() for name in _COMPANIONS if (path / name).is_file()}
-    return _describe(files, f"tokenizer.path={path}")
+    return _describe(files, origin)
+
+
+def _download(name: str, revision: str | None) -> Path:
+    """The directory of the Hugging Face cache that has a hub model's tokenizer files, fetched if need be."""
+    from huggingface_hub import snapshot_download  # half a second to import, and only this needs it
+
+    try:
+        files = ["tokenizer.json", *_COMPANIONS]
+        return Path(snapshot_download(name, revision=revision, allow_patterns=files))
+    except (OSError, ValueError) as error:  # all that the hub's client raises: no network, no such name, ...
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(
+            f"tokenizer.path={name}: no such file or directory here, and the Hugging Face hub does not give "
+            f"it: {reason}\n  Give a path, the hub's name of a model, or null to train a tokenizer. Without "
+            "a network, a name works once it has been downloaded."
+        ) from error
 
 
 def _describe(files: dict[str, bytes], origin: str) -> TokenizerFiles:
@@ -99,15 +178,17 @@ def _describe(files: dict[str, bytes], origin: str) -> TokenizerFiles:
             config |= json.loads(files.get(name, b"{}"))
     except Exception as error:  # `tokenizers` raises bare Exception for a file that it cannot parse
         raise UserError(f"{origin}: not a readable tokenizer: {error}") from error
-    eos = tokenizer.token_to_id(_token_text(config.get("eos_token")) or EOS)
+    special = {name: text for name in _SPECIAL if (text := _token_text(config.get(name)))}
+    special.setdefault("eos_token", EOS)
+    eos = tokenizer.token_to_id(special["eos_token"])
     if eos is None:
         raise UserError(
             f"{origin}: no token to end documents with: tokenizer_config.json names no eos_token of the "
             f"vocabulary, and {EOS} is not in it.\n  Name one as eos_token there."
         )
-    pad = tokenizer.token_to_id(_token_text(config.get("pad_token")) or PAD)
+    pad = tokenizer.token_to_id(special.get("pad_token", PAD))
     largest = max(tokenizer.get_vocab(with_added_tokens=True).values())
-    return TokenizerFiles(files, eos, pad, largest + 1)
+    return TokenizerFiles(files, eos, pad, largest + 1, special)
 
 
 def _token_text(entry: str | dict[str, Any] | None) -> str | None:
@@ -115,10 +196,11 @@ def _token_text(entry: str | dict[str, Any] | None) -> str | None:
     return entry["content"] if isinstance(entry, dict) else entry
 
 
-def load_for_encoding(path: Path) -> Tokenizer:
-    """The tokenizer as documents need it: nothing cut off, and `<|endoftext|>` in a text is just text."""
+def load_for_encoding(path: Path, plain_text: bool) -> Tokenizer:
+    """The tokenizer with nothing cut off. plain_text: `<|endoftext|>` in a text is just text, not the token
+    that ends documents; a rendered conversation has such tokens on purpose."""
     tokenizer = Tokenizer.from_file(str(path))
     tokenizer.no_truncation()
     tokenizer.no_padding()
-    tokenizer.encode_special_tokens = True
+    tokenizer.encode_special_tokens = plain_text
     return tokenizer

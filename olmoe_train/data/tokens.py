@@ -6,7 +6,8 @@ trains on (arXiv 2402.00159; `np.memmap(path, dtype)` opens it). Only prepare.py
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Iterator
+from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ MANIFEST = "manifest.json"
 TOKENIZER = "tokenizer"
 DTYPES: dict[str, np.dtype[Any]] = {"uint16": np.dtype("<u2"), "uint32": np.dtype("<u4")}
 ENDS_DTYPE = np.dtype("<u8")
+MASK_DTYPE = np.dtype("u1")
 
 
 @dataclass(frozen=True)
@@ -32,6 +34,9 @@ class Shard:
     """Document index: for each document its end (just past its eos), in tokens of this shard, as uint64."""
     documents: int
     ends_sha256: str
+    mask_path: str | None = None
+    """Loss mask: a uint8 a token, 1 where it is a target; None: every token is one."""
+    mask_sha256: str | None = None
 
 
 @dataclass(frozen=True)
@@ -45,14 +50,28 @@ class Split:
 
 
 @dataclass(frozen=True)
+class Targets:
+    """Of data in which not every token is a target: counts over both splits."""
+
+    conversations: int
+    """Or prompts with their completions: the documents."""
+    unaligned: int
+    """Those whose turns cannot be told among the tokens; they have no target."""
+    without_target: int
+    """Those without any target token, the unaligned ones among them."""
+    tokens: int
+    """Target tokens."""
+
+
+@dataclass(frozen=True)
 class Manifest:
     settings: dict[str, Any]
     """The configuration keys that decide the bytes of the shards."""
     source: str
     """What the corpus was, for people."""
     skipped_empty_documents: int
-    tokenizer_sha256: str
-    """Of tokenizer/tokenizer.json."""
+    tokenizer_sha256: str | None
+    """Of tokenizer/tokenizer.json; None: there is none (data.format=olmo)."""
     dtype: str
     vocab_size: int
     """Largest token id of the tokenizer, plus one."""
@@ -61,17 +80,26 @@ class Manifest:
     bytes_per_token: float
     """Over both splits."""
     unigram_entropy: float | None
-    """Nats a token: cross-entropy of the validation tokens under the training tokens' add-one smoothed
+    """Nats a token: cross-entropy of the validation targets under the training targets' add-one smoothed
     frequencies. A model that does no better has learnt nothing from context. None without validation tokens.
     """
     train: Split
     validation: Split
     quarantined_records: int = 0
     """In quarantine.jsonl."""
+    filtered_records: int = 0
+    """Left out by data.source.keep, min_characters and max_characters."""
+    targets: Targets | None = None
+    """None: every token is a target."""
+    tokens_in_place: bool = False
+    """The token files are others' (data.format=olmo), by their absolute paths; the rest is here."""
 
 
 def write_manifest(directory: Path, manifest: Manifest) -> None:
-    record = {"format": FORMAT, "version": VERSION, **asdict(manifest)}
+    record: dict[str, Any] = {"format": FORMAT, "version": VERSION, **asdict(manifest)}
+    for shard in (*record["train"]["shards"], *record["validation"]["shards"]):
+        if shard["mask_path"] is None:
+            del shard["mask_path"], shard["mask_sha256"]
     (directory / MANIFEST).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
 
 
@@ -94,6 +122,8 @@ def read_manifest(directory: str | Path) -> Manifest:
     except (ValueError, TypeError, KeyError) as error:
         reason = f"no {error}" if isinstance(error, KeyError) else str(error)
         raise _damaged(path, f"not a manifest of this program: {reason}", directory) from error
+    if manifest.tokenizer_sha256 is None:
+        return manifest
     tokenizer = directory / TOKENIZER / "tokenizer.json"
     if not tokenizer.is_file():
         raise _damaged(tokenizer, "missing", directory)
@@ -110,12 +140,17 @@ def _parse_manifest(record: dict[str, Any]) -> Manifest:
         raise ValueError(f"format is {record['format']!r}, not {FORMAT!r}")
     if record["version"] != VERSION:
         raise ValueError(f"version is {record['version']!r}; this program reads {VERSION}")
-    # A manifest of before there was a quarantine has no count of it.
-    values = {"quarantined_records": 0, **record}
-    values = {field.name: values[field.name] for field in fields(Manifest)}
-    manifest = Manifest(
-        **{**values, **{name: _parse_split(record[name], name) for name in ("train", "validation")}}
-    )
+    # Fields that have come since have a default; a later program's are left aside.
+    values = {
+        field.name: record[field.name]
+        for field in fields(Manifest)
+        if field.default is MISSING or field.name in record
+    }
+    in_place = values.get("tokens_in_place", False)
+    values |= {name: _parse_split(record[name], name, in_place) for name in ("train", "validation")}
+    if values.get("targets") is not None:
+        values["targets"] = Targets(**values["targets"])
+    manifest = Manifest(**values)
     if manifest.dtype not in DTYPES:
         raise ValueError(f"dtype is {manifest.dtype!r}, not {' or '.join(DTYPES)}")
     if manifest.vocab_size > 1 << 8 * DTYPES[manifest.dtype].itemsize:
@@ -127,16 +162,18 @@ def _parse_manifest(record: dict[str, Any]) -> Manifest:
     return manifest
 
 
-def _parse_split(record: dict[str, Any], name: str) -> Split:
+def _parse_split(record: dict[str, Any], name: str, tokens_in_place: bool) -> Split:
     shards = tuple(Shard(**shard) for shard in record["shards"])
     split = Split(record["documents"], record["tokens"], record["bytes"], shards)
     for key in ("tokens", "documents"):
         total = sum(getattr(shard, key) for shard in shards)
         if total != getattr(split, key):
             raise ValueError(f"{name}.{key} is {getattr(split, key)}, but its shards add up to {total}")
-    for relative in (path for shard in shards for path in (shard.path, shard.ends_path)):
-        if Path(relative).is_absolute() or ".." in Path(relative).parts:
-            raise ValueError(f"shard path {relative!r} leaves the prepared directory")
+    for shard in shards:
+        for relative, _ in shard_files(shard):
+            elsewhere = Path(relative).is_absolute() or ".." in Path(relative).parts
+            if elsewhere and not (tokens_in_place and relative == shard.path):
+                raise ValueError(f"shard path {relative!r} leaves the prepared directory")
     return split
 
 
@@ -145,6 +182,16 @@ def _damaged(path: Path, what: str, directory: Path) -> UserError:
         f"{path}: {what}.\n  The prepared data is damaged: restore the file, "
         f"or delete {directory} and run `olmoe prepare ... data.dir={directory}` again."
     )
+
+
+def shard_files(shard: Shard) -> list[tuple[str, str]]:
+    """(path, SHA-256) of each file of a shard. ValueError for a mask without a hash, or the other way."""
+    if (shard.mask_path is None) != (shard.mask_sha256 is None):
+        raise ValueError(f"{shard.path} has only one of mask_path and mask_sha256")
+    files = [(shard.path, shard.sha256), (shard.ends_path, shard.ends_sha256)]
+    if shard.mask_path is not None and shard.mask_sha256 is not None:
+        files.append((shard.mask_path, shard.mask_sha256))
+    return files
 
 
 class TokenSplit:
@@ -156,13 +203,17 @@ class TokenSplit:
     def __init__(self, directory: Path, manifest: Manifest, name: str):
         self.directory = directory
         self.manifest = manifest
+        self.name = name
         self.shards: tuple[Shard, ...] = getattr(manifest, name).shards
         self.dtype = DTYPES[manifest.dtype]
         for shard in self.shards:
             self._check_size(shard.path, shard.tokens * self.dtype.itemsize)
             self._check_size(shard.ends_path, shard.documents * ENDS_DTYPE.itemsize)
+            if shard.mask_path is not None:
+                self._check_size(shard.mask_path, shard.tokens * MASK_DTYPE.itemsize)
+        self.has_mask = any(shard.mask_path is not None for shard in self.shards)
         self._starts = np.cumsum([0, *(shard.tokens for shard in self.shards)])
-        self._maps: dict[int, np.ndarray] = {}
+        self._maps: dict[str, np.ndarray] = {}
 
     def _check_size(self, relative: str, expected: int) -> None:
         path = self.directory / relative
@@ -176,24 +227,69 @@ class TokenSplit:
 
     def read(self, start: int, stop: int) -> np.ndarray:
         """Tokens [start, stop) as int64. UserError for a token id beyond the vocabulary."""
-        assert 0 <= start <= stop <= len(self), f"[{start}, {stop}) of {len(self)} tokens"
         out = np.empty(stop - start, np.int64)
-        shard = int(np.searchsorted(self._starts, start, side="right")) - 1
-        filled = 0
-        while filled < len(out):
-            offset = start + filled - int(self._starts[shard])
-            part = self._map(shard)[offset : offset + len(out) - filled]
-            self._check_ids(part, shard, offset)
-            out[filled : filled + len(part)] = part
-            filled += len(part)
-            shard += 1
+        for shard, at, first, last in self._parts(start, stop):
+            part = self._map(self.shards[shard].path, self.dtype)[first:last]
+            self._check_ids(part, shard, first)
+            out[at : at + len(part)] = part
         return out
 
-    def _map(self, shard: int) -> np.ndarray:
-        if shard not in self._maps:
-            path = self.directory / self.shards[shard].path
-            self._maps[shard] = np.memmap(path, self.dtype, mode="r")
-        return self._maps[shard]
+    def read_mask(self, start: int, stop: int) -> np.ndarray:
+        """Which of the tokens [start, stop) are targets, bool; all of them where a shard has no loss mask."""
+        out = np.ones(stop - start, bool)
+        for shard, at, first, last in self._parts(start, stop):
+            path = self.shards[shard].mask_path
+            if path is not None:
+                out[at : at + last - first] = self._map(path, MASK_DTYPE)[first:last]
+        return out
+
+    def document_starts(self, start: int, stop: int) -> np.ndarray:
+        """Where documents start inside of [start, stop), `start` itself left out; int64, ascending."""
+        found = []
+        for shard, at, first, last in self._parts(start, stop):
+            ends = self._map(self.shards[shard].ends_path, ENDS_DTYPE)
+            # Bounds in the index's own dtype: with another, searchsorted would convert the whole index.
+            low, high = np.searchsorted(ends, np.array([first, last], ENDS_DTYPE), side="right")
+            found.append(ends[low:high].astype(np.int64) + (start + at - first))
+        starts = np.concatenate([np.empty(0, np.int64), *found])
+        return starts[starts < stop]
+
+    def document_windows(self, documents: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """(starts, stops) of so many documents at a time, in order, int64; the last ones may be fewer."""
+        stops = np.empty(0, np.int64)
+        previous = 0
+        for index, shard in enumerate(self.shards):
+            ends = self._map(shard.ends_path, ENDS_DTYPE)
+            if shard.documents == 0 or int(ends[-1]) != shard.tokens:
+                what = f"its last document does not end with its shard's {shard.tokens:,} tokens"
+                raise _damaged(self.directory / shard.ends_path, what, self.directory)
+            for first in range(0, shard.documents, documents):
+                part = ends[first : first + documents].astype(np.int64) + self._starts[index]
+                stops = np.concatenate([stops, part])
+                while len(stops) >= documents:
+                    window, stops = stops[:documents], stops[documents:]
+                    yield np.concatenate([[previous], window[:-1]]), window
+                    previous = int(window[-1])
+        if len(stops):
+            yield np.concatenate([[previous], stops[:-1]]), stops
+
+    def _parts(self, start: int, stop: int) -> Iterator[tuple[int, int, int, int]]:
+        """The shards that hold [start, stop): (shard, how far into the span it begins, and first and last + 1
+        of its own tokens).
+        """
+        assert 0 <= start <= stop <= len(self), f"[{start}, {stop}) of {len(self)} tokens"
+        shard = int(np.searchsorted(self._starts, start, side="right")) - 1
+        at = start
+        while at < stop:
+            base, end = int(self._starts[shard]), min(stop, int(self._starts[shard + 1]))
+            if end > at:
+                yield shard, at - start, at - base, end - base
+            at, shard = end, shard + 1
+
+    def _map(self, relative: str, dtype: np.dtype[Any]) -> np.ndarray:
+        if relative not in self._maps:
+            self._maps[relative] = np.memmap(self.directory / relative, dtype, mode="r")
+        return self._maps[relative]
 
     def _check_ids(self, part: np.ndarray, shard: int, offset: int) -> None:
         if part.size and int(part.max()) >= self.manifest.vocab_size:
@@ -221,7 +317,7 @@ def verify_hashes(directory: str | Path) -> int:
     count = 0
     for name in ("train", "validation"):
         for shard in TokenSplit(directory, manifest, name).shards:
-            for relative, expected in ((shard.path, shard.sha256), (shard.ends_path, shard.ends_sha256)):
+            for relative, expected in shard_files(shard):
                 path = directory / relative
                 with path.open("rb") as file:
                     if hashlib.file_digest(file, "sha256").hexdigest() != expected:

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from olmoe_train.data.tokens import ENDS_DTYPE, Shard, Split
+from olmoe_train.data.tokens import ENDS_DTYPE, Shard, Split, shard_files
 from olmoe_train.errors import UserError
 from olmoe_train.files import sync
 
@@ -39,9 +39,12 @@ class SplitWriter:
         shard_tokens: int,
         vocab_size: int,
         dtype: np.dtype[Any],
+        masked: bool = False,
         progress: dict[str, Any] | None = None,
     ):
-        """progress: what `save` returned; the files are cut back to it and go on from there.
+        """masked: with a loss mask.
+
+        progress: what `save` returned; the files are cut back to it and go on from there.
 
         Raises ChangedError where they do not hold what they did.
         """
@@ -49,11 +52,12 @@ class SplitWriter:
         self._split = split
         self._shard_tokens = shard_tokens
         self._dtype = dtype
+        self._masked = masked
         self._closed: list[Shard] = []
         self._open: _OpenShard | None = None
         self._text_bytes = 0
         self.counts = np.zeros(vocab_size, np.int64)
-        """Occurrences of each token id."""
+        """Occurrences of each token id among the targets."""
         (root / split).mkdir(exist_ok=True)
         if progress is not None:
             self._restore(progress)
@@ -62,15 +66,24 @@ class SplitWriter:
     def shards_closed(self) -> int:
         return len(self._closed)
 
-    def add(self, tokens: np.ndarray, lengths: list[int], text_bytes: int) -> None:
-        """Append documents: `tokens` (of the shards' dtype) is their concatenation, each ended by its eos."""
+    def add(
+        self, tokens: np.ndarray, lengths: list[int], text_bytes: int, targets: np.ndarray | None = None
+    ) -> None:
+        """Append documents: `tokens` (of the shards' dtype) is their concatenation, each ended by its eos.
+
+        targets: a uint8 a token, 1 for those to be predicted; given where the shards are masked.
+        """
+        assert (targets is not None) == self._masked
         self._text_bytes += text_bytes
-        self.counts += np.bincount(tokens, minlength=len(self.counts))
-        for document in np.split(tokens, np.cumsum(lengths)[:-1]) if lengths else ():
-            if self._open is None or self._open.tokens + len(document) > self._shard_tokens:
+        self._count(tokens, targets)
+        start = 0
+        for length in lengths:
+            if self._open is None or self._open.tokens + length > self._shard_tokens:
                 self._close_shard()
-                self._open = _OpenShard(self._root, self._stem(), None, self._dtype)
-            self._open.add(document)
+                self._open = _OpenShard(self._root, self._stem(), None, self._dtype, self._masked)
+            document = slice(start, start + length)
+            self._open.add(tokens[document], None if targets is None else targets[document])
+            start += length
 
     def save(self) -> dict[str, Any]:
         """All that was added is on disk when this returns. What to restore it from, as JSON."""
@@ -99,27 +112,37 @@ class SplitWriter:
         self._text_bytes = progress["text_bytes"]
         self._closed = [Shard(**shard) for shard in progress["closed"]]
         for shard in self._closed:
-            self._count(_hash_of(self._root / shard.path, shard.sha256))
-            _hash_of(self._root / shard.ends_path, shard.ends_sha256)
+            for path, sha256 in shard_files(shard):
+                _check_hash(self._root / path, sha256)
+            self._count_shard(shard)
         if progress["open"] is not None:
-            self._open = _OpenShard(self._root, self._stem(), Shard(**progress["open"]), self._dtype)
-            self._count(self._root / self._open.path)
+            shard = Shard(**progress["open"])
+            self._open = _OpenShard(self._root, self._stem(), shard, self._dtype, self._masked)
+            self._count_shard(shard)
 
-    def _count(self, path: Path) -> None:
-        """Add a shard's tokens to the counts, in bounded memory."""
-        with path.open("rb") as file:
-            while block := file.read(_BLOCK):
-                self.counts += np.bincount(np.frombuffer(block, self._dtype), minlength=len(self.counts))
+    def _count(self, tokens: np.ndarray, targets: np.ndarray | None) -> None:
+        if targets is not None:
+            tokens = tokens[targets == 1]
+        self.counts += np.bincount(tokens, minlength=len(self.counts))
+
+    def _count_shard(self, shard: Shard) -> None:
+        """In bounded memory."""
+        tokens = (
+            np.memmap(self._root / shard.path, self._dtype, mode="r") if shard.tokens else np.empty(0, int)
+        )
+        mask = np.memmap(self._root / shard.mask_path, np.uint8, mode="r") if shard.mask_path else None
+        for start in range(0, shard.tokens, _BLOCK):
+            block = slice(start, min(start + _BLOCK, shard.tokens))
+            self._count(tokens[block], None if mask is None else mask[block])
 
 
-def _hash_of(path: Path, expected: str) -> Path:
+def _check_hash(path: Path, expected: str) -> None:
     """ChangedError where the file's hash is another."""
     if not path.is_file():
         raise ChangedError(f"{path.name} is gone")
     with path.open("rb") as file:
         if hashlib.file_digest(file, "sha256").hexdigest() != expected:
             raise ChangedError(f"{path.name} changed")
-    return path
 
 
 class _HashedFile:
@@ -155,29 +178,37 @@ class _HashedFile:
 
 
 class _OpenShard:
-    def __init__(self, root: Path, stem: str, saved: Shard | None, dtype: np.dtype[Any]):
+    def __init__(self, root: Path, stem: str, saved: Shard | None, dtype: np.dtype[Any], masked: bool):
         self.path = f"{stem}.npy"
-        # Not .npy: whoever trains on `*.npy` must not read it as tokens.
+        # Not .npy: whoever trains on `*.npy` must not read them as tokens.
         self._ends_path = f"{stem}.ends.u64"
+        self._mask_path = f"{stem}.mask.u8" if masked else None
         self.tokens = saved.tokens if saved else 0
         self._documents = saved.documents if saved else 0
+        self._mask: _HashedFile | None = None
         if saved:
             size, ends_size = saved.tokens * dtype.itemsize, saved.documents * ENDS_DTYPE.itemsize
             self._file = _HashedFile(root / self.path, size, saved.sha256)
             self._ends = _HashedFile(root / self._ends_path, ends_size, saved.ends_sha256)
+            if self._mask_path and saved.mask_sha256:
+                self._mask = _HashedFile(root / self._mask_path, saved.tokens, saved.mask_sha256)
         else:
             self._file, self._ends = _HashedFile(root / self.path), _HashedFile(root / self._ends_path)
+            if self._mask_path:
+                self._mask = _HashedFile(root / self._mask_path)
 
-    def add(self, document: np.ndarray) -> None:
+    def add(self, document: np.ndarray, mask: np.ndarray | None) -> None:
         self._file.append(document.tobytes())
         self.tokens += len(document)
         self._documents += 1
         self._ends.append(self.tokens.to_bytes(ENDS_DTYPE.itemsize, "little"))
+        if self._mask is not None and mask is not None:
+            self._mask.append(mask.tobytes())
 
     def save(self) -> Shard:
         """Synced, and described as far as it goes."""
-        self._file.sync()
-        self._ends.sync()
+        for file in self._files():
+            file.sync()
         return Shard(
             path=self.path,
             tokens=self.tokens,
@@ -185,13 +216,18 @@ class _OpenShard:
             ends_path=self._ends_path,
             documents=self._documents,
             ends_sha256=self._ends.sha256,
+            mask_path=self._mask_path,
+            mask_sha256=self._mask.sha256 if self._mask else None,
         )
 
     def close(self) -> Shard:
         shard = self.save()
-        self._file.close()
-        self._ends.close()
+        for file in self._files():
+            file.close()
         return shard
+
+    def _files(self) -> list[_HashedFile]:
+        return [file for file in (self._file, self._ends, self._mask) if file is not None]
 
 
 @contextmanager

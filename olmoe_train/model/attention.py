@@ -1,13 +1,14 @@
 """Causal self-attention as OLMoE has it: RMS-normalised queries and keys, rotary positions, grouped-query
 heads.
 
-Shapes: B batch, S new positions, C cached + new positions, D hidden, N query heads, M key/value heads, H head
-width.
+Shapes: B batch, S new positions, C cached + new positions, T tokens (B x S), D hidden, N query heads, M
+key/value heads, H head width.
 """
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention.varlen import varlen_attn
 
 from olmoe_train.model.cache import KVCache
 from olmoe_train.model.configuration import OlmoeConfig
@@ -52,10 +53,12 @@ class OlmoeAttention(nn.Module):
         mask_B1SC: Tensor | None,
         cache: KVCache | None = None,
         output_attentions: bool = False,
+        document_offsets: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         """(output [B, S, D], attention probabilities [B, N, S, C] if asked for).
 
         rotary: cos and sin. mask_B1SC: True where a query may look; None means causal over the new positions.
+        document_offsets: where documents start in the T tokens, for attention within each; int32.
         """
         q, k, v = self.q_norm(self.q_proj(x_BSD)), self.k_norm(self.k_proj(x_BSD)), self.v_proj(x_BSD)
         if self.clip_qkv is not None:
@@ -69,6 +72,8 @@ class OlmoeAttention(nn.Module):
         probs = None
         if output_attentions:
             out_BNSH, probs = _explicit_attention(q_BNSH, k_BMSH, v_BMSH, mask_B1SC, dropout)
+        elif document_offsets is not None:
+            out_BNSH = _document_attention(q_BNSH, k_BMSH, v_BMSH, document_offsets)
         else:
             # One new position attends to everything cached; is_causal would align it with the first key.
             causal = mask_B1SC is None and q_BNSH.shape[2] > 1
@@ -93,6 +98,44 @@ def _explicit_attention(
     scores_BNSC = scores_BNSC.masked_fill(~mask_B1SC, torch.finfo(scores_BNSC.dtype).min)
     probs_BNSC = scores_BNSC.softmax(-1, dtype=torch.float32).to(q_BNSH.dtype)
     return F.dropout(probs_BNSC, dropout) @ v, probs_BNSC
+
+
+def has_document_kernel(x: Tensor, dropout: float) -> bool:
+    """Whether `_document_attention` takes x's device and dtype: flash attention, of half precision on GPUs.
+
+    The host decides, from what it knows: nothing here waits for the GPU.
+    """
+    return x.is_cuda and x.dtype in (torch.bfloat16, torch.float16) and dropout == 0
+
+
+def _document_attention(q_BNSH: Tensor, k_BMSH: Tensor, v_BMSH: Tensor, offsets: Tensor) -> Tensor:
+    """Causal attention within each document of the batch laid end to end; work and memory follow the
+    documents' lengths. [B, N, S, H]."""
+    groups = q_BNSH.shape[1] // k_BMSH.shape[1]
+    if groups > 1:
+        k_BMSH, v_BMSH = (t.repeat_interleave(groups, dim=1) for t in (k_BMSH, v_BMSH))
+    q_TNH, k_TNH, v_TNH = (t.transpose(1, 2).flatten(0, 1) for t in (q_BNSH, k_BMSH, v_BMSH))
+    longest = q_BNSH.shape[2]  # the true one would have to be read from the GPU
+    out_TNH = varlen_attn(q_TNH, k_TNH, v_TNH, offsets, offsets, longest, longest, window_size=(-1, 0))
+    assert isinstance(out_TNH, Tensor)  # more is returned only on request
+    return out_TNH.unflatten(0, (-1, longest)).transpose(1, 2)
+
+
+def documents_and_positions(offsets: Tensor, batch: int, length: int) -> tuple[Tensor, Tensor]:
+    """(number of its document, place in it) of each token, both int64 [B, S]; no host sync.
+
+    offsets: int32 [documents + 1] into the B * S tokens laid end to end.
+    """
+    tokens_T = torch.arange(batch * length, dtype=offsets.dtype, device=offsets.device)
+    documents_T = torch.searchsorted(offsets, tokens_T, right=True) - 1
+    positions_T = tokens_T - offsets[documents_T]
+    return documents_T.view(batch, length), positions_T.long().view(batch, length)
+
+
+def document_mask(documents_BS: Tensor) -> Tensor:
+    """Boolean [B, 1, S, S], True where a query may look: at its own document, up to itself."""
+    same_BSS = documents_BS[:, :, None] == documents_BS[:, None, :]
+    return same_BSS.tril()[:, None]
 
 
 def attention_mask(

@@ -14,7 +14,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from olmoe_train.model.attention import OlmoeAttention, OlmoeRMSNorm, attention_mask
+from olmoe_train.model.attention import (
+    OlmoeAttention,
+    OlmoeRMSNorm,
+    attention_mask,
+    document_mask,
+    documents_and_positions,
+    has_document_kernel,
+)
 from olmoe_train.model.cache import KVCache
 from olmoe_train.model.configuration import OlmoeConfig
 from olmoe_train.model.init import init_weights
@@ -39,10 +46,11 @@ class OlmoeDecoderLayer(nn.Module):
         mask_B1SC: Tensor | None = None,
         cache: KVCache | None = None,
         output_attentions: bool = False,
+        document_offsets: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         """(x_BSD, router logits_TE, expert_indices_TK, attention probabilities or None)."""
         attended_BSD, probs = self.self_attn(
-            self.input_layernorm(x_BSD), rotary, mask_B1SC, cache, output_attentions
+            self.input_layernorm(x_BSD), rotary, mask_B1SC, cache, output_attentions, document_offsets
         )
         x_BSD = x_BSD + attended_BSD
         expert_BSD, logits_TE, indices_TK = self.mlp(self.post_attention_layernorm(x_BSD))
@@ -146,9 +154,14 @@ class OlmoeModel(OlmoePreTrainedModel):
         inputs_embeds: Tensor | None = None,
         cache_position: Tensor | None = None,
         output_attentions: bool = False,
+        document_offsets: Tensor | None = None,
     ) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...], tuple[Tensor, ...], tuple[Tensor, ...]]:
         """(hidden states before each layer and after the final norm, attention probabilities if asked for,
-        router logits, expert indices), each a tuple over layers."""
+        router logits, expert indices), each a tuple over layers.
+
+        document_offsets: int32 [documents + 1], where documents start in the B * S tokens laid end to end.
+        Each is then by itself: attention and positions know nothing of the others. Padding is one, too.
+        """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("You must specify exactly one of input_ids or inputs_embeds")
         x_BSD = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
@@ -156,13 +169,22 @@ class OlmoeModel(OlmoePreTrainedModel):
         if position_ids is None:
             arange = torch.arange(cached, cached + new, device=x_BSD.device)
             position_ids = (cache_position if cache_position is not None else arange).unsqueeze(0)
-        mask_B1SC = attention_mask(padding_mask, new, cached + new, x_BSD.device)
+        if document_offsets is None:
+            mask_B1SC = attention_mask(padding_mask, new, cached + new, x_BSD.device)
+        else:
+            documents_BS, position_ids = documents_and_positions(document_offsets, *x_BSD.shape[:2])
+            # Attention takes either; the mask does anywhere, and costs what all S x S pairs cost.
+            by_kernel = has_document_kernel(x_BSD, self.config.attention_dropout)
+            mask_B1SC = None if by_kernel else document_mask(documents_BS)
+            document_offsets = document_offsets if by_kernel else None
         rotary = rotary_cos_sin(self.config, position_ids, x_BSD.dtype)
 
         hidden_states, attentions, router_logits, expert_indices = [], [], [], []
         for layer in self.layers:
             hidden_states.append(x_BSD)
-            x_BSD, logits_TE, indices_TK, probs = layer(x_BSD, rotary, mask_B1SC, cache, output_attentions)
+            x_BSD, logits_TE, indices_TK, probs = layer(
+                x_BSD, rotary, mask_B1SC, cache, output_attentions, document_offsets
+            )
             attentions.append(probs)
             router_logits.append(logits_TE)
             expert_indices.append(indices_TK)
@@ -265,13 +287,15 @@ class OlmoeForCausalLM(OlmoePreTrainedModel):
         labels: Tensor | None,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
+        document_offsets: Tensor | None = None,
     ) -> TrainingOutput:
         """The trainer's forward: input_ids and labels [B, S] int64 (labels shifted inside, -100 ignored).
 
-        labels None: route the tokens and leave the head out; ce_sum is then 0.
+        labels None: route the tokens and leave the head out; ce_sum is then 0. document_offsets: see
+        OlmoeModel.run_layers.
         """
         hidden_states, _, router_logits, expert_indices = self.model.run_layers(
-            input_ids, attention_mask, position_ids
+            input_ids, attention_mask, position_ids, document_offsets=document_offsets
         )
         ce_sum = hidden_states[-1].new_zeros((), dtype=torch.float32)
         if labels is not None:

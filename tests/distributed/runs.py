@@ -9,9 +9,10 @@ import hydra
 from hydra.core.config_store import ConfigStore
 from omegaconf import OmegaConf
 
-from olmoe_train.choices import ActivationCheckpointing, Offload, Precision, Strategy
+from olmoe_train.choices import ActivationCheckpointing, Offload, Packing, Precision, Strategy
 from olmoe_train.cli import config_directory, to_config, writable
-from olmoe_train.config import ParallelConfig, TrainConfig
+from olmoe_train.config import MixtureSource, ParallelConfig, TrainConfig
+from tests.prepared_data import write_prepared
 
 STEPS, SEQUENCES, LENGTH = 6, 16, 32
 TINY = {
@@ -42,6 +43,12 @@ TINY = {
 }
 
 
+DOCUMENTS: dict[str, Any] = {
+    "mixture": [MixtureSource("../lines", weight=2), MixtureSource("../others", weight=1)],
+    "packing": Packing.best_fit,
+    "mask_documents": True,
+    "repetition_filter": True,
+}
 # ZeRO-3 keeps parameters of up to 100,000 elements whole, by default: all that there are here.
 PARTITION_ALL = Path(__file__).with_name("partition_all.json")
 
@@ -58,6 +65,8 @@ class Layout:
     precision: str = "fp32"
     zero_stage: int = 2
     offload: str = "none"
+    documents: bool = False
+    """Two sources of short documents, packed, each by itself."""
 
     def config(self, tiny: TrainConfig, run_dir: Path) -> TrainConfig:
         trainer = replace(
@@ -74,7 +83,8 @@ class Layout:
             offload=Offload(self.offload),
             deepspeed_config=str(PARTITION_ALL) if self.strategy == "deepspeed" else None,
         )
-        return replace(tiny, run_dir=str(run_dir), trainer=trainer, parallel=parallel)
+        data = replace(tiny.data, **DOCUMENTS) if self.documents else tiny.data
+        return replace(tiny, run_dir=str(run_dir), trainer=trainer, parallel=parallel, data=data)
 
 
 def compose(overrides: dict[str, Any]) -> TrainConfig:
@@ -88,3 +98,11 @@ def real_tokens() -> list[list[int]]:
     """The standard library's source, a file a document, a byte a token; 0 and 1 stay eos and padding."""
     files = sorted(Path(os.__file__).parent.glob("a*.py"))
     return [[2 + byte for byte in path.read_bytes()[:4000]] for path in files]
+
+
+def write_lines(directory: Path, pattern: str) -> None:
+    """Prepared data of the standard library's files, a line a document, the longest beyond a sequence."""
+    files = sorted(Path(os.__file__).parent.glob(pattern))
+    lines = [line for path in files for line in path.read_bytes()[:9000].splitlines() if line.strip()]
+    documents = [[2 + byte for byte in line[: LENGTH + 8]] for line in lines]
+    write_prepared(directory, documents, documents[:5], vocab_size=258)

@@ -19,7 +19,16 @@ from olmoe_train.checkpoint.training import open_model_tensors
 from olmoe_train.config import TrainConfig
 from olmoe_train.distributed.mesh import build_mesh, init_distributed
 from olmoe_train.train import build_model, train
-from tests.distributed.runs import LENGTH, SEQUENCES, STEPS, TINY, Layout, compose, real_tokens
+from tests.distributed.runs import (
+    LENGTH,
+    SEQUENCES,
+    STEPS,
+    TINY,
+    Layout,
+    compose,
+    real_tokens,
+    write_lines,
+)
 from tests.distributed.tiny import whole
 from tests.prepared_data import PAD, write_prepared
 from tests.spawn import run_ranks
@@ -64,6 +73,14 @@ LAYOUTS |= {
     "zero-3 2, experts 2, padded": replace(ZERO[3], padded=True),
     "zero-2 2, experts 2, optimizer offloaded": replace(ZERO[2], offload="optimizer"),
     "zero-3 2, experts 2, parameters offloaded": replace(ZERO[3], offload="parameters"),
+}
+LAYOUTS |= {f"{name}, documents": replace(PLAIN[name], documents=True) for name in ("1 rank", *HARDEST)}
+LAYOUTS |= {
+    f"{HARDEST[0]}, documents, full": replace(PLAIN[HARDEST[0]], documents=True, checkpointing="full"),
+    f"{HARDEST[0]}, documents, selective": replace(
+        PLAIN[HARDEST[0]], documents=True, checkpointing="selective"
+    ),
+    "zero-3 2, experts 2, documents": replace(ZERO[3], documents=True),
 }
 LAYOUTS |= {f"{HARDEST[-1]}, padded, full": replace(PLAIN[HARDEST[-1]], padded=True, checkpointing="full")}
 
@@ -125,6 +142,8 @@ def initial_weights(cfg: TrainConfig) -> dict[str, Tensor]:
 def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Result]:
     directory = tmp_path_factory.mktemp("equivalence")
     write_prepared(directory / "data", real_tokens(), real_tokens()[:1], vocab_size=258)
+    write_lines(directory / "lines", "a*.py")
+    write_lines(directory / "others", "b*.py")
     tiny = compose(TINY | {"data.dir": directory / "data"})
     found = {}
     for ranks in (1, 2, 4):
@@ -137,6 +156,8 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Result]:
 
 
 def reference_of(name: str) -> str:
+    if LAYOUTS[name].documents:
+        return "1 rank, documents"
     return "1 rank, padded" if LAYOUTS[name].padded else "1 rank"
 
 
@@ -192,6 +213,12 @@ def test_bf16_does_not_drift(results: dict[str, Result], name: str) -> None:
     for step, expected in zip(results[name].metrics, results["1 rank"].metrics, strict=True):
         for loss in LOSSES:
             assert relative(step[loss], expected[loss]) < 0.01, (step["step"], loss)
+
+
+def test_documents_were_packed_and_mixed(results: dict[str, Result]) -> None:
+    last = results["1 rank, documents"].metrics[-1]
+    assert 0 < last["data/padding"] < 0.2
+    assert last["data/lines/share"] == pytest.approx(last["data/lines/requested_share"], abs=0.02)
 
 
 def test_the_layouts_trained_something(results: dict[str, Result]) -> None:

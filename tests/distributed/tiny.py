@@ -54,10 +54,10 @@ def global_batch(step: int) -> Tensor:
     return torch.randint(2, VOCABULARY, (SEQUENCES, LENGTH), generator=generator)
 
 
-def backward(model: OlmoeForCausalLM, ids_BS: Tensor) -> float:
+def backward(model: OlmoeForCausalLM, ids_BS: Tensor, document_offsets: Tensor | None = None) -> float:
     """Gradients of the mean cross-entropy and a router loss of the global batch, of which ids_BS is this
     rank's part; the loss, summed over ranks."""
-    output = model.training_forward(ids_BS, ids_BS)
+    output = model.training_forward(ids_BS, ids_BS, document_offsets=document_offsets)
     z = sum(logits.logsumexp(-1).square().sum() for logits in output.router_logits)
     loss = output.ce_sum / (SEQUENCES * (LENGTH - 1)) + 0.01 * z / (SEQUENCES * LENGTH)
     loss.backward()

@@ -13,7 +13,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from olmoe_train.checkpoint.training import latest_checkpoint, open_model_tensors
+from olmoe_train.checkpoint.directory import latest_checkpoint
+from olmoe_train.checkpoint.training import open_model_tensors
 from olmoe_train.config import TrainConfig
 from olmoe_train.train import train
 from tests.distributed.runs import TINY, Layout, compose, real_tokens

@@ -91,7 +91,7 @@ def test_exports_during_training(data: Path, tmp_path: Path, async_save: bool) -
     assert f"{third['tokens']:,} tokens in 3 steps" in card
     assert "library_name: transformers" in card
     assert "lr: 0.01" in card
-    assert "a test: " in card  # what the prepared data says of itself
+    assert "- 100.0% a test: " in card  # what the prepared data says of itself
     assert 'AutoModelForCausalLM.from_pretrained("' in card
 
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from olmoe_train.choices import OnBadRecord, SourceKind
+from olmoe_train.choices import OnBadRecord, Records, SourceKind
 from olmoe_train.config import PrepareConfig
 from olmoe_train.data.output import Output
 from olmoe_train.data.prepare import prepare
@@ -24,18 +24,19 @@ DEADLINE = 120.0  # seconds
 
 
 def write_corpus(root: Path, records: int) -> Path:
-    """Four files, each with an empty document and a bad record."""
+    """Four files, each with an empty document and a bad record; a text is also a prompt and a completion."""
     root.mkdir()
     for number in range(4):
-        lines = [
-            json.dumps(
-                {"text": f"Record {i} of file {number}: " + " ".join(str(i * k % 9973) for k in range(40))}
-            )
-            for i in range(records)
-        ]
-        lines[7:7] = ['{"text": ""}', "not JSON"]
+        lines = [record(number, i) for i in range(records)]
+        lines[7:7] = [json.dumps({"text": "", "prompt": "", "completion": ""}), "not JSON"]
         (root / f"{number}.jsonl").write_text("\n".join(lines))
     return root
+
+
+def record(number: int, i: int) -> str:
+    prompt = f"Record {i} of file {number}:"
+    completion = " " + " ".join(str(i * k % 9973) for k in range(40))
+    return json.dumps({"text": prompt + completion, "prompt": prompt, "completion": completion})
 
 
 def config(directory: Path, corpus: Path, **source: Any) -> PrepareConfig:
@@ -50,6 +51,7 @@ def config(directory: Path, corpus: Path, **source: Any) -> PrepareConfig:
 
 
 def test_kill_9(tmp_path: Path) -> None:
+    """With loss masks: whatever the records hold, it is written by the same code."""
     corpus = write_corpus(tmp_path / "corpus", 4000)  # 3 MB: a dozen batches
     command = [
         *(sys.executable, "-m", "olmoe_train", "prepare", "data=jsonl", f"data.source.paths=[{corpus}]"),
@@ -59,7 +61,7 @@ def test_kill_9(tmp_path: Path) -> None:
             "data.source.shard_tokens=20000",
         ),
         *("data.source.on_bad_record=quarantine", "data.source.max_bad_fraction=0.1"),
-        "data.source.processes=2",
+        *("data.source.processes=2", "data.source.records=prompt_completion"),
     ]
     progress = tmp_path / ".data.partial/progress.json"
     process = subprocess.Popen([*command, f"data.dir={tmp_path}/data"], stderr=subprocess.DEVNULL)
@@ -82,8 +84,9 @@ def test_kill_9(tmp_path: Path) -> None:
     for path, old in before.items():
         new = (tmp_path / "data" / path).stat()
         assert (new.st_ino, new.st_mtime_ns) == (old.st_ino, old.st_mtime_ns), f"{path} was written again"
-    prepare(config(tmp_path / "whole", corpus))
+    prepare(config(tmp_path / "whole", corpus, records=Records.prompt_completion))
     assert contents(tmp_path / "data") == contents(tmp_path / "whole")
+    assert "train/shard-00001.mask.u8" in contents(tmp_path / "whole")
 
 
 class Killed(BaseException):
@@ -119,17 +122,32 @@ def corpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return write_corpus(tmp_path / "corpus", 60)
 
 
-@pytest.mark.parametrize("batches", [1, 2, 3, 7, 11])
+@pytest.mark.parametrize(
+    ("batches", "records"),
+    [
+        (1, Records.text),
+        (2, Records.prompt_completion),
+        (3, Records.text),
+        (7, Records.prompt_completion),
+        (11, Records.prompt_completion),
+    ],
+)
 @pytest.mark.parametrize("shard_tokens", [1500, 10**6])
 def test_bytes_are_those_of_an_uninterrupted_run(
-    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, batches: int, shard_tokens: int
+    corpus: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    batches: int,
+    shard_tokens: int,
+    records: Records,
 ) -> None:
-    prepare(config(tmp_path / "whole", corpus, shard_tokens=shard_tokens))
-    cfg = config(tmp_path / "data", corpus, shard_tokens=shard_tokens)
+    prepare(config(tmp_path / "whole", corpus, shard_tokens=shard_tokens, records=records))
+    cfg = config(tmp_path / "data", corpus, shard_tokens=shard_tokens, records=records)
     partial = interrupt(monkeypatch, cfg, batches)
     # What was written after the last save is of unknown length: here, rubbish.
     open_shard = json.loads((partial / "progress.json").read_text())["train"]["open"]
-    for name in (open_shard["path"], open_shard["ends_path"], "quarantine.jsonl"):
+    masks = [open_shard["mask_path"]] if records is not Records.text else []
+    for name in (open_shard["path"], open_shard["ends_path"], "quarantine.jsonl", *masks):
         with (partial / name).open("ab") as file:
             file.write(b"half a write")
     prepare(cfg)
@@ -167,6 +185,11 @@ def delete_index(partial: Path, corpus: Path) -> None:
     (partial / "train/shard-00000.ends.u64").unlink()
 
 
+def change_mask(partial: Path, corpus: Path) -> None:
+    path = partial / "train/shard-00000.mask.u8"
+    path.write_bytes(b"\1" + path.read_bytes()[1:])
+
+
 def touch_corpus(partial: Path, corpus: Path) -> None:
     os.utime(corpus / "3.jsonl", (0, 0))
 
@@ -182,6 +205,7 @@ def change_tokenizer(partial: Path, corpus: Path) -> None:
         (change_shard, r"shard-00000\.npy changed"),
         (cut_open_shard, r"shard-\d+\.npy changed"),
         (delete_index, r"shard-00000\.ends\.u64 is gone"),
+        (change_mask, r"shard-00000\.mask\.u8 changed"),
         (touch_corpus, "other than before: corpus in place"),
         (change_tokenizer, r"tokenizer\.json changed"),
     ],
@@ -194,14 +218,15 @@ def test_what_is_not_as_it_was_left_is_done_again(
     change: Callable[[Path, Path], None],
     reason: str,
 ) -> None:
-    cfg = config(tmp_path / "data", corpus, shard_tokens=1500)
+    options = {"shard_tokens": 1500, "records": Records.prompt_completion}
+    cfg = config(tmp_path / "data", corpus, **options)
     change(interrupt(monkeypatch, cfg, 6), corpus)
     capsys.readouterr()
     prepare(cfg)
     printed = capsys.readouterr().out
     assert "starting over" in printed
     assert re.search(reason, printed)
-    prepare(config(tmp_path / "whole", corpus, shard_tokens=1500))
+    prepare(config(tmp_path / "whole", corpus, **options))
     assert contents(tmp_path / "data") == contents(tmp_path / "whole")
 
 

@@ -55,6 +55,18 @@ def test_a_rank_that_hangs_is_named_with_its_place(
     assert saved_steps(tmp_path) == [1, 2]
 
 
+def take_long(rank: int) -> None:
+    for step in range(2, 6):
+        at_step(rank, step, partial(time.sleep, 0.5))
+
+
+def test_a_slow_rank_is_named(data: Path, tmp_path: Path) -> None:
+    cfg = config(data, tmp_path, trainer={"log_every": 6}, checkpoint={"every": 0})
+    assert run_ranks(2, run, cfg, partial(take_long, 1)) == [0, 0]
+    named = re.findall(r"WARNING: rank (\d) \(host .*\) is slow", (tmp_path / "log.txt").read_text())
+    assert named == ["1"]
+
+
 # --- one run per directory, and its port ------------------------------------------------------------------
 
 TRY_TO_LOCK = "import sys; from pathlib import Path; from olmoe_train.run_lock import RunLock; "

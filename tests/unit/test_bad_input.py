@@ -16,11 +16,12 @@ import pytest
 import zstandard
 from tokenizers import Tokenizer, models, pre_tokenizers
 
-from olmoe_train.choices import OnBadRecord, SourceKind
+from olmoe_train.choices import OnBadRecord, Records, SourceKind
 from olmoe_train.config import PrepareConfig
 from olmoe_train.data.corpus import find_parts
 from olmoe_train.data.prepare import prepare
-from olmoe_train.data.reader import START, Reading, numbered_lines, read_batches
+from olmoe_train.data.reader import START, numbered_lines, read_batches
+from olmoe_train.data.reading import Reading
 from olmoe_train.data.records import BadRecord, Splitting, documents
 from olmoe_train.data.tokens import Manifest
 from olmoe_train.errors import UserError
@@ -217,7 +218,7 @@ def test_memory_is_bounded_however_well_it_is_packed(tmp_path: Path, suffix: str
     """100 MB of one character are a few KB compressed, which must not be unpacked at once."""
     path = tmp_path / f"a.{suffix}"
     path.write_bytes((zstandard if suffix.endswith("zst") else gzip).compress(b"x" * 100_000_000))
-    how = Reading("text", "id", max_record_bytes=1 << 20)
+    how = Reading(Records.text, ("text",), "id", max_record_bytes=1 << 20)
 
     def read() -> list[Any]:
         batches = read_batches(find_parts([str(path)], []), START, how)

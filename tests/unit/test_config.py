@@ -1,5 +1,6 @@
 """What a user gets wrong and the message read in return; and that every option is documented."""
 
+import dataclasses
 import os
 import subprocess
 import sys
@@ -14,6 +15,7 @@ from olmoe_train.config import (
     CheckpointConfig,
     DataConfig,
     LossConfig,
+    MixtureSource,
     ModelConfig,
     OptimizerConfig,
     ParallelConfig,
@@ -22,6 +24,7 @@ from olmoe_train.config import (
     TrainConfig,
     TrainerConfig,
 )
+from olmoe_train.data.config import OlmoFilesConfig
 from olmoe_train.errors import UserError
 from olmoe_train.validation import validate
 from tests.prepared_data import write_prepared
@@ -62,7 +65,7 @@ def test_a_good_config_has_neither_errors_nor_warnings(prepared: str) -> None:
         (
             "trainer",
             TrainerConfig(global_batch_size=8, micro_batch_size=2),
-            "trainer.max_steps and trainer.max_tokens are both null",
+            "trainer.max_steps, max_tokens and max_epochs are all null",
         ),
         (
             "trainer",
@@ -132,6 +135,21 @@ def test_a_good_config_has_neither_errors_nor_warnings(prepared: str) -> None:
             "checkpoint.resume=nowhere: give auto, never, or an existing checkpoint",
         ),
         ("data", DataConfig(dir="nowhere", sequence_length=32), "olmoe prepare"),
+        (
+            "data",
+            DataConfig(dir="nowhere", mixture=[MixtureSource("web")], sequence_length=32),
+            "data.mixture[0]: give one of weight and tokens",
+        ),
+        (
+            "data",
+            DataConfig(dir="nowhere", mixture=[MixtureSource("web", weight=1)], sequence_length=32),
+            "data.dir=nowhere/web: no prepared data there",
+        ),
+        (
+            "trainer",
+            TrainerConfig(max_epochs=0, global_batch_size=8, micro_batch_size=2),
+            "trainer.max_epochs=0: must be positive",
+        ),
     ],
 )
 def test_one_mistake_one_message(prepared: str, section: str, value: object, message: str) -> None:
@@ -139,6 +157,17 @@ def test_one_mistake_one_message(prepared: str, section: str, value: object, mes
     found = problems(good(prepared, **{"parallel": ParallelConfig(expert_parallel_size=2), section: value}))
     assert len(found) == 1, found
     assert message in found[0]
+
+
+def test_a_mixture_by_weight_has_no_epochs(prepared: str) -> None:
+    trainer = TrainerConfig(max_epochs=2, global_batch_size=8, micro_batch_size=2)
+    parts = [MixtureSource(prepared, "one", weight=1), MixtureSource(prepared, "two", weight=2)]
+    data = DataConfig(dir="", mixture=parts, sequence_length=32)
+    (message,) = problems(good(prepared, data=data, trainer=trainer))
+    assert "trainer.max_epochs=2: a mixture by weight has no end; give its sources token budgets" in message
+    parts = [MixtureSource(prepared, "one", tokens=1), MixtureSource(prepared, "two", tokens=2)]
+    data = DataConfig(dir="", mixture=parts, sequence_length=32)
+    assert validate(good(prepared, data=data, trainer=trainer), world_size=2) == []
 
 
 def test_experts_must_cut_evenly_over_the_ranks_that_share_them(prepared: str) -> None:
@@ -166,13 +195,19 @@ def test_all_mistakes_are_reported_at_once(prepared: str) -> None:
     assert "model.vocab_size=512" in text
 
 
-def test_options_without_effect_warn(prepared: str) -> None:
+def test_options_without_effect_warn(prepared: str, tmp_path: Path) -> None:
     cfg = good(
         prepared,
         data=DataConfig(dir=prepared, sequence_length=32, source=SourceConfig(processes=3)),
         loss=LossConfig(router_aux_loss_coef=0, balance_scope=BalanceScope.micro_batch),
         optimizer=OptimizerConfig(max_grad_norm=0),
     )
+    write_prepared(tmp_path / "train_only", [[5] * 100])
+    alone = DataConfig(dir=str(tmp_path), mixture=[MixtureSource("train_only", weight=1)], sequence_length=32)
+    assert validate(good(prepared, data=alone), world_size=2) == [
+        "data.mixture has one source: its weight has no effect",
+        "data.mixture: train_only has no validation split and is not evaluated",
+    ]
     warnings = "\n".join(validate(cfg, world_size=2))
     assert "data.source.processes has no effect here" in warnings
     assert "loss.balance_scope has no effect" in warnings
@@ -234,3 +269,24 @@ def test_a_good_command_line_reaches_the_verb(monkeypatch: pytest.MonkeyPatch) -
     reached: list[TrainConfig] = []
     assert run_verb("train", TrainConfig, reached.append) == 0
     assert (reached[0].trainer.max_steps, reached[0].run_dir) == (7, "runs/quickstart")
+
+
+def test_hashes_are_verified_on_request(tmp_path: Path) -> None:
+    directory = write_prepared(tmp_path / "data", [[5] * 100], [[6] * 100])
+    shard = directory / "validation/shard-00000.npy"
+    shard.write_bytes(b"\7" + shard.read_bytes()[1:])
+    data = DataConfig(dir=str(directory), sequence_length=32)
+    assert validate(good(str(directory), data=data), world_size=2) == []
+    [problem] = problems(good(str(directory), data=dataclasses.replace(data, verify_hashes=True)))
+    assert "validation/shard-00000.npy: its contents changed since it was prepared (hash)" in problem
+
+
+def test_what_only_prepare_reads_has_no_effect(prepared: str) -> None:
+    data = DataConfig(
+        dir=prepared,
+        sequence_length=32,
+        source=SourceConfig(min_characters=3),
+        olmo=OlmoFilesConfig(vocab_size=5),
+    )
+    warnings = validate(good(prepared, data=data), world_size=2)
+    assert [warning.split(" ")[0] for warning in warnings] == ["data.source.min_characters", "data.olmo"]

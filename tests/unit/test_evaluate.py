@@ -10,11 +10,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from olmoe_train.config import DataConfig, EvaluateConfig, EvaluationConfig
+from olmoe_train.choices import Packing
+from olmoe_train.config import DataConfig, EvaluateConfig, EvaluationConfig, MixtureSource
 from olmoe_train.data.loader import build_eval_batches
 from olmoe_train.data.tokens import read_manifest
 from olmoe_train.errors import UserError
-from olmoe_train.evaluate import Evaluation, check_data, evaluate_model, main
+from olmoe_train.evaluate import Evaluation, check_data, evaluate_data, evaluate_model, main
 from olmoe_train.model import OlmoeConfig, OlmoeForCausalLM
 from tests.prepared_data import EOS, write_prepared
 
@@ -77,6 +78,40 @@ def test_the_mode_is_eval_meanwhile_and_restored(training: bool) -> None:
     assert len(losses) == 1, "dropout was on"
     assert model.training is training
     assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_each_source_of_a_mixture_and_all_their_tokens_together(tmp_path: Path) -> None:
+    model = make()
+    documents = {"a": VALIDATION, "b": [[6, 7, 8]] * 5, "train_only": []}
+    for name, validation in documents.items():
+        write_prepared(tmp_path / name, [[3, 4]], validation, vocab_size=20)
+    mixture = [MixtureSource(name, weight=1) for name in documents]
+    data = DataConfig(dir=str(tmp_path), mixture=mixture, sequence_length=5)
+    results = evaluate_data(model, data, EvaluationConfig(micro_batch_size=2), CPU)
+    assert list(results) == ["a", "b", "validation"]
+    for name in "ab":
+        ids = [token for document in documents[name] for token in [*document, EOS]]
+        loss, targets = by_hand(model, ids, 5)
+        assert results[name].loss == pytest.approx(loss, rel=1e-6)
+        assert results[name].tokens == targets
+    a, b, whole = results.values()
+    assert whole.tokens == a.tokens + b.tokens
+    assert whole.loss * whole.tokens == pytest.approx(a.loss * a.tokens + b.loss * b.tokens)
+
+
+def test_documents_by_themselves(tmp_path: Path) -> None:
+    """Packed and masked, the loss is that of each document alone, whatever shares its sequence."""
+    model = make()
+    data = DataConfig(
+        dir=str(prepared(tmp_path / "data")),
+        sequence_length=13,
+        packing=Packing.best_fit,
+        mask_documents=True,
+    )
+    result = evaluate_data(model, data, EvaluationConfig(micro_batch_size=2), CPU)["validation"]
+    parts = [by_hand(model, [*document, EOS], 13) for document in VALIDATION]
+    assert result.tokens == sum(targets for _, targets in parts) == 13
+    assert result.loss == pytest.approx(sum(loss * targets for loss, targets in parts) / 13, rel=1e-6)
 
 
 def test_perplexity_of_a_hopeless_loss_is_infinite() -> None:

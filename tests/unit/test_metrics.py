@@ -5,13 +5,14 @@ import math
 import os
 import signal
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
 
-from olmoe_train.choices import WandbMode
+from olmoe_train.choices import Packing, WandbMode
 from olmoe_train.config import DataConfig, LoggingConfig, TrainConfig, TrainerConfig, WandbConfig
 from olmoe_train.distributed.mesh import init_distributed
 from olmoe_train.evaluate import Evaluation
@@ -55,7 +56,14 @@ def add_step(metrics: StepMetrics, counts: list[list[float]], logits: torch.Tens
     logits = torch.zeros(8, 4) if logits is None else logits
     losses = Losses(*(torch.tensor(float(n)) for n in (1, 2, 3, 4)), torch.tensor(counts))
     output = TrainingOutput(torch.zeros(()), (logits, logits), ())
-    totals = Totals(torch.tensor(8.0), torch.tensor(7.0), tokens_int=8, stop_requested=False)
+    totals = Totals(
+        torch.tensor(8.0),
+        torch.tensor(7.0),
+        tokens_int=6,
+        sequences_without_targets=1,
+        repetitive_sequences=0,
+        stop_requested=False,
+    )
     metrics.start_step()
     metrics.add(losses, output, None, totals, with_entropy=True)
     return metrics.end_step(totals, samples=2)
@@ -64,7 +72,7 @@ def add_step(metrics: StepMetrics, counts: list[list[float]], logits: torch.Tens
 def test_values_by_hand() -> None:
     metrics = StepMetrics(CONFIG, config(), Progress(step=10, tokens=80, samples=20), CPU)
     progress = add_step(metrics, [[2.0, 2.0, 2.0, 2.0], [6.0, 2.0, 0.0, 0.0]])
-    assert (progress.step, progress.tokens, progress.samples) == (11, 88, 22)
+    assert (progress.step, progress.tokens, progress.samples) == (11, 86, 22)
     values = metrics.read(torch.tensor(0.5))
     assert [
         values[f"train/{name}"] for name in ("loss", "ce_loss", "load_balancing_loss", "router_z_loss")
@@ -80,6 +88,18 @@ def test_values_by_hand() -> None:
     assert values["router/layer_01/max_violation"] == values["router/max_violation"] == 2.0
     assert values["router/layer_01/load"] == [0.75, 0.25, 0.0, 0.0]
     assert values["router/entropy"] == pytest.approx(math.log(4))
+
+
+def test_data_is_counted_between_logged_steps() -> None:
+    cfg = replace(config(), data=DataConfig(dir="x", sequence_length=4, packing=Packing.best_fit))
+    metrics = StepMetrics(CONFIG, cfg, Progress(), CPU)
+    for steps in (3, 1):  # of 2 sequences with 8 places and 6 tokens, one of them without a target
+        for _ in range(steps):
+            add_step(metrics, [[2.0] * 4] * 2)
+        values = metrics.read(torch.tensor(1.0))
+        assert values["data/sequences_without_targets"] == steps
+        assert values["data/padding"] == 0.25
+        assert "data/repetitive_sequences" not in values
 
 
 def test_an_expert_dies_after_steps_without_a_token_and_wakes_with_one() -> None:
@@ -119,7 +139,7 @@ def test_a_gradient_that_is_not_finite_is_recorded_as_null(tmp_path: Path) -> No
 def test_a_resumed_run_forgets_the_steps_that_come_again(tmp_path: Path) -> None:
     first = writer(tmp_path, config())
     for step in (0, 2, 4, 6):
-        first.log_evaluation(Progress(step=step), Evaluation(loss=1.0, tokens=3))
+        first.log_evaluation(Progress(step=step), {"validation": Evaluation(loss=1.0, tokens=3)})
     with (tmp_path / "metrics.jsonl").open("a") as file:
         file.write('{"step": 7, "torn')  # killed while writing
     writer(tmp_path, config(), step=4)
@@ -132,7 +152,7 @@ def test_wandb_offline_writes_a_run_and_disabled_writes_nothing(tmp_path: Path) 
     assert start_wandb(WandbConfig(mode=WandbMode.disabled), tmp_path, {}) is None
     assert not (tmp_path / "wandb").exists()
     offline = writer(tmp_path, config(WandbMode.offline))
-    offline.log_evaluation(Progress(step=3), Evaluation(loss=1.5, tokens=3))
+    offline.log_evaluation(Progress(step=3), {"validation": Evaluation(loss=1.5, tokens=3)})
     offline.close()
     assert list((tmp_path / "wandb").glob("offline-run-*/*.wandb"))
 
@@ -154,7 +174,7 @@ def log_after_wandb_died(tmp_path: Path) -> None:
     for service in services:
         os.kill(int(service.name), signal.SIGKILL)
     for step in (1, 2):
-        observed.log_evaluation(Progress(step=step), Evaluation(loss=1.5, tokens=3))
+        observed.log_evaluation(Progress(step=step), {"validation": Evaluation(loss=1.5, tokens=3)})
     observed.close()
 
 

@@ -1,12 +1,14 @@
 """The learning rate by hand, and the length of a run."""
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
-from olmoe_train.choices import Schedule
+from olmoe_train.choices import Packing, Schedule
 from olmoe_train.config import DataConfig, SchedulerConfig, TrainConfig, TrainerConfig
 from olmoe_train.optim import learning_rate, total_steps, warmup_and_decay_steps
+from tests.prepared_data import write_prepared
 
 COSINE = SchedulerConfig(kind=Schedule.cosine)
 
@@ -44,6 +46,25 @@ def config(**scheduler: object) -> TrainConfig:
 def test_the_first_limit_ends_the_run() -> None:
     # 200 tokens a step: 4150 tokens need 21 steps, fewer than 50.
     assert total_steps(config()) == 21
+
+
+@pytest.mark.parametrize(
+    ("epochs", "packing", "steps"),
+    [
+        (1, Packing.concat, 9),  # 17 sequences of 4, 2 a step: the last one has one of the next epoch
+        (2, Packing.concat, 17),
+        (0.5, Packing.concat, 4),
+        (2, Packing.best_fit, 20),  # each document of 7 fills one sequence and most of another
+    ],
+)
+def test_epochs_are_rounded_up_to_whole_steps(
+    tmp_path: Path, epochs: float, packing: Packing, steps: int
+) -> None:
+    directory = write_prepared(tmp_path / "data", [[5] * 6] * 10)
+    data = DataConfig(dir=str(directory), sequence_length=4, packing=packing)
+    trainer = TrainerConfig(max_steps=50, max_epochs=epochs, global_batch_size=2)
+    assert total_steps(TrainConfig(data=data, trainer=trainer)) == steps
+    assert total_steps(TrainConfig(data=data, trainer=replace(trainer, max_steps=3))) == 3
 
 
 @pytest.mark.parametrize(

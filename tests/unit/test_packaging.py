@@ -9,7 +9,7 @@ from pathlib import Path
 REPO = Path(__file__).parents[2]
 PROJECT = tomllib.loads((REPO / "pyproject.toml").read_text())["project"]
 # Where the name on the index differs from the name that is imported.
-DISTRIBUTION = {"hydra": "hydra-core"}
+DISTRIBUTION = {"hydra": "hydra-core", "jinja2": "Jinja2"}
 
 
 def imported_packages() -> set[str]:

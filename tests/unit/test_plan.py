@@ -15,7 +15,14 @@ import torch
 from benchmarks.plan_memory import LiveBytes, measure, predict
 from olmoe_train.choices import ActivationCheckpointing, ExpertsBackend, Offload, Precision, Strategy
 from olmoe_train.communication import Group, Links, exchange, group, ring, step_traffic
-from olmoe_train.config import DataConfig, ModelConfig, ParallelConfig, TrainConfig, TrainerConfig
+from olmoe_train.config import (
+    CheckpointConfig,
+    DataConfig,
+    ModelConfig,
+    ParallelConfig,
+    TrainConfig,
+    TrainerConfig,
+)
 from olmoe_train.distributed.recompute import checkpoint_activations
 from olmoe_train.errors import UserError
 from olmoe_train.memory import (
@@ -31,10 +38,12 @@ from olmoe_train.memory_zero import host_memory
 from olmoe_train.model import OlmoeConfig, OlmoeForCausalLM
 from olmoe_train.model.losses import router_losses
 from olmoe_train.plan import (
+    GIB,
     PlanConfig,
     check,
     fits,
     largest_micro_batch,
+    memory_lines,
     plan_memory,
     plan_speed,
     possible_layouts,
@@ -221,6 +230,13 @@ def test_layouts_are_those_that_train_takes() -> None:
     assert len(zero) == len(kinds) * 4
 
 
+def test_a_copy_for_asynchronous_saves_is_planned_for() -> None:
+    """fp32 weights and two moments, 12 bytes a parameter of the rank."""
+    told = memory_lines(plan_config(gpus=1, checkpoint=CheckpointConfig(async_save=True)))
+    assert f"  copied to the CPU for checkpoint.async_save: {12 * TOTAL / GIB:.2f} GiB a GPU" in told
+    assert not any("async_save" in line for line in memory_lines(plan_config(gpus=1)))
+
+
 def test_offloading_fits_the_released_model_on_one_gpu_of_80_gb() -> None:
     """bf16: 2 bytes a parameter stay, 20 more go to the CPU: masters, moments, gradients and their sum."""
     cfg, batch = plan_config(gpus=1), replace(ONE_SEQUENCE, checkpointing=FULL)
@@ -303,6 +319,10 @@ def test_traffic_of_a_step_by_hand() -> None:
             {"parallel": ParallelConfig(replicate_size=3)},
             "parallel.replicate_size=3: must divide the 8 ranks",
         ),
+        (
+            {"trainer": TrainerConfig(max_epochs=2, global_batch_size=1024, micro_batch_size=4)},
+            "trainer.max_epochs=2: a plan reads no data",
+        ),
     ],
 )
 def test_wrong_values(changes: dict[str, object], message: str) -> None:
@@ -317,7 +337,9 @@ def olmoe(directory: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_the_verb_needs_no_data_and_works_anywhere(tmp_path: Path) -> None:
-    run = olmoe(tmp_path, "experiment=olmoe_1b_7b_0924", "gpus=8", "gpu_memory_gib=80")
+    # The epochs' length is in the data; the recipe's max_tokens will do.
+    options = ("gpus=8", "gpu_memory_gib=80", "trainer.max_epochs=2")
+    run = olmoe(tmp_path, "experiment=olmoe_1b_7b_0924", *options)
     assert run.returncode == 0, run.stderr
     for text in (
         "6,919,161,856; 1,282,017,280 act on a token",

@@ -1,5 +1,6 @@
 """From files to prepared tokens, on a small tree that stands in for the standard library."""
 
+import dataclasses
 import json
 import math
 import subprocess
@@ -12,7 +13,8 @@ import pytest
 from tokenizers import Tokenizer, models
 from transformers import AutoTokenizer
 
-from olmoe_train.config import DataConfig, PrepareConfig, SourceConfig, TokenizerConfig
+from olmoe_train.config import DataConfig, PrepareConfig
+from olmoe_train.data.config import SourceConfig, TokenizerConfig
 from olmoe_train.data.corpus import held_out, python_stdlib_parts
 from olmoe_train.data.prepare import prepare, unigram_entropy
 from olmoe_train.data.tokens import Split, open_split
@@ -264,6 +266,17 @@ def test_tokenizer_without_an_end_of_text_token(stdlib: Path, tmp_path: Path) ->
         prepare(prepare_config(tmp_path / "data", tokenizer=tmp_path / "tokenizer.json"))
     with pytest.raises(UserError, match=r"tokenizer\.path=.*nowhere: no tokenizer\.json there"):
         prepare(prepare_config(tmp_path / "data", tokenizer=tmp_path / "nowhere"))
+
+
+def test_tokenizer_keys_without_effect(stdlib: Path, tmp_path: Path) -> None:
+    prepare(prepare_config(tmp_path / "trained"))
+    cfg = prepare_config(tmp_path / "data", tokenizer=tmp_path / "trained/tokenizer")
+    tokenizer = dataclasses.replace(cfg.tokenizer, revision="main")
+    with pytest.raises(UserError, match=r"tokenizer\.revision=main: has no effect, .* is not of the hub"):
+        prepare(dataclasses.replace(cfg, tokenizer=tokenizer))
+    tokenizer = TokenizerConfig(revision="main", template_date="2024-07-04")
+    with pytest.raises(UserError, match=r"template_date: has no effect(.|\n)*revision: has no effect"):
+        prepare(dataclasses.replace(cfg, tokenizer=tokenizer))
 
 
 def test_directory_with_something_else_in_it_is_left_alone(stdlib: Path, tmp_path: Path) -> None:

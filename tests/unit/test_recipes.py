@@ -8,10 +8,11 @@ from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
 from omegaconf import OmegaConf
 
-from olmoe_train.choices import BalanceScope, Convention, Precision, Schedule
+from olmoe_train.choices import BalanceScope, Convention, Packing, Precision, Schedule
 from olmoe_train.cli import config_directory, to_config, writable
 from olmoe_train.config import TrainConfig, olmoe_config
 from olmoe_train.data.tokens import Manifest, Split
+from olmoe_train.errors import UserError
 from olmoe_train.flops import parameter_counts, train_flops_per_token
 from olmoe_train.model import OlmoeForCausalLM
 from olmoe_train.optim import learning_rate, total_steps, warmup_and_decay_steps
@@ -45,6 +46,8 @@ def test_pretraining_as_released() -> None:
     cfg = recipe("olmoe_1b_7b_0924")
     assert cfg.trainer.global_batch_size == 1024
     assert cfg.data.sequence_length == 4096
+    assert (cfg.data.packing, cfg.data.mask_documents) == (Packing.concat, False)
+    assert cfg.data.repetition_filter
     assert cfg.trainer.precision is Precision.bf16
     assert cfg.optimizer.lr == 4e-4
     assert tuple(cfg.optimizer.betas) == (0.9, 0.95)
@@ -73,6 +76,22 @@ def test_annealing_as_released() -> None:
     rates = [learning_rate(step, cfg.optimizer.lr, cfg.scheduler, warmup, decay) for step in (0, 23_842)]
     assert rates == pytest.approx([4e-5, 0.0])
     assert cfg.seed != recipe("olmoe_1b_7b_0924").seed, "the mix is reshuffled for annealing"
+
+
+def test_fine_tuning_as_released() -> None:
+    """The command that github.com/allenai/OLMoE gives for OLMoE-1B-7B-0924-SFT."""
+    with pytest.raises(UserError, match=r"model\.init_from=GIVE_AN_HF_DIRECTORY: no config\.json there"):
+        validate(recipe("olmoe_sft"), world_size=8)
+    cfg = recipe("olmoe_sft", "model.init_from=somewhere")
+    assert (cfg.optimizer.lr, cfg.optimizer.weight_decay) == (2e-5, 0.0)
+    assert (cfg.scheduler.kind, cfg.scheduler.final_factor) == (Schedule.linear, 0.0)
+    assert (cfg.scheduler.warmup_fraction, cfg.scheduler.warmup_start_factor) == (0.03, 0.0)
+    assert (cfg.trainer.max_epochs, cfg.trainer.max_steps, cfg.trainer.max_tokens) == (2, None, None)
+    # --num_processes 8 --per_device_train_batch_size 2 --gradient_accumulation_steps 8
+    assert (cfg.trainer.global_batch_size, cfg.trainer.micro_batch_size) == (8 * 2 * 8, 2)
+    assert (cfg.data.sequence_length, cfg.data.packing) == (4096, Packing.best_fit)
+    assert cfg.data.mask_documents
+    assert olmoe_config(cfg.model).to_dict() == olmoe_config(recipe("olmoe_1b_7b_0924").model).to_dict()
 
 
 @pytest.mark.parametrize("name", ["olmoe_1b_7b_0924", "olmoe_1b_7b_0924_anneal"])
@@ -106,7 +125,7 @@ def test_large_recipes_pass_a_dry_run_on_meta(name: str, monkeypatch: pytest.Mon
         train=split,
         validation=split,
     )
-    monkeypatch.setattr("olmoe_train.validation.read_manifest", lambda directory: manifest)
+    monkeypatch.setattr("olmoe_train.validation.read_manifests", lambda data: {"validation": manifest})
     assert validate(cfg, world_size=64) == []
 
 

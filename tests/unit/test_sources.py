@@ -12,9 +12,11 @@ import pyarrow.parquet as pq
 import pytest
 import zstandard
 
+from olmoe_train.choices import OnBadRecord, Records, SourceKind
 from olmoe_train.data.corpus import find_parts
 from olmoe_train.data.prepare import prepare
-from olmoe_train.data.reader import START, Position, Reading, numbered_lines, read_batches
+from olmoe_train.data.reader import START, Position, numbered_lines, read_batches
+from olmoe_train.data.reading import Reading
 from olmoe_train.errors import UserError
 from tests.prepared_data import contents, prepare_config, read_texts
 
@@ -60,9 +62,7 @@ def files(directory: Path, *patterns: Path | str, tokenizer: Path | None = None,
 
 
 def as_enums(source: dict[str, Any]) -> dict[str, Any]:
-    from olmoe_train.config import OnBadRecord, SourceKind
-
-    kinds: dict[str, Any] = {"kind": SourceKind, "on_bad_record": OnBadRecord}
+    kinds: dict[str, Any] = {"kind": SourceKind, "on_bad_record": OnBadRecord, "records": Records}
     return {key: kinds[key](value) if key in kinds else value for key, value in source.items()}
 
 
@@ -200,7 +200,7 @@ def test_reading_from_any_position_goes_on_exactly(
     parts = find_parts([f"{corpus}/{patterns[layout]}"], [])
     if layout == "lines":
         parts = [part for part in parts if part.name != "dataset_info.json"]
-    how = Reading("text", "id", 10**6)
+    how = Reading(Records.text, ("text",), "id", 10**6)
     batches = list(read_batches(parts, START, how))
     assert len(batches) > 3
     assert sum(batch.bytes_read for batch in batches) == sum(part.size for part in parts)

@@ -11,7 +11,7 @@ import pytest
 
 from olmoe_train.data.tokens import open_split, read_manifest, verify_hashes
 from olmoe_train.errors import UserError
-from tests.prepared_data import EOS, write_prepared
+from tests.prepared_data import EOS, add_loss_mask, write_prepared
 
 DOCUMENTS = [[5, 6, 7], [8], [9, 10], [11, 12, 13, 14, 15, 16], [17]]
 TOKENS = [token for document in DOCUMENTS for token in [*document, EOS]]
@@ -46,6 +46,47 @@ def test_any_span_reads_the_same_whatever_the_shards(prepared: Path) -> None:
         for stop in range(start, 19):
             assert split.read(start, stop).tolist() == TOKENS[start:stop]
     assert split.read(0, 18).dtype == np.int64
+
+
+def test_document_starts_of_any_span(prepared: Path) -> None:
+    split = open_split(prepared, "train")
+    firsts = [4, 6, 9, 16]  # of the documents after the first
+    for start in range(19):
+        for stop in range(start, 19):
+            expected = [first for first in firsts if start < first < stop]
+            assert split.document_starts(start, stop).tolist() == expected
+
+
+@pytest.mark.parametrize("documents", [1, 2, 3, 5, 9])
+def test_documents_come_in_windows_across_shards(prepared: Path, documents: int) -> None:
+    windows = list(open_split(prepared, "train").document_windows(documents))
+    spans = [span for starts, stops in windows for span in zip(starts.tolist(), stops.tolist(), strict=True)]
+    assert spans == [(0, 4), (4, 6), (6, 9), (9, 16), (16, 18)]
+    assert [len(starts) for starts, _ in windows[:-1]] == [documents] * (len(windows) - 1)
+
+
+def test_a_document_index_that_ends_elsewhere_is_damaged(prepared: Path) -> None:
+    np.array([6], "<u8").tofile(prepared / "train/shard-00002.ends.u64")
+    with pytest.raises(UserError, match=r"shard-00002\.ends\.u64: its last document does not end with"):
+        list(open_split(prepared, "train").document_windows(2))
+
+
+def test_loss_mask(prepared: Path, tmp_path: Path) -> None:
+    assert not open_split(prepared, "train").has_mask
+    assert open_split(prepared, "train").read_mask(3, 8).tolist() == [True] * 5
+    add_loss_mask(prepared, "validation", [0, 1, 0])
+    split = open_split(prepared, "validation")
+    assert split.has_mask
+    assert split.read_mask(0, 3).tolist() == [False, True, False]
+    assert split.read_mask(1, 2).tolist() == [True]
+    assert verify_hashes(prepared) == 11
+    path = prepared / "validation/shard-00000.mask.u8"
+    path.write_bytes(bytes([1, 1, 0]))
+    with pytest.raises(UserError, match=r"mask\.u8: its contents changed"):
+        verify_hashes(prepared)
+    path.write_bytes(bytes([1, 1]))
+    with pytest.raises(UserError, match=r"mask\.u8: 2 bytes, but manifest\.json says 3"):
+        open_split(prepared, "validation")
 
 
 def test_large_vocabulary_is_stored_in_32_bits(tmp_path: Path) -> None:
@@ -130,6 +171,14 @@ def test_another_tokenizer_is_refused(prepared: Path) -> None:
         (lambda m: m["train"].update(documents=6), "train.documents is 6, but its shards add up to 5"),
         (lambda m: m["train"]["shards"][0].update(path="../../etc/passwd"), "leaves the prepared directory"),
         (lambda m: m["train"]["shards"][0].update(ends_path="/etc/passwd"), "leaves the prepared directory"),
+        (
+            lambda m: m["train"]["shards"][0].update(mask_path="../mask"),
+            "has only one of mask_path and mask_sha256",
+        ),
+        (
+            lambda m: m["train"]["shards"][0].update(mask_path="../mask", mask_sha256=""),
+            "leaves the prepared directory",
+        ),
         (lambda m: m["train"]["shards"][0].pop("sha256"), "sha256"),
     ],
 )

@@ -8,7 +8,14 @@ from pathlib import Path
 import pytest
 
 from olmoe_train.choices import ActivationCheckpointing, Offload, Precision, Strategy
-from olmoe_train.config import DataConfig, OptimizerConfig, ParallelConfig, TrainConfig, TrainerConfig
+from olmoe_train.config import (
+    CheckpointConfig,
+    DataConfig,
+    OptimizerConfig,
+    ParallelConfig,
+    TrainConfig,
+    TrainerConfig,
+)
 from olmoe_train.distributed.zero_config import deepspeed_config
 from olmoe_train.errors import UserError
 from olmoe_train.validation import configuration_errors
@@ -100,6 +107,15 @@ def test_a_file_that_is_no_json_object(tmp_path: Path, content: str | None, mess
         (tmp_path / "mine.json").unlink()
     with pytest.raises(UserError, match=f"parallel.deepspeed_config=.*mine.json: {message}"):
         deepspeed_config(cfg, world_size=1, cuda=False)
+
+
+@pytest.mark.parametrize("file", ["global_step8", "bf16_zero_pp_rank_0_mp_rank_00_optim_states.pt"])
+def test_native_checkpoints_are_not_loaded(tmp_path: Path, file: str) -> None:
+    (tmp_path / file).touch()
+    cfg = replace(config(), checkpoint=CheckpointConfig(resume=str(tmp_path)))
+    (error,) = configuration_errors(cfg, world_size=2)
+    assert f"checkpoint.resume={tmp_path}: a native checkpoint of DeepSpeed" in error
+    assert "model.init_from" in error
 
 
 BF16 = replace(TRAINER, precision=Precision.bf16)

@@ -1,0 +1,149 @@
+"""Chat templates as models ship them, and a tokenizer with the special tokens that they name."""
+
+import json
+from pathlib import Path
+
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+
+# Qwen 1.5: ChatML with a default system message.
+CHATML = (
+    "{% for message in messages %}{% if loop.first and messages[0]['role'] != 'system' %}"
+    "{{ '<|im_start|>system\nYou are a helpful assistant<|im_end|>\n' }}{% endif %}"
+    "{{'<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n'}}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+LLAMA_2 = (
+    "{% if messages[0]['role'] == 'system' %}{% set loop_messages = messages[1:] %}"
+    "{% set system_message = messages[0]['content'] %}{% else %}{% set loop_messages = messages %}"
+    "{% set system_message = false %}{% endif %}{% for message in loop_messages %}"
+    "{% if (message['role'] == 'user') != (loop.index0 % 2 == 0) %}"
+    "{{ raise_exception('Conversation roles must alternate user/assistant/user/assistant/...') }}{% endif %}"
+    "{% if loop.index0 == 0 and system_message != false %}"
+    "{% set content = '<<SYS>>\\n' + system_message + '\\n<</SYS>>\\n\\n' + message['content'] %}"
+    "{% else %}{% set content = message['content'] %}{% endif %}{% if message['role'] == 'user' %}"
+    "{{ bos_token + '[INST] ' + content.strip() + ' [/INST]' }}{% elif message['role'] == 'assistant' %}"
+    "{{ ' '  + content.strip() + ' ' + eos_token }}{% endif %}{% endfor %}"
+)
+LLAMA_3 = (
+    "{% set loop_messages = messages %}{% for message in loop_messages %}"
+    "{% set content = '<|start_header_id|>' + message['role'] + '<|end_header_id|>\n\n'"
+    "+ message['content'] | trim + '<|eot_id|>' %}"
+    "{% if loop.index0 == 0 %}{% set content = bos_token + content %}{% endif %}{{ content }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}"
+)
+# Newlines between blocks: whether they are kept is trim_blocks' and lstrip_blocks' to say.
+ZEPHYR = (
+    "{% for message in messages %}\n{% if message['role'] == 'user' %}\n"
+    "{{ '<|user|>\n' + message['content'] + eos_token }}\n{% elif message['role'] == 'system' %}\n"
+    "{{ '<|system|>\n' + message['content'] + eos_token }}\n{% elif message['role'] == 'assistant' %}\n"
+    "{{ '<|assistant|>\n'  + message['content'] + eos_token }}\n{% endif %}\n"
+    "{% if loop.last and add_generation_prompt %}\n{{ '<|assistant|>' }}\n{% endif %}\n{% endfor %}"
+)
+# Tulu 3 and OLMo 2 Instruct; OLMoE-Instruct and OLMo 2 begin with bos_token.
+TULU_3 = (
+    "{{ bos_token }}{% for message in messages %}{% if message['role'] == 'system' %}"
+    "{{ '<|system|>\n' + message['content'] + '\n' }}{% elif message['role'] == 'user' %}"
+    "{{ '<|user|>\n' + message['content'] + '\n' }}{% elif message['role'] == 'assistant' %}"
+    "{% if not loop.last %}{{ '<|assistant|>\n'  + message['content'] + eos_token + '\n' }}{% else %}"
+    "{{ '<|assistant|>\n'  + message['content'] + eos_token }}{% endif %}{% endif %}"
+    "{% if loop.last and add_generation_prompt %}{{ '<|assistant|>\n' }}{% endif %}{% endfor %}"
+)
+MISTRAL = (
+    "{{ bos_token }}{% for message in messages %}"
+    "{% if (message['role'] == 'user') != (loop.index0 % 2 == 0) %}"
+    "{{ raise_exception('Conversation roles must alternate user/assistant/user/assistant/...') }}{% endif %}"
+    "{% if message['role'] == 'user' %}{{ '[INST] ' + message['content'] + ' [/INST]' }}"
+    "{% elif message['role'] == 'assistant' %}{{ message['content'] + eos_token + ' ' }}"
+    "{% else %}{{ raise_exception('Only user and assistant roles are supported!') }}{% endif %}{% endfor %}"
+)
+# What newer ones use: generation marks, white space control, namespaces, macros, break, tojson, today's date.
+MODERN = """
+{%- set ns = namespace(system="Today is " ~ strftime_now("%d %B %Y") ~ ".") -%}
+{%- macro head(role) -%}<|im_start|>{{ role }}{{ "\\n" }}{%- endmacro -%}
+{%- for message in messages %}
+    {%- if message.role == "system" %}
+        {%- set ns.system = message.content %}
+        {%- break %}
+    {%- endif %}
+{%- endfor %}
+{{- head("system") ~ ns.system }}<|im_end|>
+{% for message in messages if message.role != "system" %}
+    {%- if message.role == "assistant" -%}
+        {{ head("assistant") }}
+        {%- generation -%}
+        {%- if message.reasoning_content %}<think>{{ message.reasoning_content }}</think>{% endif -%}
+        {{ message.content }}<|im_end|>
+        {%- endgeneration %}
+
+    {%- else -%}
+        {{ head(message.role) ~ message.content }}<|im_end|>
+        {%- if message.extra is defined %}
+            {{- message.extra | tojson }}{{ message.extra | tojson(indent=2) }}
+        {%- endif %}
+    {%- endif %}
+
+{% endfor %}
+{%- if add_generation_prompt %}{{ head("assistant") }}{% endif %}
+"""
+TEMPLATES = {
+    "chatml": CHATML,
+    "llama 2": LLAMA_2,
+    "llama 3": LLAMA_3,
+    "zephyr": ZEPHYR,
+    "tulu 3": TULU_3,
+    "mistral": MISTRAL,
+    "modern": MODERN,
+}
+SPECIAL = ["<s>", "</s>", "<pad>", "<|im_start|>", "<|im_end|>", "<|start_header_id|>", "<|end_header_id|>"]
+SPECIAL += ["<|eot_id|>"]
+BOS, EOS, IM_END = 0, 1, 4
+
+GPT_2 = pre_tokenizers.ByteLevel(add_prefix_space=False)
+_LLAMA_3 = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+LLAMA = pre_tokenizers.Sequence(
+    [
+        pre_tokenizers.Split(Regex(_LLAMA_3), "isolated"),
+        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+    ]
+)
+
+
+def write_tokenizer(
+    directory: Path,
+    template: str,
+    pre_tokenizer: pre_tokenizers.PreTokenizer = GPT_2,
+    in_config: bool = False,
+) -> Path:
+    """An HF tokenizer directory: byte-level BPE, its template in a file or in tokenizer_config.json."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizer
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=400,
+        special_tokens=SPECIAL,
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    text = "Hello there, what is it?\n\nIt is (nothing) [INST] of [/INST](note).\n  Yes:\n<|assistant|>\n\n"
+    tokenizer.train_from_iterator([text] * 40, trainer)
+    directory.mkdir(parents=True)
+    tokenizer.save(str(directory / "tokenizer.json"))
+    config = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "bos_token": "<s>",
+        "eos_token": {"content": "</s>", "__type": "AddedToken", "special": True},
+        "pad_token": "<pad>",
+    }
+    if in_config:
+        config["chat_template"] = template
+    else:
+        (directory / "chat_template.jinja").write_text(template, encoding="utf-8")
+    (directory / "tokenizer_config.json").write_text(json.dumps(config))
+    return directory
+
+
+def turn(role: str, content: str, **more: object) -> dict[str, object]:
+    return {"role": role, "content": content, **more}

@@ -1,0 +1,38 @@
+"""Losses that have no weight are logged as what they are."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from olmoe_train.config import LossConfig, TrainConfig
+from olmoe_train.train import train
+from tests.distributed.runs import TINY, Layout, compose, real_tokens
+from tests.prepared_data import write_prepared
+from tests.spawn import run_ranks
+
+ROUTER_LOSSES = ("train/load_balancing_loss", "train/router_z_loss")
+
+
+def logged(configs: list[TrainConfig]) -> list[list[dict[str, float]]]:
+    runs = []
+    for cfg in configs:
+        train(cfg)
+        lines = map(json.loads, (Path(cfg.run_dir) / "metrics.jsonl").read_text().splitlines())
+        runs.append([line for line in lines if "train/loss" in line])
+    return runs
+
+
+def test_router_losses_without_weight_do_not_change_with_micro_batching(tmp_path: Path) -> None:
+    write_prepared(tmp_path / "data", real_tokens(), real_tokens()[:1], vocab_size=258)
+    tiny = compose(TINY | {"data.dir": tmp_path / "data", "trainer.max_steps": 4, "trainer.log_every": 2})
+    tiny = replace(tiny, loss=LossConfig(router_aux_loss_coef=0.0, router_z_loss_coef=0.0))
+    whole, cut = run_ranks(
+        1, logged, [Layout(1, size).config(tiny, tmp_path / str(size)) for size in (16, 4)]
+    )[0]
+    assert [line["step"] for line in cut] == [2, 4]
+    for line, expected in zip(cut, whole, strict=True):
+        for name in ROUTER_LOSSES:
+            assert line[name] == pytest.approx(expected[name], rel=2e-5)
+        assert line["train/loss"] == line["train/ce_loss"] == pytest.approx(expected["train/loss"], rel=2e-5)

@@ -1,0 +1,130 @@
+"""A whole run on a mixture: what metrics say of it, where it ends, and what a resumed one refuses."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from olmoe_train.choices import Device, Packing, Precision, WandbMode
+from olmoe_train.config import (
+    DataConfig,
+    EvaluationConfig,
+    LoggingConfig,
+    MixtureSource,
+    ModelConfig,
+    TrainConfig,
+    TrainerConfig,
+    WandbConfig,
+)
+from olmoe_train.data.loader import TrainSamples
+from olmoe_train.errors import UserError
+from olmoe_train.train import train
+from tests.prepared_data import add_loss_mask, write_prepared
+from tests.spawn import run_ranks
+
+S = 32
+
+
+def config(root: Path) -> TrainConfig:
+    """Budgets of 100 and 60 sequences, of data that has 40 and 64: of those, 40 say the same thing over and
+    over and 5 are never targets."""
+    generator = np.random.default_rng(0)
+    a = [generator.integers(2, 60, S - 1).tolist() for _ in range(40)]
+    b = [[7] * (40 * S - 1), *(generator.integers(2, 60, S - 1).tolist() for _ in range(24))]
+    write_prepared(root / "a", a, a[:3], vocab_size=64)
+    write_prepared(root / "b", b, b[1:8], vocab_size=64)
+    add_loss_mask(root / "b", "train", [1] * (59 * S) + [0] * (5 * S))
+    return TrainConfig(
+        run_dir=str(root / "run"),
+        model=ModelConfig(
+            vocab_size=64,
+            hidden_size=16,
+            intermediate_size=8,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            num_experts=4,
+            num_experts_per_tok=2,
+            eos_token_id=0,
+        ),
+        data=DataConfig(
+            dir=str(root),
+            mixture=[MixtureSource("a", tokens=100 * S), MixtureSource("b", "bee", tokens=60 * S)],
+            sequence_length=S,
+            repetition_filter=True,
+        ),
+        trainer=TrainerConfig(
+            max_epochs=0.3,
+            global_batch_size=10,
+            micro_batch_size=5,
+            precision=Precision.fp32,
+            device=Device.cpu,
+            log_every=1,
+        ),
+        logging=LoggingConfig(wandb=WandbConfig(mode=WandbMode.disabled)),
+        evaluation=EvaluationConfig(micro_batch_size=2),
+    )
+
+
+def records(run_dir: str) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (Path(run_dir) / "metrics.jsonl").read_text().splitlines()]
+
+
+def run(cfg: TrainConfig) -> list[dict[str, Any]]:
+    assert train(cfg) == 0
+    return records(cfg.run_dir)
+
+
+def refusal(cfg: TrainConfig) -> str:
+    with pytest.raises(UserError) as caught:
+        train(cfg)
+    return str(caught.value)
+
+
+def test_a_run_on_a_mixture(tmp_path: Path) -> None:
+    cfg = config(tmp_path)
+    (straight,) = run_ranks(1, run, cfg)
+    first, *steps, last = straight
+    assert [row["step"] for row in steps] == [1, 2, 3, 4, 5]  # 0.3 of 160 sequences, in batches of 10
+    for row in (first, last):
+        losses = [row[f"eval/{name}/loss"] for name in ("a", "bee", "validation")]
+        # Of 3 and 7 sequences.
+        assert losses[2] == pytest.approx(0.3 * losses[0] + 0.7 * losses[1])
+    for row in steps:
+        assert row["data/a/requested_share"] == 100 / 160
+        assert row["data/a/share"] == pytest.approx(100 / 160, abs=2 / (10 * row["step"]))
+        assert row["data/a/epochs"] == pytest.approx(row["data/a/share"] * 10 * row["step"] / 40)
+        assert row["data/a/share"] + row["data/bee/share"] == 1
+    samples = TrainSamples(cfg.data, cfg.seed)
+    for row in steps:
+        drawn = [samples[index] for index in range(10 * (row["step"] - 1), 10 * row["step"])]
+        repetitive = sum(set(sample["input_ids"].tolist()) == {7} for sample in drawn)
+        masked = sum(set(sample["labels"].tolist()) == {-100} for sample in drawn)
+        assert row["data/repetitive_sequences"] == repetitive
+        assert row["data/sequences_without_targets"] == masked
+    assert sum(row["data/repetitive_sequences"] for row in steps) > 5
+    assert steps[0].keys() >= {"data/bee/epochs", "data/bee/requested_share"}
+
+
+def test_resumed_in_the_middle_it_is_the_same_run_and_another_mixture_is_refused(tmp_path: Path) -> None:
+    cfg = config(tmp_path)
+    (straight,) = run_ranks(1, run, cfg)
+    stopped = replace(cfg, run_dir=str(tmp_path / "again"), trainer=replace(cfg.trainer, stop_at_step=2))
+    run_ranks(1, run, stopped)
+    a, b = cfg.data.mixture
+    heavier = replace(cfg.data, mixture=[a, replace(b, tokens=100 * S)])
+    (message,) = run_ranks(1, refusal, replace(stopped, data=heavier))
+    assert "step-00000002 was made by a run that computes something else" in message
+    assert "data (mixture.bee.share): 0.375 in the checkpoint, 0.5 now" in message
+    assert "train_sha256" not in message
+    packed = replace(cfg.data, packing=Packing.best_fit)
+    (message,) = run_ranks(1, refusal, replace(stopped, data=packed))
+    assert "data (packing): concat in the checkpoint, best_fit-v1 now" in message
+    (resumed,) = run_ranks(2, run, replace(stopped, trainer=replace(cfg.trainer, stop_at_step=None)))[:1]
+    for found, expected in zip(resumed, straight, strict=True):
+        assert found.keys() == expected.keys()
+        for key in found:
+            if key.startswith(("train/", "eval/", "data/")):
+                assert found[key] == pytest.approx(expected[key], rel=1e-4), (found["step"], key)

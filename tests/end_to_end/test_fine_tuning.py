@@ -1,0 +1,79 @@
+"""From conversations and an HF directory to a fine-tuned HF directory that keeps the chat template."""
+
+import json
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from olmoe_train.model import OlmoeConfig, OlmoeForCausalLM
+from tests.chat_templates import TULU_3, turn, write_tokenizer
+from tests.end_to_end.commands import REPO, olmoe
+from tests.prepared_data import read_documents
+
+MODEL = {
+    "vocab_size": 320,
+    "hidden_size": 32,
+    "intermediate_size": 16,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+    "num_experts": 8,
+    "num_experts_per_tok": 2,
+    "eos_token_id": 1,
+    "pad_token_id": 2,
+}
+TALKS = [
+    [
+        turn("user", f"what is {i}?"),
+        turn("assistant", "It is nothing."),
+        turn("user", "Yes"),
+        turn("assistant", "of"),
+    ]
+    for i in range(40)
+]
+
+
+def test_fine_tuning_keeps_the_chat_template(tmp_path: Path) -> None:
+    base = write_tokenizer(tmp_path / "base", "no template of its own")
+    torch.manual_seed(0)
+    OlmoeForCausalLM(OlmoeConfig(**MODEL)).save_pretrained(base)
+    lines = [json.dumps({"messages": talk}) + "\n" for talk in TALKS]
+    (tmp_path / "chats.jsonl").write_text("".join(lines))
+
+    prepare = [
+        *("data=chat", "data.source.paths=[chats.jsonl]", "data.source.validation_fraction=0.2"),
+        *("tokenizer.path=base", f"tokenizer.chat_template={REPO}/data/tulu.jinja", "data.dir=chats"),
+    ]
+    assert (result := olmoe("prepare", *prepare, cwd=tmp_path)).returncode == 0, result.stderr
+    train = [
+        *("experiment=olmoe_sft", "model.init_from=base", "data.dir=chats", "run_dir=run"),
+        *(f"model.{key}={value}" for key, value in MODEL.items()),
+        *("trainer.global_batch_size=4", "trainer.micro_batch_size=2", "trainer.precision=fp32"),
+        *(
+            "data.sequence_length=128",
+            "trainer.log_every=1",
+            "logging.wandb.mode=disabled",
+            "optimizer.lr=0.003",
+        ),
+    ]
+    assert (result := olmoe("train", *train, cwd=tmp_path)).returncode == 0, result.stderr
+    evaluations = [
+        record["eval/validation/loss"]
+        for record in map(json.loads, (tmp_path / "run/metrics.jsonl").read_text().splitlines())
+        if "eval/validation/loss" in record
+    ]
+    assert evaluations[-1] < evaluations[0] - 0.2
+    export = ["source=run", "step=latest", "out=tuned"]
+    assert (result := olmoe("export", *export, cwd=tmp_path)).returncode == 0, result.stderr
+
+    AutoModelForCausalLM.from_pretrained(tmp_path / "tuned")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "tuned")
+    rendered = [tokenizer.apply_chat_template(talk)["input_ids"] for talk in TALKS]
+    found = [
+        document for name in ("train", "validation") for document in read_documents(tmp_path / "chats", name)
+    ]
+    assert sorted(found) == sorted(rendered)
+    bos = AutoTokenizer.from_pretrained(base)
+    bos.chat_template = TULU_3
+    assert bos.apply_chat_template(TALKS[0])["input_ids"] == rendered[0]
