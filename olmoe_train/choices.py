@@ -8,6 +8,11 @@ class Precision(Enum):
     fp32 = "fp32"
 
 
+class ExportFormat(Enum):
+    hf = "hf"
+    olmo = "olmo"
+
+
 class Device(Enum):
     auto = "auto"
     cpu = "cpu"

@@ -16,6 +16,7 @@ from olmoe_train.choices import (
     Convention,
     Device,
     ExpertsBackend,
+    ExportFormat,
     Offload,
     Precision,
     Schedule,
@@ -34,6 +35,9 @@ class ModelConfig:
     init_from: str | None = None
     """HF directory whose weights start the run; its config.json must agree with the fields below. null:
     random init."""
+    trust_pickle: bool = False
+    """Read init_from's weights from pytorch_model.bin where there are no safetensors: a pickle, by
+    torch.load(weights_only=True)."""
     vocab_size: int = 50304
     """Rows of the embedding and the head. At least the tokenizer's vocabulary; may be padded up for speed."""
     hidden_size: int = 2048
@@ -271,21 +275,33 @@ class PrepareConfig:
 @dataclass(frozen=True)
 class ExportConfig:
     source: str = MISSING
-    """Run directory whose checkpoint is exported."""
+    """Run directory whose checkpoint is exported; or an HF directory or original OLMo checkpoint (config.yaml
+    with model.safetensors or model.pt) to convert."""
     step: str = "latest"
-    """Step to export: a number, or latest."""
+    """Step of a run to export: a number, or latest."""
     out: str | None = None
-    """HF directory to write; null: source/hf/step-XXXXXXXX."""
+    """Directory to write; null: hf/step-XXXXXXXX (olmo/step-XXXXXXXX) in the run directory."""
     max_shard_size: str = "5GB"
-    """Largest safetensors file, e.g. 5GB or 200MB."""
-    precision: Precision = Precision.fp32
-    """Data type of the exported weights."""
+    """Largest safetensors file, e.g. 5GB or 200MB. format=hf only."""
+    precision: Precision | None = None
+    """Data type of the exported weights: bf16, fp32; null: as stored, which in a run is fp32."""
+    format: ExportFormat = ExportFormat.hf
+    """hf: what Transformers reads. olmo: the original OLMo MoE branch's layout (megablocks experts), in one
+    file."""
+    trust_pickle: bool = False
+    """Read weights that are a pickle (pytorch_model.bin, OLMo's model.pt): torch.load(weights_only=True)."""
+    tokenizer: str | None = None
+    """Directory of tokenizer files, or a tokenizer.json, to put beside the model; null: the source's own."""
+    eos_token_id: int | None = None
+    """End-of-text token of the exported model; null: the source's."""
+    pad_token_id: int | None = None
+    """Padding token of the exported model; null: the source's."""
 
 
 @dataclass(frozen=True)
 class GenerateConfig:
     source: str = MISSING
-    """HF directory, or run directory (its newest checkpoint)."""
+    """HF directory, run directory (its newest checkpoint), or original OLMo checkpoint."""
     prompt: str = MISSING
     """Text to continue."""
     max_new_tokens: int = 64
@@ -298,39 +314,22 @@ class GenerateConfig:
     """Sample among the fewest tokens whose probabilities sum to top_p."""
     seed: int = 0
     """Seed of the sampling."""
+    trust_pickle: bool = False
+    """Read weights that are a pickle (pytorch_model.bin, OLMo's model.pt): torch.load(weights_only=True)."""
 
 
 @dataclass(frozen=True)
 class EvaluateConfig:
     source: str = MISSING
-    """HF directory, or run directory (its newest checkpoint)."""
+    """HF directory, run directory (its newest checkpoint), or original OLMo checkpoint."""
     data: DataConfig = field(default_factory=DataConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
-
-
-@dataclass(frozen=True)
-class PlanConfig(TrainConfig):
-    run_dir: str = "none"
-    """No effect: nothing is written."""
-    seed: int = 0
-    """No effect: no weight is drawn."""
-    gpus: int = 8
-    """GPUs of the run, one a rank."""
-    gpu_memory_gib: float = 80.0
-    """Memory of one GPU, GiB."""
-    reserve_gib: float = 6.0
-    """Part of it that tensors cannot have, GiB: CUDA context and libraries 1, NCCL buffers 0.5 for each of
-    up to four groups of ranks, the allocator's fragments 5% of 60."""
-    mfu: float = 0.188
-    """Model FLOPs utilisation, a share of the GPU's peak. Default: OLMoE-1B-7B's own pretraining, 23,600
-    tokens/s a GPU on H100s (arXiv 2409.02060, section 4.1.1)."""
-    gpu_tflops: float | None = None
-    """Dense peak of one GPU in trainer.precision, TFLOP/s; null: an H100's (SXM), 989.5 in bf16 and 67 in
-    fp32."""
+    trust_pickle: bool = False
+    """Read weights that are a pickle (pytorch_model.bin, OLMo's model.pt): torch.load(weights_only=True)."""
 
 
 # Fields of ModelConfig that say how to compute, not what the model is.
-_NOT_ARCHITECTURE = {"init_from", "experts_backend"}
+_NOT_ARCHITECTURE = {"init_from", "trust_pickle", "experts_backend"}
 
 
 def olmoe_config(model: ModelConfig) -> OlmoeConfig:

@@ -91,7 +91,7 @@ def main(cfg: EvaluateConfig) -> None:
     manifest = next(iter(read_manifests(cfg.data).values()))
     verify(cfg.data)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model, _ = load_source(cfg.source, device)
+    model, _ = load_source(cfg.source, device, cfg.trust_pickle)
     check_data(model.config, manifest, cfg)
     results = evaluate_data(model, cfg.data, cfg.evaluation, device)
     result = results.pop(VALIDATION)

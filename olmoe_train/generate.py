@@ -15,6 +15,7 @@ from tokenizers.decoders import DecodeStream
 from torch import Tensor
 
 from olmoe_train.checkpoint.source import load_source
+from olmoe_train.checkpoint.special_tokens import generation_defaults
 from olmoe_train.cli import run_verb
 from olmoe_train.config import GenerateConfig
 from olmoe_train.errors import UserError
@@ -45,9 +46,9 @@ def generate(
     Greedy, token for token as Transformers' generate, unless `temperature` is above 0 or `do_sample` is
     true; then the softmax at that temperature (default 1), cut to the `top_k` likeliest tokens and then to
     the fewest whose probabilities reach `top_p`. A row ends with an `eos_token_id` (one or several; default
-    the config's; []: none) and is then filled with `pad_token_id`. attention_mask [B, S]: 0 at padding,
-    which must be on the left; by default the pad tokens of input_ids, where padding is no eos. UserError for
-    arguments that make no sense.
+    generation_config.json's, without such a file the config's; []: none) and is then filled with
+    `pad_token_id`. attention_mask [B, S]: 0 at padding, which must be on the left; by default the pad tokens
+    of input_ids, where padding is no eos. UserError for arguments that make no sense.
     """
     if max_new_tokens is None:
         max_new_tokens = DEFAULT_NEW_TOKENS if max_length is None else max_length - input_ids.shape[1]
@@ -89,8 +90,10 @@ def stream_tokens(
     """The next token of every row, [B] int64, as it is decided, until all rows have ended. Arguments as
     generate()."""
     _check(input_ids, max_new_tokens, temperature, top_k, top_p)
-    stops = _ids(model.config.eos_token_id if eos_token_id is None else eos_token_id)
-    pad = model.config.pad_token_id if pad_token_id is None else pad_token_id
+    # Where there is a generation_config.json, it alone speaks, as in Transformers.
+    defaults = model.generation_config or generation_defaults(model.config)
+    stops = _ids(defaults.get("eos_token_id") if eos_token_id is None else eos_token_id)
+    pad = defaults.get("pad_token_id") if pad_token_id is None else pad_token_id
     mask_BC = _padding_mask(input_ids, attention_mask, pad, stops)
     filler = pad if pad is not None else (stops or [0])[0]
     stop_ids = torch.tensor(stops, dtype=torch.long, device=input_ids.device)
@@ -180,7 +183,7 @@ def _padding_mask(
 
 def main(cfg: GenerateConfig) -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model, directory = load_source(cfg.source, device)
+    model, directory = load_source(cfg.source, device, cfg.trust_pickle)
     tokenizer = read_tokenizer(directory)
     ids = tokenizer.encode(cfg.prompt).ids
     if not ids:

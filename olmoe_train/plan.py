@@ -12,7 +12,7 @@ import torch
 
 from olmoe_train.choices import ActivationCheckpointing, Offload, Precision, Strategy
 from olmoe_train.cli import run_verb
-from olmoe_train.config import ParallelConfig, PlanConfig, TrainConfig, olmoe_config
+from olmoe_train.config import ParallelConfig, TrainConfig, olmoe_config
 from olmoe_train.errors import UserError
 from olmoe_train.flops import FlopsPerToken, parameter_counts, peak_flops, train_flops_per_token
 from olmoe_train.memory import Layout, MicroBatch, RankMemory, rank_memory
@@ -23,6 +23,27 @@ from olmoe_train.validation import configuration_errors
 MIB, GIB = 2**20, 2**30
 LOAD_FACTORS = (1.0, 2.0, 4.0)
 SECONDS_A_DAY = 86_400
+
+
+@dataclass(frozen=True)
+class PlanConfig(TrainConfig):
+    run_dir: str = "none"
+    """No effect: nothing is written."""
+    seed: int = 0
+    """No effect: no weight is drawn."""
+    gpus: int = 8
+    """GPUs of the run, one a rank."""
+    gpu_memory_gib: float = 80.0
+    """Memory of one GPU, GiB."""
+    reserve_gib: float = 6.0
+    """Part of it that tensors cannot have, GiB: CUDA context and libraries 1, NCCL buffers 0.5 for each of
+    up to four groups of ranks, the allocator's fragments 5% of 60."""
+    mfu: float = 0.188
+    """Model FLOPs utilisation, a share of the GPU's peak. Default: OLMoE-1B-7B's own pretraining, 23,600
+    tokens/s a GPU on H100s (arXiv 2409.02060, section 4.1.1)."""
+    gpu_tflops: float | None = None
+    """Dense peak of one GPU in trainer.precision, TFLOP/s; null: an H100's (SXM), 989.5 in bf16 and 67 in
+    fp32."""
 
 
 @dataclass(frozen=True)

@@ -139,7 +139,7 @@ def build_model(cfg: TrainConfig, mesh: Mesh) -> OlmoeForCausalLM:
     model = parallelize(model, cfg, mesh)
     initialise(model, mesh.device, cfg.seed)
     if cfg.model.init_from is not None:
-        load_pretrained(model, cfg.model.init_from)
+        load_pretrained(model, cfg.model.init_from, cfg.model.trust_pickle)
     return model
 
 

@@ -6,11 +6,12 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from olmoe_train.checkpoint.special_tokens import special_token_errors
 from olmoe_train.choices import ActivationCheckpointing, BalanceScope, Device, Offload, Precision, Strategy
 from olmoe_train.cli import documented_keys
 from olmoe_train.config import ParallelConfig, SourceConfig, TrainConfig, olmoe_config
 from olmoe_train.data.config import OlmoFilesConfig
-from olmoe_train.data.mixture import mixture_errors, read_manifests, verify
+from olmoe_train.data.mixture import mixture_errors, read_manifests, sources, verify
 from olmoe_train.distributed.zero_config import deepspeed_config
 from olmoe_train.errors import UserError
 
@@ -245,24 +246,39 @@ def _model_errors(cfg: TrainConfig) -> list[str]:
     init_from = cfg.model.init_from
     if init_from is not None and not (Path(init_from) / "config.json").is_file():
         errors.append(
-            f"model.init_from={init_from}: no config.json there; give an HF model directory, or null"
+            f"model.init_from={init_from}: no config.json there; give an HF model directory (`olmoe export` "
+            "makes one of anything it reads), or null"
         )
-    resume = Path(cfg.checkpoint.resume)
-    if cfg.checkpoint.resume in ("auto", "never"):
-        return errors
-    if not resume.is_dir():
-        errors.append(f"checkpoint.resume={resume}: give auto, never, or an existing checkpoint")
-    elif any(resume.glob("*_optim_states.pt")) or any(resume.glob("global_step*")):
-        errors.append(
-            f"checkpoint.resume={resume}: a native checkpoint of DeepSpeed, whose pickles run code when "
-            "they are loaded; where you trust it, make an HF directory of it (its zero_to_fp32.py with "
-            "--safe_serialization, and a config.json), and start with model.init_from"
-        )
+    elif init_from is not None and not errors:
+        errors += _special_token_errors(cfg, Path(init_from))
+    if cfg.checkpoint.resume not in ("auto", "never"):
+        errors += _resume_errors(Path(cfg.checkpoint.resume))
     known = {key for key, _, _ in documented_keys(TrainConfig)}
     known |= {key.split(".")[0] for key in known}
     for key in set(cfg.checkpoint.allow_changes) - known:
         errors.append(f"checkpoint.allow_changes=[{key}]: there is no such key or section")
     return errors
+
+
+def _resume_errors(resume: Path) -> list[str]:
+    if not resume.is_dir():
+        return [f"checkpoint.resume={resume}: give auto, never, or an existing checkpoint"]
+    if any(resume.glob("*_optim_states.pt")) or any(resume.glob("global_step*")):
+        return [
+            (
+                f"checkpoint.resume={resume}: a native checkpoint of DeepSpeed, whose pickles run code when "
+                "they are loaded; where you trust it, make an HF directory of it (its zero_to_fp32.py with "
+                "--safe_serialization, and a config.json), and start with model.init_from"
+            )
+        ]
+    return []
+
+
+def _special_token_errors(cfg: TrainConfig, tokenizer: Path) -> list[str]:
+    try:
+        return [f"model.{error}" for error in special_token_errors(olmoe_config(cfg.model), tokenizer)]
+    except UserError as error:
+        return [str(error)]
 
 
 def _data_errors(cfg: TrainConfig) -> list[str]:
@@ -294,6 +310,9 @@ def _data_errors(cfg: TrainConfig) -> list[str]:
             f"model.eos_token_id={cfg.model.eos_token_id}: documents in data.dir={cfg.data.dir} end with "
             f"token {manifest.eos_token_id}; set model.eos_token_id={manifest.eos_token_id}"
         )
+    elif not _model_errors(cfg):
+        # Exports carry this tokenizer; and the padding token's embedding learns nothing.
+        errors += _special_token_errors(cfg, sources(cfg.data)[0].directory / "tokenizer")
     return errors
 
 
@@ -323,6 +342,8 @@ def _no_effect(cfg: TrainConfig) -> list[str]:
             for name in ("zero_stage", "offload", "deepspeed_config")
             if getattr(cfg.parallel, name) != getattr(ParallelConfig(), name)
         ]
+    if cfg.model.trust_pickle and cfg.model.init_from is None:
+        warnings.append("model.trust_pickle has no effect: model.init_from is null")
     if cfg.optimizer.max_grad_norm == 0:
         warnings.append("optimizer.max_grad_norm=0: gradients are not clipped")
     return warnings

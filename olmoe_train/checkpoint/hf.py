@@ -2,13 +2,12 @@
 
 In memory the experts of a layer are stacked (`mlp.experts.gate_up_proj` [E, 2F, D], `down_proj` [E, D, F]);
 on disk each has the hub's own tensors (`mlp.experts.0.gate_proj.weight` [F, D], ...). Both namings are read,
-the hub's is written. Nothing here unpickles.
+the hub's is written.
 
 Shapes: E experts, F expert width, D hidden.
 """
 
-import shutil
-import tempfile
+import functools
 from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
@@ -23,22 +22,21 @@ from olmoe_train.checkpoint.hf_files import (
     INDEX,
     WEIGHTS,
     StoredWeights,
+    appears_at_once,
     byte_count,
-    publish,
     some,
     write_json,
+)
+from olmoe_train.checkpoint.special_tokens import (
+    copy_tokenizer,
+    generation_defaults,
+    read_generation_config,
+    write_generation_config,
 )
 from olmoe_train.errors import UserError
 from olmoe_train.model.configuration import OlmoeConfig
 from olmoe_train.model.transformer import OlmoeForCausalLM, OlmoeModel, OlmoePreTrainedModel
 
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "chat_template.jinja",
-)
 # Fields that may differ between a directory and the model that its weights go into: none changes what the
 # same weights compute for the same tokens, save attention_dropout, which is the training run's to choose.
 _NOT_COMPARED = {
@@ -107,6 +105,7 @@ def save_pretrained(
         dtype or dtypes.pop(),
         max_shard_size,
         type(model).__name__,
+        generation=model.generation_config,
     )
 
 
@@ -119,6 +118,7 @@ def write_directory(
     architecture: str = "OlmoeForCausalLM",
     tokenizer: Path | None = None,
     card: str | None = None,
+    generation: dict[str, Any] | None = None,
     verify: bool = False,
 ) -> None:
     """Write an HF directory from `read`, which gives each whole parameter by its in-memory name when it is
@@ -126,31 +126,23 @@ def write_directory(
 
     Holds about one shard in memory beyond what `read` returns. The directory appears complete: files are
     written and synced beside it, then moved, config.json last. tokenizer: a directory whose tokenizer files
-    are copied. card: README.md. verify: compare what was written to a second reading before it appears.
-    UserError where `directory` already holds weights.
+    are copied, or a tokenizer.json. card: README.md. generation: generation_config.json, by default made of
+    `config`. verify: compare what was written to a second reading before it appears. UserError where
+    `directory` already holds weights.
     """
     directory = Path(directory)
     if any(directory.glob("*.safetensors*")):
         raise UserError(f"{directory} already holds a model: choose another directory, or delete it")
     shards = plan_shards(parameter_shapes(config, architecture), dtype, byte_count(max_shard_size))
-    directory.parent.mkdir(parents=True, exist_ok=True)
-    for left_over in directory.parent.glob(f".{directory.name}.*.partial"):  # of one that was killed here
-        shutil.rmtree(left_over)
-    temporary = Path(tempfile.mkdtemp(".partial", f".{directory.name}.", directory.parent))
-    try:
+    with appears_at_once(directory, last="config.json") as temporary:
         _write_shards(temporary, shards, read, dtype)
         _as_written(config, dtype, architecture).save_pretrained(temporary)
-        write_json(temporary / "generation_config.json", _generation_config(config))
-        for name in TOKENIZER_FILES:
-            if tokenizer is not None and (tokenizer / name).is_file():
-                shutil.copyfile(tokenizer / name, temporary / name)
+        write_generation_config(temporary, generation or generation_defaults(config))
+        copy_tokenizer(tokenizer, temporary)
         if card is not None:
             (temporary / "README.md").write_text(card, encoding="utf-8")
         if verify and not holds_model(temporary, config, read, dtype, architecture):
             raise RuntimeError(f"{directory}: not what was written reads back; is the disk failing?")
-        publish(temporary, directory)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def parameter_shapes(config: OlmoeConfig, architecture: str = "OlmoeForCausalLM") -> dict[str, torch.Size]:
@@ -233,11 +225,6 @@ def _as_written(
     return OlmoeConfig.from_dict(config.to_dict(), architectures=[architecture], dtype=dtype)
 
 
-def _generation_config(config: OlmoeConfig) -> dict[str, Any]:
-    ids = {name: getattr(config, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
-    return {"_from_model_config": True} | {name: value for name, value in ids.items() if value is not None}
-
-
 # --- reading ----------------------------------------------------------------------------------------------
 
 AnyModel = TypeVar("AnyModel", bound=OlmoePreTrainedModel)
@@ -248,23 +235,53 @@ def from_pretrained(
     directory: str | Path,
     dtype: torch.dtype | None = None,
     device: torch.device | str = "cpu",
+    trust_pickle: bool = False,
 ) -> AnyModel:
-    """The model of an HF directory, in eval mode. dtype None: as stored. UserError: what is wrong with the
-    files."""
-    config = OlmoeConfig.from_pretrained(directory)
-    if config.dtype is None:
-        config.dtype = next(iter(StoredWeights(Path(directory)).tensors.values())).dtype
+    """The model of an HF directory, in eval mode. dtype None: as stored. trust_pickle: read a legacy
+    pytorch_model.bin. UserError: what is wrong with the files."""
+    config, read = open_pretrained(directory, model_class, trust_pickle)
     config.dtype = dtype or config.dtype
+    model = model_of(model_class, config, read, device)
+    model.generation_config = read_generation_config(Path(directory))
+    return model
+
+
+def model_of(
+    model_class: type[AnyModel],
+    config: OlmoeConfig,
+    read: Callable[[str], Tensor],
+    device: torch.device | str = "cpu",
+) -> AnyModel:
+    """The model in eval mode on a device, in config.dtype; `read` gives each whole parameter by name."""
     with torch.device("meta"):
         model = model_class(config)
     model = model.to(config.dtype).to_empty(device=device)
     if isinstance(model, OlmoeForCausalLM):
         model.tie_weights()
-    load_pretrained(model, directory)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            assign(parameter, read(name).to(parameter.dtype))
     return model.eval()
 
 
-def load_pretrained(model: OlmoePreTrainedModel, directory: str | Path) -> None:
+def open_pretrained(
+    directory: str | Path,
+    model_class: type[OlmoePreTrainedModel] = OlmoeForCausalLM,
+    trust_pickle: bool = False,
+) -> tuple[OlmoeConfig, Callable[[str], Tensor]]:
+    """(Configuration, with the dtype of the weights; a function that reads one whole parameter, in its stored
+    dtype, by its in-memory name.)"""
+    directory = Path(directory)
+    config = OlmoeConfig.from_pretrained(directory)
+    stored = StoredWeights(directory, trust_pickle)
+    if config.dtype is None:
+        config.dtype = next(iter(stored.tensors.values())).dtype
+    with torch.device("meta"):
+        model = model_class(config)
+    return config, _reader(model, stored, directory)
+
+
+def load_pretrained(model: OlmoePreTrainedModel, directory: str | Path, trust_pickle: bool = False) -> None:
     """Fill every parameter, whole or sharded (DTensor), in place from an HF directory; values are cast to
     its dtype.
 
@@ -274,15 +291,25 @@ def load_pretrained(model: OlmoePreTrainedModel, directory: str | Path) -> None:
     """
     directory = Path(directory)
     _refuse_other_function(model.config, OlmoeConfig.from_pretrained(directory), directory)
-    stored = StoredWeights(directory)
-    plan = _match_names(model, stored, directory)
+    read = _reader(model, StoredWeights(directory, trust_pickle), directory)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            whole = torch.empty(parameter.shape, dtype=parameter.dtype)
-            for stored_name, index in plan[name].items():
-                whole[index] = stored.read(stored_name)
-            assign(parameter, whole)
+            assign(parameter, read(name).to(parameter.dtype))
+
+
+def _reader(model: OlmoePreTrainedModel, stored: StoredWeights, directory: Path) -> Callable[[str], Tensor]:
+    plan = _match_names(model, stored, directory)
     _refuse_untied(model.config, stored, directory)
+    shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
+
+    def read(name: str) -> Tensor:
+        dtypes = (stored.tensors[stored_name].dtype for stored_name in plan[name])
+        whole = torch.empty(shapes[name], dtype=functools.reduce(torch.promote_types, dtypes))
+        for stored_name, index in plan[name].items():
+            whole[index] = stored.read(stored_name)
+        return whole
+
+    return read
 
 
 def assign(parameter: Tensor, whole: Tensor) -> None:
@@ -318,6 +345,8 @@ def _match_names(
                 misshaped.append(f"{stored_name} is {list(shape)}, the model's is {list(expected)}")
     used = {stored_name for parts in plan.values() for stored_name in parts}
     ignored = {"lm_head.weight"} if not prefix_here or model.config.tie_word_embeddings else set()
+    # A constant that older converters wrote with every layer.
+    ignored |= {name for name in stored.tensors if name.endswith("rotary_emb.inv_freq")}
     unexpected = sorted(stored.tensors.keys() - used - ignored)
     complaints = {"missing": missing, "unexpected": unexpected, "of another shape": misshaped}
     if any(complaints.values()):

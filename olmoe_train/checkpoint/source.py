@@ -1,9 +1,14 @@
-"""What `source=` names: an HF directory, or a run directory with its training checkpoints."""
+"""What `source=` names: an HF directory, an original OLMo checkpoint, or a run directory with its training
+checkpoints."""
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from omegaconf import OmegaConf
+from torch import Tensor
 
 from olmoe_train.checkpoint.directory import (
     checkpoint_path,
@@ -11,7 +16,9 @@ from olmoe_train.checkpoint.directory import (
     is_complete,
     latest_checkpoint,
 )
-from olmoe_train.checkpoint.hf import assign
+from olmoe_train.checkpoint.hf import model_of, open_pretrained
+from olmoe_train.checkpoint.olmo import is_olmo_directory, open_olmo
+from olmoe_train.checkpoint.special_tokens import read_generation_config
 from olmoe_train.checkpoint.training import open_model_tensors
 from olmoe_train.config import ModelConfig, olmoe_config
 from olmoe_train.errors import UserError
@@ -20,25 +27,56 @@ from olmoe_train.model import OlmoeConfig, OlmoeForCausalLM
 RUN_CONFIG, RUN_TOKENIZER = "config.yaml", "tokenizer"
 
 
-def load_source(source: str, device: torch.device) -> tuple[OlmoeForCausalLM, Path]:
-    """(The model in eval mode, with the dtype it is stored in; the directory that has its tokenizer files.)
+@dataclass(frozen=True)
+class Source:
+    """A stored model, opened: nothing but file headers is in memory."""
 
-    A run gives its newest complete checkpoint, every file of which is verified. UserError where `source` is
-    neither kind of directory, or has nothing complete.
+    name: str
+    config: OlmoeConfig
+    """With the dtype of the weights."""
+    read: Callable[[str], Tensor]
+    """One whole parameter by its in-memory name, in its stored dtype, on the CPU."""
+    tokenizer: Path
+    """Directory that has the tokenizer files, if any."""
+    generation: dict[str, Any] | None = None
+    """Its generation_config.json."""
+    checkpoint: Path | None = None
+    """The training checkpoint, where the source is a run."""
+
+
+def open_source(source: str | Path, step: str = "latest", trust_pickle: bool = False) -> Source:
+    """A run gives its complete checkpoint of `step`, every file of which is verified.
+
+    UserError where `source` is no directory of these kinds, or has nothing complete, or has its weights in
+    a pickle and trust_pickle is false.
     """
     directory = Path(source).expanduser()
-    if (directory / "config.json").is_file():
-        return OlmoeForCausalLM.from_pretrained(directory, device=device), directory
+    is_hf = (directory / "config.json").is_file()
+    if (is_hf or is_olmo_directory(directory)) and step != "latest":
+        raise UserError(f"step={step}: source={directory} has no steps, it is not a run directory")
+    if is_hf:
+        config, read = open_pretrained(directory, trust_pickle=trust_pickle)
+        return Source(str(directory), config, read, directory, read_generation_config(directory))
+    if is_olmo_directory(directory):
+        config, read = open_olmo(directory, trust_pickle)
+        return Source(str(directory), config, read, directory)
     config = run_config(directory)
-    read = open_model_tensors(run_checkpoint(directory))
-    with torch.device("meta"):
-        model = OlmoeForCausalLM(config)
-    model = model.to_empty(device=device)
-    model.tie_weights()
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            assign(parameter, read(name))
-    return model.eval(), directory / RUN_TOKENIZER
+    config.dtype = torch.float32  # training keeps its weights so, whatever it computes in
+    checkpoint = run_checkpoint(directory, step)
+    read = open_model_tensors(checkpoint)
+    name = f"{checkpoint.name} of {directory}"
+    return Source(name, config, read, directory / RUN_TOKENIZER, checkpoint=checkpoint)
+
+
+def load_source(
+    source: str, device: torch.device, trust_pickle: bool = False
+) -> tuple[OlmoeForCausalLM, Path]:
+    """(The model in eval mode, with the dtype it is stored in; the directory that has its tokenizer files.)
+    Errors as open_source."""
+    opened = open_source(source, trust_pickle=trust_pickle)
+    model = model_of(OlmoeForCausalLM, opened.config, opened.read, device)
+    model.generation_config = opened.generation
+    return model, opened.tokenizer
 
 
 def run_config(run_dir: Path) -> OlmoeConfig:
@@ -46,7 +84,8 @@ def run_config(run_dir: Path) -> OlmoeConfig:
     path = run_dir / RUN_CONFIG
     if not path.is_file():
         raise UserError(
-            f"source={run_dir}: neither an HF directory (config.json) nor a run directory ({RUN_CONFIG})"
+            f"source={run_dir}: neither an HF directory (config.json) nor a run directory or OLMo checkpoint "
+            f"({RUN_CONFIG})"
         )
     try:
         values = OmegaConf.to_container(OmegaConf.load(path))

@@ -61,15 +61,22 @@ class OlmoePreTrainedModel(nn.Module):
     """What the two models share: HF directories."""
 
     config: OlmoeConfig
+    generation_config: dict[str, Any] | None = None
+    """generation_config.json of the directory that the model came from; generate() takes its eos and pad."""
 
     @classmethod
     def from_pretrained(
-        cls, directory: str | Path, dtype: torch.dtype | None = None, device: torch.device | str = "cpu"
+        cls,
+        directory: str | Path,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str = "cpu",
+        trust_pickle: bool = False,
     ) -> Self:
-        """Load an HF directory (hub or fused names) in eval mode. dtype None: as stored."""
+        """Load an HF directory (hub or fused names) in eval mode. dtype None: as stored. trust_pickle: read
+        a legacy pytorch_model.bin, through torch.load(weights_only=True)."""
         from olmoe_train.checkpoint.hf import from_pretrained  # checkpoint/ builds on model/
 
-        return from_pretrained(cls, directory, dtype, device)
+        return from_pretrained(cls, directory, dtype, device, trust_pickle)
 
     def save_pretrained(self, directory: str | Path, max_shard_size: str | int = "5GB") -> None:
         """Write an HF directory with the hub's per-expert tensor names."""

@@ -160,6 +160,18 @@ def test_cache_in_pieces(name: str, padding: str) -> None:
         torch.testing.assert_close(value[kept], other.layers[layer].values[kept], rtol=0, atol=LOGITS)
 
 
+def test_cache_position() -> None:
+    """Where the tokens are, for want of position_ids; Transformers 5 is told in position_ids."""
+    ours, theirs = make_pair(TINY)
+    ids = make_batch(4, "none")["input_ids"]
+    positions = (
+        torch.arange(ids.shape[1]) * 3 + 20
+    )  # shifting all alike would change nothing: RoPE is relative
+    expected = theirs(ids, position_ids=positions[None]).logits
+    torch.testing.assert_close(ours(ids, cache_position=positions).logits, expected, rtol=0, atol=2e-4)
+    assert not torch.allclose(ours(ids).logits, expected, rtol=0, atol=1e-2)
+
+
 def test_use_cache_off_and_on() -> None:
     ours, theirs = make_pair(TINY)
     for model in (ours, theirs):

@@ -379,13 +379,77 @@ def test_damaged_indexes_and_files_are_named(sharded: Path) -> None:
         OlmoeForCausalLM.from_pretrained(sharded)
 
 
-def test_pickles_are_never_opened(saved: Path) -> None:
-    (saved / "model.safetensors").unlink()
+def as_pickles(directory: Path, *parts: dict[str, Any]) -> Path:
+    """Replace the weights by torch.save files, with an index where there are several."""
+    (directory / "model.safetensors").unlink()
+    if len(parts) == 1:
+        torch.save(parts[0], directory / "pytorch_model.bin")
+        return directory
+    weight_map = {}
+    for number, part in enumerate(parts, start=1):
+        name = f"pytorch_model-{number:05d}-of-{len(parts):05d}.bin"
+        torch.save(part, directory / name)
+        weight_map |= dict.fromkeys(part, name)
+    (directory / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    return directory
+
+
+def split(tensors: dict[str, Tensor]) -> list[dict[str, Tensor]]:
+    names = sorted(tensors)
+    return [{name: tensors[name] for name in half} for half in (names[:20], names[20:])]
+
+
+@pytest.mark.parametrize("count", [1, 2], ids=["single", "sharded"])
+def test_pickles_are_read_where_they_are_trusted(saved: Path, count: int) -> None:
+    tensors = tensors_of(saved) | {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(2)}
+    as_pickles(saved, *([tensors] if count == 1 else split(tensors)))
+    with pytest.raises(UserError, match=r"pytorch_model.bin.* only, a pickle, .* set trust_pickle=true"):
+        OlmoeForCausalLM.from_pretrained(saved)
+    model = OlmoeForCausalLM.from_pretrained(saved, trust_pickle=True)
+    assert_same(model, make())
+    into = make()
+    with torch.no_grad():
+        into.lm_head.weight.zero_()
+    load_pretrained(into, saved, trust_pickle=True)
+    assert_same(into, make())
+    model.save_pretrained(saved)  # safetensors beside it: these are read from now on
+    assert_same(OlmoeForCausalLM.from_pretrained(saved), make())
+
+
+def test_a_trusted_pickle_builds_tensors_and_nothing_else(saved: Path) -> None:
+    mark = saved.parent / "mark"
+
+    class Evil:
+        def __reduce__(self) -> Any:
+            return os.mkdir, (str(mark),)
+
+    as_pickles(saved, tensors_of(saved) | {"evil": Evil()})
+    torch.load(saved / "pytorch_model.bin", weights_only=False)
+    mark.rmdir()  # it does run where it is unpickled
+    with pytest.raises(UserError, match=r"pytorch_model\.bin: asks for more than tensors"):
+        OlmoeForCausalLM.from_pretrained(saved, trust_pickle=True)
+    assert not mark.exists()
+
+
+def test_damaged_and_odd_pickles_are_named(saved: Path) -> None:
+    tensors = tensors_of(saved)
+    as_pickles(saved, tensors)
+    file = saved / "pytorch_model.bin"
+    for content in ["a list", {"step": 3}]:
+        torch.save(content, file)
+        with pytest.raises(UserError, match="not a state dict"):
+            OlmoeForCausalLM.from_pretrained(saved, trust_pickle=True)
+    file.write_bytes(b"not even a pickle")
+    with pytest.raises(UserError, match=r"pytorch_model\.bin: (cannot be read|asks for more)"):
+        OlmoeForCausalLM.from_pretrained(saved, trust_pickle=True)
+    file.unlink()
     with pytest.raises(UserError, match="no weights there"):
-        OlmoeForCausalLM.from_pretrained(saved)
-    (saved / "pytorch_model.bin").write_bytes(b"not even a pickle")
-    with pytest.raises(UserError, match=r"pytorch_model.bin only, a pickle"):
-        OlmoeForCausalLM.from_pretrained(saved)
+        OlmoeForCausalLM.from_pretrained(saved, trust_pickle=True)
+    index = {"weight_map": dict.fromkeys(tensors, "../elsewhere.bin")}
+    (saved / "pytorch_model.bin.index.json").write_text(json.dumps(index))
+    torch.save(tensors, saved.parent / "elsewhere.bin")
+    with pytest.raises(UserError, match=r"which is no .bin file beside the index"):
+        OlmoeForCausalLM.from_pretrained(saved, trust_pickle=True)
 
 
 def test_a_tied_head_must_be_the_embedding(tmp_path: Path) -> None:

@@ -20,7 +20,6 @@ from olmoe_train.config import (
     DataConfig,
     ModelConfig,
     ParallelConfig,
-    PlanConfig,
     TrainConfig,
     TrainerConfig,
 )
@@ -40,6 +39,7 @@ from olmoe_train.model import OlmoeConfig, OlmoeForCausalLM
 from olmoe_train.model.losses import router_losses
 from olmoe_train.plan import (
     GIB,
+    PlanConfig,
     check,
     fits,
     largest_micro_batch,
