@@ -150,6 +150,11 @@ def test_a_good_config_has_neither_errors_nor_warnings(prepared: str) -> None:
             TrainerConfig(max_epochs=0, global_batch_size=8, micro_batch_size=2),
             "trainer.max_epochs=0: must be positive",
         ),
+        (
+            "checkpoint",
+            CheckpointConfig(allow_changes=["optimizer.rate"]),
+            "checkpoint.allow_changes=[optimizer.rate]: there is no such key or section",
+        ),
     ],
 )
 def test_one_mistake_one_message(prepared: str, section: str, value: object, message: str) -> None:
