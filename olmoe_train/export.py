@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 
+from olmoe_train.checkpoint.directory import step_of
 from olmoe_train.checkpoint.hf import holds_model, write_directory
 from olmoe_train.checkpoint.olmo import holds_olmo_model, write_olmo_directory
 from olmoe_train.checkpoint.source import Source, open_source
@@ -45,8 +46,7 @@ def hf_directory(run_dir: Path, checkpoint: Path) -> Path:
 
 def export_checkpoint(run_dir: Path, checkpoint: Path, out: Path) -> bool:
     """A run's checkpoint as an HF directory; False where `out` holds it already."""
-    step = str(int(checkpoint.name.removeprefix("step-")))
-    return write_export(open_source(run_dir, step), out, torch.float32)
+    return write_export(open_source(run_dir, str(step_of(checkpoint))), out, torch.float32)
 
 
 def write_export(

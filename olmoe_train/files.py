@@ -1,7 +1,11 @@
-"""What writing so that nothing is lost takes, wherever files are committed by a rename."""
+"""Files: forcing them to the disk before a rename commits them, and JSON that has to be an object."""
 
+import json
 import os
 from pathlib import Path
+from typing import Any
+
+from olmoe_train.errors import UserError
 
 
 def sync(path: Path) -> None:
@@ -11,3 +15,14 @@ def sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def read_json_object(path: Path) -> dict[str, Any]:
+    """The object in a JSON file. OSError where it cannot be read, UserError where it is not one."""
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{path}: not valid JSON: {error}") from None
+    if not isinstance(values, dict):
+        raise UserError(f"{path}: holds a JSON {type(values).__name__}, not an object")
+    return values

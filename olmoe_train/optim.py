@@ -1,7 +1,7 @@
 """AdamW, its learning rate as a function of the step, and exact gradient clipping over sharded parameters."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -80,17 +80,19 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, value: float) -> None:
 
 
 @torch.no_grad()
-def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float) -> Tensor:
+def clip_gradients(
+    parameters: Iterable[nn.Parameter], max_norm: float, copies: Callable[[nn.Parameter], int] = copies
+) -> Tensor:
     """Scale all gradients so that their global 2-norm is at most max_norm (0: leave them); returns the
     norm before.
 
     fp32 scalar on the device; collective. Experts and the other parameters are sharded over different
-    meshes, but each value of a gradient exists `copies` times in the world, so one all-reduce of local
-    sums gives the exact norm.
+    meshes, but each value of a parameter's gradient exists `copies` times in the world, so one all-reduce of
+    local sums gives the exact norm.
     """
-    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-    shards = [local_tensor(gradient) for gradient in gradients]
-    shares = torch.tensor([1 / copies(gradient) for gradient in gradients], device=shards[0].device)
+    trained = [(parameter, parameter.grad) for parameter in parameters if parameter.grad is not None]
+    shards = [local_tensor(gradient) for _, gradient in trained]
+    shares = torch.tensor([1 / copies(parameter) for parameter, _ in trained], device=shards[0].device)
     square = torch.stack(torch._foreach_norm(shards, 2, torch.float32)).square() @ shares
     dist.all_reduce(square)
     norm = square.sqrt()

@@ -71,6 +71,7 @@ def train(cfg: TrainConfig, batches: Iterable[Batch] | None = None) -> int:
     writer = MetricsWriter(cfg, run.path, model.config, progress, device)
     stored = zero.stored if zero is not None else lambda: (model, optimizer)
     saver = Saver(cfg.checkpoint, run.path, stored, progress.step)
+    described = description(cfg)
     last_step, (warmup, decay) = total_steps(cfg), warmup_and_decay_steps(cfg)
     max_norm, watched = cfg.optimizer.max_grad_norm, run.watchdog.beating
     end = min(last_step, cfg.trainer.stop_at_step or last_step)
@@ -122,7 +123,7 @@ def train(cfg: TrainConfig, batches: Iterable[Batch] | None = None) -> int:
             writer.log_evaluation(progress, evaluate_data(model, cfg.data, cfg.evaluation, device, watched))
         if stop or saver.due(step):
             guard.check(step)
-            saver.save(step, training_state(cfg, progress, metrics, guard), signalled)
+            saver.save(step, training_state(described, progress, metrics, guard), signalled)
             signalled = on_any_rank(signalled or run.signals.stop_requested)
             writer.restart_clock(progress.tokens)
     saver.finish()
@@ -163,11 +164,12 @@ def resume(
 
 
 def training_state(
-    cfg: TrainConfig, progress: Progress, metrics: StepMetrics, guard: StepGuard
+    described: dict[str, Any], progress: Progress, metrics: StepMetrics, guard: StepGuard
 ) -> dict[str, Any]:
-    """What a checkpoint holds besides tensors, as JSON; collective. No generator's state: seed_dropout."""
+    """What a checkpoint holds besides tensors, as JSON: `described`, of the run, and where it stands;
+    collective. No generator's state: seed_dropout."""
     state = replace(progress, expert_last_used=metrics.last_used(), guard=guard.state())
-    return asdict(state) | description(cfg)
+    return asdict(state) | described
 
 
 def train_batches(cfg: TrainConfig, progress: Progress) -> Iterator[Batch]:

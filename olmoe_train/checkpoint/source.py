@@ -15,6 +15,7 @@ from olmoe_train.checkpoint.directory import (
     complete_checkpoints,
     is_complete,
     latest_checkpoint,
+    step_of,
 )
 from olmoe_train.checkpoint.hf import model_of, open_pretrained
 from olmoe_train.checkpoint.olmo import is_olmo_directory, open_olmo
@@ -108,6 +109,6 @@ def run_checkpoint(run_dir: Path, step: str = "latest") -> Path:
         raise UserError(f"step={step}: give a number, or latest")
     path = checkpoint_path(run_dir, int(step))
     if not is_complete(path):
-        there = ", ".join(str(int(p.name.removeprefix("step-"))) for p in complete_checkpoints(run_dir))
+        there = ", ".join(str(step_of(path)) for path in complete_checkpoints(run_dir))
         raise UserError(f"step={step}: no complete checkpoint {path}; there are steps {there or '(none)'}")
     return path

@@ -1,13 +1,12 @@
 """End-of-text and padding tokens: what a model's configuration, its tokenizer files and its
 generation_config.json say of them."""
 
-import json
 import shutil
 from pathlib import Path
 from typing import Any
 
 from olmoe_train.checkpoint.hf_files import write_json
-from olmoe_train.errors import UserError
+from olmoe_train.files import read_json_object
 from olmoe_train.model.configuration import OlmoeConfig
 
 TOKENIZER_FILES = (
@@ -79,13 +78,5 @@ def generation_defaults(config: OlmoeConfig) -> dict[str, Any]:
 
 
 def _read_json(path: Path) -> dict[str, Any]:
-    """{} where there is no file. UserError where it is not an object."""
-    if not path.is_file():
-        return {}
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"{path}: not valid JSON: {error}") from None
-    if not isinstance(values, dict):
-        raise UserError(f"{path}: holds a JSON {type(values).__name__}, not an object")
-    return values
+    """{} where there is no file."""
+    return read_json_object(path) if path.is_file() else {}

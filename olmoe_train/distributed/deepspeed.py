@@ -38,7 +38,7 @@ from olmoe_train.model import OlmoeForCausalLM
 from olmoe_train.model.moe import OlmoeExperts
 from olmoe_train.model.outputs import TrainingOutput
 from olmoe_train.model.transformer import OlmoeDecoderLayer
-from olmoe_train.optim import build_optimizer
+from olmoe_train.optim import build_optimizer, clip_gradients
 
 
 def start_engine(
@@ -185,25 +185,13 @@ class ZeroEngine:
             else:
                 utils.safe_set_full_optimizer_state(parameter, value, moment)
 
-    @torch.no_grad()
     def _clip_whole_gradients(self, *_: Any) -> None:
         """ZeRO-0 clips by the mean of the ranks' norms, which with expert parallelism is no norm; ours is."""
-        gradients = {
-            parameter: parameter.grad for parameter in self._parameters if parameter.grad is not None
-        }
-        # Expert gradients are on every expert_parallel_size-th rank, the others on all.
-        ranks = dist.get_world_size()
-        copies = {
-            p: ranks // self.cfg.parallel.expert_parallel_size if p.ndim == 3 else ranks for p in gradients
-        }
-        square = sum(
-            (gradient.float().norm().square() / copies[p] for p, gradient in gradients.items()),
-            self._norm * 0,
-        )
-        dist.all_reduce(square)
-        self._norm = square.sqrt()
-        if (limit := self.cfg.optimizer.max_grad_norm) > 0:
-            torch._foreach_mul_(list(gradients.values()), (limit / (self._norm + 1e-6)).clamp(max=1.0))
+        self._norm = clip_gradients(self._parameters, self.cfg.optimizer.max_grad_norm, self._copies)
+
+    def _copies(self, parameter: nn.Parameter) -> int:
+        """Whole on every rank, but for experts: those are on every expert_parallel_size-th."""
+        return dist.get_world_size() // (self.cfg.parallel.expert_parallel_size if parameter.ndim == 3 else 1)
 
     @torch.no_grad()
     def _skip_not_finite(self, *_: Any) -> None:

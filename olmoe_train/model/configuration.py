@@ -14,6 +14,7 @@ from typing import Any, ClassVar, Self
 import torch
 
 from olmoe_train.errors import UserError
+from olmoe_train.files import read_json_object
 from olmoe_train.model.activations import ACTIVATIONS
 from olmoe_train.model.rope import ROPE_TYPES, ROPE_TYPES_WITH_ORIGINAL_LENGTH, rope_problems
 
@@ -130,13 +131,9 @@ class OlmoeConfig:
         path = Path(directory)
         path = path / "config.json" if path.is_dir() else path
         try:
-            values = json.loads(path.read_text(encoding="utf-8"))
+            values = read_json_object(path)
         except OSError as error:
             raise UserError(f"{path}: cannot be read ({error.strerror}); name an HF directory") from None
-        except ValueError as error:
-            raise UserError(f"{path}: not valid JSON: {error}") from None
-        if not isinstance(values, dict):
-            raise UserError(f"{path}: holds a JSON {type(values).__name__}, not an object")
         try:
             return cls.from_dict(values, **overrides)
         except UserError as error:

@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from benchmarks.plan_memory import example
 from olmoe_train.choices import ActivationCheckpointing, Offload, Precision, Strategy
 from olmoe_train.config import (
     DataConfig,
-    ModelConfig,
     OptimizerConfig,
     ParallelConfig,
     TrainConfig,
@@ -28,15 +28,7 @@ from tests.spawn import run_ranks
 
 RANKS = 2
 # 2.1 million parameters, a third of them experts'.
-MODEL = ModelConfig(
-    vocab_size=2048,
-    hidden_size=128,
-    intermediate_size=64,
-    num_hidden_layers=6,
-    num_attention_heads=4,
-    num_experts=8,
-    num_experts_per_tok=2,
-)
+MODEL = example(Strategy.deepspeed, 1, Precision.fp32, ActivationCheckpointing.none).model
 # No buckets, and nothing gathered between micro-batches: the state alone.
 LEAN = {
     "reduce_bucket_size": 1000,
