@@ -40,8 +40,11 @@ def losses(first: dict[str, Any], last: dict[str, Any]) -> list[tuple[str, str]]
 
 
 def balance(step: dict[str, Any]) -> list[tuple[str, str]]:
-    """How the last logged step used its experts: one bar an expert, full height at twice its fair share."""
+    """How the last logged step used its experts: one bar an expert, full height at twice its fair share.
+    Nothing of a dense model."""
     loads = [step[key] for key in sorted(step) if key.startswith("router/layer_") and key.endswith("/load")]
+    if len(loads[0]) == 1:
+        return []
     busiest, uniform = 1 + step["router/max_violation"], math.log(len(loads[0]))
     text = (
         f"the busiest expert has {busiest:.2f} x its fair share, {step['router/dead_experts']:.0f} are dead; "

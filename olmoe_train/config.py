@@ -51,7 +51,7 @@ class ModelConfig:
     num_key_value_heads: int | None = None
     """Key/value heads (grouped-query attention); null: as many as query heads."""
     num_experts: int = 64
-    """Experts a layer (E)."""
+    """Experts a layer (E). 1: a dense model, the one expert being its MLP."""
     num_experts_per_tok: int = 8
     """Experts a token is sent to (top-k, K)."""
     norm_topk_prob: bool = False
@@ -147,9 +147,9 @@ class ParallelConfig:
 @dataclass(frozen=True)
 class LossConfig:
     router_aux_loss_coef: float = 0.01
-    """Weight of the load-balancing loss in the total."""
+    """Weight of the load-balancing loss in the total; none in a dense model's (model.num_experts=1)."""
     router_z_loss_coef: float = 0.001
-    """Weight of the router z-loss in the total."""
+    """Weight of the router z-loss in the total; none in a dense model's."""
     convention: Convention = Convention.olmoe
     """How both router losses are normalised: olmoe (paper), olmoe_0924 (as released), hf (pooled),
     megatron (summed)."""

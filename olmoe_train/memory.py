@@ -12,6 +12,7 @@ from dataclasses import dataclass, fields, replace
 import torch
 
 from olmoe_train.choices import ActivationCheckpointing, Offload, Precision, Strategy
+from olmoe_train.distributed.parallelize import cut_inside
 from olmoe_train.model import OlmoeConfig, OlmoeForCausalLM
 from olmoe_train.model.losses import HEAD_CHUNK_ROWS
 
@@ -90,7 +91,8 @@ def count_units(config: OlmoeConfig, layout: Layout) -> Units:
     FSDP2 cuts a parameter into shard_size parts of ceil(size / shard_size), of which the last may be short or
     empty, and gathers them padded. It cuts dimension 0; of parallel experts dimension 1, inside each expert.
     So without EP, over more ranks than experts, an expert weight (E, ...) is one whole expert on E of the
-    ranks and padding on the others, and gathered it takes ranks / E times its size.
+    ranks and padding on the others, and gathered it takes ranks / E times its size. A lone expert is cut as
+    parallelize.cut_inside says.
     """
     shapes = _one_layer_shapes(config)
     layer = {name: shape for name, shape in shapes.items() if name.startswith("model.layers.0.")}
@@ -100,11 +102,12 @@ def count_units(config: OlmoeConfig, layout: Layout) -> Units:
     head = {name: shape for name, shape in root.items() if name == "lm_head.weight"}
     parallel = layout.expert_parallel_size
     own = {name: torch.Size((shape[0] // parallel, *shape[1:])) for name, shape in experts.items()}
+    lone = all(cut_inside(shape, layout.expert_shard_size) for shape in experts.values())
     return Units(
         root=_unit(root, layout.shard_size),
         head=_unit(head, layout.shard_size),
         dense=_unit(dense, layout.shard_size),
-        experts=_unit(own, layout.expert_shard_size, cut=1 if parallel > 1 else 0),
+        experts=_unit(own, layout.expert_shard_size, cut=1 if parallel > 1 or lone else 0),
         layers=config.num_hidden_layers,
     )
 

@@ -11,24 +11,19 @@ from olmoe_train.config import ModelConfig, olmoe_config
 from olmoe_train.data.tokens import read_manifest
 from olmoe_train.errors import UserError
 from olmoe_train.flops import parameter_counts
+from olmoe_train.model import OlmoeConfig
 from olmoe_train.redaction import redact_text
 
 _CARD = """---
 library_name: transformers
 pipeline_tag: text-generation
-tags: [olmoe, moe]
+tags: [{tags}]
 ---
 # {name}, step {step}
 
-An OLMoE mixture-of-experts language model (arXiv 2409.02060) of {total:,} parameters, of which {active:,} act
-on a token: {num_hidden_layers} layers, {num_experts} experts a layer, {num_experts_per_tok} a token.
+{what}
 
-```python
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
-model = AutoModelForCausalLM.from_pretrained("PATH_OF_THIS_DIRECTORY")
-tokenizer = AutoTokenizer.from_pretrained("PATH_OF_THIS_DIRECTORY")
-```
+{how_to_load}
 
 ## Losses
 
@@ -47,23 +42,47 @@ tokenizer = AutoTokenizer.from_pretrained("PATH_OF_THIS_DIRECTORY")
 """
 
 
+_HOW_TO_LOAD = """```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained("PATH_OF_THIS_DIRECTORY")
+tokenizer = AutoTokenizer.from_pretrained("PATH_OF_THIS_DIRECTORY")
+```"""
+
+
 def model_card(run_dir: Path, checkpoint: Path) -> str:
     """From the run's config.yaml, metrics.jsonl and data, as far as they are there."""
     config: Any = OmegaConf.to_container(OmegaConf.load(run_dir / "config.yaml"))
     state = {"step": 0, "tokens": 0} | saved_state(checkpoint)
     model = olmoe_config(ModelConfig(**config["model"]))
-    counts = parameter_counts(model)
     shown = {key: config[key] for key in config if key not in ("checkpoint", "logging", "run_dir")}
     card = _CARD.format(
-        **model.to_dict()
-        | {"name": run_dir.resolve().name, "step": state["step"], "tokens": state["tokens"]},
-        total=counts.total,
-        active=counts.active,
+        name=run_dir.resolve().name,
+        step=state["step"],
+        tokens=state["tokens"],
+        tags="olmoe" if model.num_experts == 1 else "olmoe, moe",
+        what=_what(model),
+        how_to_load=_HOW_TO_LOAD,
         losses=_losses(run_dir / "metrics.jsonl", state["step"]),
         data=_data(config.get("data", {})),
         config=OmegaConf.to_yaml(shown),
     )
     return redact_text(card)
+
+
+def _what(model: OlmoeConfig) -> str:
+    """A sentence with the model's kind and sizes."""
+    counts = parameter_counts(model)
+    if model.num_experts == 1:
+        return (
+            f"A dense language model of {counts.total:,} parameters in {model.num_hidden_layers} layers, "
+            "stored as an OLMoE (arXiv 2409.02060) whose one expert takes every token."
+        )
+    return (
+        f"An OLMoE mixture-of-experts language model (arXiv 2409.02060) of {counts.total:,} parameters, of "
+        f"which {counts.active:,} act on a token: {model.num_hidden_layers} layers, {model.num_experts} "
+        f"experts a layer, {model.num_experts_per_tok} a token."
+    )
 
 
 def _losses(metrics: Path, step: int) -> str:

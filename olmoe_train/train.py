@@ -240,7 +240,7 @@ def count_experts(
     last one, so several micro-batches take a forward pass more; where the loss has no weight, only when its
     value is logged. None: step_losses can do with the micro-batch it is given.
     """
-    needed = cfg.router_aux_loss_coef != 0 or logged
+    needed = model.config.num_experts > 1 and (cfg.router_aux_loss_coef != 0 or logged)
     if cfg.balance_scope is BalanceScope.micro_batch or len(micro_batches) == 1 or not needed:
         return None
     counts_LE = torch.zeros(model.config.num_hidden_layers, model.config.num_experts, device=device)
@@ -278,11 +278,13 @@ def step_losses(
     total_counts_LE: Tensor | None,
 ) -> Losses:
     """total = CE + router_aux_loss_coef x LB + router_z_loss_coef x Z, each normalised by the global
-    batch's counts."""
+    batch's counts. A dense model's (one expert) is CE alone."""
     experts = model.config.num_experts
     mask = None if attention_mask is None else attention_mask.reshape(-1).float()
     counts_LE = expert_counts(output.expert_indices, experts, mask)
-    if total_counts_LE is None and cfg.balance_scope is BalanceScope.global_batch:
+    if experts == 1:
+        total_counts_LE = totals.tokens.expand_as(counts_LE)
+    elif total_counts_LE is None and cfg.balance_scope is BalanceScope.global_batch:
         total_counts_LE = counts_LE.clone()
         dist.all_reduce(total_counts_LE)
     balance, z_loss = router_losses(
@@ -294,8 +296,9 @@ def step_losses(
         totals.tokens,
         total_counts_LE,
     )
-    ce_loss = output.ce_sum / totals.targets
-    total = ce_loss + cfg.router_aux_loss_coef * balance + cfg.router_z_loss_coef * z_loss
+    total = ce_loss = output.ce_sum / totals.targets
+    if experts > 1:  # with one, LB is constant, and Z would pull at the hidden states for nothing
+        total = ce_loss + cfg.router_aux_loss_coef * balance + cfg.router_z_loss_coef * z_loss
     return Losses(total, ce_loss, balance, z_loss, counts_LE)
 
 

@@ -116,6 +116,13 @@ def _expert_parallel_errors(cfg: TrainConfig, world_size: int) -> list[str]:
     size = parallel.expert_parallel_size
     if size <= 1 or parallel.replicate_size < 1:
         return []  # off, or reported as not positive
+    if experts == 1:
+        return [
+            (
+                f"parallel.expert_parallel_size={size}: a dense model (model.num_experts=1) has no experts "
+                "to share; set it to 1"
+            )
+        ]
     errors = []
     if experts % size:
         errors.append(
@@ -332,7 +339,13 @@ def _no_effect(cfg: TrainConfig) -> list[str]:
             for name, manifest in read_manifests(cfg.data).items()
             if manifest.validation.tokens == 0
         ]
-    if cfg.loss.balance_scope is BalanceScope.micro_batch and cfg.loss.router_aux_loss_coef == 0:
+    if cfg.model.num_experts == 1:
+        warnings += [
+            f"loss.{name} has no effect: a dense model (model.num_experts=1) has no router to regularise"
+            for name in ("router_aux_loss_coef", "router_z_loss_coef")
+            if getattr(cfg.loss, name) != 0
+        ]
+    elif cfg.loss.balance_scope is BalanceScope.micro_batch and cfg.loss.router_aux_loss_coef == 0:
         warnings.append("loss.balance_scope has no effect: loss.router_aux_loss_coef is 0")
     if cfg.checkpoint.keep_every and not cfg.checkpoint.keep:
         warnings.append("checkpoint.keep_every has no effect: checkpoint.keep=0 keeps every checkpoint")

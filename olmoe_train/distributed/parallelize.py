@@ -87,9 +87,23 @@ def _shard_layer(layer: OlmoeDecoderLayer, mesh: Mesh, policy: MixedPrecisionPol
             reshard_after_forward=_gathered(mesh.expert, "expert_shard"),
         )
         prefetched.append(experts)
-    unit = fully_shard(layer, mesh=data, mp_policy=policy, reshard_after_forward=reshard)
+    ranks = mesh.dense["shard"].size()
+    unit = fully_shard(
+        layer,
+        mesh=data,
+        # A dense model's one expert would be whole on the first rank, and padding on the others.
+        shard_placement_fn=lambda parameter: Shard(1) if cut_inside(parameter.shape, ranks) else None,
+        mp_policy=policy,
+        reshard_after_forward=reshard,
+    )
     # Asked for before attention, experts arrive during it: later, dispatch would make the host wait first.
     unit.set_modules_to_forward_prefetch(prefetched)
+
+
+def cut_inside(shape: torch.Size, ranks: int) -> bool:
+    """Whether a parameter outside of expert parallelism is cut on its second dimension: a lone expert is,
+    where FSDP2 can (evenly or not at all)."""
+    return len(shape) == 3 and shape[0] == 1 and shape[1] % ranks == 0
 
 
 def _data_mesh(mesh: DeviceMesh, shard: str) -> DeviceMesh:

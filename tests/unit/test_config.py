@@ -105,6 +105,11 @@ def test_a_good_config_has_neither_errors_nor_warnings(prepared: str) -> None:
             "parallel.expert_parallel_size=2: must divide model.num_experts=9",
         ),
         (
+            "model",
+            ModelConfig(vocab_size=1024, eos_token_id=0, num_experts=1, num_experts_per_tok=1),
+            "parallel.expert_parallel_size=2: a dense model (model.num_experts=1) has no experts to share",
+        ),
+        (
             "parallel",
             ParallelConfig(strategy=Strategy.ddp, replicate_size=2),
             "parallel.replicate_size=2: has no meaning with parallel.strategy=ddp",

@@ -179,11 +179,16 @@ def real_config(strategy: Strategy, expert_parallel: int, mode: ActivationCheckp
     )
 
 
+def dense(cfg: TrainConfig) -> TrainConfig:
+    return replace(cfg, model=replace(cfg.model, intermediate_size=120, num_experts=1, num_experts_per_tok=1))
+
+
 REAL_CONFIGS = [
     real_config(Strategy.fsdp, 1, NONE),
     real_config(Strategy.fsdp, 2, SELECTIVE),
     real_config(Strategy.ddp, 1, FULL),
     real_config(Strategy.ddp, 2, NONE),
+    dense(real_config(Strategy.fsdp, 1, NONE)),
 ]
 
 

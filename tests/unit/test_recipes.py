@@ -1,5 +1,6 @@
 """The released recipes, hyper-parameter by hyper-parameter, against the paper (arXiv 2409.02060)."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -127,6 +128,32 @@ def test_large_recipes_pass_a_dry_run_on_meta(name: str, monkeypatch: pytest.Mon
     )
     monkeypatch.setattr("olmoe_train.validation.read_manifests", lambda data: {"validation": manifest})
     assert validate(cfg, world_size=64) == []
+
+
+@pytest.mark.parametrize(
+    ("experiment", "dense", "parameters"),
+    [
+        # A layer: 4 projections, 4 norms, a router row, 3 x 2048 x 8192; then embedding, head, last norm.
+        (
+            "olmoe_1b_7b_0924",
+            "olmo_dense_1b",
+            16 * (4 * 2048 * 2048 + 5 * 2048 + 3 * 2048 * 8192) + 206_047_232,
+        ),
+        ("quickstart", "olmo_dense_quickstart", 4 * (4 * 128 * 128 + 5 * 128 + 3 * 128 * 256) + 1_048_704),
+    ],
+)
+def test_dense_comparators_have_the_active_parameters(experiment: str, dense: str, parameters: int) -> None:
+    moe = recipe(experiment)
+    cfg = recipe(experiment, f"model={dense}", "parallel.expert_parallel_size=1")
+    counts, active = (
+        parameter_counts(olmoe_config(cfg.model)),
+        parameter_counts(olmoe_config(moe.model)).active,
+    )
+    assert counts.total == counts.active == parameters
+    # All that is missing are the other experts' rows of the router.
+    model = moe.model
+    assert active - counts.total == model.num_hidden_layers * (model.num_experts - 1) * model.hidden_size
+    assert replace(cfg, model=model, parallel=moe.parallel) == moe, "everything else is the same"
 
 
 def test_every_experiment_composes() -> None:
