@@ -8,6 +8,7 @@ VERBS = {
     "plan": "memory, layouts and days of a training run, on paper",
     "train": "pretrain or fine-tune",
     "evaluate": "validation loss and perplexity",
+    "upcycle": "make an OLMoE of a dense model",
     "export": "write a run's checkpoint as a Hugging Face directory",
     "generate": "continue a prompt",
 }

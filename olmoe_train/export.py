@@ -19,12 +19,12 @@ from olmoe_train.errors import UserError
 from olmoe_train.model import OlmoeConfig
 from olmoe_train.model_card import model_card
 
-_DTYPES = {Precision.fp32: torch.float32, Precision.bf16: torch.bfloat16}
+DTYPES = {Precision.fp32: torch.float32, Precision.bf16: torch.bfloat16}
 
 
 def main(cfg: ExportConfig) -> None:
     source = open_source(cfg.source, cfg.step, cfg.trust_pickle)
-    dtype = source.config.dtype if cfg.precision is None else _DTYPES[cfg.precision]
+    dtype = source.config.dtype if cfg.precision is None else DTYPES[cfg.precision]
     assert dtype is not None
     if cfg.out is not None:
         out = Path(cfg.out).expanduser()
@@ -32,7 +32,8 @@ def main(cfg: ExportConfig) -> None:
         out = Path(cfg.source).expanduser() / cfg.format.value / source.checkpoint.name
     else:
         raise UserError(f"out=...: say where to write the conversion of source={cfg.source}")
-    if not write_export(_as_asked(source, cfg), out, dtype, cfg.max_shard_size, cfg.format):
+    source = as_asked(source, cfg.tokenizer, cfg.eos_token_id, cfg.pad_token_id)
+    if not write_export(source, out, dtype, cfg.max_shard_size, cfg.format):
         print(f"already exported, nothing to do: {out} holds {source.name}")
         return
     size = sum(path.stat().st_size for path in out.iterdir())
@@ -55,8 +56,10 @@ def write_export(
     dtype: torch.dtype,
     max_shard_size: str = ExportConfig.max_shard_size,
     format: ExportFormat = ExportFormat.hf,  # noqa: A002  the key's name
+    card: str | None = None,
 ) -> bool:
-    """Write `out` and read it back; False where it holds this export already.
+    """Write `out` and read it back; False where it holds this export already. card: README.md, by default
+    the source's.
 
     UserError where it holds anything else, or the tokenizer names other special tokens than the model.
     """
@@ -81,26 +84,28 @@ def write_export(
         dtype,
         max_shard_size,
         tokenizer=source.tokenizer,
-        card=_card(source),
+        card=card or card_of(source),
         generation=source.generation,
         verify=True,
     )
     return True
 
 
-def _as_asked(source: Source, cfg: ExportConfig) -> Source:
-    """With the tokenizer and special tokens of the command line."""
-    ids = {"eos_token_id": cfg.eos_token_id, "pad_token_id": cfg.pad_token_id}
+def as_asked(
+    source: Source, tokenizer: str | None, eos_token_id: int | None, pad_token_id: int | None
+) -> Source:
+    """With the tokenizer and special tokens of the command line, where it names them."""
+    ids = {"eos_token_id": eos_token_id, "pad_token_id": pad_token_id}
     asked = {name: value for name, value in ids.items() if value is not None}
     config = OlmoeConfig.from_dict(source.config.to_dict(), **asked)
     generation = None if source.generation is None else source.generation | asked
-    tokenizer = source.tokenizer if cfg.tokenizer is None else Path(cfg.tokenizer).expanduser()
-    if cfg.tokenizer is not None and not tokenizer.exists():
-        raise UserError(f"tokenizer={cfg.tokenizer}: not there; give a directory or a tokenizer.json")
-    return replace(source, config=config, generation=generation, tokenizer=tokenizer)
+    path = source.tokenizer if tokenizer is None else Path(tokenizer).expanduser()
+    if tokenizer is not None and not path.exists():
+        raise UserError(f"tokenizer={tokenizer}: not there; give a directory or a tokenizer.json")
+    return replace(source, config=config, generation=generation, tokenizer=path)
 
 
-def _card(source: Source) -> str | None:
+def card_of(source: Source) -> str | None:
     """Of a run, its own; a converted model keeps the one it has."""
     if source.checkpoint is not None:
         return model_card(source.checkpoint.parent.parent, source.checkpoint)

@@ -1,6 +1,7 @@
 """README.md of an export: what the model is, what it was trained on and how well, and how to load it."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,24 @@ tags: [{tags}]
 """
 
 
+_UPCYCLED = """---
+library_name: transformers
+pipeline_tag: text-generation
+tags: [olmoe, moe]
+---
+# Upcycled, not yet trained
+
+{what}
+
+{how_to_load}
+
+## How it was made
+
+Sparse upcycling (arXiv 2212.05055; 2409.02060, section 4.1.5) of the dense model {source}, by olmoe-train.
+
+{notes}
+"""
+
 _HOW_TO_LOAD = """```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -68,6 +87,19 @@ def model_card(run_dir: Path, checkpoint: Path) -> str:
         config=OmegaConf.to_yaml(shown),
     )
     return redact_text(card)
+
+
+def upcycled_card(config: OlmoeConfig, source: str, notes: list[str], dense_card: str | None) -> str:
+    """Of an upcycled model: what was made of what, `notes` on how far it computes the same, and the dense
+    model's own card."""
+    lines = [f"- {note}" for note in notes]
+    if dense_card is not None:
+        lines += ["", "## The dense model", "", re.sub(r"\A---\n.*?\n---\n", "", dense_card, flags=re.DOTALL)]
+    return redact_text(
+        _UPCYCLED.format(
+            what=_what(config), how_to_load=_HOW_TO_LOAD, source=source, notes="\n".join(lines).rstrip()
+        )
+    )
 
 
 def _what(model: OlmoeConfig) -> str:

@@ -299,7 +299,7 @@ def load_pretrained(model: OlmoePreTrainedModel, directory: str | Path, trust_pi
 
 def _reader(model: OlmoePreTrainedModel, stored: StoredWeights, directory: Path) -> Callable[[str], Tensor]:
     plan = _match_names(model, stored, directory)
-    _refuse_untied(model.config, stored, directory)
+    refuse_untied(model.config, stored, directory)
     shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
 
     def read(name: str) -> Tensor:
@@ -355,7 +355,7 @@ def _match_names(
     return plan
 
 
-def _refuse_untied(config: OlmoeConfig, stored: StoredWeights, directory: Path) -> None:
+def refuse_untied(config: OlmoeConfig, stored: StoredWeights, directory: Path) -> None:
     """A file may hold a tied head beside the embedding; then it must be the same."""
     both = ("lm_head.weight", "model.embed_tokens.weight")
     if config.tie_word_embeddings and all(name in stored.tensors for name in both):

@@ -220,6 +220,24 @@ def _publish(temporary: Path, directory: Path, last: str) -> None:
     sync(directory.parent)
 
 
+def refuse_misfits(
+    where: str, expected: dict[str, tuple[int, ...]], found: dict[str, tuple[int, ...]]
+) -> None:
+    """UserError that names every tensor that is missing, unexpected or mis-shaped. where: its first line."""
+    complaints = {
+        "missing": sorted(expected.keys() - found.keys()),
+        "unexpected": sorted(found.keys() - expected.keys()),
+        "of another shape": [
+            f"{name} is {list(found[name])}, by the configuration {list(shape)}"
+            for name, shape in expected.items()
+            if name in found and found[name] != shape
+        ],
+    }
+    if any(complaints.values()):
+        lines = [f"tensors {what}: {some(names)}" for what, names in complaints.items() if names]
+        raise UserError("\n  ".join([where, *lines]))
+
+
 def some(names: list[str]) -> str:
     """The first few and how many more."""
     return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")

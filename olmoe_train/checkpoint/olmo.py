@@ -30,7 +30,13 @@ from omegaconf import OmegaConf
 from torch import Tensor
 
 from olmoe_train.checkpoint.hf import parameter_shapes
-from olmoe_train.checkpoint.hf_files import WEIGHTS, StoredWeights, appears_at_once, some, write_safetensors
+from olmoe_train.checkpoint.hf_files import (
+    WEIGHTS,
+    StoredWeights,
+    appears_at_once,
+    refuse_misfits,
+    write_safetensors,
+)
 from olmoe_train.checkpoint.special_tokens import copy_tokenizer
 from olmoe_train.errors import UserError
 from olmoe_train.model.configuration import OlmoeConfig
@@ -189,19 +195,8 @@ def open_olmo(directory: Path, trust_pickle: bool = False) -> tuple[OlmoeConfig,
     config = read_olmo_config(directory)
     stored = StoredWeights(directory, trust_pickle, PICKLE)
     keys = {_decode(key): key for key in stored.tensors}
-    expected = olmo_shapes(config)
-    complaints = {
-        "missing": sorted(expected.keys() - keys.keys()),
-        "unexpected": sorted(keys.keys() - expected.keys()),
-        "of another shape": [
-            f"{name} is {list(stored.tensors[key].shape)}, by config.yaml {list(expected[name])}"
-            for name, key in keys.items()
-            if name in expected and stored.tensors[key].shape != expected[name]
-        ],
-    }
-    if any(complaints.values()):
-        lines = [f"tensors {what}: {some(names)}" for what, names in complaints.items() if names]
-        raise UserError("\n  ".join([f"{directory} does not fit its config.yaml:", *lines]))
+    found = {name: stored.tensors[key].shape for name, key in keys.items()}
+    refuse_misfits(f"{directory} does not fit its config.yaml:", olmo_shapes(config), found)
     config.dtype = next(iter(stored.tensors.values())).dtype
     return config, lambda name: _from_olmo(config, name, lambda theirs: stored.read(keys[theirs]))
 

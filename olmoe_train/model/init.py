@@ -36,14 +36,19 @@ def initial_value(
     if len(shape) == 1:
         return torch.ones(*shape)
     if len(shape) == 2:
-        return _truncated_normal(f"{seed}/{name}", shape, std)
+        return truncated_normal(f"{seed}/{name}", shape, std)
     indices = range(shape[0]) if experts is None else experts
-    values = [_truncated_normal(f"{seed}/{name}/{expert}", shape[1:], std) for expert in indices]
+    values = [truncated_normal(f"{seed}/{name}/{expert}", shape[1:], std) for expert in indices]
     return torch.stack(values) if values else torch.empty(0, *shape[1:])
 
 
-def _truncated_normal(key: str, shape: Sequence[int], std: float) -> Tensor:
-    digest = hashlib.blake2b(key.encode(), digest_size=8).digest()
-    generator = torch.Generator().manual_seed(int.from_bytes(digest, "little"))
+def truncated_normal(key: str, shape: Sequence[int], std: float) -> Tensor:
+    """fp32 on the CPU, a function of the key alone."""
     cut = CUT_AT_STANDARD_DEVIATIONS * std
-    return nn.init.trunc_normal_(torch.empty(*shape), 0.0, std, -cut, cut, generator=generator)
+    return nn.init.trunc_normal_(torch.empty(*shape), 0.0, std, -cut, cut, generator=generator_of(key))
+
+
+def generator_of(key: str) -> torch.Generator:
+    """A generator on the CPU whose seed is a hash of the key."""
+    digest = hashlib.blake2b(key.encode(), digest_size=8).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest, "little"))

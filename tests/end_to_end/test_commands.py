@@ -80,8 +80,13 @@ def test_bad_configuration_is_reported_once_and_whole(quickstart: Quickstart, tm
 
 
 def test_a_missing_source_is_the_users_to_mend(tmp_path: Path) -> None:
-    for verb in ("export", "generate", "evaluate"):
-        extra = {"generate": ["prompt=x"], "evaluate": ["data.dir=nowhere"]}.get(verb, [])
+    verbs = {
+        "export": [],
+        "generate": ["prompt=x"],
+        "evaluate": ["data.dir=nowhere"],
+        "upcycle": ["out=there", "num_experts=8", "num_experts_per_tok=2"],
+    }
+    for verb, extra in verbs.items():
         result = olmoe(verb, "source=nowhere", *extra, cwd=tmp_path)
         assert result.returncode == 2, (verb, result.stderr)
         assert "nowhere" in result.stderr
