@@ -1,4 +1,4 @@
-"""Which expert matmul is faster on a CPU: one F.linear an expert over `unbind`, or torch's F.grouped_mm?
+"""Which expert matmul is faster on a CPU: one torch.mm an expert, or torch's F.grouped_mm?
 
 Times OlmoeExperts (forward and backward, the model's own code) with both backends on the same rows, in turns,
 so that whatever else the machine does meets both alike; prints medians, and the median of the ratios of
@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 
 from olmoe_train.model import OlmoeConfig
-from olmoe_train.model.moe import OlmoeExperts
+from olmoe_train.model.experts import OlmoeExperts, sort_by_expert
 
 
 class Shape(NamedTuple):
@@ -62,17 +62,18 @@ def interleaved_times(shape: Shape, dtype: torch.dtype, rounds: int) -> tuple[li
         torch.nn.init.normal_(parameter, std=0.02)
     # Uneven, as routing is: each token's top-k of random scores with a per-expert bias.
     scores_TE = torch.randn(shape.tokens, shape.experts) + torch.randn(shape.experts)
-    counts_E = scores_TE.topk(shape.top_k).indices.flatten().bincount(minlength=shape.experts)
-    rows_RD = torch.randn(shape.tokens * shape.top_k, shape.hidden, dtype=dtype, requires_grad=True)
-    gradient_RD = torch.randn_like(rows_RD)
+    weights_TK, indices_TK = scores_TE.softmax(-1).topk(shape.top_k)
+    routing = sort_by_expert(indices_TK, shape.experts)
+    x_TD = torch.randn(shape.tokens, shape.hidden, dtype=dtype, requires_grad=True)
+    gradient_TD = torch.randn_like(x_TD)
 
     def step(backend: str) -> float:
         module.backend = backend
         start = time.perf_counter()
-        module(rows_RD, counts_E).backward(gradient_RD)
+        module(x_TD, weights_TK, routing).backward(gradient_TD)
         elapsed = time.perf_counter() - start
         module.zero_grad()
-        rows_RD.grad = None
+        x_TD.grad = None
         return elapsed
 
     step("loop"), step("grouped_mm")  # first calls choose kernels and allocate

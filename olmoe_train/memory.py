@@ -157,6 +157,8 @@ class MicroBatch:
     checkpointing: ActivationCheckpointing
     load_factor: float = 1.0
     """Rows that the rank's experts receive, as a multiple of the mean over ranks. 1 without EP."""
+    exchanged: bool = False
+    """Whether rows go to other ranks (EP); set by rank_memory and zero_memory."""
 
     @property
     def tokens(self) -> int:
@@ -177,9 +179,10 @@ def rank_memory(config: OlmoeConfig, layout: Layout, batch: MicroBatch) -> RankM
     An estimate from above where much is recomputed, since not everything is highest at once: 0.99 to 1.22
     times the peak of real ranks (benchmarks/plan_memory.py).
     """
+    batch = replace(batch, exchanged=layout.expert_parallel_size > 1)
     units = count_units(config, layout)
     gathered, reduction = _gathered(units, batch.element), _reduction(units, batch.element)
-    exchange = all_to_all_bytes(config, batch) if layout.expert_parallel_size > 1 else 0
+    exchange = all_to_all_bytes(config, batch)
     return RankMemory(
         parameters=FP32 * units.sharded,
         gradients=FP32 * units.sharded,
@@ -236,8 +239,8 @@ def saved_activations(config: OlmoeConfig, batch: MicroBatch) -> int:
 def recomputed_activations(config: OlmoeConfig, batch: MicroBatch) -> int:
     """Bytes that backward makes anew at a time.
 
-    full: a whole layer. selective: of the experts activation and product, b (F + F) a row; or of attention,
-    for q and k each, the norm's fp32 input and value (b), and the rotated one (b).
+    full: a whole layer. selective: of attention, for q and k each, the norm's fp32 input and value (b), and
+    the rotated one (b).
     """
     match batch.checkpointing:
         case ActivationCheckpointing.none:
@@ -246,9 +249,7 @@ def recomputed_activations(config: OlmoeConfig, batch: MicroBatch) -> int:
             return _layer_saved(config, batch)
         case ActivationCheckpointing.selective:
             query, key = _widths(config)
-            experts = batch.element * _rows(config, batch)[1] * 2 * config.intermediate_size
-            attention = batch.tokens * (FP32 + 2 * batch.element) * (query + key)
-            return max(experts, attention)
+            return batch.tokens * (FP32 + 2 * batch.element) * (query + key)
 
 
 def _widths(config: OlmoeConfig) -> tuple[int, int]:
@@ -264,14 +265,15 @@ def _rows(config: OlmoeConfig, batch: MicroBatch) -> tuple[int, int]:
 
 def _layer_saved(config: OlmoeConfig, batch: MicroBatch) -> int:
     """Bytes that one decoder layer keeps without recomputation, counted from the autograd graph of
-    model/attention.py and model/moe.py (tests/unit/test_plan.py counts the real tensors).
+    model/ (tests/unit/test_plan.py counts the real tensors).
 
     b bytes an element, H and G the widths of all query and of all key heads. Per token:
-    - four norms, over D, H, G and D: fp32 input 4, normalised value b an element, and 1/rms in fp32
-    - b D: the first norm's result, input of q, k and v; 4 D: the second one's in fp32, input of the router
+    - four norms, over D, H, G and D: fp32 input 4, normalised value b an element, and 1/rms in fp32 (on CUDA
+      one kernel that keeps the input in b: less)
+    - b D each: the first norm's result, input of q, k and v; the second one's, of the router and the experts
     - b (2H + 2G): rotated q and k, v, and attention's result, input of o; 4 a head: its logsumexp
-    - router: fp32 probabilities 4 E, and what the losses keep; a choice: two int64 of the sort, b of weight
-    Per row: b D before the experts, b (2F + F + F) gate and up, activation, product, b D after the experts.
+    - router: fp32 probabilities 4 E, and what the losses keep; a choice: three int64 of the sort, 4 of weight
+    Per row: b 2F, gate and up (model/experts.py).
     """
     tokens, b, hidden = batch.tokens, batch.element, config.hidden_size
     query, key = _widths(config)
@@ -279,19 +281,24 @@ def _layer_saved(config: OlmoeConfig, batch: MicroBatch) -> int:
     attention = tokens * (b * (hidden + 2 * query + 2 * key) + FP32 * config.num_attention_heads)
     if config.clip_qkv is not None:
         attention += tokens * b * (query + 2 * key)  # clamp keeps its input
+    return norms + attention + _routing_saved(config, batch) + _rows_saved(config, batch)
+
+
+def _rows_saved(config: OlmoeConfig, batch: MicroBatch) -> int:
+    """Gate and up of the experts' rows; with EP also the rows that arrived, b D each, and the results that
+    came back."""
     sent, received = _rows(config, batch)
-    rows = b * (received * (hidden + 4 * config.intermediate_size) + sent * hidden)
-    return norms + attention + _routing_saved(config, batch) + rows
+    travelled = (sent + received) * config.hidden_size if batch.exchanged else 0
+    return batch.element * (received * 2 * config.intermediate_size + travelled)
 
 
 def _routing_saved(config: OlmoeConfig, batch: MicroBatch) -> int:
-    """The router's part of `_layer_saved`, with what the losses keep."""
+    """The router's part of `_layer_saved`, with its input, which is also the experts', and what the losses
+    keep."""
     tokens, b, top_k = batch.tokens, batch.element, config.num_experts_per_tok
-    router = tokens * (FP32 * config.hidden_size + FP32 * config.num_experts + (2 * INT64 + b) * top_k)
+    router = tokens * (b * config.hidden_size + FP32 * config.num_experts + (3 * INT64 + FP32) * top_k)
     if config.norm_topk_prob:
         router += tokens * FP32 * (top_k + 1)  # the weights before, and their sum
-    if b != FP32:
-        router += FP32 * config.num_experts * config.hidden_size  # the router's weight, in fp32
     return router + _loss_saved(config, tokens)
 
 
@@ -306,18 +313,15 @@ def _layer_kept(config: OlmoeConfig, batch: MicroBatch) -> int:
 
     full: the layer's input, b D a token, and its routing: three int64 a choice, and what the losses keep.
     selective: per token the inputs of both norms and of attention, b 3D; the results of q, k, v, o and
-    attention, b (2H + 2G + D), with its logsumexp; all of the router. Per row the experts' input and results,
-    b (D + 2F + D), and what comes back, b D.
+    attention, b (2H + 2G + D), with its logsumexp; all of the router and the experts.
     """
     tokens, b, hidden = batch.tokens, batch.element, config.hidden_size
     if batch.checkpointing is ActivationCheckpointing.full:
         routing = 3 * INT64 * tokens * config.num_experts_per_tok
         return tokens * b * hidden + routing + _loss_saved(config, tokens)
     query, key = _widths(config)
-    sent, received = _rows(config, batch)
     attention = tokens * (b * (4 * hidden + 2 * query + 2 * key) + FP32 * config.num_attention_heads)
-    rows = b * (received * 2 * (hidden + config.intermediate_size) + sent * hidden)
-    return attention + _routing_saved(config, batch) + rows
+    return attention + _routing_saved(config, batch) + _rows_saved(config, batch)
 
 
 def temporary_bytes(config: OlmoeConfig, batch: MicroBatch, of_layers: int) -> int:
@@ -327,10 +331,12 @@ def temporary_bytes(config: OlmoeConfig, batch: MicroBatch, of_layers: int) -> i
 
 
 def _layer_temporaries(config: OlmoeConfig, batch: MicroBatch) -> int:
-    """Backward through the gather of the experts' results has its rows twice (b D a row), beside the
-    gradients of the residual stream and of the block's output."""
-    sent, received = _rows(config, batch)
-    return batch.element * config.hidden_size * (max(sent, received) + 2 * batch.tokens)
+    """The experts' backward at its highest, b (D + 7F) a row: the gradients of their results and of the gated
+    product, and what activation, product and their gradients are made of; beside them the gradients of the
+    residual stream and of the block's output."""
+    received = _rows(config, batch)[1]
+    experts = received * (config.hidden_size + 7 * config.intermediate_size)
+    return batch.element * (experts + 2 * batch.tokens * config.hidden_size)
 
 
 def _head_temporaries(config: OlmoeConfig, batch: MicroBatch) -> int:
@@ -346,7 +352,9 @@ def _head_temporaries(config: OlmoeConfig, batch: MicroBatch) -> int:
 
 def all_to_all_bytes(config: OlmoeConfig, batch: MicroBatch) -> int:
     """Send and receive buffers of one exchange: b D a row that leaves, and b D a row that arrives. And two
-    int64 a row that arrives, in every layer: the order of arrival and its inverse."""
+    int64 a row that arrives, in every layer: the order of arrival and its inverse. Nothing without EP."""
+    if not batch.exchanged:
+        return 0
     sent, received = _rows(config, batch)
     order = 2 * INT64 * received * config.num_hidden_layers
     return batch.element * config.hidden_size * (sent + received) + order

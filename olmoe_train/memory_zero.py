@@ -4,6 +4,8 @@ What a stage shards is cut over all ranks; parallel experts over the ranks that 
 tests/distributed/test_zero_memory.py counts the tensors of real engines.
 """
 
+from dataclasses import replace
+
 from olmoe_train.choices import Offload, Strategy
 from olmoe_train.distributed.zero_config import BUCKET
 from olmoe_train.memory import (
@@ -28,6 +30,7 @@ def zero_memory(config: OlmoeConfig, layout: Layout, batch: MicroBatch) -> RankM
     and 1 sum whole gradients in fp32, ZeRO-2 and 3 the rank's part. ZeRO-3 gathers a layer as it comes, and
     fetches the next one meanwhile. Gradients travel in a bucket of fp32.
     """
+    batch = replace(batch, exchanged=layout.expert_parallel_size > 1)
     stage, offload = layout.zero_stage, layout.offload
     units = _whole(config, layout)
     whole, part = units.sharded, partition(config, layout)
@@ -45,7 +48,7 @@ def zero_memory(config: OlmoeConfig, layout: Layout, batch: MicroBatch) -> RankM
         ]
     if offload is Offload.parameters:
         weights = 0
-    exchange = all_to_all_bytes(config, batch) if layout.expert_parallel_size > 1 else 0
+    exchange = all_to_all_bytes(config, batch)
     reduction = (FP32 * BUCKET if stage > 0 else 0) + (batch.element * layer if stage > 1 else 0)
     return RankMemory(
         parameters=weights + masters,

@@ -35,7 +35,7 @@ from olmoe_train.distributed.recompute import checkpoint_activations
 from olmoe_train.distributed.zero_config import deepspeed_config
 from olmoe_train.errors import UserError
 from olmoe_train.model import OlmoeForCausalLM
-from olmoe_train.model.moe import OlmoeExperts
+from olmoe_train.model.experts import OlmoeExperts
 from olmoe_train.model.outputs import TrainingOutput
 from olmoe_train.model.transformer import OlmoeDecoderLayer
 from olmoe_train.optim import build_optimizer, clip_gradients

@@ -8,7 +8,7 @@ Shapes: T tokens, D hidden, E experts, K top-k, P ranks of the group, Q = E/P ex
 rank sends (T x K), N rows that it receives: anything from 0 to P x R.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -20,7 +20,15 @@ from torch.distributed.tensor import Shard, distribute_tensor
 
 from olmoe_train.distributed.mesh import local_tensor
 from olmoe_train.model import OlmoeForCausalLM
-from olmoe_train.model.moe import OlmoeSparseMoeBlock, Routing, combine_local, copy_rows, sort_by_expert
+from olmoe_train.model.experts import (
+    Routing,
+    exclusive_sum,
+    sort_by_expert,
+    sorted_weights,
+    sum_rows,
+    unsort_weights,
+)
+from olmoe_train.model.moe import OlmoeSparseMoeBlock
 from olmoe_train.model.transformer import OlmoeDecoderLayer
 
 
@@ -32,12 +40,8 @@ class Exchange:
     """Rows sent to each of the P ranks; sums to R."""
     received: list[int]
     """Rows received from each of them; sums to N."""
-    counts_Q: Tensor
-    """int64 [Q]: rows received for each expert of this rank."""
-    arrival_N: Tensor
-    """int64 [N]: as the how-manieth it arrived, for each row sorted by expert."""
-    place_N: Tensor
-    """int64 [N]: where it is sorted to, for each row as it arrived; the inverse of arrival_N."""
+    home: Routing
+    """How this rank's own tokens were sorted before they left."""
 
 
 def apply_expert_parallelism(model: OlmoeForCausalLM, mesh: DeviceMesh) -> None:
@@ -61,41 +65,42 @@ def exchange_tokens(block: OlmoeSparseMoeBlock, group: dist.ProcessGroup) -> Non
 
 def dispatch(
     x_TD: Tensor,
+    weights_TK: Tensor,
     expert_indices_TK: Tensor,
     num_experts: int,
     *,
     group: dist.ProcessGroup,
     routing: Routing | None = None,
-) -> tuple[Tensor, Tensor, Routing]:
-    """(rows_ND for this rank's experts from all ranks, by expert; rows of each, counts_Q; routing).
+) -> tuple[Tensor, None, Routing]:
+    """(rows_ND for this rank's experts, as they arrived from all ranks; None, for the weights stay at home;
+    routing of the arrived rows).
 
     routing: of an earlier pass of these tokens, to send them the same way again without asking.
     """
     routing = routing or plan_exchange(expert_indices_TK, num_experts, group)
     exchange: Exchange = routing.exchange
-    rows_ND = _ExchangeRows.apply(copy_rows(x_TD, routing), exchange.received, exchange.sent, group)
-    rows_ND = _Permute.apply(rows_ND, exchange.arrival_N, exchange.place_N)
-    return rows_ND, exchange.counts_Q, routing
+    rows_RD = _CopyRows.apply(x_TD, exchange.home)
+    return _ExchangeRows.apply(rows_RD, exchange.received, exchange.sent, group), None, routing
 
 
 def plan_exchange(expert_indices_TK: Tensor, num_experts: int, group: dist.ProcessGroup) -> Routing:
     """Where this rank's rows go, and, after asking the other ranks, what comes from them."""
-    routing = sort_by_expert(expert_indices_TK, num_experts)
-    sent_PQ = routing.counts_E.view(group.size(), -1)
+    home = sort_by_expert(expert_indices_TK, num_experts)
+    sent_PQ = home.counts_E.view(group.size(), -1)
     received_PQ = _all_to_all(sent_PQ, None, None, group)
     # The one host sync of a layer: the all-to-all of rows allocates its output, and NCCL takes what goes to
     # each rank and comes from it as host integers. Both in one copy.
     sent, received = torch.stack([sent_PQ.sum(1), received_PQ.sum(1)]).tolist()
     arrival_N, place_N = _sort_arrivals(received_PQ, sum(received))
-    return replace(routing, exchange=Exchange(sent, received, received_PQ.sum(0), arrival_N, place_N))
+    exchange = Exchange(sent, received, home)
+    return Routing(arrival_N, arrival_N, place_N[:, None], received_PQ.sum(0), exchange=exchange)
 
 
-def combine(rows_ND: Tensor, weights_TK: Tensor, routing: Routing, *, group: dist.ProcessGroup) -> Tensor:
+def combine(out_ND: Tensor, weights_TK: Tensor, routing: Routing, *, group: dist.ProcessGroup) -> Tensor:
     """out_TD of this rank's tokens, from the experts' results on all ranks."""
     exchange: Exchange = routing.exchange
-    rows_ND = _Permute.apply(rows_ND, exchange.place_N, exchange.arrival_N)
-    rows_RD = _ExchangeRows.apply(rows_ND, exchange.sent, exchange.received, group)
-    return combine_local(rows_RD, weights_TK, routing)
+    rows_RD = _ExchangeRows.apply(out_ND, exchange.sent, exchange.received, group)
+    return _WeighAndSum.apply(rows_RD, weights_TK, exchange.home)
 
 
 def _sort_arrivals(received_PQ: Tensor, total: int) -> tuple[Tensor, Tensor]:
@@ -104,18 +109,14 @@ def _sort_arrivals(received_PQ: Tensor, total: int) -> tuple[Tensor, Tensor]:
     Every (sender, expert) block moves as one, so its shift is all there is to compute: no sort, no host sync.
     """
     ranks, experts = received_PQ.shape
-    starts_PQ = _exclusive_sum(received_PQ.reshape(-1)).view(ranks, experts)
-    targets_PQ = _exclusive_sum(received_PQ.t().reshape(-1)).view(experts, ranks).t()
+    starts_PQ = exclusive_sum(received_PQ.reshape(-1)).view(ranks, experts)
+    targets_PQ = exclusive_sum(received_PQ.t().reshape(-1)).view(experts, ranks).t()
     shifts = (targets_PQ - starts_PQ).reshape(-1)
     arange_N = torch.arange(total, device=received_PQ.device)
     place_N = arange_N + shifts.repeat_interleave(received_PQ.reshape(-1), output_size=total)
     arrival_N = torch.empty_like(place_N)
     arrival_N[place_N] = arange_N
     return arrival_N, place_N
-
-
-def _exclusive_sum(counts: Tensor) -> Tensor:
-    return counts.cumsum(0) - counts
 
 
 def _all_to_all(
@@ -143,16 +144,36 @@ class _ExchangeRows(torch.autograd.Function):
         return _all_to_all(d_rows, *ctx.way_back), None, None, None  # type: ignore[attr-defined]
 
 
-class _Permute(torch.autograd.Function):
-    """rows[order]; backward gathers with the inverse where autograd would scatter, on CUDA with atomics."""
+class _CopyRows(torch.autograd.Function):
+    """rows_RD: each token's vector once for every expert it chose, sorted by expert. Backward gathers and
+    sums where autograd would scatter, on CUDA with atomics, in an order that changes from run to run."""
 
     @staticmethod
-    def forward(ctx: FunctionCtx, rows: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
-        ctx.save_for_backward(inverse)
-        return rows.index_select(0, order)
+    def forward(ctx: FunctionCtx, x_TD: Tensor, home: Routing) -> Tensor:
+        ctx.home = home  # type: ignore[attr-defined]
+        return x_TD.index_select(0, home.token_R)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: FunctionCtx, d_rows: Tensor) -> tuple[Tensor, None, None]:
-        (inverse,) = ctx.saved_tensors  # type: ignore[attr-defined]
-        return d_rows.index_select(0, inverse), None, None
+    def backward(ctx: FunctionCtx, d_rows_RD: Tensor) -> tuple[Tensor, None]:
+        return sum_rows(d_rows_RD, ctx.home), None  # type: ignore[attr-defined]
+
+
+class _WeighAndSum(torch.autograd.Function):
+    """out_TD = sum over the K choices of weight x row."""
+
+    @staticmethod
+    def forward(ctx: FunctionCtx, rows_RD: Tensor, weights_TK: Tensor, home: Routing) -> Tensor:
+        ctx.save_for_backward(rows_RD, weights_TK)
+        ctx.home = home  # type: ignore[attr-defined]
+        return sum_rows(rows_RD, home, weights_TK)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: FunctionCtx, d_out_TD: Tensor) -> tuple[Tensor, Tensor, None]:
+        rows_RD, weights_TK = ctx.saved_tensors  # type: ignore[attr-defined]
+        home: Routing = ctx.home  # type: ignore[attr-defined]
+        d_rows_RD = d_out_TD.index_select(0, home.token_R)
+        d_weights_R = (d_rows_RD * rows_RD).sum(-1, dtype=torch.float32)
+        d_rows_RD *= sorted_weights(weights_TK, home, d_rows_RD.dtype)[:, None]
+        return d_rows_RD, unsort_weights(d_weights_R, home).to(weights_TK.dtype), None

@@ -1,8 +1,8 @@
 """Activation checkpointing: what backward recomputes instead of keeping it.
 
 full        each decoder layer, from its input and its routing.
-selective   norms, attention and experts, each from its input and the results of its matrix products, most of
-            its arithmetic. Routing and its communication are kept, and not run again.
+selective   norms and attention, each from its input and the results of its matrix products, most of its
+            arithmetic. Experts keep little in any case (model/experts.py); routing is not run again.
 
 Recomputation has to send every token where the first pass sent it. It would not do so by itself: a kernel
 that sums in another order breaks a near-tie of two experts the other way.
@@ -19,7 +19,8 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 
 from olmoe_train.choices import ActivationCheckpointing
 from olmoe_train.model import OlmoeForCausalLM
-from olmoe_train.model.moe import OlmoeSparseMoeBlock, Routing
+from olmoe_train.model.experts import Routing
+from olmoe_train.model.moe import OlmoeSparseMoeBlock
 from olmoe_train.model.transformer import OlmoeDecoderLayer
 
 _aten = torch.ops.aten
@@ -28,7 +29,6 @@ _MATRIX_PRODUCTS = frozenset(
         _aten.mm.default,
         _aten.addmm.default,
         _aten.bmm.default,
-        _aten._grouped_mm.default,
         _aten._scaled_dot_product_flash_attention.default,
         _aten._scaled_dot_product_flash_attention_for_cpu.default,
         _aten._scaled_dot_product_efficient_attention.default,
@@ -61,7 +61,7 @@ def checkpoint_activations(model: OlmoeForCausalLM, mode: ActivationCheckpointin
 
 def compute_parts(layer: OlmoeDecoderLayer) -> list[torch.nn.Module]:
     """The modules of a layer that compute; what is between them decides about routing and communicates."""
-    return [layer.input_layernorm, layer.self_attn, layer.post_attention_layernorm, layer.mlp.experts]
+    return [layer.input_layernorm, layer.self_attn, layer.post_attention_layernorm]
 
 
 def _keep_matrix_products() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
@@ -84,10 +84,12 @@ def _contexts(
 def _record(block: OlmoeSparseMoeBlock, first: list[tuple[Tensor, Routing]]) -> Iterator[None]:
     dispatch = block.dispatch
 
-    def recorded(x_TD: Tensor, indices_TK: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Routing]:
-        rows, counts, routing = dispatch(x_TD, indices_TK, num_experts)
+    def recorded(
+        x_TD: Tensor, weights_TK: Tensor, indices_TK: Tensor, num_experts: int
+    ) -> tuple[Tensor, Tensor | None, Routing]:
+        x_ND, weights_NJ, routing = dispatch(x_TD, weights_TK, indices_TK, num_experts)
         first.append((indices_TK, routing))
-        return rows, counts, routing
+        return x_ND, weights_NJ, routing
 
     block.dispatch = recorded
     try:

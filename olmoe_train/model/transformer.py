@@ -24,9 +24,10 @@ from olmoe_train.model.attention import (
 )
 from olmoe_train.model.cache import KVCache
 from olmoe_train.model.configuration import OlmoeConfig
+from olmoe_train.model.experts import OlmoeExperts
 from olmoe_train.model.init import init_weights
-from olmoe_train.model.losses import IGNORE_INDEX, cross_entropy_sum, load_balancing_loss
-from olmoe_train.model.moe import OlmoeExperts, OlmoeSparseMoeBlock
+from olmoe_train.model.losses import IGNORE_INDEX, cross_entropy_sum, load_balancing_loss, target_log_probs
+from olmoe_train.model.moe import OlmoeSparseMoeBlock
 from olmoe_train.model.outputs import MoeCausalLMOutputWithPast, MoeModelOutputWithPast, TrainingOutput
 from olmoe_train.model.rope import rotary_cos_sin
 
@@ -194,10 +195,16 @@ class OlmoeModel(OlmoePreTrainedModel):
 
 class OlmoeHead(nn.Linear):
     """The output projection; with labels, the summed cross-entropy instead, without [T, V] logits in
-    memory."""
+    memory. `log_probs` is a plain function, for torch.compile to replace."""
+
+    def __init__(self, config: OlmoeConfig) -> None:
+        super().__init__(config.hidden_size, config.vocab_size, bias=False)
+        self.log_probs = target_log_probs
 
     def forward(self, x: Tensor, labels_T: Tensor | None = None) -> Tensor:
-        return F.linear(x, self.weight) if labels_T is None else cross_entropy_sum(x, self.weight, labels_T)
+        if labels_T is None:
+            return F.linear(x, self.weight)
+        return cross_entropy_sum(x, self.weight, labels_T, self.log_probs)
 
 
 class OlmoeForCausalLM(OlmoePreTrainedModel):
@@ -207,7 +214,7 @@ class OlmoeForCausalLM(OlmoePreTrainedModel):
         super().__init__()
         self.config = config
         self.model = OlmoeModel(config, init=False)
-        self.lm_head = OlmoeHead(config.hidden_size, config.vocab_size, bias=False)
+        self.lm_head = OlmoeHead(config)
         self.tie_weights()
         _init_unless_meta(self, config.initializer_range)
 

@@ -11,7 +11,8 @@ from olmoe_train.choices import Strategy
 from olmoe_train.config import ParallelConfig
 from olmoe_train.distributed import expert_parallel
 from olmoe_train.model import OlmoeConfig
-from olmoe_train.model.moe import OlmoeExperts, OlmoeSparseMoeBlock, combine_local, dispatch_local
+from olmoe_train.model.experts import OlmoeExperts
+from olmoe_train.model.moe import OlmoeSparseMoeBlock, combine_local, dispatch_local
 from tests.distributed.tiny import SIZES, build, global_batch
 from tests.spawn import run_ranks
 
@@ -50,8 +51,8 @@ def tokens(rank: int, indices: list, dtype: torch.dtype) -> tuple[Tensor, Tensor
 def run(experts: OlmoeExperts, dispatch, combine, inputs) -> list[Tensor]:
     """(out, dx, dweights) of one rank's tokens; gradients of the experts' weights add up in place."""
     x_TD, weights_TK, indices_TK, d_out_TD = inputs
-    rows, counts, routing = dispatch(x_TD, indices_TK, EXPERTS)
-    out_TD = combine(experts(rows, counts), weights_TK, routing)
+    x_ND, weights_NJ, routing = dispatch(x_TD, weights_TK, indices_TK, EXPERTS)
+    out_TD = combine(experts(x_ND, weights_NJ, routing), weights_TK, routing)
     out_TD.backward(d_out_TD)
     return [out_TD.detach(), x_TD.grad, weights_TK.grad]
 

@@ -114,12 +114,12 @@ def test_gathered_and_reduced_weights_of_the_released_model() -> None:
 
 
 def test_activations_of_the_released_model() -> None:
-    """Per token and layer: norms 4 x (6 x 2048 + 4), attention 2 x 5 x 2048 + 4 x 16, router 4 x 2048 +
-    4 x 64 + 8 x (16 + 2), losses 2 x 4 x 64 + 4 + 8 x 8, rows 8 x 2 x (2 x 2048 + 4 x 1024)."""
-    norms, attention, router, losses, rows = 49_168, 20_544, 8_592, 580, 131_072
-    assert _layer_saved(OLMOE_1B_7B, ONE_SEQUENCE) == 4096 * (norms + attention + router + losses + rows) + (
-        4 * 64 * 2048
-    )
+    """Per token and layer: norms 4 x (6 x 2048 + 4), attention 2 x 5 x 2048 + 4 x 16, router 2 x 2048 +
+    4 x 64 + 8 x (24 + 4), losses 2 x 4 x 64 + 4 + 8 x 8, rows 8 x 2 x 2 x 1024; with EP 8 x 2 x 2 x 2048."""
+    norms, attention, router, losses, rows = 49_168, 20_544, 4_576, 580, 32_768
+    layer = 4096 * (norms + attention + router + losses + rows)
+    assert _layer_saved(OLMOE_1B_7B, ONE_SEQUENCE) == layer
+    assert _layer_saved(OLMOE_1B_7B, replace(ONE_SEQUENCE, exchanged=True)) == layer + 4096 * 65_536
     # Layer input 2 x 2048, routing 8 x 3 x 8.
     full = replace(ONE_SEQUENCE, checkpointing=FULL)
     assert _layer_kept(OLMOE_1B_7B, full) == 4096 * (4096 + 192 + losses)
@@ -160,7 +160,7 @@ def test_load_factor_scales_what_the_experts_receive() -> None:
     rows = 4096 * 8
     assert even.all_to_all == 2 * 2048 * (rows + rows) + 16 * 16 * rows
     assert double.all_to_all == 2 * 2048 * (rows + 2 * rows) + 16 * 16 * 2 * rows
-    assert double.activations - even.activations == 16 * rows * 2 * (2048 + 4 * 1024)
+    assert double.activations - even.activations == 16 * rows * 2 * (2048 + 2 * 1024)
     assert double.state == even.state
     assert rank_memory(OLMOE_1B_7B, fsdp(8), ONE_SEQUENCE).all_to_all == 0
 

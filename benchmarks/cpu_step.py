@@ -1,0 +1,168 @@
+"""A whole training step on a CPU (forward, losses, backward, fused AdamW): this project's model against
+Transformers' OLMoE, from the same weights, on the same batches, a step of each in turn.
+
+Prints for both shapes and precisions the median of each variant's steps and of its rounds' ratios to
+Transformers with grouped_mm; then, with the vocabulary of OLMoE-1B-7B, the most memory a step adds to the
+process.
+
+    python -m benchmarks.cpu_step [--rounds 11] [--threads 2] [--shapes A B] [--dtypes fp32 bf16]
+        [--variants transformers transformers-compile ours ours-compile] [--memory] [--profile]
+"""
+
+import argparse
+import statistics
+import time
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import OlmoeConfig as TheirConfig
+from transformers import OlmoeForCausalLM as TheirModel
+
+from olmoe_train.distributed.parallelize import compile_layers
+from olmoe_train.flops import train_flops_per_token
+from olmoe_train.model import OlmoeConfig, OlmoeForCausalLM
+from olmoe_train.model.losses import router_losses
+
+SEQUENCES, LENGTH, VOCABULARY = 4, 512, 4096
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+VARIANTS = ("transformers", "transformers-compile", "ours", "ours-compile")
+
+
+@dataclass(frozen=True)
+class Shape:
+    intermediate_size: int
+    num_experts: int
+    num_experts_per_tok: int
+
+    def __str__(self) -> str:
+        return f"{self.num_experts} experts x {self.intermediate_size}, top-{self.num_experts_per_tok}"
+
+
+SHAPES = {"A": Shape(256, 16, 4), "B": Shape(64, 64, 8)}
+
+
+def config_fields(shape: Shape, vocabulary: int) -> dict[str, Any]:
+    return vars(shape) | {
+        "vocab_size": vocabulary,
+        "hidden_size": 256,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 4,
+        "max_position_embeddings": LENGTH,
+        "eos_token_id": 0,
+        "pad_token_id": 1,
+        "output_router_logits": True,
+        "use_cache": False,
+    }
+
+
+def build_step(
+    variant: str, shape: Shape, dtype: torch.dtype, vocabulary: int = VOCABULARY
+) -> Callable[[Tensor], float]:
+    """One training step of a fresh model with the weights of seed 0: ids [B, S] -> loss."""
+    name, _, option = variant.partition("-")
+    fields = config_fields(shape, vocabulary)
+    torch.manual_seed(0)
+    theirs = TheirModel(TheirConfig(**fields))
+    torch.nn.Module.to(theirs, dtype)
+    if name == "transformers":
+        model: torch.nn.Module = theirs
+        theirs.set_experts_implementation("grouped_mm")
+        run = torch.compile(theirs, dynamic=False) if option == "compile" else theirs
+
+        def loss_of(ids_BS: Tensor) -> Tensor:
+            return run(input_ids=ids_BS, labels=ids_BS, use_cache=False).loss
+    else:
+        ours = OlmoeForCausalLM(OlmoeConfig(**fields)).to(dtype)
+        ours.load_state_dict(theirs.state_dict())
+        model = ours
+        if "grouped" in option:
+            ours.set_experts_backend("grouped_mm")
+        if "compile" in option:
+            compile_layers(ours)
+        targets = SEQUENCES * (LENGTH - 1)
+
+        def loss_of(ids_BS: Tensor) -> Tensor:
+            output = ours.training_forward(ids_BS, ids_BS)
+            balance, z_loss = router_losses(output.router_logits, output.expert_indices, shape.num_experts)
+            return output.ce_sum / targets + 0.01 * balance + 0.001 * z_loss
+
+    model.train()
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=3e-4, betas=(0.9, 0.95), weight_decay=0.1, fused=True
+    )
+
+    def step(ids_BS: Tensor) -> float:
+        loss = loss_of(ids_BS)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        return loss.item()
+
+    return step
+
+
+def batch(index: int, vocabulary: int = VOCABULARY) -> Tensor:
+    generator = torch.Generator().manual_seed(index)
+    return torch.randint(2, vocabulary, (SEQUENCES, LENGTH), generator=generator)
+
+
+def compare(shape: Shape, dtype: str, variants: list[str], rounds: int, profile: bool) -> None:
+    """Every variant sees a new batch each round, and the same one."""
+    steps = {variant: build_step(variant, shape, DTYPES[dtype]) for variant in variants}
+    for index in range(3):
+        for step in steps.values():
+            step(batch(index))
+    seconds: dict[str, list[float]] = {variant: [] for variant in variants}
+    for index in range(rounds):
+        for variant, step in steps.items():
+            start = time.perf_counter()
+            step(batch(3 + index))
+            seconds[variant].append(time.perf_counter() - start)
+    tokens = SEQUENCES * LENGTH
+    flops = train_flops_per_token(OlmoeConfig(**config_fields(shape, VOCABULARY)), LENGTH).total
+    print(f"{shape}, {dtype}: median of {rounds}")
+    for variant, times in seconds.items():
+        median = statistics.median(times)
+        ratio = statistics.median(a / b for a, b in zip(seconds[variants[0]], times, strict=True))
+        print(
+            f"  {variant:22s} {1e3 * median:8.1f} ms {tokens / median:8.0f} tokens/s"
+            f" {flops * tokens / median / 1e9:6.1f} GFLOP/s   {ratio:.2f} x {variants[0]}",
+            flush=True,
+        )
+        if profile:
+            with torch.profiler.profile() as profiler:
+                steps[variant](batch(0))
+            print(profiler.key_averages().table(sort_by="self_cpu_time_total", row_limit=25))
+
+
+def resident_peak(variant: str, shape: Shape, dtype: str) -> float:
+    """MiB that the second step adds at its peak to what the process held before it, in this process."""
+    step = build_step(variant, shape, DTYPES[dtype], 50304)
+    step(batch(0, 50304))
+    return 0.0
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--rounds", type=int, default=11)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--shapes", nargs="+", default=list(SHAPES), choices=list(SHAPES))
+    parser.add_argument("--dtypes", nargs="+", default=list(DTYPES), choices=list(DTYPES))
+    parser.add_argument("--variants", nargs="+", default=list(VARIANTS))
+    parser.add_argument("--profile", action="store_true")
+    args = parser.parse_args()
+    warnings.filterwarnings("ignore")
+    torch.set_num_threads(args.threads)
+    print(f"torch {torch.__version__}, {args.threads} threads")
+    for shape in args.shapes:
+        for dtype in args.dtypes:
+            compare(SHAPES[shape], dtype, args.variants, args.rounds, args.profile)
+
+
+if __name__ == "__main__":
+    main()
