@@ -148,7 +148,14 @@ def example(
 def predict(cfg: TrainConfig, gpus: int) -> RankMemory:
     """What `olmoe plan` says of the same configuration, routed evenly."""
     parallel, trainer = cfg.parallel, cfg.trainer
-    layout = Layout(parallel.strategy, gpus, parallel.expert_parallel_size, parallel.replicate_size)
+    layout = Layout(
+        parallel.strategy,
+        gpus,
+        parallel.expert_parallel_size,
+        parallel.replicate_size,
+        reshard_after_forward=parallel.reshard_after_forward,
+        prefetch=parallel.prefetch,
+    )
     batch = MicroBatch(
         trainer.micro_batch_size,
         cfg.data.sequence_length,

@@ -98,10 +98,11 @@ def step_traffic(
 ) -> StepTraffic:
     """What one rank sends in a step of `micro_batches`, and the time it takes at least.
 
-    Per micro-batch and layer: weights are gathered twice (forward and backward; the root's once), b bytes an
-    element; gradients are reduced once, 4 bytes an element; tokens make four all-to-alls of T x K rows of
-    b x D bytes (dispatch and combine, each forward and backward), six with full recomputation. Copies add up
-    gradients once a step: an all-reduce of the rank's shards, which is a reduce-scatter and an all-gather.
+    Per micro-batch and layer: weights are gathered twice (forward and backward; the root's once, and without
+    reshard_after_forward the layers', too), b bytes an element; gradients are reduced once, 4 bytes an
+    element; tokens make four all-to-alls of T x K rows of b x D bytes (dispatch and combine, each forward and
+    backward), six with full recomputation. Copies add up gradients once a step: an all-reduce of the rank's
+    shards, which is a reduce-scatter and an all-gather.
     Ranks lie as (copy, shard, expert parallel), the last one fastest: EP groups are neighbours.
     """
     units = count_units(config, layout)
@@ -118,9 +119,9 @@ def step_traffic(
     def gathered(unit: Unit, element: int) -> int:
         return element * unit.gathered
 
-    b = batch.element
+    b, passes = batch.element, 2 if layout.reshard_after_forward else 1
     weights = over_layers(
-        gathered(units.root, b), 2 * gathered(units.dense, b), 2 * gathered(units.experts, b)
+        gathered(units.root, b), passes * gathered(units.dense, b), passes * gathered(units.experts, b)
     )
     gradients = over_layers(
         gathered(units.root, FP32), gathered(units.dense, FP32), gathered(units.experts, FP32)

@@ -133,6 +133,12 @@ class ParallelConfig:
     seeing its own data; tokens travel by all-to-all. Divides the experts, and the ranks of a model copy."""
     replicate_size: int = 1
     """HSDP: number of model copies; each is sharded over world_size / replicate_size ranks. fsdp only."""
+    reshard_after_forward: bool = True
+    """Free a layer's gathered weights after its forward, and gather them again in its backward. false: keep
+    them, one all-gather less a layer and micro-batch for the memory of the whole model. fsdp only."""
+    prefetch: int = 1
+    """Layers whose weights are asked for ahead of the one that computes, in forward and in backward; each
+    takes the memory of one layer. 0: in their turn. fsdp only."""
     zero_stage: int = 2
     """What DeepSpeed shards over the ranks: 0 nothing, 1 the optimizer, 2 gradients too, 3 parameters too.
     deepspeed only."""

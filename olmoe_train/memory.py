@@ -32,6 +32,10 @@ class Layout:
     """Under deepspeed: what is sharded (memory_zero.py)."""
     offload: Offload = Offload.none
     """Under deepspeed: what is in CPU memory."""
+    reshard_after_forward: bool = True
+    """Under fsdp: whether gathered layers are freed between forward and backward."""
+    prefetch: int = 1
+    """Under fsdp: layers gathered ahead of the one at work."""
 
     @property
     def shard_size(self) -> int:
@@ -89,10 +93,8 @@ def count_units(config: OlmoeConfig, layout: Layout) -> Units:
     """What rank 0 holds of each unit.
 
     FSDP2 cuts a parameter into shard_size parts of ceil(size / shard_size), of which the last may be short or
-    empty, and gathers them padded. It cuts dimension 0; of parallel experts dimension 1, inside each expert.
-    So without EP, over more ranks than experts, an expert weight (E, ...) is one whole expert on E of the
-    ranks and padding on the others, and gathered it takes ranks / E times its size. A lone expert is cut as
-    parallelize.cut_inside says.
+    empty, and gathers them padded. It cuts dimension 0; of parallel experts, and of those that ranks do not
+    divide, dimension 1, inside each expert (parallelize.py: cut_inside).
     """
     shapes = _one_layer_shapes(config)
     layer = {name: shape for name, shape in shapes.items() if name.startswith("model.layers.0.")}
@@ -102,18 +104,21 @@ def count_units(config: OlmoeConfig, layout: Layout) -> Units:
     head = {name: shape for name, shape in root.items() if name == "lm_head.weight"}
     parallel = layout.expert_parallel_size
     own = {name: torch.Size((shape[0] // parallel, *shape[1:])) for name, shape in experts.items()}
-    lone = all(cut_inside(shape, layout.expert_shard_size) for shape in experts.values())
     return Units(
         root=_unit(root, layout.shard_size),
         head=_unit(head, layout.shard_size),
         dense=_unit(dense, layout.shard_size),
-        experts=_unit(own, layout.expert_shard_size, cut=1 if parallel > 1 or lone else 0),
+        experts=_unit(own, layout.expert_shard_size, inside=parallel > 1),
         layers=config.num_hidden_layers,
     )
 
 
-def _unit(shapes: Mapping[str, torch.Size], shard_size: int, cut: int = 0) -> Unit:
-    sharded = sum(-(-s[cut] // shard_size) * s.numel() // s[cut] for s in shapes.values())
+def _unit(shapes: Mapping[str, torch.Size], shard_size: int, inside: bool = False) -> Unit:
+    """inside: parallel experts."""
+    sharded = 0
+    for shape in shapes.values():
+        cut = 1 if inside or cut_inside(shape, shard_size) else 0
+        sharded += -(-shape[cut] // shard_size) * shape.numel() // shape[cut]
     return Unit(sharded, sharded * shard_size, shard_size)
 
 
@@ -181,7 +186,7 @@ def rank_memory(config: OlmoeConfig, layout: Layout, batch: MicroBatch) -> RankM
     """
     batch = replace(batch, exchanged=layout.expert_parallel_size > 1)
     units = count_units(config, layout)
-    gathered, reduction = _gathered(units, batch.element), _reduction(units, batch.element)
+    gathered, reduction = _gathered(units, layout, batch.element), _reduction(units, batch.element)
     exchange = all_to_all_bytes(config, batch)
     return RankMemory(
         parameters=FP32 * units.sharded,
@@ -195,16 +200,18 @@ def rank_memory(config: OlmoeConfig, layout: Layout, batch: MicroBatch) -> RankM
     )
 
 
-def _gathered(units: Units, element: int) -> int:
-    """The root all the time; of the layers the one at work and the next one's all-gather buffer.
+def _gathered(units: Units, layout: Layout, element: int) -> int:
+    """The root all the time; of the layers the one at work and those ahead of it, or an all-gather's buffer
+    beside what is copied out of it.
 
     Gathered weights are in the computation's precision. A unit that no other rank shares is copied (cast)
     too, and kept from forward to backward: parallelize.py reshards after forward only what is sharded.
     """
     elements = units.root.gathered
+    at_once = min(max(2, 1 + layout.prefetch), units.layers)
     for unit in (units.dense, units.experts):
-        at_once = min(2, units.layers) if unit.shard_size > 1 else units.layers
-        elements += at_once * unit.gathered
+        freed = unit.shard_size > 1 and layout.reshard_after_forward
+        elements += (at_once if freed else units.layers) * unit.gathered
     return element * elements
 
 

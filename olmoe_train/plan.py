@@ -102,6 +102,8 @@ def plan_layout(cfg: PlanConfig) -> Layout:
         parallel.replicate_size,
         parallel.zero_stage,
         parallel.offload,
+        parallel.reshard_after_forward,
+        parallel.prefetch,
     )
 
 
@@ -132,7 +134,8 @@ def possible_layouts(cfg: PlanConfig) -> list[Layout]:
     candidates += [Layout(Strategy.ddp, cfg.gpus, size) for size in sizes]
     kinds = [(stage, Offload.none) for stage in (1, 2, 3)] + [(3, Offload.optimizer), (3, Offload.parameters)]
     candidates += [Layout(Strategy.deepspeed, cfg.gpus, size, 1, *kind) for kind in kinds for size in sizes]
-    return [layout for layout in candidates if _works(cfg, layout)]
+    gathering = {name: getattr(cfg.parallel, name) for name in ("reshard_after_forward", "prefetch")}
+    return [replace(layout, **gathering) for layout in candidates if _works(cfg, layout)]
 
 
 def _works(

@@ -28,7 +28,7 @@ def validate(cfg: TrainConfig, world_size: int) -> list[str]:
     if errors:
         count = f"{len(errors)} errors" if len(errors) > 1 else "1 error"
         raise UserError("\n  - ".join([f"{count} in the configuration:", *errors]))
-    return _no_effect(cfg)
+    return [*_no_effect(cfg), *_gathering_without_effect(cfg.parallel, world_size)]
 
 
 def configuration_errors(cfg: TrainConfig, world_size: int) -> list[str]:
@@ -73,6 +73,7 @@ def _trainer_errors(cfg: TrainConfig, world_size: int) -> list[str]:
         "checkpoint.export_every": cfg.checkpoint.export_every,
         "evaluation.every": cfg.evaluation.every,
         "trainer.max_skipped_steps": trainer.max_skipped_steps,
+        "parallel.prefetch": parallel.prefetch,
         "data.num_workers": cfg.data.num_workers,
         "optimizer.weight_decay": cfg.optimizer.weight_decay,
         "optimizer.max_grad_norm": cfg.optimizer.max_grad_norm,
@@ -360,3 +361,18 @@ def _no_effect(cfg: TrainConfig) -> list[str]:
     if cfg.optimizer.max_grad_norm == 0:
         warnings.append("optimizer.max_grad_norm=0: gradients are not clipped")
     return warnings
+
+
+def _gathering_without_effect(parallel: ParallelConfig, world_size: int) -> list[str]:
+    """Warnings about options of how weights are gathered, where none are."""
+    if parallel.strategy is not Strategy.fsdp:
+        reason = f"parallel.strategy is {parallel.strategy.value}"
+    elif world_size <= parallel.replicate_size:
+        reason = "each rank has a whole copy of the model"
+    else:
+        return []
+    return [
+        f"parallel.{name} has no effect: {reason}"
+        for name in ("reshard_after_forward", "prefetch")
+        if getattr(parallel, name) != getattr(ParallelConfig(), name)
+    ]

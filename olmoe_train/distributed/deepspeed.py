@@ -104,7 +104,7 @@ class ZeroEngine:
             stored = OlmoeForCausalLM(self.model.config)
         if mesh.expert is not None:
             apply_expert_parallelism(stored, mesh.expert["expert"])
-        shard(stored, mesh, self.cfg.trainer.precision)
+        shard(stored, mesh, self.cfg)
         stored.to_empty(device="cpu")
         adamw = build_optimizer(stored.parameters(), self.cfg.optimizer)
         count = next(state["step"] for state in self._adamw.state.values() if "step" in state)

@@ -68,6 +68,9 @@ class Layout:
     offload: str = "none"
     documents: bool = False
     """Two sources of short documents, packed, each by itself."""
+    kept: bool = False
+    """parallel.reshard_after_forward=false."""
+    prefetch: int = 1
 
     def config(self, tiny: TrainConfig, run_dir: Path) -> TrainConfig:
         trainer = replace(
@@ -80,6 +83,8 @@ class Layout:
             strategy=Strategy(self.strategy),
             expert_parallel_size=self.experts,
             replicate_size=self.copies,
+            reshard_after_forward=not self.kept,
+            prefetch=self.prefetch,
             zero_stage=self.zero_stage,
             offload=Offload(self.offload),
             deepspeed_config=str(PARTITION_ALL) if self.strategy == "deepspeed" else None,

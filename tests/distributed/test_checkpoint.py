@@ -34,9 +34,11 @@ CHAIN = [
 ]
 
 
-def train_and_save(run_dir: Path, parallel: ParallelConfig) -> tuple[dict[str, Tensor], float]:
+def train_and_save(
+    run_dir: Path, parallel: ParallelConfig, sizes: dict[str, int] = UNEVEN
+) -> tuple[dict[str, Tensor], float]:
     """The state saved after two steps, and the loss of the third, which was not."""
-    model, optimizer = build(parallel, **UNEVEN)
+    model, optimizer = build(parallel, **sizes)
     for step in range(2):
         train_step(model, optimizer, step)
     with torch.no_grad():  # as an evaluation does; it leaves the root's parameters gathered
@@ -46,8 +48,10 @@ def train_and_save(run_dir: Path, parallel: ParallelConfig) -> tuple[dict[str, T
     return state, train_step(model, optimizer, 2)
 
 
-def resume(run_dir: Path, parallel: ParallelConfig, save_to: Path) -> tuple[Any, dict[str, Tensor], float]:
-    model, optimizer = build(parallel, seed=999, **UNEVEN)
+def resume(
+    run_dir: Path, parallel: ParallelConfig, save_to: Path, sizes: dict[str, int] = UNEVEN
+) -> tuple[Any, dict[str, Tensor], float]:
+    model, optimizer = build(parallel, seed=999, **sizes)
     train_step(model, optimizer, 5)  # whatever was there before is gone after loading
     state = load_checkpoint(checkpoint_path(run_dir, 2), model, optimizer)
     tensors = whole_state(model, optimizer)
@@ -55,13 +59,21 @@ def resume(run_dir: Path, parallel: ParallelConfig, save_to: Path) -> tuple[Any,
     return state, tensors, train_step(model, optimizer, 2)
 
 
-def test_a_checkpoint_goes_on_in_any_layout(tmp_path: Path) -> None:
-    (ranks, layout), *others = CHAIN
-    saved, loss = run_ranks(ranks, train_and_save, tmp_path / "0", layout)[0]
+# Two experts are cut inside over four ranks, and one on each of two.
+FEW = {"num_experts": 2, "num_experts_per_tok": 1}
+FEW_CHAIN = [(4, FSDP), (2, FSDP), (4, FSDP)]
+
+
+@pytest.mark.parametrize(("chain", "sizes"), [(CHAIN, UNEVEN), (FEW_CHAIN, FEW)], ids=["uneven", "few"])
+def test_a_checkpoint_goes_on_in_any_layout(
+    tmp_path: Path, chain: list[tuple[int, ParallelConfig]], sizes: dict[str, int]
+) -> None:
+    (ranks, layout), *others = chain
+    saved, loss = run_ranks(ranks, train_and_save, tmp_path / "0", layout, sizes)[0]
     assert saved["lm_head.weight/step"] == 2
     for link, (ranks, layout) in enumerate(others):
         at, to = tmp_path / f"{link}", tmp_path / f"{link + 1}"
-        state, loaded, loss_after = run_ranks(ranks, resume, at, layout, to)[0]
+        state, loaded, loss_after = run_ranks(ranks, resume, at, layout, to, sizes)[0]
         assert state == {"samples": 16}
         assert saved.keys() == loaded.keys()
         for name, tensor in saved.items():

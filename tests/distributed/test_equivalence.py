@@ -64,6 +64,12 @@ LAYOUTS = (
     | {f"{name}, padded": replace(PLAIN[name], padded=True) for name in (*list(PLAIN)[:3], *HARDEST)}
     | {f"{name}, bf16": replace(PLAIN[name], precision="bf16") for name in ("1 rank", "fsdp 2", *HARDEST)}
 )
+LAYOUTS |= {
+    "fsdp 2, prefetch 0": replace(PLAIN["fsdp 2"], prefetch=0),
+    "fsdp 4, experts 2, full, kept, prefetch 2": Layout(
+        4, 4, experts=2, checkpointing="full", kept=True, prefetch=2
+    ),
+}
 ZERO = {stage: PLAIN[f"zero-{stage} 2, experts 2"] for stage in range(4)}
 LAYOUTS |= {f"zero-{stage} 2, experts 2, bf16": replace(ZERO[stage], precision="bf16") for stage in (1, 2, 3)}
 LAYOUTS |= {

@@ -73,3 +73,24 @@ def test_gradients_are_added_up_and_never_averaged(parallel: ParallelConfig) -> 
     once, found = run_ranks(1, summed, ParallelConfig(), 1)[0], run_ranks(4, summed, parallel, 2)[0]
     for name, gradient in once.items():
         torch.testing.assert_close(found[name], 4 * 2 * gradient, rtol=1e-5, atol=1e-7, msg=name)
+
+
+FEW = {"num_experts": 2, "num_experts_per_tok": 1}
+
+
+def few_experts(parallel: ParallelConfig) -> tuple[str, tuple[int, ...], dict[str, Tensor]]:
+    """How two experts lie on the ranks, and the gradients of the global batch."""
+    model, _ = build(parallel, **FEW)
+    backward(model, global_batch(0).chunk(dist.get_world_size())[dist.get_rank()])
+    gate_up = model.model.layers[0].mlp.experts.gate_up_proj
+    gradients = {name: whole(parameter.grad) for name, parameter in model.named_parameters()}
+    return str(gate_up.placements), tuple(gate_up.to_local().shape), gradients
+
+
+def test_experts_that_ranks_do_not_divide_are_cut_inside() -> None:
+    """Two experts on four ranks: a half of each, not one of them and padding."""
+    expected = run_ranks(1, few_experts, ParallelConfig())[0][2]
+    for placements, shape, found in run_ranks(4, few_experts, ParallelConfig()):
+        assert (placements, shape) == ("(Shard(dim=1),)", (2, 8, 32))
+        for name, gradient in expected.items():
+            torch.testing.assert_close(found[name], gradient, rtol=1e-5, atol=1e-7, msg=name)

@@ -224,6 +224,19 @@ def test_options_without_effect_warn(prepared: str, tmp_path: Path) -> None:
     assert "gradients are not clipped" in warnings
 
 
+def test_options_of_gathering_without_effect_warn(prepared: str) -> None:
+    changed = {"reshard_after_forward": False, "prefetch": 2}
+    for parallel, ranks, reason in (
+        (ParallelConfig(strategy=Strategy.ddp, **changed), 2, "parallel.strategy is ddp"),
+        (ParallelConfig(replicate_size=2, **changed), 2, "each rank has a whole copy of the model"),
+    ):
+        warnings = validate(good(prepared, parallel=parallel), ranks)
+        assert warnings == [f"parallel.{name} has no effect: {reason}" for name in changed]
+    assert not validate(good(prepared, parallel=ParallelConfig(**changed)), world_size=2)
+    told = problems(good(prepared, parallel=ParallelConfig(prefetch=-1)))
+    assert told == ["parallel.prefetch=-1: must not be negative"]
+
+
 @pytest.mark.parametrize("verb", ["train", "prepare", "evaluate", "export", "generate"])
 def test_every_option_is_documented(verb: str) -> None:
     schema = getattr(schemas, f"{verb.capitalize()}Config")

@@ -44,6 +44,7 @@ from olmoe_train.plan import (
     fits,
     largest_micro_batch,
     memory_lines,
+    plan_layout,
     plan_memory,
     plan_speed,
     possible_layouts,
@@ -90,8 +91,9 @@ def plan_config(**changes: object) -> PlanConfig:
         (fsdp(256, expert_parallel=8), TOTAL // 256 + 2 * 1024 + 16 * (2048 - 512)),
         (Layout(Strategy.ddp, 8), TOTAL),
         (Layout(Strategy.ddp, 8, expert_parallel_size=8), TOTAL - 16 * EXPERTS * 7 // 8),
-        # Nor are experts, without EP: 1, not 1/4.
-        (fsdp(256), TOTAL // 256 + 2 * 1024 + 16 * (2048 - 512 + EXPERTS // 64 - EXPERTS // 256)),
+        # 64 experts are cut inside, too, where there are more ranks; and not where there are fewer.
+        (fsdp(256), TOTAL // 256 + 2 * 1024 + 16 * (2048 - 512)),
+        (fsdp(32), TOTAL // 32),
     ],
 )
 def test_state_of_the_released_model(layout: Layout, parameters: int) -> None:
@@ -108,9 +110,26 @@ def test_gathered_and_reduced_weights_of_the_released_model() -> None:
     assert memory.reduction == (2 + 4) * layer + 2 * 2048 * 50304
     alone = rank_memory(OLMOE_1B_7B, Layout(Strategy.ddp, 8), ONE_SEQUENCE)
     assert alone.gathered == 2 * TOTAL
-    # Cut between 64 experts, a layer's experts are gathered four times too large on 256 ranks.
-    assert count_units(OLMOE_1B_7B, fsdp(256)).experts.gathered == 4 * EXPERTS
+    assert count_units(OLMOE_1B_7B, fsdp(256)).experts.gathered == EXPERTS
     assert count_units(OLMOE_1B_7B, fsdp(256, expert_parallel=2)).experts.gathered == EXPERTS // 2
+    # 2048 is no multiple of 96: one expert on each of 64 ranks, padding on 32, which is gathered, too.
+    assert count_units(OLMOE_1B_7B, fsdp(96)).experts.gathered == EXPERTS * 96 // 64
+
+
+def test_gathered_weights_that_are_kept_or_asked_for_ahead() -> None:
+    layer, every_layer = DENSE + EXPERTS, 16 * (DENSE + EXPERTS)
+    for ahead, layers in ((0, 2 * layer), (1, 2 * layer), (3, 4 * layer), (99, every_layer)):
+        memory = rank_memory(OLMOE_1B_7B, replace(fsdp(8), prefetch=ahead), ONE_SEQUENCE)
+        assert memory.gathered == 2 * (ROOT + layers)
+    kept = replace(fsdp(8), reshard_after_forward=False)
+    assert rank_memory(OLMOE_1B_7B, kept, ONE_SEQUENCE).gathered == 2 * (ROOT + every_layer)
+    once = step_traffic(OLMOE_1B_7B, kept, ONE_SEQUENCE, 1, Links()).all_gather.bytes_sent
+    assert once == 2 * TOTAL * 7 // 8
+    cfg = plan_config(parallel=ParallelConfig(reshard_after_forward=False, prefetch=3))
+    assert plan_memory(cfg, plan_layout(cfg), ONE_SEQUENCE)[0] == rank_memory(
+        OLMOE_1B_7B, replace(kept, prefetch=3), ONE_SEQUENCE
+    )
+    assert plan_layout(cfg) in possible_layouts(cfg)
 
 
 def test_activations_of_the_released_model() -> None:
@@ -168,14 +187,16 @@ def test_load_factor_scales_what_the_experts_receive() -> None:
 RANKS = 2
 
 
-def real_config(strategy: Strategy, expert_parallel: int, mode: ActivationCheckpointing) -> TrainConfig:
+def real_config(
+    strategy: Strategy, expert_parallel: int, mode: ActivationCheckpointing, **gathering: bool | int
+) -> TrainConfig:
     return TrainConfig(
         model=ModelConfig(**SMALL, experts_backend=ExpertsBackend.grouped_mm),  # type: ignore[arg-type]
         data=DataConfig(dir="none", sequence_length=64),
         trainer=TrainerConfig(
             max_steps=1, micro_batch_size=2, precision=Precision.fp32, activation_checkpointing=mode
         ),
-        parallel=ParallelConfig(strategy=strategy, expert_parallel_size=expert_parallel),
+        parallel=ParallelConfig(strategy=strategy, expert_parallel_size=expert_parallel, **gathering),  # type: ignore[arg-type]
     )
 
 
@@ -189,6 +210,8 @@ REAL_CONFIGS = [
     real_config(Strategy.ddp, 1, FULL),
     real_config(Strategy.ddp, 2, NONE),
     dense(real_config(Strategy.fsdp, 1, NONE)),
+    real_config(Strategy.fsdp, 1, SELECTIVE, reshard_after_forward=False),
+    real_config(Strategy.fsdp, 1, SELECTIVE, prefetch=2),
 ]
 
 
