@@ -22,7 +22,7 @@ from torch import Tensor
 from transformers import OlmoeConfig as TheirConfig
 from transformers import OlmoeForCausalLM as TheirModel
 
-from olmoe_train.distributed.parallelize import compile_layers
+from olmoe_train.distributed.compile import compile_layers
 from olmoe_train.flops import train_flops_per_token
 from olmoe_train.model import OlmoeConfig, OlmoeForCausalLM
 from olmoe_train.model.losses import router_losses

@@ -28,9 +28,10 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 from olmoe_train.checkpoint.training import MOMENTS
 from olmoe_train.choices import Precision, Strategy
 from olmoe_train.config import TrainConfig
+from olmoe_train.distributed.compile import compile_layers
 from olmoe_train.distributed.expert_parallel import apply_expert_parallelism, exchange_tokens
 from olmoe_train.distributed.mesh import build_mesh, local_tensor
-from olmoe_train.distributed.parallelize import compile_layers, shard, shard_slices
+from olmoe_train.distributed.parallelize import shard, shard_slices
 from olmoe_train.distributed.recompute import checkpoint_activations
 from olmoe_train.distributed.zero_config import deepspeed_config
 from olmoe_train.errors import UserError

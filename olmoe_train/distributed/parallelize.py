@@ -14,13 +14,12 @@ from torch.distributed.tensor import DTensor, Shard
 
 from olmoe_train.choices import Precision, Strategy
 from olmoe_train.config import TrainConfig
+from olmoe_train.distributed.compile import compile_layers
 from olmoe_train.distributed.expert_parallel import apply_expert_parallelism
 from olmoe_train.distributed.mesh import Mesh, local_tensor
-from olmoe_train.distributed.recompute import checkpoint_activations, compute_parts
+from olmoe_train.distributed.recompute import checkpoint_activations
 from olmoe_train.model import OlmoeForCausalLM
-from olmoe_train.model.experts import gated, gated_backward
 from olmoe_train.model.init import initial_value
-from olmoe_train.model.losses import target_log_probs
 from olmoe_train.model.transformer import OlmoeDecoderLayer
 
 
@@ -36,24 +35,6 @@ def parallelize(model: OlmoeForCausalLM, cfg: TrainConfig, mesh: Mesh) -> OlmoeF
         compile_layers(model)
     shard(model, mesh, cfg)
     return model
-
-
-def compile_layers(model: OlmoeForCausalLM) -> None:
-    """torch.compile what is elementwise in each layer and in the head, in place; one compilation serves all
-    layers.
-
-    Not the layer as a whole: routing stays visible to activation checkpointing, and what depends on the host
-    (the all-to-all's sizes) does not break a graph. Norms and attention are compiled as modules and
-    recomputed whole in backward; of experts and head, which have gradients of their own, what is between the
-    matrix products.
-    """
-    for layer in model.model.layers:
-        assert isinstance(layer, OlmoeDecoderLayer)
-        for part in compute_parts(layer):
-            part.forward = torch.compile(part.forward)
-        experts = layer.mlp.experts
-        experts.gated, experts.gated_backward = torch.compile(gated), torch.compile(gated_backward)
-    model.lm_head.log_probs = torch.compile(target_log_probs)
 
 
 def shard(model: OlmoeForCausalLM, mesh: Mesh, cfg: TrainConfig) -> None:

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from torch.overrides import TorchFunctionMode
+from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from olmoe_train.choices import ActivationCheckpointing, Precision, Strategy
@@ -176,19 +176,38 @@ def test_weights_are_asked_for_ahead_of_attention() -> None:
         assert backward == asked_for
 
 
-class HostWaits(TorchFunctionMode):
-    """Counts what would make the host wait for a GPU: numbers read, and sizes that depend on values."""
+class HostWaits(TorchDispatchMode):
+    """Counts what would make the host wait for a GPU, in backward too: values read, one (item, bool) or all
+    of a tensor (tolist), and sizes that depend on values."""
 
-    NAMES = frozenset({"item", "tolist", "cpu", "numpy", "__bool__", "__int__", "__float__", "__index__"})
-    NAMES |= {"nonzero", "unique", "bincount", "masked_select"}
+    OPERATORS = ("_local_scalar_dense", "nonzero", "masked_select", "_unique2", "bincount")
+    WHOLE = ("tolist", "numpy", "cpu")
 
     def __init__(self) -> None:
         super().__init__()
         self.count = 0
 
-    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.count += getattr(function, "__name__", "") in self.NAMES
-        return function(*args, **kwargs or {})
+    def __torch_dispatch__(self, operator: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += operator.__name__.split(".")[0] in self.OPERATORS
+        return operator(*args, **kwargs or {})
+
+    def __enter__(self) -> "HostWaits":
+        self.methods = {name: getattr(Tensor, name) for name in self.WHOLE}
+        for name, method in self.methods.items():
+            setattr(Tensor, name, self.counting(method))
+        return super().__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)
+        for name, method in self.methods.items():
+            setattr(Tensor, name, method)
+
+    def counting(self, method: Any) -> Any:
+        def counted(tensor: Tensor, *args: Any, **kwargs: Any) -> Any:
+            self.count += 1
+            return method(tensor, *args, **kwargs)
+
+        return counted
 
 
 def waits(experts: int) -> list[int]:

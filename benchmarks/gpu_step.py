@@ -1,0 +1,460 @@
+"""OLMoE-1B-7B's training step on one GPU: is it right, and how fast is it, against Transformers' grouped_mm?
+
+Needs torch, numpy, safetensors and the olmoe_train beside it: no Hydra, no installation, no data. With
+transformers it compares; without, it says so and times what there is. In one command, on random tokens:
+
+1. parity: loss and gradients in bf16, of each backend and of Transformers, against Transformers in fp32;
+2. no host sync in forward and backward (torch.cuda.set_sync_debug_mode);
+3. the expert layer alone, forward and backward;
+4. the whole step: forward, losses with the router's, backward, clipping, fused AdamW. 16 layers where memory
+   allows; with fewer, those of 16 are computed from what a layer, and what is no layer, was measured to take.
+
+Every variant computes with the same parameters, in turn; medians. Weights, gradients and both moments are
+bf16, 8 bytes a parameter (52 GiB), so that all layers fit 80 GB: the trainer's fp32 masters and moments would
+make 16 bytes, 103 GiB. Their update takes about twice as long (30 bytes read and written, not 14).
+
+    python benchmarks/gpu_step.py [--micro-batch 1] [--rounds 7] [--profile]
+    python benchmarks/gpu_step.py --device cpu --layers 2 --hidden 64 ...    # try it out
+"""
+
+import argparse
+import gc
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import torch
+from torch import Tensor, nn
+
+from olmoe_train.distributed.compile import compile_layers
+from olmoe_train.flops import parameter_counts, peak_flops, train_flops_per_token
+from olmoe_train.model import OlmoeConfig, OlmoeForCausalLM
+from olmoe_train.model.losses import router_losses
+
+BACKENDS = ("grouped_mm", "loop")
+STATE_BYTES = 8  # a parameter: weight, gradient and two moments in bf16
+RESERVE = 3 * 2**30  # CUDA's context, the allocator's fragments
+RELEASED_LAYERS = 16
+UPDATE_EVERY = 131_072  # tokens; the update of 6.9G parameters is dear
+WARM_UP = 2  # rounds that are not counted
+GIB = 2**30
+Loss = Callable[[Tensor], Tensor]
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--layers", type=int, help="default: as many of 16 as fit")
+    parser.add_argument("--micro-batch", type=int, default=1, help="sequences a forward pass")
+    parser.add_argument("--sequence", type=int, default=4096)
+    parser.add_argument("--micro-batches", type=int, default=4, help="of a timed step")
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--backends", nargs="+", default=list(BACKENDS), choices=BACKENDS)
+    parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True)
+    parser.add_argument("--profile", action="store_true", help="a table of kernels for every variant")
+    for name, value in (("hidden", 2048), ("width", 1024), ("experts", 64), ("top-k", 8), ("heads", 16)):
+        parser.add_argument(f"--{name}", type=int, default=value)
+    parser.add_argument("--vocabulary", type=int, default=50304)
+    return parser.parse_args()
+
+
+def fields(args: argparse.Namespace, layers: int) -> dict[str, Any]:
+    return {
+        "vocab_size": args.vocabulary,
+        "hidden_size": args.hidden,
+        "intermediate_size": args.width,
+        "num_hidden_layers": layers,
+        "num_attention_heads": args.heads,
+        "num_key_value_heads": args.heads,
+        "num_experts": args.experts,
+        "num_experts_per_tok": args.top_k,
+        "max_position_embeddings": args.sequence,
+        "pad_token_id": 1,
+        "eos_token_id": 0,
+    }
+
+
+# --- the models -------------------------------------------------------------------------------------------
+
+
+def build(args: argparse.Namespace, layers: int, dtype: torch.dtype = torch.bfloat16) -> OlmoeForCausalLM:
+    """Random weights, drawn on the device: 7 billion of the CPU's would take minutes."""
+    with torch.device("meta"):
+        model = OlmoeForCausalLM(OlmoeConfig(**fields(args, layers))).to(dtype)
+    model.to_empty(device=args.device)
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.fill_(1.0) if parameter.ndim == 1 else parameter.normal_(0.0, 0.02)
+    return model.train()
+
+
+def transformers_twin(ours: OlmoeForCausalLM, args: argparse.Namespace) -> Any | None:
+    """Transformers' model upon the very parameters of ours; None where there is no transformers."""
+    try:
+        import transformers
+    except ImportError:
+        return None
+    config = transformers.OlmoeConfig(**fields(args, ours.config.num_hidden_layers))
+    config._attn_implementation = "sdpa"
+    with torch.device("meta"):
+        theirs = transformers.OlmoeForCausalLM(config)
+    theirs.load_state_dict(ours.state_dict(keep_vars=True), assign=True)
+    rotary = theirs.model.rotary_emb
+    theirs.model.rotary_emb = type(rotary)(config=config).to(args.device)  # its buffers were on meta
+    theirs.set_experts_implementation("grouped_mm")
+    return theirs.train()
+
+
+def build_compiled(args: argparse.Namespace, model: OlmoeForCausalLM) -> OlmoeForCausalLM:
+    """A second model upon the same parameters, its elementwise parts compiled."""
+    with torch.device("meta"):
+        compiled = OlmoeForCausalLM(model.config)
+    compiled.load_state_dict(model.state_dict(keep_vars=True), assign=True)
+    compile_layers(compiled)
+    return compiled.train()
+
+
+def our_loss(model: OlmoeForCausalLM, backend: str, router: bool = True) -> Loss:
+    def loss(ids_BS: Tensor) -> Tensor:
+        model.set_experts_backend(backend)
+        output = model.training_forward(ids_BS, ids_BS)
+        ce_loss = output.ce_sum / (ids_BS.shape[0] * (ids_BS.shape[1] - 1))
+        if not router:
+            return ce_loss
+        balance, z = router_losses(output.router_logits, output.expert_indices, model.config.num_experts)
+        return ce_loss + 0.01 * balance + 0.001 * z
+
+    return loss
+
+
+def their_loss(model: Any, router: bool = True) -> Loss:
+    """Without a z-loss, which they do not have."""
+
+    def loss(ids_BS: Tensor) -> Tensor:
+        return model(input_ids=ids_BS, labels=ids_BS, use_cache=False, output_router_logits=router).loss
+
+    return loss
+
+
+@contextmanager
+def layers_of(model: Any, count: int) -> Iterator[None]:
+    """The model cut to its first `count` layers."""
+    whole = model.model.layers
+    model.model.layers = whole[:count]
+    try:
+        yield
+    finally:
+        model.model.layers = whole
+
+
+def fitting_layers(args: argparse.Namespace) -> int:
+    """Of 16, those whose state and activations fit; what Transformers keeps is the most: about 2 bytes x
+    (8 (2 D + 5 F) + 12 D) a token and layer."""
+    if args.layers is not None or args.device == "cpu":
+        return args.layers or RELEASED_LAYERS
+    tokens = args.micro_batch * args.sequence
+    free = torch.cuda.mem_get_info()[0] - RESERVE
+    counts = [parameter_counts(OlmoeConfig(**fields(args, layers))).total for layers in (1, 2)]
+    kept = 2 * tokens * (args.top_k * (2 * args.hidden + 5 * args.width) + 12 * args.hidden)
+    layer = STATE_BYTES * (counts[1] - counts[0]) + kept
+    rest = STATE_BYTES * (2 * counts[0] - counts[1]) + 12 * tokens * args.vocabulary
+    return max(1, min(RELEASED_LAYERS, int((free - rest) // layer)))
+
+
+# --- is it right? -----------------------------------------------------------------------------------------
+
+
+def loss_and_gradients(model: nn.Module, loss: Loss, ids_BS: Tensor) -> tuple[float, dict[str, Tensor]]:
+    value = loss(ids_BS)
+    value.backward()
+    gradients = {name: parameter.grad.float() for name, parameter in model.named_parameters()}  # type: ignore[union-attr]
+    model.zero_grad()
+    return value.item(), gradients
+
+
+def check_parity(args: argparse.Namespace) -> bool:
+    """Two layers, one sequence. Against Transformers in fp32, the loss of each backend is off by at most 1e-3
+    of it, and each parameter's gradient by at most 1.5 times what Transformers in bf16 is, and 0.01."""
+    ours = build(args, min(2, args.layers or 2))
+    twin = transformers_twin(ours, args)
+    if twin is None:
+        print("parity: not checked, transformers is not installed")
+        return True
+    ids_BS = random_ids(args, 1)
+    losses = {f"ours, {name}": our_loss(ours, name, router=False) for name in args.backends}
+    losses["transformers"] = their_loss(twin, router=False)
+    results = {name: loss_and_gradients(ours, loss, ids_BS) for name, loss in losses.items()}
+    ours.float()  # in place: the bf16 results are copies
+    twin = transformers_twin(ours, args)
+    assert twin is not None
+    exact, reference = loss_and_gradients(twin, their_loss(twin, router=False), ids_BS)
+    errors = {
+        name: {key: off(gradients[key], value) for key, value in reference.items()}
+        for name, (_, gradients) in results.items()
+    }
+    right = True
+    for name, (loss, _) in results.items():
+        of_loss = abs(loss - exact) / exact
+        beyond = [
+            key for key, error in errors[name].items() if error > 1.5 * errors["transformers"][key] + 0.01
+        ]
+        passed = of_loss <= 1e-3 and not beyond
+        right &= passed
+        worst = max(errors[name].values())
+        verdict = "passed" if passed else f"FAILED {beyond}"
+        print(f"parity: {name}: loss {of_loss:.1e} off fp32, gradients at most {worst:.1e}: {verdict}")
+    return right
+
+
+def off(value: Tensor, reference: Tensor) -> float:
+    return ((value - reference).norm() / reference.norm()).item()
+
+
+def check_host_syncs(args: argparse.Namespace, model: OlmoeForCausalLM) -> None:
+    if args.device == "cpu":
+        print("host syncs: not checked, no CUDA")
+        return
+    loss, ids_BS = our_loss(model, "grouped_mm"), random_ids(args, args.micro_batch)
+    loss(ids_BS).backward()  # first calls look things up
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        loss(ids_BS).backward()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+        model.zero_grad()
+    print("host syncs: none in forward, losses and backward of grouped_mm")
+
+
+# --- how fast is it? --------------------------------------------------------------------------------------
+
+
+def random_ids(args: argparse.Namespace, sequences: int) -> Tensor:
+    return torch.randint(2, args.vocabulary, (sequences, args.sequence), device=args.device)
+
+
+def now(args: argparse.Namespace) -> float:
+    if args.device != "cpu":
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def interleaved(
+    args: argparse.Namespace, steps: dict[str, Callable[[], tuple[float, ...]]]
+) -> dict[str, list[tuple[float, ...]]]:
+    """What each step returns, in turns; a variant that fails is named and left out."""
+    results: dict[str, list[tuple[float, ...]]] = {name: [] for name in steps}
+    for round_number in range(args.rounds + WARM_UP):
+        for name in list(results):
+            try:
+                found = steps[name]()
+            except (RuntimeError, NotImplementedError) as error:  # out of memory, too
+                print(f"{name}: left out: {type(error).__name__}: {str(error).splitlines()[0]}")
+                del results[name]
+                gc.collect()
+                continue
+            if round_number >= WARM_UP:
+                results[name].append(found)
+    return results
+
+
+def time_expert_layer(args: argparse.Namespace, model: OlmoeForCausalLM, theirs: Any | None) -> None:
+    """Router and experts of the first layer, forward and backward, on as many tokens as a micro-batch has."""
+    tokens = args.micro_batch * args.sequence
+    x_BSD = torch.randn(args.micro_batch, args.sequence, args.hidden, device=args.device).bfloat16()
+    x_BSD.requires_grad_()
+    gradient_BSD = torch.randn_like(x_BSD)
+
+    def step(block: Any, backend: str | None) -> Callable[[], tuple[float, ...]]:
+        def run() -> tuple[float, ...]:
+            if backend is not None:
+                model.set_experts_backend(backend)
+            start = now(args)
+            result = block(x_BSD)
+            (result[0] if isinstance(result, tuple) else result).backward(gradient_BSD)
+            return (now(args) - start,)
+
+        return run
+
+    steps = {f"ours, {name}": step(model.model.layers[0].mlp, name) for name in args.backends}
+    if theirs is not None:
+        steps["transformers"] = step(theirs.model.layers[0].mlp, None)
+    results = interleaved(args, steps)
+    model.zero_grad()
+    flops = (
+        18 * tokens * args.top_k * args.hidden * args.width
+    )  # 3 matrices, 3 products of each, 2 a multiply-add
+    print()
+    print_row("expert layer", "ms", *RATE, "x transformers")
+    print_row(*["---"] * 5)
+    speeds = {name: 1 / statistics.median(found[0] for found in times) for name, times in results.items()}
+    for name, speed in speeds.items():
+        print_row(
+            name,
+            f"{1e3 / speed:.2f}",
+            *rate(args, flops * speed),
+            ratio(speed, speeds.get("transformers")),
+        )
+
+
+Timed = dict[str, tuple[float, float]]  # seconds of a micro-batch's forward and backward, and of an update
+
+
+def time_steps(args: argparse.Namespace, losses: dict[str, Loss], optimizer: torch.optim.Optimizer) -> Timed:
+    """Medians over the rounds; each step takes new tokens."""
+    parameters = optimizer.param_groups[0]["params"]
+
+    def step(loss: Loss) -> tuple[float, ...]:
+        batches = [random_ids(args, args.micro_batch) for _ in range(args.micro_batches)]
+        start = now(args)
+        for ids_BS in batches:
+            (loss(ids_BS) / len(batches)).backward()
+        middle = now(args)
+        nn.utils.clip_grad_norm_(parameters, 1.0, foreach=True)
+        optimizer.step()
+        optimizer.zero_grad()
+        return (middle - start) / len(batches), now(args) - middle
+
+    results = interleaved(args, {name: partial(step, loss) for name, loss in losses.items()})
+    return {
+        name: (statistics.median(a for a, _ in found), statistics.median(b for _, b in found))
+        for name, found in results.items()
+        if found
+    }
+
+
+def compare_steps(args: argparse.Namespace, models: list[Any], losses: dict[str, Loss]) -> None:
+    """Every variant's whole step; with fewer than 16 layers a second time with half of them, so that a layer
+    and what is not layers are told apart. models: upon the same parameters."""
+    model = models[0]
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=1e-4, betas=(0.9, 0.95), weight_decay=0.1, fused=True
+    )
+    layers, half = model.config.num_hidden_layers, model.config.num_hidden_layers // 2
+    whole, part = time_steps(args, losses, optimizer), {}
+    if half and layers < RELEASED_LAYERS:
+        with ExitStack() as cut:
+            for each in models:
+                cut.enter_context(layers_of(each, half))
+            part = time_steps(args, {name: losses[name] for name in whole}, optimizer)
+    peaks = {name: peak_memory(args, losses[name]) for name in whole}
+    print_steps(args, f"{layers} layers", layers, whole, peaks)
+    if part:
+        names = [name for name in whole if name in part]
+        at_16 = {name: extrapolate(whole[name], part[name], layers, half) for name in names}
+        print_steps(args, f"{RELEASED_LAYERS} layers, computed", RELEASED_LAYERS, at_16, {})
+    if args.profile:
+        for name in whole:
+            profile(args, name, losses[name])
+
+
+def extrapolate(
+    whole: tuple[float, float], part: tuple[float, float], layers: int, half: int
+) -> tuple[float, float]:
+    """Of the released model's layers, from what a layer takes and what is left without any."""
+    found = []
+    for of_all, of_half in zip(whole, part, strict=True):
+        a_layer = (of_all - of_half) / (layers - half)
+        found.append(of_all + (RELEASED_LAYERS - layers) * a_layer)
+    return found[0], found[1]
+
+
+def peak_memory(args: argparse.Namespace, loss: Loss) -> float | None:
+    """GiB at the highest moment of a forward and backward pass, state included."""
+    if args.device == "cpu":
+        return None
+    torch.cuda.reset_peak_memory_stats()
+    loss(random_ids(args, args.micro_batch)).backward()
+    return torch.cuda.max_memory_allocated() / GIB
+
+
+def profile(args: argparse.Namespace, name: str, loss: Loss) -> None:
+    activity = torch.profiler.ProfilerActivity
+    kinds = [activity.CPU] if args.device == "cpu" else [activity.CPU, activity.CUDA]
+    with torch.profiler.profile(activities=kinds) as profiler:
+        loss(random_ids(args, args.micro_batch)).backward()
+        now(args)
+    key = "self_cpu_time_total" if args.device == "cpu" else "self_cuda_time_total"
+    print(f"\n{name}\n{profiler.key_averages().table(sort_by=key, row_limit=30)}")
+
+
+# --- what is printed --------------------------------------------------------------------------------------
+
+
+def print_steps(
+    args: argparse.Namespace, title: str, layers: int, times: Timed, peaks: dict[str, float | None]
+) -> None:
+    """tokens/s: of forward and backward, and with an update every UPDATE_EVERY tokens."""
+    tokens = args.micro_batch * args.sequence
+    passes = max(1, UPDATE_EVERY // tokens)
+    flops = train_flops_per_token(OlmoeConfig(**fields(args, layers)), args.sequence).total
+    print(f"\n{title}: {flops / 1e9:.3f} GFLOP a token")
+    print_row("step", "pass, ms", "update, ms", "tokens/s", *RATE, "pass, peak GiB", "x transformers")
+    print_row(*["---"] * 8)
+    speeds = {name: passes * tokens / (passes * one + update) for name, (one, update) in times.items()}
+    for name, (one, update) in times.items():
+        peak = peaks.get(name)
+        print_row(
+            name,
+            f"{1e3 * one:.1f}",
+            f"{1e3 * update:.1f}",
+            f"{speeds[name]:,.0f}",
+            *rate(args, flops * speeds[name]),
+            "-" if peak is None else f"{peak:.1f}",
+            ratio(speeds[name], speeds.get("transformers")),
+        )
+
+
+RATE = ("TFLOP/s", "of peak")
+
+
+def rate(args: argparse.Namespace, flops_a_second: float) -> tuple[str, str]:
+    peak = None
+    if args.device != "cpu":
+        peak = peak_flops(torch.cuda.get_device_name(), torch.bfloat16)
+    return f"{flops_a_second / 1e12:.4g}", "-" if peak is None else f"{flops_a_second / peak:.1%}"
+
+
+def ratio(speed: float, of_transformers: float | None) -> str:
+    return "-" if of_transformers is None else f"{speed / of_transformers:.2f}"
+
+
+def print_row(*cells: str) -> None:
+    print(f"| {' | '.join(cells)} |", flush=True)
+
+
+def main() -> int:
+    args = parse()
+    if args.device != "cpu" and not torch.cuda.is_available():
+        print("no CUDA here; --device cpu and a small shape try this out", file=sys.stderr)
+        return 2
+    device = "CPU" if args.device == "cpu" else torch.cuda.get_device_name()
+    print(f"{device}, torch {torch.__version__}, {args.micro_batch} x {args.sequence} tokens a pass")
+    right = check_parity(args)
+    layers = fitting_layers(args)
+    model = build(args, layers)
+    twin = transformers_twin(model, args)
+    compiled = build_compiled(args, model) if args.compile else None
+    losses = {f"ours, {name}": our_loss(model, name) for name in args.backends}
+    if compiled is not None:
+        losses[f"ours, {args.backends[0]}, compiled"] = our_loss(compiled, args.backends[0])
+    if twin is not None:
+        losses["transformers"] = their_loss(twin)
+    check_host_syncs(args, model)
+    time_expert_layer(args, model, twin)
+    compare_steps(args, [each for each in (model, compiled, twin) if each is not None], losses)
+    return 0 if right else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
