@@ -33,11 +33,11 @@ from olmoe_train.model.configuration import OlmoeConfig
 @dataclass(frozen=True)
 class ModelConfig:
     init_from: str | None = None
-    """HF directory whose weights start the run; its config.json must agree with the fields below. null:
-    random init."""
+    """What the run starts from: an HF directory, a run directory (its newest checkpoint's weights) or an
+    original OLMo checkpoint; its configuration must agree with the fields below. null: random init."""
     trust_pickle: bool = False
-    """Read init_from's weights from pytorch_model.bin where there are no safetensors: a pickle, by
-    torch.load(weights_only=True)."""
+    """Read init_from's weights from a pickle (pytorch_model.bin, OLMo's model.pt) where there are no
+    safetensors: torch.load(weights_only=True)."""
     vocab_size: int = 50304
     """Rows of the embedding and the head. At least the tokenizer's vocabulary; may be padded up for speed."""
     hidden_size: int = 2048
@@ -288,7 +288,7 @@ class ExportConfig:
     out: str | None = None
     """Directory to write; null: hf/step-XXXXXXXX (olmo/step-XXXXXXXX) in the run directory."""
     max_shard_size: str = "5GB"
-    """Largest safetensors file, e.g. 5GB or 200MB. format=hf only."""
+    """Largest safetensors file, e.g. 5GB or 200MB. format=hf only: OLMo reads one file."""
     precision: Precision | None = None
     """Data type of the exported weights: bf16, fp32; null: as stored, which in a run is fp32."""
     format: ExportFormat = ExportFormat.hf

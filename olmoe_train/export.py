@@ -23,6 +23,8 @@ DTYPES = {Precision.fp32: torch.float32, Precision.bf16: torch.bfloat16}
 
 
 def main(cfg: ExportConfig) -> None:
+    if cfg.format is ExportFormat.olmo and cfg.max_shard_size != ExportConfig.max_shard_size:
+        print(f"warning: max_shard_size={cfg.max_shard_size} has no effect: format=olmo is one file")
     source = open_source(cfg.source, cfg.step, cfg.trust_pickle)
     dtype = source.config.dtype if cfg.precision is None else DTYPES[cfg.precision]
     assert dtype is not None

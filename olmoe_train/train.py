@@ -18,9 +18,9 @@ from torch import Tensor, nn
 
 from olmoe_train.checkpoint.changes import check_changes, description
 from olmoe_train.checkpoint.directory import CheckpointError
-from olmoe_train.checkpoint.hf import load_pretrained
 from olmoe_train.checkpoint.ranks import on_any_rank
 from olmoe_train.checkpoint.saver import Saver
+from olmoe_train.checkpoint.source import load_into
 from olmoe_train.checkpoint.training import load_checkpoint, saved_state
 from olmoe_train.choices import BalanceScope
 from olmoe_train.cli import run_verb
@@ -140,7 +140,7 @@ def build_model(cfg: TrainConfig, mesh: Mesh) -> OlmoeForCausalLM:
     model = parallelize(model, cfg, mesh)
     initialise(model, mesh.device, cfg.seed)
     if cfg.model.init_from is not None:
-        load_pretrained(model, cfg.model.init_from, cfg.model.trust_pickle)
+        load_into(model, cfg.model.init_from, cfg.model.trust_pickle)
     return model
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from olmoe_train.checkpoint.source import tokenizer_directory
 from olmoe_train.checkpoint.special_tokens import special_token_errors
 from olmoe_train.choices import ActivationCheckpointing, BalanceScope, Device, Offload, Precision, Strategy
 from olmoe_train.cli import documented_keys
@@ -252,13 +253,8 @@ def _model_errors(cfg: TrainConfig) -> list[str]:
             f"{cfg.model.max_position_embeddings}; lower the one or raise the other"
         )
     init_from = cfg.model.init_from
-    if init_from is not None and not (Path(init_from) / "config.json").is_file():
-        errors.append(
-            f"model.init_from={init_from}: no config.json there; give an HF model directory (`olmoe export` "
-            "makes one of anything it reads), or null"
-        )
-    elif init_from is not None and not errors:
-        errors += _special_token_errors(cfg, Path(init_from))
+    if init_from is not None:
+        errors += _init_from_errors(cfg, init_from, check_tokens=not errors)
     if cfg.checkpoint.resume not in ("auto", "never"):
         errors += _resume_errors(Path(cfg.checkpoint.resume))
     known = {key for key, _, _ in documented_keys(TrainConfig)}
@@ -266,6 +262,14 @@ def _model_errors(cfg: TrainConfig) -> list[str]:
     for key in set(cfg.checkpoint.allow_changes) - known:
         errors.append(f"checkpoint.allow_changes=[{key}]: there is no such key or section")
     return errors
+
+
+def _init_from_errors(cfg: TrainConfig, init_from: str, check_tokens: bool) -> list[str]:
+    try:
+        tokenizer = tokenizer_directory(init_from)
+    except UserError as error:
+        return [f"model.init_from={init_from}: {str(error).removeprefix(f'source={init_from}: ')}"]
+    return _special_token_errors(cfg, tokenizer) if check_tokens else []
 
 
 def _resume_errors(resume: Path) -> list[str]:

@@ -281,22 +281,6 @@ def open_pretrained(
     return config, _reader(model, stored, directory)
 
 
-def load_pretrained(model: OlmoePreTrainedModel, directory: str | Path, trust_pickle: bool = False) -> None:
-    """Fill every parameter, whole or sharded (DTensor), in place from an HF directory; values are cast to
-    its dtype.
-
-    Each rank reads what it needs by itself: no communication, and one whole parameter at a time in memory.
-    UserError names every tensor that is missing, unexpected or mis-shaped, and every field of config.json
-    with which these weights would mean another function than `model.config` describes.
-    """
-    directory = Path(directory)
-    _refuse_other_function(model.config, OlmoeConfig.from_pretrained(directory), directory)
-    read = _reader(model, StoredWeights(directory, trust_pickle), directory)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            assign(parameter, read(name).to(parameter.dtype))
-
-
 def _reader(model: OlmoePreTrainedModel, stored: StoredWeights, directory: Path) -> Callable[[str], Tensor]:
     plan = _match_names(model, stored, directory)
     refuse_untied(model.config, stored, directory)
@@ -367,11 +351,13 @@ def refuse_untied(config: OlmoeConfig, stored: StoredWeights, directory: Path) -
             )
 
 
-def _refuse_other_function(model: OlmoeConfig, stored: OlmoeConfig, directory: Path) -> None:
+def refuse_other_function(model: OlmoeConfig, stored: OlmoeConfig, name: str) -> None:
+    """UserError names every field with which the weights of `stored`, called `name`, would mean another
+    function in a model of config `model`."""
     differences = [
         f"{item.name} is {getattr(stored, item.name)!r} there and {getattr(model, item.name)!r} in the model"
         for item in fields(OlmoeConfig)
         if item.name not in _NOT_COMPARED and getattr(stored, item.name) != getattr(model, item.name)
     ]
     if differences:
-        raise UserError("\n  ".join([f"{directory}/config.json describes another model:", *differences]))
+        raise UserError("\n  ".join([f"{name} describes another model:", *differences]))

@@ -17,7 +17,7 @@ from olmoe_train.checkpoint.directory import (
     latest_checkpoint,
     step_of,
 )
-from olmoe_train.checkpoint.hf import model_of, open_pretrained
+from olmoe_train.checkpoint.hf import assign, model_of, open_pretrained, refuse_other_function
 from olmoe_train.checkpoint.olmo import is_olmo_directory, open_olmo
 from olmoe_train.checkpoint.special_tokens import read_generation_config
 from olmoe_train.checkpoint.training import open_model_tensors
@@ -78,6 +78,30 @@ def load_source(
     model = model_of(OlmoeForCausalLM, opened.config, opened.read, device)
     model.generation_config = opened.generation
     return model, opened.tokenizer
+
+
+def load_into(model: OlmoeForCausalLM, source: str | Path, trust_pickle: bool = False) -> None:
+    """Fill every parameter, whole or sharded (DTensor), in place; values are cast to its dtype.
+
+    Each rank reads by itself: no communication, and one whole parameter at a time in memory. Errors as
+    open_source, and a UserError names every field of its configuration with which these weights would mean
+    another function than `model.config` describes.
+    """
+    opened = open_source(source, trust_pickle=trust_pickle)
+    refuse_other_function(model.config, opened.config, opened.name)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            assign(parameter, opened.read(name).to(parameter.dtype))
+
+
+def tokenizer_directory(source: str | Path) -> Path:
+    """Directory that has the tokenizer files of a source, if any. UserError where there is no model."""
+    directory = Path(source).expanduser()
+    if (directory / "config.json").is_file() or is_olmo_directory(directory):
+        return directory
+    run_config(directory)
+    run_checkpoint(directory)
+    return directory / RUN_TOKENIZER
 
 
 def run_config(run_dir: Path) -> OlmoeConfig:

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from olmoe_train.checkpoint.hf import load_pretrained
+from olmoe_train.checkpoint.source import load_into
 from olmoe_train.choices import Strategy
 from olmoe_train.config import ParallelConfig
 from olmoe_train.model import OlmoeConfig, OlmoeForCausalLM
@@ -21,7 +21,7 @@ TIED: dict[str, Any] = {"tie_word_embeddings": True}
 
 def load(directory: Path, parallel: ParallelConfig, sizes: dict[str, Any]) -> tuple[dict[str, Tensor], float]:
     model, optimizer = build(parallel, seed=999, **sizes)
-    load_pretrained(model, directory)
+    load_into(model, directory)
     tensors = {name: whole(parameter) for name, parameter in model.named_parameters()}
     return tensors, train_step(model, optimizer, 0)
 

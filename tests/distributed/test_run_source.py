@@ -8,17 +8,18 @@ import torch
 from omegaconf import OmegaConf
 from torch import Tensor
 
-from olmoe_train.checkpoint.source import load_source, run_checkpoint
+from olmoe_train.checkpoint.source import load_into, load_source, run_checkpoint, tokenizer_directory
 from olmoe_train.checkpoint.training import save_checkpoint
 from olmoe_train.choices import Precision
-from olmoe_train.config import ExportConfig, GenerateConfig
+from olmoe_train.config import ExportConfig, GenerateConfig, TrainConfig
 from olmoe_train.data.tokenizer import train_tokenizer
 from olmoe_train.errors import UserError
 from olmoe_train.evaluate import evaluate_model
 from olmoe_train.export import main as export
 from olmoe_train.generate import main as generate
 from olmoe_train.generate import read_tokenizer
-from olmoe_train.model import OlmoeForCausalLM
+from olmoe_train.model import OlmoeConfig, OlmoeForCausalLM
+from olmoe_train.validation import _init_from_errors
 from tests.distributed.tiny import SIZES, build, global_batch, train_step, whole
 from tests.spawn import run_ranks
 
@@ -122,6 +123,18 @@ def test_sources_that_are_none(run_dir: Path, tmp_path: Path) -> None:
     OmegaConf.save({"model": SIZES}, tmp_path / "config.yaml")
     with pytest.raises(UserError, match="no complete checkpoint in"):
         load_source(str(tmp_path), CPU)
+
+
+def test_training_starts_from_a_run(
+    run_dir: Path, saved: dict[int, dict[str, Tensor]], tmp_path: Path
+) -> None:
+    model = OlmoeForCausalLM(OlmoeConfig(**SIZES | {"vocab_size": VOCABULARY}))
+    load_into(model, run_dir)
+    assert_weights(model, saved[7])
+    assert tokenizer_directory(run_dir) == run_dir / "tokenizer"
+    OmegaConf.save({"model": SIZES}, tmp_path / "config.yaml")
+    (error,) = _init_from_errors(TrainConfig(), str(tmp_path), check_tokens=True)
+    assert error.startswith(f"model.init_from={tmp_path}: no complete checkpoint in")
 
 
 def test_a_run_is_a_source_as_good_as_its_export(

@@ -7,6 +7,7 @@ test makes or reads them.
 import base64
 import math
 import pickle
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ import yaml
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from olmoe_train.checkpoint.source import load_source, open_source
+from olmoe_train.checkpoint.source import load_into, load_source, open_source
 from olmoe_train.choices import ExportFormat, Precision
 from olmoe_train.config import ExportConfig
 from olmoe_train.errors import UserError
@@ -162,6 +163,24 @@ def test_import_computes_what_olmo_computes(tmp_path: Path, kind: str, tied: boo
     ours, _ = load_source(str(source), torch.device("cpu"), trust_pickle=kind == "pt")
     torch.testing.assert_close(ours(IDS).logits[0], expected, rtol=1e-4, atol=1e-5)
     assert torch.equal(ours(IDS).logits, OlmoeForCausalLM.from_pretrained(tmp_path / "hf")(IDS).logits)
+
+
+def test_training_starts_from_an_olmo_checkpoint(tmp_path: Path) -> None:
+    source = write_olmo(tmp_path / "olmo")
+    model = OlmoeForCausalLM(open_source(source).config).eval()
+    load_into(model, source)
+    expected = olmo_logits(olmo_tensors(tied=False), IDS[0])
+    torch.testing.assert_close(model(IDS).logits[0], expected, rtol=1e-4, atol=1e-5)
+
+
+def test_shards_are_not_for_olmo_and_it_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source = write_olmo(tmp_path / "olmo")
+    cfg = ExportConfig(str(source), out=str(tmp_path / "a"), format=ExportFormat.olmo)
+    export(cfg)
+    assert "warning" not in capsys.readouterr().out
+    export(replace(cfg, out=str(tmp_path / "b"), max_shard_size="20KB"))
+    assert "max_shard_size=20KB has no effect: format=olmo is one file" in capsys.readouterr().out
+    assert len(list((tmp_path / "b").glob("*.safetensors"))) == 1
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)

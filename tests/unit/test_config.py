@@ -132,7 +132,7 @@ def test_a_good_config_has_neither_errors_nor_warnings(prepared: str) -> None:
         (
             "model",
             ModelConfig(vocab_size=1024, eos_token_id=0, init_from="nowhere"),
-            "model.init_from=nowhere: no config.json there",
+            "model.init_from=nowhere: neither an HF directory (config.json) nor a run directory or OLMo",
         ),
         (
             "checkpoint",

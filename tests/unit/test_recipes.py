@@ -81,7 +81,7 @@ def test_annealing_as_released() -> None:
 
 def test_fine_tuning_as_released() -> None:
     """The command that github.com/allenai/OLMoE gives for OLMoE-1B-7B-0924-SFT."""
-    with pytest.raises(UserError, match=r"model\.init_from=GIVE_AN_HF_DIRECTORY: no config\.json there"):
+    with pytest.raises(UserError, match=r"model\.init_from=GIVE_AN_HF_DIRECTORY: neither an HF dir"):
         validate(recipe("olmoe_sft"), world_size=8)
     cfg = recipe("olmoe_sft", "model.init_from=somewhere")
     assert (cfg.optimizer.lr, cfg.optimizer.weight_decay) == (2e-5, 0.0)
