@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from hydra.core.override_parser.types import Quote, QuotedString
 from tokenizers import Tokenizer
 from tokenizers.decoders import DecodeStream
@@ -98,12 +99,15 @@ def stream_tokens(
     filler = pad if pad is not None else (stops or [0])[0]
     stop_ids = torch.tensor(stops, dtype=torch.long, device=input_ids.device)
     ended_B = torch.zeros(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
-    position_BS = None if mask_BC is None else (mask_BC.cumsum(1) - 1).clamp(min=0)
+    position_BS = None
+    if mask_BC is not None:
+        position_BS = (mask_BC.cumsum(1) - 1).clamp(min=0)
+        mask_BC = F.pad(mask_BC, (0, max_new_tokens), value=1)  # made once, not grown by every token
     cache, new_BS = KVCache(), input_ids
-    for _ in range(max_new_tokens):
+    for length in range(input_ids.shape[1], input_ids.shape[1] + max_new_tokens):
         output = model(
             new_BS,
-            mask_BC,
+            None if mask_BC is None else mask_BC[:, :length],
             position_BS,
             cache,
             use_cache=True,
@@ -112,14 +116,14 @@ def stream_tokens(
             return_dict=True,
         )
         token_B = choose(output.logits[:, -1].float(), temperature, top_k, top_p, generator)
-        token_B = token_B.masked_fill(ended_B, filler)
+        if stops:
+            token_B = token_B.masked_fill(ended_B, filler)
+            ended_B |= torch.isin(token_B, stop_ids)
         yield token_B
-        ended_B |= torch.isin(token_B, stop_ids)
-        if ended_B.all():
+        if stops and ended_B.all():
             return
         new_BS = token_B[:, None]
-        if mask_BC is not None and position_BS is not None:
-            mask_BC = torch.cat((mask_BC, torch.ones_like(new_BS)), dim=1)
+        if position_BS is not None:
             position_BS = position_BS[:, -1:] + 1
 
 
@@ -175,6 +179,11 @@ def _padding_mask(
         if pad is None or pad in stops:
             return None
         attention_mask = input_ids != pad
+    if attention_mask.shape != input_ids.shape:
+        raise UserError(
+            f"attention_mask has shape {list(attention_mask.shape)}, input_ids {list(input_ids.shape)}: give "
+            "one value a token"
+        )
     mask_BS = attention_mask.long()
     if not mask_BS[:, -1].all():
         raise UserError("a row of input_ids ends with padding: pad on the left, so that every row goes on")

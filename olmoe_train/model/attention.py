@@ -150,13 +150,15 @@ def attention_mask(
     """
     if padding_mask_BC is None and (new == total or new == 1):
         return None
-    causal_SC = torch.ones(new, total, dtype=torch.bool, device=device).tril(total - new)
-    if padding_mask_BC is None:
-        return causal_SC[None, None]
-    if padding_mask_BC.shape[-1] != total:
+    if padding_mask_BC is not None and padding_mask_BC.shape[-1] != total:
         raise ValueError(
             f"attention_mask covers {padding_mask_BC.shape[-1]} positions, cached and new tokens are {total}"
         )
+    if padding_mask_BC is not None and new == 1:  # decoding: everything cached lies behind it
+        return padding_mask_BC.bool()[:, None, None, :]
+    causal_SC = torch.ones(new, total, dtype=torch.bool, device=device).tril(total - new)
+    if padding_mask_BC is None:
+        return causal_SC[None, None]
     # A padding query in front of every token may look at nothing: scaled_dot_product_attention then gives 0,
     # not NaN.
     return causal_SC & padding_mask_BC.bool()[:, None, None, :]

@@ -149,6 +149,7 @@ def test_generation_leaves_no_graph_and_trainable_tokens() -> None:
         ({"max_new_tokens": 1, "top_p": 0.0}, "top_p=0.0"),
         ({"max_new_tokens": 1, "top_p": 1.5}, "top_p=1.5"),
         ({"max_new_tokens": 1, "attention_mask": torch.tensor([[1, 0]])}, "pad on the left"),
+        ({"max_new_tokens": 1, "attention_mask": torch.ones(1, 3)}, r"attention_mask has shape \[1, 3\]"),
     ],
 )
 def test_senseless_arguments(options: dict[str, Any], message: str) -> None:
