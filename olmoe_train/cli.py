@@ -187,7 +187,7 @@ def help_text(verb: str, schema: type) -> str:
         "",
         "presets (group=preset):",
     ]
-    groups = {name for name, *_ in (key.split(".") for key, _, _ in documented_keys(schema))} | {"experiment"}
+    groups = {key.split(".")[0] for key, _, _ in documented_keys(schema) if "." in key} | {"experiment"}
     for directory in sorted(p for p in config_directory().iterdir() if p.is_dir()):
         if directory.name in groups and (directory.name != "experiment" or verb in ("train", "plan")):
             lines.append(f"  {directory.name}={'|'.join(sorted(p.stem for p in directory.glob('*.yaml')))}")

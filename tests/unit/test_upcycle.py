@@ -165,4 +165,6 @@ def test_overrides_describe_the_model() -> None:
 def test_every_option_is_documented() -> None:
     rows = documented_keys(UpcycleConfig)
     assert [key for key, _, doc in rows if not doc] == []
-    assert "usage: olmoe upcycle" in help_text("upcycle", UpcycleConfig)
+    text = help_text("upcycle", UpcycleConfig)
+    assert "usage: olmoe upcycle" in text
+    assert "tokenizer=bpe" not in text, "a key of that name is no group of presets"
