@@ -65,11 +65,13 @@ def compare_speed(rounds: int) -> None:
     ]
     tokens = configs[0].trainer.global_batch_size * configs[0].data.sequence_length
     mixture, dense = run_ranks(1, seconds_a_step, configs, rounds, timeout=1800.0)[0]
-    ratios = sorted(b / a for a, b in zip(mixture, dense, strict=True))
-    rates = [tokens / statistics.median(seconds) for seconds in (mixture, dense)]
+    ratios = sorted(a / b for a, b in zip(mixture, dense, strict=True))
+    # Of the fastest quarter: other work on the cores makes a step longer, never shorter.
+    rates = [tokens / statistics.quantiles(seconds, n=4)[0] for seconds in (mixture, dense)]
     print(
-        f"tokens/s, medians of {rounds} steps: mixture {rates[0]:,.0f}, dense {rates[1]:,.0f}; mixture "
-        f"/ dense {statistics.median(ratios):.2f} ({ratios[0]:.2f} to {ratios[-1]:.2f})",
+        f"tokens/s, fastest quarter of {rounds} steps: mixture {rates[0]:,.0f}, dense {rates[1]:,.0f}; "
+        f"mixture / dense, time of a step: median {statistics.median(ratios):.2f}, {ratios[0]:.2f} to "
+        f"{ratios[-1]:.2f}",
         flush=True,
     )
 
@@ -133,7 +135,7 @@ def main() -> None:
     parser.add_argument("--runs", type=Path, required=True, help="directory for the runs")
     parser.add_argument("--steps", type=int, default=200, help="of 2,048 tokens")
     parser.add_argument("--more", type=int, default=60)
-    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--rounds", type=int, default=41)
     arguments = parser.parse_args()
     arguments.runs.mkdir(parents=True, exist_ok=True)
     compare_speed(arguments.rounds)
