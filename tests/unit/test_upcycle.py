@@ -13,8 +13,8 @@ from olmoe_train.model import OlmoeConfig, OlmoeForCausalLM
 from olmoe_train.model.init import initial_value
 from olmoe_train.upcycle import UpcycleConfig, model_overrides
 from olmoe_train.upcycle import main as upcycle
+from tests.hf_directories import SIZES
 from tests.prepared_data import write_prepared
-from tests.unit.test_hf import SIZES
 
 # Hidden 8, an MLP of width 6; weights large enough that an error in one shows in the logits.
 DENSE: dict[str, Any] = SIZES | {"num_experts": 1, "num_experts_per_tok": 1, "initializer_range": 0.5}
