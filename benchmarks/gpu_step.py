@@ -37,8 +37,9 @@ from olmoe_train.distributed.compile import compile_layers
 from olmoe_train.flops import parameter_counts, peak_flops, train_flops_per_token
 from olmoe_train.model import OlmoeConfig, OlmoeForCausalLM
 from olmoe_train.model.losses import router_losses
+from olmoe_train.model.sonicmoe import why_not_here
 
-BACKENDS = ("grouped_mm", "loop")
+BACKENDS = ("grouped_mm", "loop", "sonicmoe")
 STATE_BYTES = 8  # a parameter: weight, gradient and two moments in bf16
 RESERVE = 3 * 2**30  # CUDA's context, the allocator's fragments
 RELEASED_LAYERS = 16
@@ -440,6 +441,10 @@ def main() -> int:
         return 2
     device = "CPU" if args.device == "cpu" else torch.cuda.get_device_name()
     print(f"{device}, torch {torch.__version__}, {args.micro_batch} x {args.sequence} tokens a pass")
+    reason = why_not_here(args.device != "cpu") if "sonicmoe" in args.backends else None
+    if reason is not None:
+        print(f"sonicmoe: left out: {reason}")
+        args.backends.remove("sonicmoe")
     right = check_parity(args)
     layers = fitting_layers(args)
     model = build(args, layers)

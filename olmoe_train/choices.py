@@ -97,3 +97,4 @@ class ExpertsBackend(Enum):
     auto = "auto"
     loop = "loop"
     grouped_mm = "grouped_mm"
+    sonicmoe = "sonicmoe"

@@ -84,7 +84,7 @@ class ModelConfig:
     """End-of-document token; must be the prepared data's."""
     experts_backend: ExpertsBackend = ExpertsBackend.auto
     """Expert matmuls: loop (one per expert), grouped_mm (torch's grouped GEMM), auto (grouped_mm on CUDA,
-    loop on CPU)."""
+    loop on CPU), sonicmoe (the sonic-moe package's kernels, for Hopper and Blackwell; never run by us)."""
 
 
 @dataclass(frozen=True)

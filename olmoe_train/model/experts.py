@@ -21,6 +21,7 @@ from torch.autograd.function import once_differentiable
 
 from olmoe_train.model.activations import ACTIVATIONS
 from olmoe_train.model.configuration import OlmoeConfig
+from olmoe_train.model.sonicmoe import sonic_experts
 
 # A bf16 matmul on a CPU is set up anew for every number of rows (a oneDNN primitive), and routing changes all
 # of them every step. Multiples of 32 are few enough to stay in oneDNN's cache of 1024 primitives.
@@ -60,6 +61,11 @@ def sort_by_expert(expert_indices_NJ: Tensor, num_experts: int) -> Routing:
     return Routing(
         choice_R // expert_indices_NJ.shape[1], choice_R, row_R.view_as(expert_indices_NJ), counts_E
     )
+
+
+def expert_indices(routing: Routing) -> Tensor:
+    """expert_indices_NJ that sort_by_expert was given, int64."""
+    return torch.searchsorted(routing.counts_E.cumsum(0), routing.row_NJ, right=True)
 
 
 def _padding_pays(x_ND: Tensor, routing: Routing) -> bool:
@@ -141,8 +147,11 @@ class OlmoeExperts(nn.Module):
 
         weights_NJ: any float dtype; None: 1 each. routing: of these inputs, from sort_by_expert.
         """
-        grouped = x_ND.device.type != "cpu" if self.backend == "auto" else self.backend == "grouped_mm"
         gate_up_EHD, down_EDF = self.own(self.gate_up_proj), self.own(self.down_proj)
+        if self.backend == "sonicmoe":
+            assert weights_NJ is not None, "refused with expert parallelism"
+            return sonic_experts(x_ND, weights_NJ, expert_indices(routing), gate_up_EHD, down_EDF)
+        grouped = x_ND.device.type != "cpu" if self.backend == "auto" else self.backend == "grouped_mm"
         return _Experts.apply(x_ND, weights_NJ, gate_up_EHD, down_EDF, routing, self, grouped)
 
 

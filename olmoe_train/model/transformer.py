@@ -224,7 +224,7 @@ class OlmoeForCausalLM(OlmoePreTrainedModel):
             self.lm_head.weight = self.model.embed_tokens.weight
 
     def set_experts_backend(self, backend: str) -> None:
-        """How experts multiply: auto, loop or grouped_mm (choices.ExpertsBackend)."""
+        """How experts multiply: auto, loop, grouped_mm or sonicmoe (choices.ExpertsBackend)."""
         for module in self.modules():
             if isinstance(module, OlmoeExperts):
                 module.backend = backend

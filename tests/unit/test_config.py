@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from olmoe_train import config as schemas
-from olmoe_train.choices import BalanceScope, Strategy
+from olmoe_train.choices import BalanceScope, ExpertsBackend, Strategy
 from olmoe_train.cli import documented_keys, help_text, run_verb
 from olmoe_train.config import (
     CheckpointConfig,
@@ -235,6 +235,19 @@ def test_options_of_gathering_without_effect_warn(prepared: str) -> None:
     assert not validate(good(prepared, parallel=ParallelConfig(**changed)), world_size=2)
     told = problems(good(prepared, parallel=ParallelConfig(prefetch=-1)))
     assert told == ["parallel.prefetch=-1: must not be negative"]
+
+
+def test_sonicmoe_is_refused_where_it_cannot_run(prepared: str) -> None:
+    sonic = ModelConfig(
+        vocab_size=1024, eos_token_id=0, hidden_act="gelu", experts_backend=ExpertsBackend.sonicmoe
+    )
+    told = problems(good(prepared, model=sonic, parallel=ParallelConfig(expert_parallel_size=2)))
+    for option in ("model.hidden_act=gelu", "parallel.expert_parallel_size=2"):
+        assert any(
+            f"model.experts_backend=sonicmoe with {option}: it is for silu, in bf16" in each for each in told
+        )
+    assert told[-1].startswith("model.experts_backend=sonicmoe: ")  # what this machine lacks
+    assert told[-1].endswith("; or use grouped_mm")
 
 
 @pytest.mark.parametrize("verb", ["train", "prepare", "evaluate", "export", "generate"])
