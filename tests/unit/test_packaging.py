@@ -10,6 +10,9 @@ REPO = Path(__file__).parents[2]
 PROJECT = tomllib.loads((REPO / "pyproject.toml").read_text())["project"]
 # Where the name on the index differs from the name that is imported.
 DISTRIBUTION = {"hydra": "hydra-core", "jinja2": "Jinja2"}
+# Of model.experts_backend=sonicmoe, which is refused without it. The release asks for an older torch than this
+# project needs, so pip could not install it as an extra.
+UNDECLARED = {"sonicmoe"}
 
 
 def imported_packages() -> set[str]:
@@ -29,7 +32,8 @@ def names(requirements: list[str]) -> set[str]:
 
 
 def test_imports_are_the_declared_dependencies() -> None:
-    assert {DISTRIBUTION.get(name, name) for name in imported_packages()} == names(PROJECT["dependencies"])
+    imported = {DISTRIBUTION.get(name, name) for name in imported_packages()}
+    assert imported == names(PROJECT["dependencies"]) | UNDECLARED
 
 
 def test_transformers_is_a_dependency_of_tests_alone() -> None:
