@@ -2,8 +2,8 @@
 Transformers' OLMoE, from the same weights, on the same batches, a step of each in turn.
 
 Prints for both shapes and precisions the median of each variant's steps and of its rounds' ratios to
-Transformers with grouped_mm; then, with the vocabulary of OLMoE-1B-7B, the most memory a step adds to the
-process.
+Transformers with grouped_mm. With --memory instead, at the vocabulary of OLMoE-1B-7B, the most memory that a
+step adds to the process.
 
     python -m benchmarks.cpu_step [--rounds 11] [--threads 2] [--shapes A B] [--dtypes fp32 bf16]
         [--variants transformers transformers-compile ours ours-compile] [--memory] [--profile]
@@ -11,10 +11,13 @@ process.
 
 import argparse
 import statistics
+import subprocess
+import sys
 import time
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -27,7 +30,7 @@ from olmoe_train.flops import train_flops_per_token
 from olmoe_train.model import OlmoeConfig, OlmoeForCausalLM
 from olmoe_train.model.losses import router_losses
 
-SEQUENCES, LENGTH, VOCABULARY = 4, 512, 4096
+SEQUENCES, LENGTH, VOCABULARY, RELEASED_VOCABULARY = 4, 512, 4096, 50304
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 VARIANTS = ("transformers", "transformers-compile", "ours", "ours-compile")
 
@@ -80,9 +83,7 @@ def build_step(
         ours = OlmoeForCausalLM(OlmoeConfig(**fields)).to(dtype)
         ours.load_state_dict(theirs.state_dict())
         model = ours
-        if "grouped" in option:
-            ours.set_experts_backend("grouped_mm")
-        if "compile" in option:
+        if option == "compile":
             compile_layers(ours)
         targets = SEQUENCES * (LENGTH - 1)
 
@@ -140,11 +141,37 @@ def compare(shape: Shape, dtype: str, variants: list[str], rounds: int, profile:
             print(profiler.key_averages().table(sort_by="self_cpu_time_total", row_limit=25))
 
 
-def resident_peak(variant: str, shape: Shape, dtype: str) -> float:
-    """MiB that the second step adds at its peak to what the process held before it, in this process."""
-    step = build_step(variant, shape, DTYPES[dtype], 50304)
-    step(batch(0, 50304))
-    return 0.0
+def added_memory(variant: str, shape: Shape, dtype: str) -> float:
+    """MiB that this process holds at the highest moment of a second step, beyond what it held before it had a
+    model: weights, gradients, moments, activations, temporaries."""
+    before = _resident("VmRSS")
+    step = build_step(variant, shape, DTYPES[dtype], RELEASED_VOCABULARY)
+    step(batch(0, RELEASED_VOCABULARY))
+    Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM (proc(5))
+    step(batch(1, RELEASED_VOCABULARY))
+    return _resident("VmHWM") - before
+
+
+def _resident(field: str) -> float:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(field)) / 1024
+
+
+def compare_memory(shapes: list[str], dtypes: list[str], variants: list[str], threads: int) -> None:
+    """Each variant in a process of its own."""
+    print(f"MiB that a step adds, vocabulary {RELEASED_VOCABULARY}")
+    for shape in shapes:
+        for dtype in dtypes:
+            found = {}
+            for variant in variants:
+                command = ["--memory-of", variant, "--shapes", shape, "--dtypes", dtype]
+                command += ["--threads", str(threads)]
+                output = subprocess.check_output([sys.executable, "-m", "benchmarks.cpu_step", *command])
+                found[variant] = float(output.split()[-1])
+            told = ", ".join(
+                f"{name} {mib:.0f} ({mib / found[variants[0]]:.2f} x)" for name, mib in found.items()
+            )
+            print(f"  {SHAPES[shape]}, {dtype}: {told}", flush=True)
 
 
 def main() -> None:
@@ -154,11 +181,19 @@ def main() -> None:
     parser.add_argument("--shapes", nargs="+", default=list(SHAPES), choices=list(SHAPES))
     parser.add_argument("--dtypes", nargs="+", default=list(DTYPES), choices=list(DTYPES))
     parser.add_argument("--variants", nargs="+", default=list(VARIANTS))
-    parser.add_argument("--profile", action="store_true")
+    parser.add_argument("--profile", action="store_true", help="print where each variant's time goes")
+    parser.add_argument("--memory", action="store_true", help="memory in place of time")
+    parser.add_argument("--memory-of", help="of one variant, in this process")
     args = parser.parse_args()
     warnings.filterwarnings("ignore")
     torch.set_num_threads(args.threads)
+    if args.memory_of:
+        print(added_memory(args.memory_of, SHAPES[args.shapes[0]], args.dtypes[0]))
+        return
     print(f"torch {torch.__version__}, {args.threads} threads")
+    if args.memory:
+        compare_memory(args.shapes, args.dtypes, args.variants, args.threads)
+        return
     for shape in args.shapes:
         for dtype in args.dtypes:
             compare(SHAPES[shape], dtype, args.variants, args.rounds, args.profile)
