@@ -151,7 +151,9 @@ class OlmoeExperts(nn.Module):
         if self.backend == "sonicmoe":
             assert weights_NJ is not None, "refused with expert parallelism"
             return sonic_experts(x_ND, weights_NJ, expert_indices(routing), gate_up_EHD, down_EDF)
-        grouped = x_ND.device.type != "cpu" if self.backend == "auto" else self.backend == "grouped_mm"
+        grouped = self.backend == "grouped_mm"
+        if self.backend == "auto":
+            grouped = x_ND.device.type != "cpu" and fits_grouped_mm(gate_up_EHD, down_EDF)
         return _Experts.apply(x_ND, weights_NJ, gate_up_EHD, down_EDF, routing, self, grouped)
 
 
@@ -205,6 +207,11 @@ class _Experts(torch.autograd.Function):
         if weights_NJ is not None:
             d_weights_NJ = unsort_weights(d_weight_R, routing).to(weights_NJ.dtype)
         return d_x_ND, d_weights_NJ, d_gate_up_EHD, d_down_EDF, None, None, None
+
+
+def fits_grouped_mm(*weights: Tensor) -> bool:
+    """F.grouped_mm asks for rows of whole 16 bytes, and knows no float64."""
+    return all(w.dtype != torch.float64 and w.shape[-1] * w.dtype.itemsize % 16 == 0 for w in weights)
 
 
 def sum_rows(rows_RD: Tensor, routing: Routing, weights_NJ: Tensor | None = None) -> Tensor:
