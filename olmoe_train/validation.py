@@ -12,7 +12,6 @@ from olmoe_train.choices import (
     ActivationCheckpointing,
     BalanceScope,
     Device,
-    ExpertsBackend,
     Offload,
     Precision,
     Strategy,
@@ -23,7 +22,7 @@ from olmoe_train.data.config import OlmoFilesConfig
 from olmoe_train.data.mixture import mixture_errors, read_manifests, sources, verify
 from olmoe_train.distributed.zero_config import deepspeed_config
 from olmoe_train.errors import UserError
-from olmoe_train.model.sonicmoe import why_not_here
+from olmoe_train.validation_backend import backend_errors, machine_errors
 
 
 def validate(cfg: TrainConfig, world_size: int) -> list[str]:
@@ -32,7 +31,7 @@ def validate(cfg: TrainConfig, world_size: int) -> list[str]:
 
     Returns warnings: options that are set and have no effect in this run.
     """
-    errors = [*configuration_errors(cfg, world_size), *_data_errors(cfg), *_machine_errors(cfg)]
+    errors = [*configuration_errors(cfg, world_size), *_data_errors(cfg), *machine_errors(cfg)]
     if not errors:
         errors = _deepspeed_file_errors(cfg, world_size)
     if errors:
@@ -44,7 +43,7 @@ def validate(cfg: TrainConfig, world_size: int) -> list[str]:
 def configuration_errors(cfg: TrainConfig, world_size: int) -> list[str]:
     """What is wrong with `cfg` on `world_size` ranks, data.dir left aside; a message an error."""
     errors = [*_trainer_errors(cfg, world_size), *_schedule_errors(cfg), *_model_errors(cfg)]
-    return errors + _sonicmoe_errors(cfg)
+    return errors + backend_errors(cfg)
 
 
 def _trainer_errors(cfg: TrainConfig, world_size: int) -> list[str]:
@@ -225,32 +224,6 @@ def _deepspeed_file_errors(cfg: TrainConfig, world_size: int) -> list[str]:
     except UserError as error:
         return [str(error)]
     return []
-
-
-def _sonicmoe_errors(cfg: TrainConfig) -> list[str]:
-    """What the kernels of model.experts_backend=sonicmoe do not compute."""
-    if cfg.model.experts_backend is not ExpertsBackend.sonicmoe:
-        return []
-    parallel = cfg.parallel.expert_parallel_size
-    right = {
-        f"model.hidden_act={cfg.model.hidden_act}": cfg.model.hidden_act in ("silu", "swish"),
-        f"trainer.precision={cfg.trainer.precision.value}": cfg.trainer.precision is Precision.bf16,
-        # A rank may then receive no row, and these kernels were not seen to take that.
-        f"parallel.expert_parallel_size={parallel}": parallel <= 1,
-    }
-    supported = "silu, in bf16, without expert parallelism; use grouped_mm"
-    return [
-        f"model.experts_backend=sonicmoe with {option}: it is for {supported}"
-        for option, possible in right.items()
-        if not possible
-    ]
-
-
-def _machine_errors(cfg: TrainConfig) -> list[str]:
-    cuda = torch.cuda.is_available() and cfg.trainer.device is not Device.cpu
-    wanted = cfg.model.experts_backend is ExpertsBackend.sonicmoe
-    reason = why_not_here(cuda) if wanted else None
-    return [f"model.experts_backend=sonicmoe: {reason}; or use grouped_mm"] if reason else []
 
 
 def _schedule_errors(cfg: TrainConfig) -> list[str]:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from olmoe_train import config as schemas
-from olmoe_train.choices import BalanceScope, ExpertsBackend, Strategy
+from olmoe_train.choices import BalanceScope, ExpertsBackend, Precision, Strategy
 from olmoe_train.cli import documented_keys, help_text, run_verb
 from olmoe_train.config import (
     CheckpointConfig,
@@ -27,6 +27,7 @@ from olmoe_train.config import (
 from olmoe_train.data.config import OlmoFilesConfig
 from olmoe_train.errors import UserError
 from olmoe_train.validation import validate
+from olmoe_train.validation_backend import backend_errors
 from tests.prepared_data import write_prepared
 
 
@@ -235,6 +236,14 @@ def test_options_of_gathering_without_effect_warn(prepared: str) -> None:
     assert not validate(good(prepared, parallel=ParallelConfig(**changed)), world_size=2)
     told = problems(good(prepared, parallel=ParallelConfig(prefetch=-1)))
     assert told == ["parallel.prefetch=-1: must not be negative"]
+
+
+def test_grouped_mm_is_refused_where_rows_are_no_whole_16_bytes() -> None:
+    model = ModelConfig(intermediate_size=12, experts_backend=ExpertsBackend.grouped_mm)
+    in_fp32 = TrainConfig(model=model, trainer=TrainerConfig(max_steps=1, precision=Precision.fp32))
+    in_bf16 = TrainConfig(model=model, trainer=TrainerConfig(max_steps=1, precision=Precision.bf16))
+    assert backend_errors(in_fp32) == []
+    assert [message.split(":")[0] for message in backend_errors(in_bf16)] == ["model.intermediate_size=12"]
 
 
 def test_sonicmoe_is_refused_where_it_cannot_run(prepared: str) -> None:
