@@ -43,6 +43,7 @@ from olmoe_train.optim import (
     total_steps,
     warmup_and_decay_steps,
 )
+from olmoe_train.pace import Pace
 from olmoe_train.run_directory import Progress, RunDirectory, record_failure
 from olmoe_train.validation import validate
 
@@ -68,6 +69,7 @@ def train(cfg: TrainConfig, batches: Iterable[Batch] | None = None) -> int:
         model, optimizer = zero.model, zero.optimizer
     metrics = StepMetrics(model.config, cfg, progress, device)
     guard = StepGuard(cfg.trainer, progress.guard, device)
+    pace = Pace(run.watchdog.peers, model.lm_head, device)
     writer = MetricsWriter(cfg, run.path, model.config, progress, device)
     stored = zero.stored if zero is not None else lambda: (model, optimizer)
     saver = Saver(cfg.checkpoint, run.path, stored, progress.step)
@@ -85,9 +87,9 @@ def train(cfg: TrainConfig, batches: Iterable[Batch] | None = None) -> int:
         step = progress.step + 1
         run.watchdog.beat(f"step {step}")
         set_learning_rate(optimizer, learning_rate(step, cfg.optimizer.lr, cfg.scheduler, warmup, decay))
-        micro_batches = list(itertools.islice(loader, accumulation))
-        run.watchdog.ready()
-        totals = count_tokens(micro_batches, run.signals.stop_requested or saver.given_up, device)
+        with pace.waiting():
+            micro_batches = list(itertools.islice(loader, accumulation))
+        totals = count_tokens(micro_batches, saver.must_end() or run.signals.stop_requested, device)
         signalled = totals.stop_requested
         stop = signalled or step >= end
         logged = stop or step % cfg.trainer.log_every == 0
@@ -117,7 +119,7 @@ def train(cfg: TrainConfig, batches: Iterable[Batch] | None = None) -> int:
             values = metrics.read(grad_norm) | {"train/skipped_steps": int(guard.skipped)}
             writer.log_step(progress, values, optimizer.param_groups[0]["lr"], last_step)
             guard.check(step)
-            run.watchdog.name_slow_ranks()
+            pace.name_slow_ranks()
             run.write_status("running", "training", step, last_step)
         if step == last_step or (cfg.evaluation.every and step % cfg.evaluation.every == 0):
             writer.log_evaluation(progress, evaluate_data(model, cfg.data, cfg.evaluation, device, watched))

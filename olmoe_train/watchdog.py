@@ -18,15 +18,12 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import TypeVar
 
-import torch
 import torch.distributed as dist
 
 log = logging.getLogger("olmoe")
 POLL_S, WORDS_S = 0.5, 2.0
 """Between looks, and how long to wait for the other ranks' words."""
 FRAMES = 12
-SLOW, SLOW_SHARE = 3.0, 0.2
-"""A rank is slow if it prepares steps for so many times as long as the median, and so much of the time."""
 RANKS = "ranks.json"
 Item = TypeVar("Item")
 
@@ -44,7 +41,6 @@ class Watchdog:
         self.rank, self.launcher = dist.get_rank(), os.getppid()
         self._main = threading.main_thread().ident
         self._closed = threading.Event()
-        self._preparing, self._asked = 0.0, time.monotonic()
         self.beat("starting")
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
         self._thread.start()
@@ -52,27 +48,6 @@ class Watchdog:
     def beat(self, where: str) -> None:
         """The rank got as far as `where`."""
         self.where, self.beaten = where, time.monotonic()
-
-    def ready(self) -> None:
-        """The rank has its batches, and next waits for the others. Counts the time since the last beat."""
-        self._preparing += time.monotonic() - self.beaten
-
-    def name_slow_ranks(self) -> None:
-        """Warn of ranks that took much longer than most to get ready for their steps since the last call;
-        collective."""
-        elapsed, own = time.monotonic() - self._asked, torch.tensor([self._preparing], dtype=torch.float64)
-        self._asked, self._preparing = time.monotonic(), 0.0
-        gathered = [torch.zeros_like(own) for _ in self.peers]
-        dist.all_gather(gathered, own)
-        seconds = torch.cat(gathered)
-        limit = max(SLOW * seconds.median().item(), SLOW_SHARE * elapsed)
-        for rank, taken in enumerate(seconds.tolist()):
-            if taken > limit:
-                host, pid = self.peers[rank]
-                log.warning(
-                    f"WARNING: rank {rank} (host {host}, process {pid}) is slow: it took {taken:.1f} of "
-                    f"the last {elapsed:.1f} s to have its batches"
-                )
 
     def beating(self, items: Iterable[Item], where: str = "validating") -> Iterator[Item]:
         """The items, with a beat at each."""

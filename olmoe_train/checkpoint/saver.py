@@ -92,6 +92,11 @@ class Saver:
         if self.failure is not None:
             raise self.failure
 
+    def must_end(self) -> bool:
+        """Tell of a save that has failed in the background, and whether the run has to end; every step."""
+        self.report()
+        return self.given_up
+
     @property
     def given_up(self) -> bool:
         """Whether the run has to end. Ranks may learn it at different steps, but by `wait` they all have."""

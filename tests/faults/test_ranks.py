@@ -7,12 +7,18 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 import torch.distributed as dist
+from torch import Tensor
+from torch.nn import functional
 
+from olmoe_train import train as train_module
 from olmoe_train.checkpoint.directory import checkpoint_path
 from olmoe_train.distributed.mesh import init_distributed
 from olmoe_train.errors import UserError
@@ -55,16 +61,48 @@ def test_a_rank_that_hangs_is_named_with_its_place(
     assert saved_steps(tmp_path) == [1, 2]
 
 
-def take_long(rank: int) -> None:
-    for step in range(2, 6):
-        at_step(rank, step, partial(time.sleep, 0.5))
+def warned_of(run_dir: Path, what: str) -> list[str]:
+    return re.findall(rf"WARNING: rank (\d) \(host .*\) {what}", (run_dir / "log.txt").read_text())
 
 
-def test_a_slow_rank_is_named(data: Path, tmp_path: Path) -> None:
+def read_slowly(rank: int) -> None:
+    original = train_module.train_batches
+
+    def slowly(*arguments: Any) -> Iterator[Any]:
+        for batch in original(*arguments):
+            if dist.get_rank() == rank:
+                time.sleep(0.4)
+            yield batch
+
+    train_module.train_batches = slowly
+
+
+def test_a_rank_that_is_late_with_its_batches_is_named(data: Path, tmp_path: Path) -> None:
     cfg = config(data, tmp_path, trainer={"log_every": 6}, checkpoint={"every": 0})
-    assert run_ranks(2, run, cfg, partial(take_long, 1)) == [0, 0]
-    named = re.findall(r"WARNING: rank (\d) \(host .*\) is slow", (tmp_path / "log.txt").read_text())
-    assert named == ["1"]
+    assert run_ranks(2, run, cfg, partial(read_slowly, 1)) == [0, 0]
+    assert warned_of(tmp_path, "is late: it waited") == ["1"]
+
+
+def compute_slowly(rank: int) -> None:
+    """Every matrix product takes this rank twenty times as much work, as on a throttled processor."""
+    original = functional.linear
+
+    def slowly(*arguments: Any) -> Tensor:
+        if dist.get_rank() == rank:
+            with torch.no_grad():
+                for _ in range(19):
+                    original(*arguments)
+        return original(*arguments)
+
+    functional.linear = slowly
+
+
+def test_a_rank_that_computes_slowly_is_named(data: Path, tmp_path: Path) -> None:
+    model = {"vocab_size": 4096, "hidden_size": 64}  # enough to do, for a time to mean something
+    trainer = {"max_steps": 10, "log_every": 10}
+    cfg = config(data, tmp_path, model=model, trainer=trainer, checkpoint={"every": 0})
+    assert run_ranks(2, run, cfg, partial(compute_slowly, 1)) == [0, 0]
+    assert warned_of(tmp_path, "computes slowly:") == ["1"]
 
 
 # --- one run per directory, and its port ------------------------------------------------------------------

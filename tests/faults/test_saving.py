@@ -13,6 +13,7 @@ import torch.distributed as dist
 
 from olmoe_train.checkpoint import directory, saver, training
 from olmoe_train.checkpoint.directory import checkpoint_path, verify
+from olmoe_train.config import TrainConfig
 from tests.faults.training import (
     assert_same_end,
     at_step,
@@ -106,6 +107,59 @@ def test_disk_full_for_good_ends_the_run(data: Path, tmp_path: Path, async_save:
     assert status(tmp_path)["state"] == "failed"
     assert "2 saves failed in a row" in status(tmp_path)["reason"]
     assert not list((tmp_path / "checkpoints").glob(".*"))  # half a checkpoint would keep the disk full
+
+
+def wait_for_the_save_in_the_background() -> None:
+    for thread in threading.enumerate():
+        if thread.name.startswith("save step"):
+            thread.join()
+
+
+def test_a_save_that_failed_in_the_background_is_told_of_at_the_next_step(data: Path, tmp_path: Path) -> None:
+    cfg = config(data, tmp_path, checkpoint={"async_save": True, "every": 2})
+    full = partial(at_step, 1, 2, partial(limit_files, 10_000))
+    freed = partial(at_step, 1, 4, partial(limit_files, resource.RLIM_INFINITY))
+    ended = [partial(at_step, rank, 3, wait_for_the_save_in_the_background) for rank in (0, 1)]
+    assert run_ranks(2, run, cfg, full, freed, *ended) == [0, 0]
+    assert saved_steps(tmp_path) == [4, 6]
+    log = (tmp_path / "log.txt").read_text()
+    assert log.count("saving failed") == 1
+    assert log.index("step 2/6") < log.index("saving failed") < log.index("step 3/6")
+
+
+def note_what_reaches_the_disk(noted: list[str]) -> None:
+    sync, rename = os.fsync, os.rename
+
+    def syncing(descriptor: int) -> None:
+        noted.append(str(Path(f"/proc/self/fd/{descriptor}").readlink()))
+        sync(descriptor)
+
+    def renaming(source: Path, target: Path) -> None:
+        noted.append(f"{source} becomes {target}")
+        rename(source, target)
+
+    os.fsync, os.rename = syncing, renaming
+
+
+def save_and_note(cfg: TrainConfig) -> list[str]:
+    noted: list[str] = []
+    run(cfg, partial(note_what_reaches_the_disk, noted))
+    return noted
+
+
+def test_everything_is_on_the_disk_before_it_counts(data: Path, tmp_path: Path) -> None:
+    cfg = config(data, tmp_path, trainer={"stop_at_step": 1})
+    zero, one = run_ranks(2, save_and_note, cfg)
+    final = checkpoint_path(tmp_path, 1)
+    partial_ = final.with_name(f".{final.name}.partial")
+    shards = sorted(path.name for path in final.glob("shard-*"))
+    written = [shards[0], "state.json", "manifest.json"]
+    rest = [str(partial_), f"{partial_} becomes {final}", str(final.parent)]
+    assert [line for line in zero if "step-" in line or line == rest[-1]] == [
+        *(str(partial_ / name) for name in written),
+        *rest,
+    ]
+    assert [line for line in one if "step-" in line] == [str(partial_ / shards[1])]
 
 
 def count_saves_at_a_time(most: list[int]) -> None:
