@@ -90,11 +90,9 @@ class ZeroEngine:
         self._engine.backward(loss * dist.get_world_size(), scale_wrt_gas=False)
 
     def step(self) -> Tensor:
-        """Reduce, clip, update and clear the gradients; their norm before, NaN where they were not finite
-        and DeepSpeed left the weights alone."""
+        """Reduce, clip, update and clear the gradients; their norm before. Where that is not finite, the
+        weights were left alone."""
         self._engine.step()
-        if not self._engine.was_step_applied():
-            return torch.tensor(float("nan"))
         return self._norm if self.stage == 0 else torch.as_tensor(self._engine.get_global_grad_norm())
 
     def stored(self) -> tuple[OlmoeForCausalLM, torch.optim.AdamW]:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from olmoe_train.choices import Strategy
+from olmoe_train.choices import Precision, Strategy
 from olmoe_train.config import ParallelConfig
 from tests.faults.training import (
     config,
@@ -44,16 +44,22 @@ def test_nan_on_one_rank_is_skipped_by_all_and_endless_nan_ends_the_run(data: Pa
     assert "trainer.max_skipped_steps" in status(tmp_path)["reason"]
 
 
-def test_nan_with_deepspeed(data: Path, tmp_path: Path) -> None:
-    once = partial(spoil_activations, 1, range(2, 3), math.nan)
-    cfg = config(data, tmp_path, trainer={"max_steps": 3})
-    parallel = ParallelConfig(strategy=Strategy.deepspeed, zero_stage=2, expert_parallel_size=2)
+@pytest.mark.parametrize(
+    ("stage", "precision"),
+    [(0, Precision.fp32), (1, Precision.bf16), (2, Precision.fp32), (3, Precision.fp32), (3, Precision.bf16)],
+)
+def test_nan_with_deepspeed(data: Path, tmp_path: Path, stage: int, precision: Precision) -> None:
+    # In the gradients alone: the loss does not tell.
+    once = partial(spoil_activations, 1, range(2, 3), math.nan, gradients=True)
+    cfg = config(data, tmp_path, trainer={"max_steps": 3, "precision": precision})
+    parallel = ParallelConfig(strategy=Strategy.deepspeed, zero_stage=stage, expert_parallel_size=2)
     run_ranks(2, run, replace(cfg, parallel=parallel), once)
     states = [saved_tensors(tmp_path, step) for step in (1, 2, 3)]
     assert same(states[0], states[1])
     assert not same(states[1], states[2])
     assert all(tensor.isfinite().all() for tensor in states[2].values())
     assert [record["train/skipped_steps"] for record in metrics(tmp_path)] == [0, 1, 1]
+    assert [record["step"] for record in metrics(tmp_path) if record["train/grad_norm"] is None] == [2]
 
 
 def test_a_spike_is_skipped_after_a_resume_too(data: Path, tmp_path: Path) -> None:

@@ -106,8 +106,8 @@ def at_step(rank: int, step: int, act: Callable[[], None]) -> None:
     train_module.learning_rate = acting
 
 
-def spoil_activations(rank: int, steps: range, factor: float) -> None:
-    """Multiply what the final norm gives by `factor` in these steps, on one rank."""
+def spoil_activations(rank: int, steps: range, factor: float, gradients: bool = False) -> None:
+    """Multiply what the final norm gives by `factor` in these steps, on one rank; or its gradient alone."""
     original_rate, original_build = train_module.learning_rate, train_module.build_model
     now = [0]
 
@@ -116,7 +116,12 @@ def spoil_activations(rank: int, steps: range, factor: float) -> None:
         return original_rate(step, *arguments)
 
     def spoil(_module: nn.Module, _inputs: object, output: Tensor) -> Tensor | None:
-        return output * factor if now[0] in steps and dist.get_rank() == rank else None
+        if now[0] not in steps or dist.get_rank() != rank:
+            return None
+        if not gradients:
+            return output * factor
+        output.register_hook(lambda gradient: gradient * factor)
+        return None
 
     def building(*arguments: Any) -> OlmoeForCausalLM:
         model = original_build(*arguments)
@@ -167,10 +172,13 @@ def same(left: dict[str, Tensor], right: dict[str, Tensor]) -> bool:
 
 
 def assert_same_end(run_dir: Path, twin: Path) -> None:
-    """Both runs ended at the same step with the same tensors, and logged the same losses on the way."""
+    """Both runs ended at the same step with the same tensors, and logged the same on the way: losses, norms,
+    and the router's health with what it remembers."""
     last = saved_steps(twin)[-1]
     assert saved_steps(run_dir)[-1] == last
     assert same(saved_tensors(run_dir, last), saved_tensors(twin, last))
-    kept = ("step", "tokens", "train/loss", "train/grad_norm")
-    mine, others = ([[record[key] for key in kept] for record in metrics(d)] for d in (run_dir, twin))
+    mine, others = (
+        [{key: record[key] for key in record if not key.startswith("perf/")} for record in metrics(directory)]
+        for directory in (run_dir, twin)
+    )
     assert mine == others
