@@ -75,6 +75,13 @@ def host_memory(config: OlmoeConfig, layout: Layout, batch: MicroBatch) -> int:
     return host + (batch.element * part if layout.offload is Offload.parameters else 0)
 
 
+def saved_memory(config: OlmoeConfig, layout: Layout) -> int:
+    """Bytes in CPU memory of the copy that a checkpoint is written from (ZeroEngine.stored), on one rank,
+    while it is written: fp32 weights and two moments, sharded as by FSDP2."""
+    sharded = Layout(Strategy.fsdp, layout.gpus, layout.expert_parallel_size)
+    return 3 * FP32 * count_units(config, sharded).sharded
+
+
 def _largest(units: Units) -> int:
     """Elements of the largest parameter: the head, or gate_up_proj, two thirds of a layer's experts."""
     return max(units.head.sharded, units.experts.sharded * 2 // 3)

@@ -16,7 +16,7 @@ from olmoe_train.config import ParallelConfig, TrainConfig, olmoe_config
 from olmoe_train.errors import UserError
 from olmoe_train.flops import FlopsPerToken, parameter_counts, peak_flops, train_flops_per_token
 from olmoe_train.memory import Layout, MicroBatch, RankMemory, rank_memory
-from olmoe_train.memory_zero import host_memory, zero_memory
+from olmoe_train.memory_zero import host_memory, saved_memory, zero_memory
 from olmoe_train.optim import tokens_per_step, total_steps
 from olmoe_train.validation import configuration_errors
 
@@ -233,6 +233,9 @@ def memory_lines(cfg: PlanConfig) -> list[str]:
     if cfg.checkpoint.async_save and layout.strategy is not Strategy.deepspeed:
         copied = memories[0].parameters + memories[0].optimizer
         lines.append(f"  copied to the CPU for checkpoint.async_save: {copied / unit:.2f} {name} a GPU")
+    if layout.strategy is Strategy.deepspeed:
+        copied = saved_memory(olmoe_config(cfg.model), layout)
+        lines.append(f"  copied to the CPU for every save: {copied / unit:.2f} {name} a GPU")
     most = [
         f"{mode.value} {largest_micro_batch(cfg, layout, replace(batch, checkpointing=mode))}"
         for mode in ActivationCheckpointing

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from benchmarks.plan_memory import example
+from olmoe_train.checkpoint.training import MOMENTS
 from olmoe_train.choices import ActivationCheckpointing, Offload, Precision, Strategy
 from olmoe_train.config import (
     DataConfig,
@@ -19,9 +20,9 @@ from olmoe_train.config import (
     olmoe_config,
 )
 from olmoe_train.distributed.deepspeed import start_engine
-from olmoe_train.distributed.mesh import build_mesh, init_distributed
+from olmoe_train.distributed.mesh import build_mesh, init_distributed, local_tensor
 from olmoe_train.memory import Layout, MicroBatch
-from olmoe_train.memory_zero import host_memory, zero_memory
+from olmoe_train.memory_zero import host_memory, saved_memory, zero_memory
 from olmoe_train.optim import build_optimizer
 from olmoe_train.train import build_model
 from tests.spawn import run_ranks
@@ -96,6 +97,10 @@ def measure(directory: Path) -> dict[str, int]:
             if micro_batch == 1:
                 engine.step()
         found[name] = held() - before
+        saved, adamw = engine.stored()
+        tensors = [*saved.parameters(), *(adamw.state[p][key] for p in saved.parameters() for key in MOMENTS)]
+        found[f"save of {name}"] = sum(local_tensor(tensor).nbytes for tensor in tensors)
+        del saved, adamw, tensors
         engines.append(engine)  # not everything goes with it: the next one is measured beside it
     return found
 
@@ -115,3 +120,4 @@ def test_state_is_what_the_plan_says(measured: dict[str, int], name: str) -> Non
     config = olmoe_config(MODEL)
     planned = zero_memory(config, layout, batch).state + host_memory(config, layout, batch)
     assert planned == pytest.approx(measured[name], rel=0.001)
+    assert saved_memory(config, layout) == measured[f"save of {name}"]

@@ -265,6 +265,14 @@ def test_a_copy_for_asynchronous_saves_is_planned_for() -> None:
     assert not any("async_save" in line for line in memory_lines(plan_config(gpus=1)))
 
 
+def test_deepspeeds_copy_for_a_save_is_planned_for() -> None:
+    """12 bytes a parameter, over the ranks; experts over those that have the same ones, 8 / 4."""
+    parallel = ParallelConfig(Strategy.deepspeed, 4, zero_stage=2)
+    told = memory_lines(plan_config(gpus=8, parallel=parallel))
+    assert f"  copied to the CPU for every save: {12 * TOTAL / 8 / GIB:.2f} GiB a GPU" in told
+    assert not any("every save" in line for line in memory_lines(plan_config()))
+
+
 def test_offloading_fits_the_released_model_on_one_gpu_of_80_gb() -> None:
     """bf16: 2 bytes a parameter stay, 20 more go to the CPU: masters, moments, gradients and their sum."""
     cfg, batch = plan_config(gpus=1), replace(ONE_SEQUENCE, checkpointing=FULL)
