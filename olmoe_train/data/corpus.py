@@ -39,6 +39,8 @@ class Part:
 
 _COMPRESSED = (".gz", ".zst")
 _LINES = (".jsonl", ".json")
+# Never unpacked: members may be called ../../anything.
+_ARCHIVES = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst", ".zip", ".7z")
 # Tests, compiled files and other people's packages.
 _NOT_SOURCE = {"test", "tests", "idle_test", "__pycache__", "site-packages", "dist-packages"}
 
@@ -57,7 +59,8 @@ def find_parts(paths: list[str], validation_paths: list[str]) -> list[Part]:
 
     An entry is a file, a glob (`**` for any depth; hidden files are left out, as by a shell) or a directory,
     which stands for the files in it, at any depth, that `_in_a_directory` takes. What validation_paths
-    matches is validation's, even where `paths` matches it too. UserError for an entry without files.
+    matches is validation's, even where `paths` matches it too. UserError for an entry without
+    files, and for archives.
     """
     found: dict[Path, Part] = {}
     for key, patterns in (("paths", paths), ("validation_paths", validation_paths)):
@@ -69,6 +72,8 @@ def find_parts(paths: list[str], validation_paths: list[str]) -> list[Part]:
             if not files:
                 raise UserError(f"data.source.{key}: {_nothing(pattern)}")
             for path in files:
+                if path.name.endswith(_ARCHIVES):
+                    raise UserError(f"data.source.{key}: {path} is an archive: unpack it, and give its files")
                 found[path] = _part(path, base, validation=key == "validation_paths")
     parts = sorted(found.values(), key=lambda part: (part.name, part.path))
     if all(part.validation for part in parts):

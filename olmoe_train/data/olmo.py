@@ -32,6 +32,7 @@ from olmoe_train.data.tokens import (
 )
 from olmoe_train.data.writer import clear, new_directory
 from olmoe_train.errors import UserError
+from olmoe_train.redaction import redact_text
 
 _BLOCK = 1 << 24  # tokens read at a time: bounds memory
 _NUMPY_MAGIC = b"\x93NUMPY"
@@ -143,7 +144,7 @@ def _index(
             bar.advance(task, part.size)
     return Manifest(
         settings=settings,
-        source=f"{len(parts):,} token files, where they are: {' '.join(source.paths)}",
+        source=redact_text(f"{len(parts):,} token files, where they are: {' '.join(source.paths)}"),
         skipped_empty_documents=0,
         tokenizer_sha256=tokenizer.sha256 if tokenizer else None,
         dtype=tokens.dtype,

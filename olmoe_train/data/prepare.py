@@ -47,6 +47,7 @@ from olmoe_train.data.tokens import (
 )
 from olmoe_train.data.writer import ChangedError, clear, new_directory
 from olmoe_train.errors import UserError
+from olmoe_train.redaction import redact, redact_text
 
 # Batches a process under way or waiting to be written; bounds memory.
 TASKS_AHEAD = 4
@@ -150,7 +151,8 @@ def _settings(
         settings["tokenizer.train_bytes"] = cfg.tokenizer.train_bytes  # manifests once had no such key
     if reading.template is not None:
         settings["chat template"] = digest([asdict(reading.template)])
-    return settings
+    redacted: dict[str, Any] = redact(settings)
+    return redacted
 
 
 def refuse_other_settings(directory: Path, there: dict[str, Any], asked: dict[str, Any]) -> None:
@@ -277,7 +279,7 @@ def _manifest(
         targets = Targets(counts.documents, counts.unaligned, counts.without_target, target_tokens)
     return Manifest(
         settings=settings,
-        source=corpus.description,
+        source=redact_text(corpus.description),
         skipped_empty_documents=counts.empty,
         quarantined_records=counts.quarantined,
         filtered_records=counts.filtered,

@@ -1,10 +1,12 @@
 """Files that would run code if they were trusted, each seen to run where it is; and secrets that stay in."""
 
 import importlib.util
+import io
 import json
 import os
 import pickle
 import sys
+import tarfile
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -17,15 +19,18 @@ from omegaconf import OmegaConf
 from olmoe_train.checkpoint.directory import CheckpointError, latest_checkpoint
 from olmoe_train.checkpoint.source import load_source, run_config
 from olmoe_train.checkpoint.training import open_model_tensors, save_checkpoint
-from olmoe_train.choices import WandbMode
+from olmoe_train.choices import SourceKind, WandbMode
 from olmoe_train.cli import run_verb
 from olmoe_train.config import ExportConfig, LoggingConfig, TrainConfig, WandbConfig
+from olmoe_train.data.config import FieldFilter
+from olmoe_train.data.prepare import prepare
 from olmoe_train.errors import UserError
 from olmoe_train.export import main as export
 from olmoe_train.model import OlmoeConfig, OlmoeForCausalLM
 from olmoe_train.redaction import HIDDEN, redact, redact_text
 from tests.distributed.tiny import SIZES, build, train_step
 from tests.faults.training import at_step, config, run, write_data
+from tests.prepared_data import prepare_config
 from tests.spawn import run_ranks
 
 CPU = torch.device("cpu")
@@ -113,6 +118,22 @@ def test_targets_in_a_runs_config(tmp_path: Path, mark: Path) -> None:
     assert not mark.exists()
 
 
+def test_a_tar_is_not_unpacked(tmp_path: Path, mark: Path) -> None:
+    with tarfile.open(tmp_path / "corpus.tar", "w") as tar:
+        member = tarfile.TarInfo(f"../{mark.name}")
+        member.size = 2
+        tar.addfile(member, io.BytesIO(b"{}"))
+    (tmp_path / "there").mkdir()
+    with tarfile.open(tmp_path / "corpus.tar") as tar:
+        tar.extractall(tmp_path / "there", filter="fully_trusted")
+    mark.unlink()  # it does leave the directory where it is unpacked
+    with pytest.raises(UserError, match=r"corpus\.tar is an archive"):
+        prepare(
+            prepare_config(tmp_path / "data", kind=SourceKind.files, paths=[str(tmp_path / "corpus.tar")])
+        )
+    assert not mark.exists()
+
+
 @pytest.mark.parametrize("section", ["model", "data", "checkpoint", "logging.wandb"])
 def test_targets_on_the_command_line(
     section: str,
@@ -165,6 +186,24 @@ def test_what_does_not() -> None:
     assert redact({"a": [{"api_key": "x", "hf_token": "y", "name": "z"}]}) == {
         "a": [{"api_key": HIDDEN, "hf_token": HIDDEN, "name": "z"}]
     }
+
+
+def test_no_secret_is_written_to_prepared_data(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    url = f"https://me:{PASSWORD}@example.org/x"
+    corpus = tmp_path / HF_TOKEN
+    corpus.mkdir()
+    (corpus / "a.jsonl").write_text("".join(f'{{"text": "a b {n}", "source": "{url}"}}\n' for n in range(50)))
+    keep = [FieldFilter(field="source", values=[url])]
+    cfg = prepare_config(tmp_path / "data", kind=SourceKind.files, paths=[str(corpus)], keep=keep)
+    prepare(cfg)
+    prepare(cfg)  # which compares the settings
+    printed = capsys.readouterr().out
+    assert "already prepared" in printed
+    for path in (path for path in (tmp_path / "data").rglob("*") if path.is_file()):
+        for secret in SECRETS:
+            assert secret.encode() not in path.read_bytes(), (path, secret)
+    assert HIDDEN in (tmp_path / "data" / "manifest.json").read_text()
+    assert not any(secret in printed for secret in SECRETS)
 
 
 def leave_secrets_everywhere(cfg: TrainConfig) -> None:
