@@ -1,9 +1,12 @@
 """Exports: during training, killed half-way, and with their model card."""
 
+import gc
 import os
 import signal
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -51,6 +54,40 @@ def test_an_export_killed_half_way_leaves_nothing_that_looks_like_one(twin: Path
     export(cfg)
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
     assert_exported(twin, tmp_path / "out")
+
+
+def live_bytes() -> int:
+    """Of all tensors that there are."""
+    tensors = [thing for thing in gc.get_objects() if issubclass(type(thing), torch.Tensor)]
+    storages = [tensor.untyped_storage() for tensor in tensors if not tensor.is_meta]
+    return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
+
+
+def export_and_measure(cfg: ExportConfig) -> tuple[int, int]:
+    """(Most bytes of tensors at a time, as files were written and as they were read back; bytes written)"""
+    most, calls = [0], [0]
+
+    def measuring(original: Callable[..., Any], every: int) -> Callable[..., Any]:
+        def measured(*arguments: Any, **options: Any) -> Any:
+            calls[0] += 1
+            if calls[0] % every == 0:
+                most[0] = max(most[0], live_bytes())
+            return original(*arguments, **options)
+
+        return measured
+
+    hf.save_file, torch.equal = measuring(hf.save_file, 2), measuring(torch.equal, 40)
+    export(cfg)
+    files = Path(cfg.out or "").glob("*.safetensors")
+    return most[0], sum(path.stat().st_size for path in files)
+
+
+def test_an_export_never_holds_the_model(data: Path, tmp_path: Path) -> None:
+    model = {"num_hidden_layers": 12}
+    run_ranks(2, run, config(data, tmp_path, model=model, trainer={"stop_at_step": 1}))
+    cfg = ExportConfig(str(tmp_path), out=str(tmp_path / "out"), max_shard_size="10KB")
+    most, written = run_ranks(1, export_and_measure, cfg)[0]
+    assert 0 < most < written / 4
 
 
 def spoil_what_is_written() -> None:

@@ -28,9 +28,10 @@ def kill() -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def set_clock_back() -> None:
+def set_clock(seconds: float) -> None:
+    """From now on this process has another time of day."""
     real = time.time
-    time.time = lambda: real() - 3600
+    time.time = lambda: real() + seconds
 
 
 @pytest.mark.parametrize("rank", [0, 1])
@@ -43,11 +44,36 @@ def test_kill_9_at_a_random_step(data: Path, twin: Path, tmp_path: Path, rank: i
     assert status(tmp_path)["state"] == "failed"
     assert re.search(rf"rank {rank} \(host .*, process \d+\) died", status(tmp_path)["reason"])
     # Whoever goes on finds the clock an hour behind the one that the files were written by.
-    assert run_ranks(2, run, cfg, set_clock_back) == [0, 0]
+    assert run_ranks(2, run, cfg, partial(set_clock, -3600)) == [0, 0]
     assert_same_end(tmp_path, twin)
     log = (tmp_path / "log.txt").read_text()
     assert f"resumed from {checkpoint_path(tmp_path, step - 1)}" in log
     assert "did not end in order; it is continued" in log  # and its lock is nobody's
+
+
+def jump(seconds: float) -> None:
+    set_clock(seconds)
+    time.sleep(1.1)  # two looks of the watchdog
+
+
+def test_a_clock_that_jumps_is_not_noticed(data: Path, twin: Path, tmp_path: Path) -> None:
+    forth, back = partial(at_step, 0, 3, partial(jump, 3600)), partial(at_step, 1, 5, partial(jump, -7200))
+    assert run_ranks(2, run, config(data, tmp_path, trainer={"timeout": 60}), forth, back) == [0, 0]
+    assert_same_end(tmp_path, twin)
+    assert all(0 < record["perf/tokens_per_second"] < 1e6 for record in metrics(tmp_path))
+
+
+def test_generators_and_what_the_router_remembers_go_on(data: Path, twin: Path, tmp_path: Path) -> None:
+    # With dropout a step takes random numbers, on each rank others; most experts get no token in most steps.
+    model = {"attention_dropout": 0.3, "num_experts": 32, "num_experts_per_tok": 1}
+    changes = {"model": model, "logging": {"dead_expert_steps": 2}, "checkpoint": {"every": 0}}
+    run_ranks(2, run, config(data, tmp_path / "whole", **changes))
+    for end in (3, 6):
+        run_ranks(2, run, config(data, tmp_path / "parts", trainer={"stop_at_step": end}, **changes))
+    assert_same_end(tmp_path / "parts", tmp_path / "whole")
+    fourth = metrics(tmp_path / "parts")[3]
+    unused = sum(not load for layer in (0, 1) for load in fourth[f"router/layer_{layer:02d}/load"])
+    assert 0 < fourth["router/dead_experts"] < unused  # of some it is known that step 3 used them
 
 
 # --- damage -------------------------------------------------------------------------------------------------
