@@ -4,12 +4,17 @@ import math
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from olmoe_train import train as train_module
 from olmoe_train.choices import Precision, Strategy
 from olmoe_train.config import ParallelConfig
+from olmoe_train.distributed.mesh import local_tensor
+from olmoe_train.model import OlmoeForCausalLM
 from tests.faults.training import (
+    at_step,
     config,
     metrics,
     run,
@@ -42,6 +47,35 @@ def test_nan_on_one_rank_is_skipped_by_all_and_endless_nan_ends_the_run(data: Pa
     assert "1 updates skipped, lately at 3: gradient or loss is not finite" in said
     assert status(tmp_path)["state"] == "failed"
     assert "trainer.max_skipped_steps" in status(tmp_path)["reason"]
+
+
+def test_endless_nan_is_found_before_a_save_that_nothing_was_logged_before(
+    data: Path, tmp_path: Path
+) -> None:
+    trainer = {"max_steps": 12, "max_skipped_steps": 2, "log_every": 100}
+    cfg = config(data, tmp_path, trainer=trainer, checkpoint={"every": 4})
+    with pytest.raises(RankError, match=r"3 of the last 4 updates were skipped"):
+        run_ranks(2, run, cfg, partial(spoil_activations, 0, range(2, 99), math.nan))
+    assert saved_steps(tmp_path) == []
+
+
+def spoil_a_weight(rank: int, step: int) -> None:
+    original = train_module.build_model
+
+    def building(*arguments: Any) -> OlmoeForCausalLM:
+        model = original(*arguments)
+        weight = local_tensor(model.lm_head.weight.detach())
+        at_step(rank, step, lambda: weight[0].fill_(math.nan))
+        return model
+
+    train_module.build_model = building
+
+
+def test_weights_that_are_not_finite_are_not_saved(data: Path, tmp_path: Path) -> None:
+    with pytest.raises(RankError, match="not saved: parameters or moments on rank 1 are not finite"):
+        run_ranks(2, run, config(data, tmp_path), partial(spoil_a_weight, 1, 3))
+    assert saved_steps(tmp_path) == [1, 2]
+    assert "not saved" in status(tmp_path)["reason"]
 
 
 @pytest.mark.parametrize(

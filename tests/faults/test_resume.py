@@ -14,13 +14,25 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import torch.distributed as dist
 
+from olmoe_train import train as train_module
 from olmoe_train.checkpoint.directory import checkpoint_path
+from olmoe_train.choices import Schedule
 from olmoe_train.config import TrainConfig
 from olmoe_train.errors import UserError
 from olmoe_train.train import train
-from tests.faults.training import assert_same_end, at_step, config, metrics, run, saved_steps, status
+from tests.faults.training import (
+    assert_same_end,
+    at_step,
+    config,
+    metrics,
+    run,
+    saved_steps,
+    status,
+    write_data,
+)
 from tests.spawn import RankError, run_ranks
 
 
@@ -67,6 +79,7 @@ def test_generators_and_what_the_router_remembers_go_on(data: Path, twin: Path, 
     # With dropout a step takes random numbers, on each rank others; most experts get no token in most steps.
     model = {"attention_dropout": 0.3, "num_experts": 32, "num_experts_per_tok": 1}
     changes = {"model": model, "logging": {"dead_expert_steps": 2}, "checkpoint": {"every": 0}}
+    changes["scheduler"] = {"kind": Schedule.cosine, "warmup_steps": 2}
     run_ranks(2, run, config(data, tmp_path / "whole", **changes))
     for end in (3, 6):
         run_ranks(2, run, config(data, tmp_path / "parts", trainer={"stop_at_step": end}, **changes))
@@ -74,6 +87,17 @@ def test_generators_and_what_the_router_remembers_go_on(data: Path, twin: Path, 
     fourth = metrics(tmp_path / "parts")[3]
     unused = sum(not load for layer in (0, 1) for load in fourth[f"router/layer_{layer:02d}/load"])
     assert 0 < fourth["router/dead_experts"] < unused  # of some it is known that step 3 used them
+
+
+def draw(seed: int, step: int) -> list[float]:
+    train_module.seed_dropout(seed, step)
+    return torch.rand(4).tolist()
+
+
+def test_every_rank_and_step_has_random_numbers_of_its_own() -> None:
+    (zero, one), (again, _), (later, _) = (run_ranks(2, draw, 0, step) for step in (5, 5, 6))
+    assert zero == again
+    assert len({tuple(numbers) for numbers in (zero, one, later)}) == 3
 
 
 # --- damage -------------------------------------------------------------------------------------------------
@@ -165,7 +189,11 @@ def test_changes_of_the_mathematics_are_refused_and_others_logged(
     for step in (4, 5, 6):
         shutil.rmtree(checkpoint_path(tmp_path / "run", step))
     changed = [config(data, tmp_path / "run", **changes) for changes in REFUSED.values()]
-    for key, message in zip(REFUSED, run_ranks(2, refusals, changed)[0], strict=True):
+    # As many tokens as before, and one of them another.
+    other = write_data(tmp_path / "other", first=3)
+    changed.append(config(other, tmp_path / "run"))
+    keys = [*REFUSED, "data (train_sha256)"]
+    for key, message in zip(keys, run_ranks(2, refusals, changed)[0], strict=True):
         allow = key.split(" ")[0]
         assert f"\n  {key}: " in message
         assert " in the checkpoint, " in message

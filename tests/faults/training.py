@@ -36,9 +36,10 @@ LENGTH = 16
 Fault = Callable[[], None]
 
 
-def write_data(directory: Path) -> Path:
-    """Prepared tokens that a model can learn something of."""
+def write_data(directory: Path, first: int = 2) -> Path:
+    """Prepared tokens that a model can learn something of; first: the first one of all."""
     documents = [[2 + (start * 7 + i * i) % 60 for i in range(200)] for start in range(40)]
+    documents[0][0] = first
     return write_prepared(directory, documents, documents[:2], vocab_size=64)
 
 

@@ -10,6 +10,7 @@ import torch.distributed as dist
 from olmoe_train.config import TrainerConfig
 from olmoe_train.distributed.mesh import init_distributed
 from olmoe_train.guard import ENOUGH, WINDOW, StepGuard
+from tests.spawn import run_ranks
 
 CPU = torch.device("cpu")
 NAN = math.nan
@@ -87,6 +88,22 @@ def test_the_budget_is_of_the_window_and_not_of_the_run() -> None:
     run.skips(1.0, NAN)
     with pytest.raises(FloatingPointError, match=r"3 of the last 128 updates.*trainer.max_skipped_steps=2"):
         run.guard.check(run.step)
+
+
+def decide_on_two_ranks() -> list[float]:
+    """Steps whose loss jumps on rank 1 alone; whether each is skipped."""
+    run = Guarded(spike_sigmas=4.0)
+    skipped = []
+    for step in range(ENOUGH + 1):
+        share = 100.0 if step == ENOUGH and dist.get_rank() == 1 else 0.5 + step % 2
+        run.skips(share, 1.0)
+        skipped.append(run.optimizer.found_inf.item())
+    return skipped
+
+
+def test_ranks_decide_alike() -> None:
+    expected = [0.0] * ENOUGH + [1.0]
+    assert run_ranks(2, decide_on_two_ranks) == [expected, expected]
 
 
 def test_what_is_saved_comes_back() -> None:
