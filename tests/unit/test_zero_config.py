@@ -132,6 +132,7 @@ SELECTIVE = replace(TRAINER, activation_checkpointing=ActivationCheckpointing.se
         (config(BF16, zero_stage=2, offload=Offload.optimizer), "set zero_stage=3, which sums in fp32"),
         (config(replace(TRAINER, compile=True), zero_stage=3), "set zero_stage=2, or strategy=fsdp"),
         (config(SELECTIVE, zero_stage=3), "set it to full"),
+        (config(replace(TRAINER, spike_sigmas=6.0)), "set it to null, or parallel.strategy=fsdp"),
         (config(replicate_size=2), "use parallel.strategy=fsdp for HSDP"),
         (config(expert_parallel_size=4), "parallel.expert_parallel_size=4: must divide the number of ranks"),
     ],
