@@ -25,6 +25,7 @@ POLL_S, WORDS_S = 0.5, 2.0
 """Between looks, and how long to wait for the other ranks' words."""
 FRAMES = 12
 RANKS = "ranks.json"
+PF_EXITING = 0x4  # linux/sched.h, of the flags in /proc/PID/stat
 Item = TypeVar("Item")
 
 
@@ -141,8 +142,10 @@ def ended_ranks(ranks: list[tuple[str, int]]) -> str:
 
 
 def _ended(pid: int) -> bool:
-    """Whether a process of this host has ended, waited for by its parent or not (Linux; elsewhere False)."""
+    """Whether a process of this host has ended, waited for by its parent or not, or is about to: its sockets
+    close, and its peers notice, before it counts as dead (Linux; elsewhere False)."""
     try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] in "ZX"
+        state, *numbers = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        return state in "ZX" or bool(int(numbers[5]) & PF_EXITING)
     except FileNotFoundError:
         return Path("/proc/self").exists()

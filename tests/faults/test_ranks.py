@@ -16,7 +16,6 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.nn import functional
 
 from olmoe_train import train as train_module
 from olmoe_train.checkpoint.directory import checkpoint_path
@@ -85,17 +84,16 @@ def test_a_rank_that_is_late_with_its_batches_is_named(data: Path, tmp_path: Pat
 
 
 def compute_slowly(rank: int) -> None:
-    """Every matrix product takes this rank twenty times as much work, as on a throttled processor."""
-    original = functional.linear
+    """Matrix products take this rank thirty times as much work, as on a throttled processor."""
+    original = torch.mm
 
-    def slowly(*arguments: Any) -> Tensor:
+    def slowly(left: Tensor, right: Tensor, **options: Any) -> Tensor:
         if dist.get_rank() == rank:
-            with torch.no_grad():
-                for _ in range(19):
-                    original(*arguments)
-        return original(*arguments)
+            for _ in range(29):
+                original(left, right)
+        return original(left, right, **options)
 
-    functional.linear = slowly
+    torch.mm = slowly
 
 
 def test_a_rank_that_computes_slowly_is_named(data: Path, tmp_path: Path) -> None:
