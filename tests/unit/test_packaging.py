@@ -10,8 +10,8 @@ REPO = Path(__file__).parents[2]
 PROJECT = tomllib.loads((REPO / "pyproject.toml").read_text())["project"]
 # Where the name on the index differs from the name that is imported.
 DISTRIBUTION = {"hydra": "hydra-core", "jinja2": "Jinja2"}
-# Of model.experts_backend=sonicmoe, which is refused without it. The release asks for an older torch than this
-# project needs, so pip could not install it as an extra.
+# Of model.experts_backend=sonicmoe, which is refused without it. The release asks for an older torch than
+# this project needs, so pip could not install it as an extra.
 UNDECLARED = {"sonicmoe"}
 
 
