@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from torch import Tensor
 
-from benchmarks import gpu_step
+from benchmarks import gpu_models, gpu_step
 from olmoe_train.model import OlmoeForCausalLM
 
 ROOT = Path(__file__).parents[2]
@@ -80,18 +80,18 @@ def test_it_notices_a_wrong_gradient(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Of the experts of one layer, by a half."""
-    real = gpu_step.our_loss
+    real = gpu_models.our_loss
 
     def half_more(weight: Tensor) -> Tensor:
         weight = weight.clone()
         weight.register_hook(lambda gradient: 1.5 * gradient)
         return weight
 
-    def wrong(model: OlmoeForCausalLM, backend: str, router: bool = True) -> gpu_step.Loss:
+    def wrong(model: OlmoeForCausalLM, backend: str, router: bool = True) -> gpu_models.Loss:
         model.model.layers[1].mlp.experts.own = half_more
         return real(model, backend, router)
 
-    monkeypatch.setattr(gpu_step, "our_loss", wrong)
+    monkeypatch.setattr(gpu_models, "our_loss", wrong)
     assert run(monkeypatch, "--backends", "grouped_mm") == 1
     told = capsys.readouterr().out
     assert re.search(r"ours, grouped_mm: .* FAILED .*'model.layers.1.mlp.experts.down_proj'", told)
