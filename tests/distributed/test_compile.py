@@ -7,7 +7,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from olmoe_train.config import ParallelConfig
-from tests.distributed.tiny import LENGTH, backward, build, global_batch, whole
+from tests.distributed.tiny import LENGTH, backward, build, global_batch, train_step, whole
 from tests.spawn import run_ranks
 
 # Two layers share one compilation; one more would only take longer.
@@ -47,3 +47,22 @@ def compare_with_eager() -> None:
 
 def test_compiled_gradients_are_the_same() -> None:
     run_ranks(2, compare_with_eager, timeout=600)
+
+
+def compilations_by_step(precision: str) -> list[int]:
+    """How many graphs had been compiled after each of six steps, whose routing differs."""
+    model, optimizer = build(
+        ParallelConfig(expert_parallel_size=2), precision=precision, compiled=True, **SIZES
+    )
+    counts = []
+    for step in range(6):
+        train_step(model, optimizer, step)
+        counts.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+    return counts
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_nothing_is_compiled_after_the_third_step(precision: str) -> None:
+    for counts in run_ranks(2, compilations_by_step, precision, timeout=600):
+        assert counts[0] > 2
+        assert counts[5] == counts[2], counts
