@@ -153,8 +153,16 @@ class OlmoeExperts(nn.Module):
             return sonic_experts(x_ND, weights_NJ, expert_indices(routing), gate_up_EHD, down_EDF)
         grouped = self.backend == "grouped_mm"
         if self.backend == "auto":
-            grouped = x_ND.device.type != "cpu" and fits_grouped_mm(gate_up_EHD, down_EDF)
+            grouped = self._grouped_is_faster(x_ND, routing) and fits_grouped_mm(gate_up_EHD, down_EDF)
         return _Experts.apply(x_ND, weights_NJ, gate_up_EHD, down_EDF, routing, self, grouped)
+
+    def _grouped_is_faster(self, x_ND: Tensor, routing: Routing) -> bool:
+        """On a CPU only where several sequences are decoded in fp32 (benchmarks/generate.py)."""
+        if x_ND.device.type != "cpu":
+            return True
+        rows, experts = routing.token_R.numel(), routing.counts_E.numel()
+        # The same way in all that training does: count_experts routes without gradients what follows with.
+        return x_ND.dtype == torch.float32 and not self.training and rows >= experts
 
 
 class _Experts(torch.autograd.Function):

@@ -1,0 +1,155 @@
+"""What the training loop costs beside the bare step: `train()` with its data, losses over the global batch,
+metrics, logging and guard, against forward, backward, clipping and optimizer on one fixed batch.
+
+Both run in one process and take turns: whenever the loop asks for the first batch of a block, as many bare
+steps are made and timed before it gets it. A block logs once, as by default. Saves are apart
+(benchmarks/checkpoint.py): here there are none between the first step and the last.
+
+    python -m benchmarks.loop [--rounds 9] [--block 10] [--threads 2] [--length 256]
+"""
+
+import argparse
+import os
+import statistics
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+
+from olmoe_train.choices import Device, Precision, WandbMode
+from olmoe_train.config import (
+    CheckpointConfig,
+    DataConfig,
+    EvaluationConfig,
+    LoggingConfig,
+    ModelConfig,
+    TrainConfig,
+    TrainerConfig,
+    WandbConfig,
+)
+from olmoe_train.distributed.mesh import build_mesh
+from olmoe_train.optim import build_optimizer, clip_gradients
+from olmoe_train.run_directory import Progress
+from olmoe_train.train import Batch, build_model, count_tokens, step_losses, train, train_batches
+from tests.prepared_data import write_prepared
+
+VOCABULARY, SEQUENCES = 4096, 4
+# Steps of each way that are not counted: the first ones choose kernels and allocate.
+WARM_UP = 1
+
+
+def configuration(options: argparse.Namespace, home: Path) -> TrainConfig:
+    generator = torch.Generator().manual_seed(0)
+    documents = torch.randint(2, VOCABULARY, (400, 3000), generator=generator).tolist()
+    steps = (options.rounds + WARM_UP + 1) * options.block
+    return TrainConfig(
+        run_dir=str(home / "run"),
+        model=ModelConfig(
+            vocab_size=VOCABULARY,
+            hidden_size=256,
+            intermediate_size=64,
+            num_hidden_layers=4,
+            num_attention_heads=4,
+            eos_token_id=0,
+        ),
+        data=DataConfig(
+            dir=str(write_prepared(home / "data", documents, documents[:2], vocab_size=VOCABULARY)),
+            sequence_length=options.length,
+        ),
+        trainer=TrainerConfig(
+            max_steps=steps,
+            global_batch_size=SEQUENCES,
+            micro_batch_size=SEQUENCES,
+            precision=Precision.fp32,
+            device=Device.cpu,
+            log_every=options.block,
+        ),
+        checkpoint=CheckpointConfig(every=steps),
+        evaluation=EvaluationConfig(at_start=False, max_sequences=SEQUENCES),
+        logging=LoggingConfig(wandb=WandbConfig(mode=WandbMode.disabled)),
+    )
+
+
+class BareStep:
+    """The same model and losses on one batch, over and over."""
+
+    def __init__(self, cfg: TrainConfig, batch: Batch) -> None:
+        self.cfg, device = cfg, torch.device("cpu")
+        self.model = build_model(cfg, build_mesh(cfg.parallel, device))
+        self.optimizer = build_optimizer(self.model.parameters(), cfg.optimizer)
+        self.batch = dict(batch)
+        self.totals = count_tokens([self.batch], False, device)
+
+    def __call__(self) -> None:
+        output = self.model.training_forward(**self.batch)
+        losses = step_losses(self.cfg.loss, self.model, output, None, self.totals, None)
+        losses.total.backward()
+        clip_gradients(self.model.parameters(), self.cfg.optimizer.max_grad_norm)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+
+
+Times = list[tuple[float, float]]
+
+
+def clocks() -> tuple[float, float]:
+    """(Wall, CPU of this process) in seconds; other work on the machine is in the first alone."""
+    return time.perf_counter(), time.process_time()
+
+
+def since(began: tuple[float, float]) -> tuple[float, float]:
+    wall, cpu = clocks()
+    return wall - began[0], cpu - began[1]
+
+
+def batches_with_bare_steps(cfg: TrainConfig, block: int, loop_s: Times, bare_s: Times) -> Iterator[Batch]:
+    """The loop's own batches; between two blocks of them, a block of bare steps. Fills in the seconds of
+    both."""
+    bare, began = None, (0.0, 0.0)
+    for index, batch in enumerate(train_batches(cfg, Progress())):
+        if index % block == 0:
+            if bare is not None:
+                loop_s.append(since(began))
+            bare = bare or BareStep(cfg, batch)
+            began = clocks()
+            for _ in range(block):
+                bare()
+            bare_s.append(since(began))
+            began = clocks()
+        yield batch
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    for name, default in (("rounds", 9), ("block", 10), ("threads", 2), ("length", 256)):
+        parser.add_argument(f"--{name}", type=int, default=default)
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    loop_s: Times = []
+    bare_s: Times = []
+    with tempfile.TemporaryDirectory() as home:
+        cfg = configuration(options, Path(home))
+        train(cfg, batches_with_bare_steps(cfg, options.block, loop_s, bare_s))
+    # The loop's last block ends with the run's last save, and is not among its times.
+    pairs = list(zip(loop_s, bare_s, strict=False))[WARM_UP:]
+    print(
+        f"\ntorch {torch.__version__}, {options.threads} threads, {SEQUENCES} x {options.length} tokens a "
+        f"step, {len(pairs)} rounds of {options.block} steps, load average {os.getloadavg()[0]:.1f}"
+    )
+    for clock, name in enumerate(("wall", "CPU")):
+        loop, bare = (
+            [times[clock] / options.block * 1000 for times in way] for way in zip(*pairs, strict=True)
+        )
+        ratio = statistics.median(a / b for a, b in zip(loop, bare, strict=True))
+        print(
+            f"{name} time: loop {statistics.median(loop):.1f} ms a step, bare step "
+            f"{statistics.median(bare):.1f} ms; loop / bare {ratio:.3f}"
+        )
+
+
+if __name__ == "__main__":
+    main()
