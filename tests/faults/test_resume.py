@@ -72,7 +72,8 @@ def test_a_clock_that_jumps_is_not_noticed(data: Path, twin: Path, tmp_path: Pat
     forth, back = partial(at_step, 0, 3, partial(jump, 3600)), partial(at_step, 1, 5, partial(jump, -7200))
     assert run_ranks(2, run, config(data, tmp_path, trainer={"timeout": 60}), forth, back) == [0, 0]
     assert_same_end(tmp_path, twin)
-    assert all(0 < record["perf/tokens_per_second"] < 1e6 for record in metrics(tmp_path))
+    # 64 tokens in an hour would be 0.02 a second.
+    assert all(1 < record["perf/tokens_per_second"] < 1e6 for record in metrics(tmp_path))
 
 
 def test_generators_and_what_the_router_remembers_go_on(data: Path, twin: Path, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 import importlib.util
 import io
 import json
+import logging
 import os
 import pickle
 import sys
@@ -112,7 +113,7 @@ def test_targets_in_a_runs_config(tmp_path: Path, mark: Path) -> None:
     evil = {"_target_": "os.mkdir", "_args_": [str(mark)]}
     instantiate(evil)
     mark.rmdir()  # it does run where Hydra instantiates it
-    OmegaConf.save({"model": SIZES | evil}, tmp_path / "config.yaml")
+    OmegaConf.save({"model": SIZES | {"evil": evil}}, tmp_path / "config.yaml")
     with pytest.raises(UserError, match="not the configuration of a run"):
         run_config(tmp_path)
     assert not mark.exists()
@@ -212,14 +213,19 @@ def leave_secrets_everywhere(cfg: TrainConfig) -> None:
     sys.argv = ["train", f"data.source.paths=[https://me:{PASSWORD}@example.org/x]", HF_TOKEN]
 
     def fail() -> None:
+        logging.getLogger("olmoe").warning("no answer from https://me:%s@example.org", PASSWORD)
         raise RuntimeError(f"cannot reach https://me:{PASSWORD}@example.org with {SECRETS[2]}")
 
+    run(replace(cfg, trainer=replace(cfg.trainer, stop_at_step=2)))  # to its end, with all that wandb writes
     with pytest.raises(RuntimeError, match="cannot reach"):
         run(cfg, partial(at_step, 0, 3, fail))
 
 
 def test_no_secret_is_written_to_a_run_directory(tmp_path: Path) -> None:
     data = write_data(tmp_path / "data")
+    manifest = json.loads((data / "manifest.json").read_text())
+    manifest["source"] = f"dataset https://me:{PASSWORD}@example.org/x"  # as data of earlier versions has it
+    (data / "manifest.json").write_text(json.dumps(manifest))
     source = config(data, tmp_path).data.source
     cfg = config(
         data,
