@@ -3,10 +3,10 @@ Transformers' OLMoE, from the same weights, on the same batches, a step of each 
 
 Prints for both shapes and precisions the median of each variant's steps and of its rounds' ratios to
 Transformers with grouped_mm. With --memory instead, at the vocabulary of OLMoE-1B-7B, the most memory that a
-step adds to the process.
+step adds to the process; with --router, what routers and their losses take of a step.
 
     python -m benchmarks.cpu_step [--rounds 11] [--threads 2] [--shapes A B] [--dtypes fp32 bf16]
-        [--variants transformers transformers-compile ours ours-compile] [--memory] [--profile]
+        [--variants transformers transformers-compile ours ours-compile] [--memory] [--router] [--profile]
 """
 
 import argparse
@@ -28,7 +28,9 @@ from transformers import OlmoeForCausalLM as TheirModel
 from olmoe_train.distributed.compile import compile_layers
 from olmoe_train.flops import train_flops_per_token
 from olmoe_train.model import OlmoeConfig, OlmoeForCausalLM
+from olmoe_train.model.experts import sort_by_expert
 from olmoe_train.model.losses import router_losses
+from olmoe_train.model.moe import OlmoeTopKRouter
 
 SEQUENCES, LENGTH, VOCABULARY, RELEASED_VOCABULARY = 4, 512, 4096, 50304
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -141,6 +143,35 @@ def compare(shape: Shape, dtype: str, variants: list[str], rounds: int, profile:
             print(profiler.key_averages().table(sort_by="self_cpu_time_total", row_limit=25))
 
 
+def router_share(shape: Shape, dtype: str, variant: str, rounds: int) -> None:
+    """Routers, sorting and both router losses, forward and backward, as a share of the whole step."""
+    config = OlmoeConfig(**config_fields(shape, VOCABULARY))
+    layers = range(config.num_hidden_layers)
+    gates = [OlmoeTopKRouter(config).to(DTYPES[dtype]) for _ in layers]
+    for gate in gates:
+        torch.nn.init.normal_(gate.weight, std=0.02)
+    size = (SEQUENCES * LENGTH, config.hidden_size)
+    inputs = [torch.randn(size).to(DTYPES[dtype]).requires_grad_() for _ in layers]
+
+    def route() -> None:
+        routed = [gate(x_TD) for gate, x_TD in zip(gates, inputs, strict=True)]
+        for _, _, indices_TK in routed:
+            sort_by_expert(indices_TK, shape.num_experts)
+        losses = router_losses([r[0] for r in routed], [r[2] for r in routed], shape.num_experts)
+        (sum(losses) + sum(weights_TK.sum() for _, weights_TK, _ in routed)).backward()
+
+    step = build_step(variant, shape, DTYPES[dtype])
+    shares = []
+    for index in range(3 + rounds):
+        times = [time.perf_counter()]
+        route()
+        times.append(time.perf_counter())
+        step(batch(index))
+        times.append(time.perf_counter())
+        shares.append((times[1] - times[0]) / (times[2] - times[1]))
+    print(f"{shape}, {dtype}: routers and their losses {statistics.median(shares[3:]):.1%} of {variant}")
+
+
 def added_memory(variant: str, shape: Shape, dtype: str) -> float:
     """MiB that this process holds at the highest moment of a second step, beyond what it held before it had a
     model: weights, gradients, moments, activations, temporaries."""
@@ -183,10 +214,16 @@ def main() -> None:
     parser.add_argument("--variants", nargs="+", default=list(VARIANTS))
     parser.add_argument("--profile", action="store_true", help="print where each variant's time goes")
     parser.add_argument("--memory", action="store_true", help="memory in place of time")
+    parser.add_argument("--router", action="store_true", help="share of routers in the last variant's step")
     parser.add_argument("--memory-of", help="of one variant, in this process")
     args = parser.parse_args()
     warnings.filterwarnings("ignore")
     torch.set_num_threads(args.threads)
+    if args.router:
+        for shape in args.shapes:
+            for dtype in args.dtypes:
+                router_share(SHAPES[shape], dtype, args.variants[-1], args.rounds)
+        return
     if args.memory_of:
         print(added_memory(args.memory_of, SHAPES[args.shapes[0]], args.dtypes[0]))
         return

@@ -1,14 +1,15 @@
 """What the training loop costs beside the bare step: `train()` with its data, losses over the global batch,
-metrics, logging and guard, against forward, backward, clipping and optimizer on one fixed batch.
+metrics, logging and guard, against forward, backward, clipping and optimizer on batches that lie ready.
 
 Both run in one process and take turns: whenever the loop asks for the first batch of a block, as many bare
-steps are made and timed before it gets it. A block logs once, as by default. Saves are apart
-(benchmarks/checkpoint.py): here there are none between the first step and the last.
+steps, on those batches, are made and timed before it gets it. A block logs once, as by default. Saves are
+apart (benchmarks/checkpoint.py): here there are none between the first step and the last.
 
     python -m benchmarks.loop [--rounds 9] [--block 10] [--threads 2] [--length 256]
 """
 
 import argparse
+import itertools
 import os
 import statistics
 import tempfile
@@ -73,17 +74,16 @@ def configuration(options: argparse.Namespace, home: Path) -> TrainConfig:
 
 
 class BareStep:
-    """The same model and losses on one batch, over and over."""
+    """The same model and losses, and nothing besides."""
 
     def __init__(self, cfg: TrainConfig, batch: Batch) -> None:
         self.cfg, device = cfg, torch.device("cpu")
         self.model = build_model(cfg, build_mesh(cfg.parallel, device))
         self.optimizer = build_optimizer(self.model.parameters(), cfg.optimizer)
-        self.batch = dict(batch)
-        self.totals = count_tokens([self.batch], False, device)
+        self.totals = count_tokens([dict(batch)], False, device)
 
-    def __call__(self) -> None:
-        output = self.model.training_forward(**self.batch)
+    def __call__(self, batch: Batch) -> None:
+        output = self.model.training_forward(**batch)
         losses = step_losses(self.cfg.loss, self.model, output, None, self.totals, None)
         losses.total.backward()
         clip_gradients(self.model.parameters(), self.cfg.optimizer.max_grad_norm)
@@ -107,18 +107,17 @@ def since(began: tuple[float, float]) -> tuple[float, float]:
 def batches_with_bare_steps(cfg: TrainConfig, block: int, loop_s: Times, bare_s: Times) -> Iterator[Batch]:
     """The loop's own batches; between two blocks of them, a block of bare steps. Fills in the seconds of
     both."""
-    bare, began = None, (0.0, 0.0)
-    for index, batch in enumerate(train_batches(cfg, Progress())):
-        if index % block == 0:
-            if bare is not None:
-                loop_s.append(since(began))
-            bare = bare or BareStep(cfg, batch)
-            began = clocks()
-            for _ in range(block):
-                bare()
-            bare_s.append(since(began))
-            began = clocks()
-        yield batch
+    bare, began, batches = None, (0.0, 0.0), train_batches(cfg, Progress())
+    while ready := list(itertools.islice(batches, block)):
+        if bare is not None:
+            loop_s.append(since(began))
+        bare = bare or BareStep(cfg, ready[0])
+        began = clocks()
+        for batch in ready:
+            bare(batch)
+        bare_s.append(since(began))
+        began = clocks()
+        yield from ready
 
 
 def main() -> None:

@@ -189,7 +189,10 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
                 d_target_C1 = (at_target_C1.exp() - 1) * is_target_C1
                 d_logits_CV.scatter_(1, target_C1, d_target_C1.to(d_logits_CV.dtype))
                 torch.mm(d_logits_CV, weight_VD, out=d_hidden_TD[rows])
-                d_weight_VD += d_logits_CV.t() @ hidden_CD
+                if d_weight_VD.dtype == hidden_CD.dtype:
+                    d_weight_VD.addmm_(d_logits_CV.t(), hidden_CD)
+                else:
+                    d_weight_VD += d_logits_CV.t() @ hidden_CD
         if needs_gradient:
             ctx.save_for_backward(d_hidden_TD, d_weight_VD.to(weight_VD.dtype))
         return loss

@@ -54,7 +54,8 @@ def train_command(*overrides: str, ranks: int = 2) -> list[str]:
 
 
 def command_environment() -> dict[str, str]:
-    """The caller's, less what would make a command behave otherwise than on a fresh machine."""
-    inherited = {k: v for k, v in os.environ.items() if not k.startswith(("WANDB_", "OLMOE_", "PYTHONPATH"))}
+    """The caller's, less what would make a command behave otherwise than on a fresh machine; of this
+    checkout, whichever one is installed."""
+    inherited = {k: v for k, v in os.environ.items() if not k.startswith(("WANDB_", "OLMOE_"))}
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    return inherited | {"OMP_NUM_THREADS": "1", "PATH": path}
+    return inherited | {"OMP_NUM_THREADS": "1", "PATH": path, "PYTHONPATH": str(REPO)}
