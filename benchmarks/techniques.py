@@ -7,6 +7,7 @@ technique is missing, what stands in its place is written here, as simply as it 
 """
 
 import argparse
+import random
 import statistics
 import time
 import warnings
@@ -86,7 +87,8 @@ def compare(shape: Shape, dtype: str, rounds: int) -> None:
             step(batch(index))
     seconds: dict[str, list[float]] = {name: [] for name in steps}
     for index in range(rounds):
-        for name, step in steps.items():
+        # In another order every time: a step pays for the memory that the one before it gave back.
+        for name, step in random.sample(list(steps.items()), len(steps)):
             start = time.perf_counter()
             step(batch(3 + index))
             seconds[name].append(time.perf_counter() - start)
