@@ -39,21 +39,21 @@ def build(num_experts: int, width: int, dtype: torch.dtype, activation: str = "s
     return module.to(dtype)
 
 
-def inputs(num_experts: int, top_k: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """x_TD, router_ED, and from them weights_TK and indices_TK; expert 1 gets nothing."""
+def inputs(num_experts: int, top_k: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    """x_TD, weights_TK and indices_TK; expert 1 gets nothing."""
     generator = torch.Generator().manual_seed(1)
     x_TD = torch.randn(TOKENS, HIDDEN, generator=generator).to(dtype)
     router_ED = torch.randn(num_experts, HIDDEN, generator=generator) * 0.2
     scores_TE = x_TD.float() @ router_ED.t()
     scores_TE[:, 1] = -100.0
     weights_TK, indices_TK = scores_TE.softmax(-1).topk(top_k)
-    return x_TD.requires_grad_(), router_ED, weights_TK.requires_grad_(), indices_TK
+    return x_TD.requires_grad_(), weights_TK.requires_grad_(), indices_TK
 
 
 def gradients(module: OlmoeExperts, top_k: int, dtype: torch.dtype) -> list[Tensor]:
     """Output, and gradients of x, the weights of the choices, gate_up and down."""
     num_experts = len(module.gate_up_proj)
-    x_TD, _, weights_TK, indices_TK = inputs(num_experts, top_k, dtype)
+    x_TD, weights_TK, indices_TK = inputs(num_experts, top_k, dtype)
     out_TD = module(x_TD, weights_TK, sort_by_expert(indices_TK, num_experts))
     into_TD = torch.randn(out_TD.shape, generator=torch.Generator().manual_seed(2)).to(dtype)
     out_TD.backward(into_TD)
@@ -78,7 +78,7 @@ def test_bfloat16_is_as_near_as_it_can_be(backend: str) -> None:
     module.backend = backend
     found = gradients(module, 2, torch.bfloat16)
     exact = build(4, 16, torch.bfloat16).double()
-    x_TD, _, weights_TK, indices_TK = inputs(4, 2, torch.bfloat16)
+    x_TD, weights_TK, indices_TK = inputs(4, 2, torch.bfloat16)
     x_TD, weights_TK = (t.detach().double().requires_grad_() for t in (x_TD, weights_TK))
     out_TD = torch.zeros(TOKENS, HIDDEN, dtype=torch.float64)
     for choice in range(2):
@@ -103,7 +103,7 @@ def test_what_is_kept_does_not_depend_on_granularity(backend: str) -> None:
     def kept(num_experts: int, width: int, top_k: int) -> int:
         module = build(num_experts, width, torch.float32)
         module.backend = backend
-        x_TD, _, weights_TK, indices_TK = inputs(num_experts, top_k, torch.float32)
+        x_TD, weights_TK, indices_TK = inputs(num_experts, top_k, torch.float32)
         saved: dict[int, int] = {}
 
         def note(tensor: Tensor) -> Tensor:
