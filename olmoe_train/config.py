@@ -84,7 +84,7 @@ class ModelConfig:
     """End-of-document token; must be the prepared data's."""
     experts_backend: ExpertsBackend = ExpertsBackend.auto
     """Expert matmuls: loop (one per expert), grouped_mm (torch's grouped GEMM), auto (grouped_mm on CUDA;
-    on CPU the loop, but for decoding several sequences in fp32), sonicmoe (the sonic-moe package's kernels,
+    on CPU the loop, but for decoding several sequences), sonicmoe (the sonic-moe package's kernels,
     for Hopper and Blackwell; never run by us)."""
 
 

@@ -157,12 +157,12 @@ class OlmoeExperts(nn.Module):
         return _Experts.apply(x_ND, weights_NJ, gate_up_EHD, down_EDF, routing, self, grouped)
 
     def _grouped_is_faster(self, x_ND: Tensor, routing: Routing) -> bool:
-        """On a CPU only where several sequences are decoded in fp32 (benchmarks/generate.py)."""
+        """On a CPU only where several sequences are decoded (benchmarks/generate.py)."""
         if x_ND.device.type != "cpu":
             return True
         rows, experts = routing.token_R.numel(), routing.counts_E.numel()
         # The same way in all that training does: count_experts routes without gradients what follows with.
-        return x_ND.dtype == torch.float32 and not self.training and rows >= experts
+        return not self.training and rows >= experts and not _padding_pays(x_ND, routing)
 
 
 class _Experts(torch.autograd.Function):
