@@ -107,9 +107,10 @@ def build_step(cfg: TrainConfig) -> Callable[[], None]:
     return step
 
 
-def seconds_a_step(configs: list[TrainConfig], rounds: int, threads: int) -> list[float]:
-    """Medians on this rank, the configurations in turn."""
-    torch.set_num_threads(threads)
+def seconds_a_step(configs: list[TrainConfig], rounds: int, threads: int | None = None) -> list[list[float]]:
+    """Every round's seconds on this rank, of each configuration, in turn. threads None: as they are."""
+    if threads is not None:
+        torch.set_num_threads(threads)
     steps = [build_step(cfg) for cfg in configs]
     for step in steps * WARM_UP:
         step()
@@ -120,7 +121,7 @@ def seconds_a_step(configs: list[TrainConfig], rounds: int, threads: int) -> lis
             start = time.perf_counter()
             step()
             times.append(time.perf_counter() - start)
-    return [statistics.median(times) for times in seconds]
+    return seconds
 
 
 def measure(points: list[Point], rounds: int, threads: int) -> list[float]:
@@ -130,7 +131,8 @@ def measure(points: list[Point], rounds: int, threads: int) -> list[float]:
         together = [point for point in points if point.ranks == ranks]
         configs = [point.config for point in together]
         times = run_ranks(ranks, seconds_a_step, configs, rounds, max(1, threads // ranks), timeout=3600.0)
-        found |= dict(zip((point.name for point in together), times[0], strict=True))
+        for point, of_one in zip(together, times[0], strict=True):
+            found[point.name] = statistics.median(of_one)
     return [found[point.name] for point in points]
 
 

@@ -17,45 +17,15 @@ import json
 import statistics
 import subprocess
 import sys
-import time
 from pathlib import Path
 
-import torch
-
-from olmoe_train.config import TrainConfig
-from olmoe_train.distributed.mesh import build_mesh, init_distributed
-from olmoe_train.optim import build_optimizer, clip_gradients
-from olmoe_train.train import build_model, count_tokens, step_losses
+from benchmarks.growth import seconds_a_step
 from tests.distributed.runs import compose
 from tests.spawn import run_ranks
 
 MIXTURE, DENSE = "olmoe_quickstart", "olmo_dense_quickstart"
 # On one rank; and a step in one forward pass, since several would cost a mixture a second one each.
 ONE_RANK = {"parallel.expert_parallel_size": 1, "trainer.micro_batch_size": 8}
-
-
-def seconds_a_step(configs: list[TrainConfig], rounds: int) -> list[list[float]]:
-    """Of each configuration's model, in turn; random tokens."""
-    device = init_distributed("cpu")
-    models = [build_model(cfg, build_mesh(cfg.parallel, device)) for cfg in configs]
-    optimizers = [
-        build_optimizer(model.parameters(), cfg.optimizer) for model, cfg in zip(models, configs, strict=True)
-    ]
-    seconds: list[list[float]] = [[] for _ in configs]
-    for _ in range(2 + rounds):
-        for index, (cfg, model, optimizer) in enumerate(zip(configs, models, optimizers, strict=True)):
-            shape = (cfg.trainer.micro_batch_size, cfg.data.sequence_length)
-            ids = torch.randint(cfg.model.vocab_size, shape)
-            batch = {"input_ids": ids, "labels": ids}
-            started = time.perf_counter()
-            totals = count_tokens([batch], False, device)
-            output = model.training_forward(**batch)
-            step_losses(cfg.loss, model, output, None, totals, None).total.backward()
-            clip_gradients(model.parameters(), cfg.optimizer.max_grad_norm)
-            optimizer.step()
-            optimizer.zero_grad()
-            seconds[index].append(time.perf_counter() - started)
-    return [of_one[2:] for of_one in seconds]
 
 
 def compare_speed(rounds: int) -> None:
