@@ -10,6 +10,7 @@ step adds to the process; with --router, what routers and their losses take of a
 """
 
 import argparse
+import random
 import statistics
 import subprocess
 import sys
@@ -33,6 +34,7 @@ from olmoe_train.model.losses import router_losses
 from olmoe_train.model.moe import OlmoeTopKRouter
 
 SEQUENCES, LENGTH, VOCABULARY, RELEASED_VOCABULARY = 4, 512, 4096, 50304
+WARM_UP = 3
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 VARIANTS = ("transformers", "transformers-compile", "ours", "ours-compile")
 
@@ -56,6 +58,7 @@ SHAPES = {
     "B": Shape(64, 64, 8),
     "released": Shape(1024, 64, 8, 2048, 1, 16, 16),  # one layer of OLMoE-1B-7B: 6.5 GB with its moments
 }
+SMALL = ["A", "B"]
 
 
 def config_fields(shape: Shape, vocabulary: int) -> dict[str, Any]:
@@ -118,18 +121,25 @@ def batch(index: int, vocabulary: int = VOCABULARY) -> Tensor:
     return torch.randint(2, vocabulary, (SEQUENCES, LENGTH), generator=generator)
 
 
-def compare(shape: Shape, dtype: str, variants: list[str], rounds: int, profile: bool) -> None:
-    """Every variant sees a new batch each round, and the same one."""
-    steps = {variant: build_step(variant, shape, DTYPES[dtype]) for variant in variants}
-    for index in range(3):
+def time_steps(steps: dict[str, Callable[[Tensor], float]], rounds: int) -> dict[str, list[float]]:
+    """Seconds of every round of each step, after WARM_UP that do not count. All see a new batch each round,
+    and the same one."""
+    for index in range(WARM_UP):
         for step in steps.values():
             step(batch(index))
-    seconds: dict[str, list[float]] = {variant: [] for variant in variants}
+    seconds: dict[str, list[float]] = {name: [] for name in steps}
     for index in range(rounds):
-        for variant, step in steps.items():
+        # In another order every time: a step pays for the memory that the one before it gave back.
+        for name, step in random.sample(list(steps.items()), len(steps)):
             start = time.perf_counter()
-            step(batch(3 + index))
-            seconds[variant].append(time.perf_counter() - start)
+            step(batch(WARM_UP + index))
+            seconds[name].append(time.perf_counter() - start)
+    return seconds
+
+
+def compare(shape: Shape, dtype: str, variants: list[str], rounds: int, profile: bool) -> None:
+    steps = {variant: build_step(variant, shape, DTYPES[dtype]) for variant in variants}
+    seconds = time_steps(steps, rounds)
     tokens = SEQUENCES * LENGTH
     flops = train_flops_per_token(OlmoeConfig(**config_fields(shape, VOCABULARY)), LENGTH).total
     print(f"{shape}, {dtype}: median of {rounds}")
@@ -166,14 +176,15 @@ def router_share(shape: Shape, dtype: str, variant: str, rounds: int) -> None:
 
     step = build_step(variant, shape, DTYPES[dtype])
     shares = []
-    for index in range(3 + rounds):
+    for index in range(WARM_UP + rounds):
         times = [time.perf_counter()]
         route()
         times.append(time.perf_counter())
         step(batch(index))
         times.append(time.perf_counter())
         shares.append((times[1] - times[0]) / (times[2] - times[1]))
-    print(f"{shape}, {dtype}: routers and their losses {statistics.median(shares[3:]):.1%} of {variant}")
+    share = statistics.median(shares[WARM_UP:])
+    print(f"{shape}, {dtype}: routers and their losses {share:.1%} of {variant}")
 
 
 def added_memory(variant: str, shape: Shape, dtype: str) -> float:
@@ -213,7 +224,7 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--rounds", type=int, default=11)
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--shapes", nargs="+", default=["A", "B"], choices=list(SHAPES))
+    parser.add_argument("--shapes", nargs="+", default=SMALL, choices=list(SHAPES))
     parser.add_argument("--dtypes", nargs="+", default=list(DTYPES), choices=list(DTYPES))
     parser.add_argument("--variants", nargs="+", default=list(VARIANTS))
     parser.add_argument("--profile", action="store_true", help="print where each variant's time goes")

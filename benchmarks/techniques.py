@@ -7,9 +7,7 @@ technique is missing, what stands in its place is written here, as simply as it 
 """
 
 import argparse
-import random
 import statistics
-import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -20,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.cpu_step import DTYPES, SHAPES, Shape, batch, build_step
+from benchmarks.cpu_step import DTYPES, SHAPES, SMALL, Shape, build_step, time_steps
 from olmoe_train.model import experts, moe, transformer
 from olmoe_train.model.experts import OlmoeExperts, Routing
 
@@ -82,16 +80,7 @@ def compare(shape: Shape, dtype: str, rounds: int) -> None:
     steps["compiled elementwise parts"] = build_step("ours", shape, DTYPES[dtype])
     with unfused_adamw():
         steps["fused AdamW"] = build_step("ours-compile", shape, DTYPES[dtype])
-    for index in range(3):
-        for step in steps.values():
-            step(batch(index))
-    seconds: dict[str, list[float]] = {name: [] for name in steps}
-    for index in range(rounds):
-        # In another order every time: a step pays for the memory that the one before it gave back.
-        for name, step in random.sample(list(steps.items()), len(steps)):
-            start = time.perf_counter()
-            step(batch(3 + index))
-            seconds[name].append(time.perf_counter() - start)
+    seconds = time_steps(steps, rounds)
     print(f"{shape}, {dtype}: all of them {1e3 * statistics.median(seconds['all']):.1f} ms; without")
     for name in list(steps)[1:]:
         pairs = zip(seconds[name], seconds["all"], strict=True)
@@ -112,7 +101,7 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--shapes", nargs="+", default=["A", "B"], choices=list(SHAPES))
+    parser.add_argument("--shapes", nargs="+", default=SMALL, choices=list(SHAPES))
     parser.add_argument("--dtypes", nargs="+", default=list(DTYPES), choices=list(DTYPES))
     args = parser.parse_args()
     warnings.filterwarnings("ignore")
