@@ -19,22 +19,15 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from olmoe_train.choices import Precision, Strategy
-from olmoe_train.config import (
-    DataConfig,
-    LossConfig,
-    ModelConfig,
-    OptimizerConfig,
-    ParallelConfig,
-    TrainConfig,
-    TrainerConfig,
-    olmoe_config,
-)
-from olmoe_train.distributed.deepspeed import start_engine
+from olmoe_train.config.choices import Precision, Strategy
+from olmoe_train.config.data import DataConfig
+from olmoe_train.config.model import ModelConfig, olmoe_config
+from olmoe_train.config.train import LossConfig, OptimizerConfig, ParallelConfig, TrainConfig, TrainerConfig
 from olmoe_train.distributed.mesh import build_mesh, init_distributed
 from olmoe_train.model import OlmoeForCausalLM
-from olmoe_train.optim import build_optimizer
-from olmoe_train.train import build_model
+from olmoe_train.optim.build import build_optimizer
+from olmoe_train.training.build import build_model
+from olmoe_train.training.engine.deepspeed import start_engine
 from tests.spawn import run_ranks
 
 RANKS, STEPS, WARM_UP = 2, 12, 3

@@ -21,8 +21,8 @@ from torch.distributed.checkpoint.filesystem import FileSystemWriter
 from torch.distributed.checkpoint.state_dict_saver import async_save
 
 from olmoe_train.checkpoint.saver import Saver
-from olmoe_train.checkpoint.training import _training_tensors
-from olmoe_train.config import CheckpointConfig
+from olmoe_train.checkpoint.sharded import _training_tensors
+from olmoe_train.config.train import CheckpointConfig
 from tests.distributed.tiny import build, train_step
 from tests.spawn import run_ranks
 

@@ -27,11 +27,11 @@ from transformers import OlmoeConfig as TheirConfig
 from transformers import OlmoeForCausalLM as TheirModel
 
 from olmoe_train.distributed.compile import compile_layers
-from olmoe_train.flops import train_flops_per_token
 from olmoe_train.model import OlmoeConfig, OlmoeForCausalLM
-from olmoe_train.model.experts import sort_by_expert
 from olmoe_train.model.losses import router_losses
-from olmoe_train.model.moe import OlmoeTopKRouter
+from olmoe_train.model.moe.block import OlmoeTopKRouter
+from olmoe_train.model.moe.experts import sort_by_expert
+from olmoe_train.planning.flops import train_flops_per_token
 
 SEQUENCES, LENGTH, VOCABULARY, RELEASED_VOCABULARY = 4, 512, 4096, 50304
 WARM_UP = 3

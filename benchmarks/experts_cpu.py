@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 
 from olmoe_train.model import OlmoeConfig
-from olmoe_train.model.experts import OlmoeExperts, sort_by_expert
+from olmoe_train.model.moe.experts import OlmoeExperts, sort_by_expert
 
 
 class Shape(NamedTuple):

@@ -24,7 +24,7 @@ import transformers
 from torch import Tensor
 
 from olmoe_train.model import OlmoeConfig, OlmoeForCausalLM
-from olmoe_train.model.cache import KVCache
+from olmoe_train.model.kv_cache import KVCache
 
 SHAPES = {
     "16 experts x 256, top-4": {"num_experts": 16, "intermediate_size": 256, "num_experts_per_tok": 4},

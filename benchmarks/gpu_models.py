@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from olmoe_train.distributed.compile import compile_layers
-from olmoe_train.flops import parameter_counts
 from olmoe_train.model import OlmoeConfig, OlmoeForCausalLM
 from olmoe_train.model.losses import router_losses
+from olmoe_train.planning.flops import parameter_counts
 
 RELEASED_LAYERS = 16
 STATE_BYTES = 8  # a parameter: weight, gradient and two moments in bf16

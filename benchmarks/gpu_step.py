@@ -47,9 +47,9 @@ from benchmarks.gpu_models import (
     their_loss,
     transformers_twin,
 )
-from olmoe_train.flops import peak_flops, train_flops_per_token
 from olmoe_train.model import OlmoeConfig, OlmoeForCausalLM
-from olmoe_train.model.sonicmoe import why_not_here
+from olmoe_train.model.moe.sonicmoe import why_not_here
+from olmoe_train.planning.flops import peak_flops, train_flops_per_token
 
 BACKENDS = ("grouped_mm", "loop", "sonicmoe")
 UPDATE_EVERY = 131_072  # tokens; the update of 6.9G parameters is dear

@@ -19,19 +19,17 @@ from dataclasses import dataclass, replace
 import torch
 import torch.distributed as dist
 
-from olmoe_train.choices import Precision
-from olmoe_train.config import (
-    DataConfig,
-    ModelConfig,
-    ParallelConfig,
-    TrainConfig,
-    TrainerConfig,
-    olmoe_config,
-)
+from olmoe_train.config.choices import Precision
+from olmoe_train.config.data import DataConfig
+from olmoe_train.config.model import ModelConfig, olmoe_config
+from olmoe_train.config.train import ParallelConfig, TrainConfig, TrainerConfig
 from olmoe_train.distributed.mesh import build_mesh, init_distributed
-from olmoe_train.flops import train_flops_per_token
-from olmoe_train.optim import build_optimizer, clip_gradients
-from olmoe_train.train import build_model, count_tokens, step_losses
+from olmoe_train.optim.build import build_optimizer
+from olmoe_train.optim.clipping import clip_gradients
+from olmoe_train.planning.flops import train_flops_per_token
+from olmoe_train.training.batch import count_tokens
+from olmoe_train.training.build import build_model
+from olmoe_train.training.objectives.next_token import step_losses
 from tests.spawn import run_ranks
 
 WARM_UP = 2

@@ -18,8 +18,8 @@ from pathlib import Path
 
 import numpy as np
 
-from olmoe_train.choices import Packing
-from olmoe_train.config import DataConfig, MixtureSource
+from olmoe_train.config.choices import Packing
+from olmoe_train.config.data import DataConfig, MixtureSource
 from olmoe_train.data.loader import build_train_loader
 from olmoe_train.data.packing import open_packs
 from olmoe_train.data.tokens import Manifest, Shard, Split, open_split, write_manifest

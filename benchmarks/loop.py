@@ -19,21 +19,25 @@ from pathlib import Path
 
 import torch
 
-from olmoe_train.choices import Device, Precision, WandbMode
-from olmoe_train.config import (
+from olmoe_train.config.choices import Device, Precision, WandbMode
+from olmoe_train.config.data import DataConfig
+from olmoe_train.config.model import ModelConfig
+from olmoe_train.config.train import (
     CheckpointConfig,
-    DataConfig,
     EvaluationConfig,
     LoggingConfig,
-    ModelConfig,
     TrainConfig,
     TrainerConfig,
     WandbConfig,
 )
 from olmoe_train.distributed.mesh import build_mesh
-from olmoe_train.optim import build_optimizer, clip_gradients
-from olmoe_train.run_directory import Progress
-from olmoe_train.train import Batch, build_model, count_tokens, step_losses, train, train_batches
+from olmoe_train.optim.build import build_optimizer
+from olmoe_train.optim.clipping import clip_gradients
+from olmoe_train.train import train
+from olmoe_train.training.batch import Batch, count_tokens
+from olmoe_train.training.build import build_model, train_batches
+from olmoe_train.training.objectives.next_token import step_losses
+from olmoe_train.training.state import Progress
 from tests.prepared_data import write_prepared
 
 VOCABULARY, SEQUENCES = 4096, 4

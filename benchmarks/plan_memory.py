@@ -21,19 +21,16 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from olmoe_train.choices import ActivationCheckpointing, Precision, Strategy
-from olmoe_train.config import (
-    DataConfig,
-    ModelConfig,
-    ParallelConfig,
-    TrainConfig,
-    TrainerConfig,
-    olmoe_config,
-)
+from olmoe_train.config.choices import ActivationCheckpointing, Precision, Strategy
+from olmoe_train.config.data import DataConfig
+from olmoe_train.config.model import ModelConfig, olmoe_config
+from olmoe_train.config.train import ParallelConfig, TrainConfig, TrainerConfig
 from olmoe_train.distributed.mesh import build_mesh, init_distributed, local_tensor
-from olmoe_train.memory import Layout, MicroBatch, RankMemory, rank_memory
-from olmoe_train.optim import build_optimizer
-from olmoe_train.train import build_model, count_tokens, step_losses
+from olmoe_train.optim.build import build_optimizer
+from olmoe_train.planning.memory import Layout, MicroBatch, RankMemory, rank_memory
+from olmoe_train.training.batch import count_tokens
+from olmoe_train.training.build import build_model
+from olmoe_train.training.objectives.next_token import step_losses
 from tests.spawn import run_ranks
 
 MIB = 2**20

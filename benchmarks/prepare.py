@@ -23,11 +23,11 @@ from typing import Any
 
 from tokenizers import Tokenizer
 
-from olmoe_train.choices import SourceKind
-from olmoe_train.config import DataConfig, PrepareConfig
-from olmoe_train.data.config import SourceConfig, TokenizerConfig
-from olmoe_train.data.corpus import python_stdlib_parts
-from olmoe_train.data.prepare import prepare
+from olmoe_train.config.choices import SourceKind
+from olmoe_train.config.data import DataConfig, SourceConfig, TokenizerConfig
+from olmoe_train.config.verbs import PrepareConfig
+from olmoe_train.data.prepare.corpus import python_stdlib_parts
+from olmoe_train.data.prepare.pipeline import prepare
 
 
 def main() -> None:

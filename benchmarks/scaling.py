@@ -5,11 +5,11 @@ Prints the tables of "Scaling on paper" in benchmarks/RESULTS.md. Nothing is mea
     python benchmarks/scaling.py
 """
 
-from olmoe_train.choices import ActivationCheckpointing, Precision, Strategy
-from olmoe_train.communication import Links, StepTraffic, step_traffic
-from olmoe_train.flops import train_flops_per_token
-from olmoe_train.memory import FP32, Layout, MicroBatch, count_units, rank_memory
+from olmoe_train.config.choices import ActivationCheckpointing, Precision, Strategy
 from olmoe_train.model import OlmoeConfig
+from olmoe_train.planning.flops import train_flops_per_token
+from olmoe_train.planning.memory import FP32, Layout, MicroBatch, count_units, rank_memory
+from olmoe_train.planning.traffic import Links, StepTraffic, step_traffic
 
 CONFIG = OlmoeConfig(intermediate_size=1024)  # the other defaults are the released model's
 GLOBAL_BATCH = 1024  # sequences of 4096 tokens, as released

@@ -19,8 +19,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.cpu_step import DTYPES, SHAPES, SMALL, Shape, build_step, time_steps
-from olmoe_train.model import experts, moe, transformer
-from olmoe_train.model.experts import OlmoeExperts, Routing
+from olmoe_train.model import transformer
+from olmoe_train.model.moe import block as moe
+from olmoe_train.model.moe import experts
+from olmoe_train.model.moe.experts import OlmoeExperts, Routing
 
 
 def gather_then_sum(rows_RD: Tensor, routing: Routing, weights_NJ: Tensor | None = None) -> Tensor:

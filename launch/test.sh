@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Installs what the tests need into .venv and runs all of them: linter, type checker, then pytest.
+# Installs what the tests need into .venv and runs all of them: linters, import contract, type checker, then pytest.
 # Arguments go to pytest:  ./launch/test.sh tests/unit -k losses
 set -euo pipefail
 
@@ -10,6 +10,8 @@ ensure_venv "$repo" "[test]"
 
 ruff check .
 ruff format --check .
+codespell
+lint-imports
 mypy
 # Ranks of the distributed tests share the cores; one thread each keeps them from fighting over the cores.
 OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} python -m pytest "$@"

@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 from tokenizers import Tokenizer
 
-from olmoe_train.config import DataConfig, PrepareConfig
-from olmoe_train.data.config import SourceConfig, TokenizerConfig
+from olmoe_train.config.data import DataConfig, SourceConfig, TokenizerConfig
+from olmoe_train.config.verbs import PrepareConfig
+from olmoe_train.data.prepare.shards import SplitWriter
 from olmoe_train.data.tokens import DTYPES, TOKENIZER, Manifest, Split, read_manifest, write_manifest
-from olmoe_train.data.writer import SplitWriter
 
 EOS, PAD = 0, 1
 UNLIMITED = 10**9

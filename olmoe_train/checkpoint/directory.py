@@ -13,7 +13,7 @@ from typing import Any
 
 import xxhash
 
-from olmoe_train.errors import UserError
+from olmoe_train.utils.errors import UserError
 
 STATE, MANIFEST = "state.json", "manifest.json"
 _NAME = re.compile(r"step-(\d{8,})")

@@ -12,12 +12,12 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.checkpoint.staging import BlockingAsyncStager
 
+from olmoe_train.checkpoint.convert.export import export_checkpoint, hf_directory
 from olmoe_train.checkpoint.directory import CheckpointError, delete, set_aside, superseded
-from olmoe_train.checkpoint.ranks import on_any_rank, on_rank_0
-from olmoe_train.checkpoint.training import Snapshot, take_snapshot, verify_together, write_checkpoint
-from olmoe_train.config import CheckpointConfig
-from olmoe_train.errors import UserError
-from olmoe_train.export import export_checkpoint, hf_directory
+from olmoe_train.checkpoint.sharded import Snapshot, take_snapshot, verify_together, write_checkpoint
+from olmoe_train.config.train import CheckpointConfig
+from olmoe_train.distributed.collectives import on_any_rank, on_rank_0
+from olmoe_train.utils.errors import UserError
 
 log = logging.getLogger("olmoe")
 

@@ -15,14 +15,14 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from olmoe_train.choices import Packing
-from olmoe_train.config import DataConfig
+from olmoe_train.config.choices import Packing
+from olmoe_train.config.data import DataConfig
 from olmoe_train.data.mixture import TURNS, Turns, read_manifests, source_seed, sources
-from olmoe_train.data.order import ORDER, sample_for
 from olmoe_train.data.packing import ALGORITHM
+from olmoe_train.data.sample_order import ORDER, sample_for
 from olmoe_train.data.sequences import Sequences, mask_repetition
 from olmoe_train.data.tokens import Manifest, open_split, shard_files
-from olmoe_train.errors import UserError
+from olmoe_train.utils.errors import UserError
 
 Sample = dict[str, np.ndarray]
 

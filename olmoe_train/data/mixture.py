@@ -13,10 +13,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from olmoe_train.choices import DataFormat
-from olmoe_train.config import DataConfig
+from olmoe_train.config.choices import DataFormat
+from olmoe_train.config.data import DataConfig
 from olmoe_train.data.tokens import Manifest, read_manifest, verify_hashes
-from olmoe_train.errors import UserError
+from olmoe_train.utils.errors import UserError
 
 TURNS = "turns-v1"
 """Name of this algorithm, part of the loader's fingerprint: change it whenever a golden vector changes."""

@@ -21,8 +21,8 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from olmoe_train.data.tokens import TokenSplit
-from olmoe_train.errors import UserError
-from olmoe_train.files import sync
+from olmoe_train.utils.errors import UserError
+from olmoe_train.utils.files import sync
 
 ALGORITHM = "best_fit-v1"
 """Part of the loader's fingerprint and of the index's name: change it whenever a pack would be another."""

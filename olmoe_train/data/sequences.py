@@ -2,12 +2,12 @@
 
 import numpy as np
 
-from olmoe_train.choices import Packing
-from olmoe_train.config import DataConfig
+from olmoe_train.config.choices import Packing
+from olmoe_train.config.data import DataConfig
 from olmoe_train.data.packing import open_packs
 from olmoe_train.data.repetition import is_repetitive
 from olmoe_train.data.tokens import TokenSplit
-from olmoe_train.model.losses import IGNORE_INDEX
+from olmoe_train.model.cross_entropy import IGNORE_INDEX
 
 
 class Sequences:

@@ -10,9 +10,9 @@ from typing import Any
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from olmoe_train.data.chat import ChatTemplate, open_template
-from olmoe_train.data.config import TokenizerConfig
-from olmoe_train.errors import UserError
+from olmoe_train.config.data import TokenizerConfig
+from olmoe_train.data.chat_template import ChatTemplate, open_template
+from olmoe_train.utils.errors import UserError
 
 EOS = "<|endoftext|>"
 PAD = "<|padding|>"
@@ -204,3 +204,14 @@ def load_for_encoding(path: Path, plain_text: bool) -> Tokenizer:
     tokenizer.no_padding()
     tokenizer.encode_special_tokens = plain_text
     return tokenizer
+
+
+def load_tokenizer(directory: Path) -> Tokenizer:
+    """The tokenizer.json of a directory. UserError where there is none that can be read."""
+    path = directory / "tokenizer.json"
+    try:
+        return Tokenizer.from_str(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path}: not there, so text cannot be turned into tokens; copy it in") from None
+    except Exception as error:  # `tokenizers` raises bare Exception for a file that it cannot parse
+        raise UserError(f"{path}: not a readable tokenizer: {error}") from error

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from olmoe_train.errors import UserError
+from olmoe_train.utils.errors import UserError
 
 FORMAT = "olmoe-train-tokens"
 VERSION = 1

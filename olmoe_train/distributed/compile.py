@@ -2,10 +2,9 @@
 
 import torch
 
-from olmoe_train.distributed.recompute import compute_parts
 from olmoe_train.model import OlmoeForCausalLM
-from olmoe_train.model.experts import gated, gated_backward
-from olmoe_train.model.losses import target_log_probs
+from olmoe_train.model.cross_entropy import target_log_probs
+from olmoe_train.model.moe.experts import gated, gated_backward
 from olmoe_train.model.transformer import OlmoeDecoderLayer
 
 
@@ -25,3 +24,8 @@ def compile_layers(model: OlmoeForCausalLM) -> None:
         experts = layer.mlp.experts
         experts.gated, experts.gated_backward = torch.compile(gated), torch.compile(gated_backward)
     model.lm_head.log_probs = torch.compile(target_log_probs)
+
+
+def compute_parts(layer: OlmoeDecoderLayer) -> list[torch.nn.Module]:
+    """The modules of a layer that compute; what is between them decides about routing and communicates."""
+    return [layer.input_layernorm, layer.self_attn, layer.post_attention_layernorm]

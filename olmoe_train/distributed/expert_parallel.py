@@ -1,8 +1,8 @@
 """Sending token rows to the ranks that hold their experts, and back.
 
 Expert parallelism over P ranks puts experts r E/P ... (r + 1) E/P - 1 on rank r. Every rank has tokens of its
-own. `dispatch` and `combine` stand in for model/moe.py's local pair and give the same result; in between, a
-rank computes its experts' rows from all P ranks.
+own. `dispatch` and `combine` stand in for the local pair of model/moe/block.py and give the same result; in
+between, a rank computes its experts' rows from all P ranks.
 
 Shapes: T tokens, D hidden, E experts, K top-k, P ranks of the group, Q = E/P experts of a rank, R rows that a
 rank sends (T x K), N rows that it receives: anything from 0 to P x R.
@@ -20,7 +20,8 @@ from torch.distributed.tensor import Shard, distribute_tensor
 
 from olmoe_train.distributed.mesh import local_tensor
 from olmoe_train.model import OlmoeForCausalLM
-from olmoe_train.model.experts import (
+from olmoe_train.model.moe.block import OlmoeSparseMoeBlock
+from olmoe_train.model.moe.experts import (
     Routing,
     exclusive_sum,
     sort_by_expert,
@@ -28,7 +29,6 @@ from olmoe_train.model.experts import (
     sum_rows,
     unsort_weights,
 )
-from olmoe_train.model.moe import OlmoeSparseMoeBlock
 from olmoe_train.model.transformer import OlmoeDecoderLayer
 
 

@@ -12,9 +12,9 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.rendezvous import rendezvous
 from torch.distributed.tensor import DTensor
 
-from olmoe_train.choices import Strategy
-from olmoe_train.config import ParallelConfig
-from olmoe_train.errors import UserError
+from olmoe_train.config.choices import Strategy
+from olmoe_train.config.train import ParallelConfig
+from olmoe_train.utils.errors import UserError
 
 # How long a collective waits for the slowest rank, a first step that compiles included.
 COLLECTIVE_TIMEOUT = timedelta(minutes=10)

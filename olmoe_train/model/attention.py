@@ -10,23 +10,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention.varlen import varlen_attn
 
-from olmoe_train.model.cache import KVCache
 from olmoe_train.model.configuration import OlmoeConfig
+from olmoe_train.model.kv_cache import KVCache
+from olmoe_train.model.norm import OlmoeRMSNorm
 from olmoe_train.model.rope import apply_rotary
-
-
-class OlmoeRMSNorm(nn.Module):
-    """x / rms(x) in fp32, cast back to x's dtype, then scaled by the weight (transformers' order of
-    casts)."""
-
-    def __init__(self, size: int, eps: float) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.empty(size))
-        self.eps = eps
-
-    def forward(self, x: Tensor) -> Tensor:
-        # fp32 inside, whatever x is; on CUDA in one kernel.
-        return self.weight * F.rms_norm(x, (x.shape[-1],), eps=self.eps)
 
 
 class OlmoeAttention(nn.Module):

@@ -13,10 +13,10 @@ from typing import Any, ClassVar, Self
 
 import torch
 
-from olmoe_train.errors import UserError
-from olmoe_train.files import read_json_object
 from olmoe_train.model.activations import ACTIVATIONS
-from olmoe_train.model.rope import ROPE_TYPES, ROPE_TYPES_WITH_ORIGINAL_LENGTH, rope_problems
+from olmoe_train.model.rope_parameters import ROPE_TYPES, ROPE_TYPES_WITH_ORIGINAL_LENGTH, rope_problems
+from olmoe_train.utils.errors import UserError
+from olmoe_train.utils.files import read_json_object
 
 DEFAULT_ROPE_THETA = 10000.0
 
@@ -160,7 +160,7 @@ class OlmoeConfig:
         """Raise one UserError that lists every field whose value cannot work, with the fix."""
         problems = _field_problems(self)
         # Relations between fields only make sense between fields that are right on their own.
-        problems = problems or _relation_problems(self) + rope_problems(self)
+        problems = problems or _relation_problems(self) + rope_problems(self.rope_parameters, self.head_dim)
         if problems:
             raise UserError("invalid OlmoeConfig: " + "; ".join(problems))
 

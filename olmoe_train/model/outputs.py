@@ -5,7 +5,7 @@ from typing import Any
 
 from torch import Tensor
 
-from olmoe_train.model.cache import KVCache
+from olmoe_train.model.kv_cache import KVCache
 
 
 @dataclass

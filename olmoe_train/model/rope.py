@@ -7,22 +7,17 @@ change the frequencies to reach beyond the pretraining length; two (yarn, longro
 """
 
 import math
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from olmoe_train.model.configuration import OlmoeConfig
+from olmoe_train.model.configuration import OlmoeConfig
 
-ROPE_TYPES = ("default", "linear", "dynamic", "yarn", "longrope", "llama3", "proportional")
-ROPE_TYPES_WITH_ORIGINAL_LENGTH = ("yarn", "longrope", "llama3")
 _TYPES_THAT_DEPEND_ON_LENGTH = ("dynamic", "longrope")
 
 
-def rotary_cos_sin(
-    config: "OlmoeConfig", position_ids_BS: Tensor, dtype: torch.dtype
-) -> tuple[Tensor, Tensor]:
+def rotary_cos_sin(config: OlmoeConfig, position_ids_BS: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """cos and sin of every position and channel, each [B, S, H] of `dtype`; computed in fp32.
 
     For `dynamic` and `longrope` the frequencies follow the largest position of this call, read on the host.
@@ -49,7 +44,7 @@ def _quarter_turn(x: Tensor) -> Tensor:
 
 
 def rope_frequencies(
-    config: "OlmoeConfig", sequence_length: int | None, device: torch.device | str | None
+    config: OlmoeConfig, sequence_length: int | None, device: torch.device | str | None
 ) -> tuple[Tensor, float]:
     """Frequencies in radians a token, fp32 [head_dim / 2], and the factor that multiplies cos and sin.
 
@@ -93,7 +88,7 @@ def _dynamic_base(base: float, width: int, factor: float, overlength: float) -> 
     return base * (factor * overlength - (factor - 1)) ** (width / (width - 2))
 
 
-def _yarn(config: "OlmoeConfig", device: torch.device | str | None) -> tuple[Tensor, float]:
+def _yarn(config: OlmoeConfig, device: torch.device | str | None) -> tuple[Tensor, float]:
     """YaRN (arXiv 2309.00071, section 3): slow frequencies are divided by the factor, fast ones kept."""
     rope, width = config.rope_parameters, config.head_dim
     original = rope["original_max_position_embeddings"]
@@ -135,7 +130,7 @@ def _yarn_scale(factor: float, weight: float) -> float:
 
 
 def _longrope(
-    config: "OlmoeConfig", sequence_length: int | None, device: torch.device | str | None
+    config: OlmoeConfig, sequence_length: int | None, device: torch.device | str | None
 ) -> tuple[Tensor, float]:
     """LongRoPE (arXiv 2402.13753): searched divisors of each pair, for short and for long inputs."""
     rope = config.rope_parameters
@@ -149,7 +144,7 @@ def _longrope(
     return _powers(rope["rope_theta"], config.head_dim, device) / divisor_P, scale
 
 
-def _extension(config: "OlmoeConfig") -> float:
+def _extension(config: OlmoeConfig) -> float:
     """How many times longer the context is than in pretraining: `factor`, or the ratio of the two lengths."""
     rope = config.rope_parameters
     if rope.get("factor") is not None:
@@ -171,56 +166,3 @@ def _proportional(frequency_P: Tensor, rope: dict[str, Any]) -> Tensor:
     turning = int(rope.get("partial_rotary_factor", 1.0) * 2 * pairs // 2)
     turns_P = torch.arange(pairs, device=frequency_P.device) < turning
     return frequency_P * turns_P / rope.get("factor", 1.0)
-
-
-def rope_problems(config: "OlmoeConfig") -> list[str]:
-    """What is wrong with `config.rope_parameters`, whose type is known: one message a key, with the fix."""
-    rope, pairs = config.rope_parameters, config.head_dim // 2
-    kind = rope["rope_type"]
-    numbers = {"rope_theta": rope["rope_theta"]}
-    for name in _REQUIRED_NUMBERS[kind]:
-        numbers[name] = rope.get(name)
-    for name in ("factor", "attention_factor", "beta_fast", "beta_slow"):
-        if rope.get(name) is not None:
-            numbers[name] = rope[name]
-    problems = [
-        f"rope_parameters.{name}={value!r} must be a number above 0 for rope_type {kind}"
-        for name, value in numbers.items()
-        if type(value) not in (int, float) or not value > 0
-    ]
-    if kind == "longrope":
-        for name in ("short_factor", "long_factor"):
-            if not _is_list_of_positive(rope.get(name), pairs):
-                problems.append(
-                    f"rope_parameters.{name}={rope.get(name)!r} must list {pairs} numbers above 0"
-                )
-    if kind == "llama3" and not problems and rope["high_freq_factor"] <= rope["low_freq_factor"]:
-        problems.append("rope_parameters.high_freq_factor must be above low_freq_factor")
-    if kind == "dynamic" and pairs == 1:
-        problems.append("rope_type dynamic needs heads wider than 2: lower num_attention_heads")
-    share = rope.get("partial_rotary_factor", 1.0)
-    if kind == "proportional" and (type(share) not in (int, float) or not 0 < share <= 1):
-        problems.append(f"rope_parameters.partial_rotary_factor={share!r} must be above 0 and at most 1")
-    if kind != "proportional" and share != 1.0:
-        problems.append(
-            f"rope_parameters.partial_rotary_factor={share!r}: OLMoE rotates whole heads; remove it, or use "
-            "rope_type proportional"
-        )
-    return problems
-
-
-def _is_list_of_positive(value: Any, length: int) -> bool:
-    if not isinstance(value, list) or len(value) != length:
-        return False
-    return all(type(each) in (int, float) and each > 0 for each in value)
-
-
-_REQUIRED_NUMBERS: dict[str, tuple[str, ...]] = {
-    "default": (),
-    "linear": ("factor",),
-    "dynamic": ("factor",),
-    "yarn": ("original_max_position_embeddings",),
-    "longrope": ("original_max_position_embeddings",),
-    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
-    "proportional": (),
-}

@@ -7,8 +7,7 @@ Nothing here knows of ranks: distributed/parallelize.py shards, checkpoints and 
 outside.
 """
 
-from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -16,18 +15,21 @@ from torch import Tensor, nn
 
 from olmoe_train.model.attention import (
     OlmoeAttention,
-    OlmoeRMSNorm,
     attention_mask,
     document_mask,
     documents_and_positions,
     has_document_kernel,
 )
-from olmoe_train.model.cache import KVCache
 from olmoe_train.model.configuration import OlmoeConfig
-from olmoe_train.model.experts import OlmoeExperts
-from olmoe_train.model.init import init_weights
-from olmoe_train.model.losses import IGNORE_INDEX, cross_entropy_sum, load_balancing_loss, target_log_probs
-from olmoe_train.model.moe import OlmoeSparseMoeBlock
+from olmoe_train.model.cross_entropy import IGNORE_INDEX, cross_entropy_sum, target_log_probs
+from olmoe_train.model.generation import generate
+from olmoe_train.model.hf.pretrained import OlmoePreTrainedModel
+from olmoe_train.model.initialization import init_weights
+from olmoe_train.model.kv_cache import KVCache
+from olmoe_train.model.losses import load_balancing_loss
+from olmoe_train.model.moe.block import OlmoeSparseMoeBlock
+from olmoe_train.model.moe.experts import OlmoeExperts
+from olmoe_train.model.norm import OlmoeRMSNorm
 from olmoe_train.model.outputs import MoeCausalLMOutputWithPast, MoeModelOutputWithPast, TrainingOutput
 from olmoe_train.model.rope import rotary_cos_sin
 
@@ -58,41 +60,12 @@ class OlmoeDecoderLayer(nn.Module):
         return x_BSD + expert_BSD, logits_TE, indices_TK, probs
 
 
-class OlmoePreTrainedModel(nn.Module):
-    """What the two models share: HF directories."""
-
-    config: OlmoeConfig
-    generation_config: dict[str, Any] | None = None
-    """generation_config.json of the directory that the model came from; generate() takes its eos and pad."""
-
-    @classmethod
-    def from_pretrained(
-        cls,
-        directory: str | Path,
-        dtype: torch.dtype | None = None,
-        device: torch.device | str = "cpu",
-        trust_pickle: bool = False,
-    ) -> Self:
-        """Load an HF directory (hub or fused names) in eval mode. dtype None: as stored. trust_pickle: read
-        a legacy pytorch_model.bin, through torch.load(weights_only=True)."""
-        from olmoe_train.checkpoint.hf import from_pretrained  # checkpoint/ builds on model/
-
-        return from_pretrained(cls, directory, dtype, device, trust_pickle)
-
-    def save_pretrained(self, directory: str | Path, max_shard_size: str | int = "5GB") -> None:
-        """Write an HF directory with the hub's per-expert tensor names."""
-        from olmoe_train.checkpoint.hf import save_pretrained
-
-        save_pretrained(self, directory, max_shard_size)
-
-
 class OlmoeModel(OlmoePreTrainedModel):
     """Embedding, L decoder layers, final norm. Arguments and outputs as documented for
     transformers.OlmoeModel."""
 
     def __init__(self, config: OlmoeConfig, init: bool = True) -> None:
-        super().__init__()
-        self.config = config
+        super().__init__(config)
         self.embed_tokens = nn.Embedding(
             config.vocab_size,
             config.hidden_size,
@@ -211,8 +184,7 @@ class OlmoeForCausalLM(OlmoePreTrainedModel):
     """OlmoeModel with its language-modelling head, as documented for transformers.OlmoeForCausalLM."""
 
     def __init__(self, config: OlmoeConfig) -> None:
-        super().__init__()
-        self.config = config
+        super().__init__(config)
         self.model = OlmoeModel(config, init=False)
         self.lm_head = OlmoeHead(config)
         self.tie_weights()
@@ -311,9 +283,7 @@ class OlmoeForCausalLM(OlmoePreTrainedModel):
         return TrainingOutput(ce_sum, router_logits, expert_indices)
 
     def generate(self, input_ids: Tensor, **options: Any) -> Tensor:
-        """Continue `input_ids` [B, S]; options as olmoe_train.generate.generate."""
-        from olmoe_train.generate import generate  # the verb imports this module
-
+        """Continue `input_ids` [B, S]; options as olmoe_train.model.generation.generate."""
         return generate(self, input_ids, **options)
 
 

@@ -9,9 +9,11 @@ import hydra
 from hydra.core.config_store import ConfigStore
 from omegaconf import OmegaConf
 
-from olmoe_train.choices import ActivationCheckpointing, Offload, Packing, Precision, Strategy
-from olmoe_train.cli import config_directory, to_config, writable
-from olmoe_train.config import MixtureSource, ParallelConfig, TrainConfig
+from olmoe_train.config.choices import ActivationCheckpointing, Offload, Packing, Precision, Strategy
+from olmoe_train.config.compose import to_config, writable
+from olmoe_train.config.data import MixtureSource
+from olmoe_train.config.reference import config_directory
+from olmoe_train.config.train import ParallelConfig, TrainConfig
 from tests.prepared_data import write_prepared
 
 STEPS, SEQUENCES, LENGTH = 6, 16, 32

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from olmoe_train.checkpoint.directory import CheckpointError, checkpoint_path, latest_checkpoint
-from olmoe_train.checkpoint.training import load_checkpoint, save_checkpoint
-from olmoe_train.choices import Strategy
-from olmoe_train.config import ParallelConfig
-from olmoe_train.errors import UserError
+from olmoe_train.checkpoint.sharded import load_checkpoint, save_checkpoint
+from olmoe_train.config.choices import Strategy
+from olmoe_train.config.train import ParallelConfig
+from olmoe_train.utils.errors import UserError
 from tests.distributed.tiny import build, train_step, whole, whole_state
 from tests.spawn import run_ranks
 

@@ -9,12 +9,12 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from olmoe_train.choices import ActivationCheckpointing, Precision, Strategy
-from olmoe_train.communication import Links, step_traffic
-from olmoe_train.config import ParallelConfig
-from olmoe_train.memory import Layout, MicroBatch
+from olmoe_train.config.choices import ActivationCheckpointing, Precision, Strategy
+from olmoe_train.config.train import ParallelConfig
 from olmoe_train.model import OlmoeConfig, OlmoeForCausalLM
 from olmoe_train.model.outputs import TrainingOutput
+from olmoe_train.planning.memory import Layout, MicroBatch
+from olmoe_train.planning.traffic import Links, step_traffic
 from tests.distributed.tiny import LENGTH, SEQUENCES, SIZES, build, global_batch
 from tests.spawn import run_ranks
 

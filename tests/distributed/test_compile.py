@@ -6,7 +6,7 @@ import torch._dynamo
 import torch.distributed as dist
 from torch import Tensor
 
-from olmoe_train.config import ParallelConfig
+from olmoe_train.config.train import ParallelConfig
 from tests.distributed.tiny import LENGTH, backward, build, global_batch, train_step, whole
 from tests.spawn import run_ranks
 

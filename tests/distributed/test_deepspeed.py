@@ -12,14 +12,15 @@ import torch.distributed as dist
 from torch import Tensor
 
 from olmoe_train.checkpoint.directory import latest_checkpoint
-from olmoe_train.checkpoint.training import load_checkpoint
-from olmoe_train.config import TrainConfig
-from olmoe_train.distributed.deepspeed import start_engine
+from olmoe_train.checkpoint.sharded import load_checkpoint
+from olmoe_train.config.train import TrainConfig
 from olmoe_train.distributed.mesh import build_mesh, init_distributed
-from olmoe_train.errors import UserError
-from olmoe_train.optim import build_optimizer
-from olmoe_train.train import build_model, train
-from olmoe_train.validation import validate
+from olmoe_train.optim.build import build_optimizer
+from olmoe_train.train import train
+from olmoe_train.training.build import build_model
+from olmoe_train.training.engine.deepspeed import start_engine
+from olmoe_train.training.preflight.checks import validate
+from olmoe_train.utils.errors import UserError
 from tests.distributed.runs import TINY, Layout, compose, real_tokens
 from tests.distributed.tiny import whole_state
 from tests.prepared_data import write_prepared

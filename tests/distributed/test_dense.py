@@ -9,10 +9,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from olmoe_train.config import LossConfig, TrainConfig
+from olmoe_train.config.train import LossConfig, TrainConfig
 from olmoe_train.distributed.mesh import local_tensor
 from olmoe_train.model import OlmoeConfig
-from olmoe_train.model.moe import OlmoeSparseMoeBlock
+from olmoe_train.model.moe.block import OlmoeSparseMoeBlock
 from olmoe_train.train import train
 from tests.distributed.runs import TINY, Layout, compose, real_tokens
 from tests.distributed.tiny import build

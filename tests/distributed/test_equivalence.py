@@ -15,10 +15,11 @@ import torch.distributed as dist
 from torch import Tensor
 
 from olmoe_train.checkpoint.directory import latest_checkpoint
-from olmoe_train.checkpoint.training import open_model_tensors
-from olmoe_train.config import TrainConfig
+from olmoe_train.checkpoint.sharded import open_model_tensors
+from olmoe_train.config.train import TrainConfig
 from olmoe_train.distributed.mesh import build_mesh, init_distributed
-from olmoe_train.train import build_model, train
+from olmoe_train.train import train
+from olmoe_train.training.build import build_model
 from tests.distributed.runs import (
     LENGTH,
     SEQUENCES,

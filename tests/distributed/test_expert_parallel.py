@@ -7,12 +7,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from olmoe_train.choices import Strategy
-from olmoe_train.config import ParallelConfig
+from olmoe_train.config.choices import Strategy
+from olmoe_train.config.train import ParallelConfig
 from olmoe_train.distributed import expert_parallel
 from olmoe_train.model import OlmoeConfig
-from olmoe_train.model.experts import OlmoeExperts
-from olmoe_train.model.moe import OlmoeSparseMoeBlock, combine_local, dispatch_local
+from olmoe_train.model.moe.block import OlmoeSparseMoeBlock, combine_local, dispatch_local
+from olmoe_train.model.moe.experts import OlmoeExperts
 from tests.distributed.tiny import SIZES, build, global_batch
 from tests.spawn import run_ranks
 

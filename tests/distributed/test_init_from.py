@@ -7,9 +7,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from olmoe_train.checkpoint.source import load_into
-from olmoe_train.choices import Strategy
-from olmoe_train.config import ParallelConfig
+from olmoe_train.checkpoint.convert.source import load_into
+from olmoe_train.config.choices import Strategy
+from olmoe_train.config.train import ParallelConfig
 from olmoe_train.model import OlmoeConfig, OlmoeForCausalLM
 from tests.distributed.tiny import SIZES, build, train_step, whole
 from tests.spawn import run_ranks

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from olmoe_train.config import LossConfig, TrainConfig
+from olmoe_train.config.train import LossConfig, TrainConfig
 from olmoe_train.train import train
 from tests.distributed.runs import TINY, Layout, compose, real_tokens
 from tests.prepared_data import write_prepared

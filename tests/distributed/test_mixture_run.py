@@ -8,20 +8,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-from olmoe_train.choices import Device, Packing, Precision, WandbMode
-from olmoe_train.config import (
-    DataConfig,
-    EvaluationConfig,
-    LoggingConfig,
-    MixtureSource,
-    ModelConfig,
-    TrainConfig,
-    TrainerConfig,
-    WandbConfig,
-)
+from olmoe_train.config.choices import Device, Packing, Precision, WandbMode
+from olmoe_train.config.data import DataConfig, MixtureSource
+from olmoe_train.config.model import ModelConfig
+from olmoe_train.config.train import EvaluationConfig, LoggingConfig, TrainConfig, TrainerConfig, WandbConfig
 from olmoe_train.data.loader import TrainSamples
-from olmoe_train.errors import UserError
 from olmoe_train.train import train
+from olmoe_train.utils.errors import UserError
 from tests.prepared_data import add_loss_mask, write_prepared
 from tests.spawn import run_ranks
 

@@ -5,7 +5,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from olmoe_train.config import ParallelConfig, Strategy
+from olmoe_train.config.train import ParallelConfig, Strategy
 from tests.distributed.tiny import backward, build, global_batch, whole
 from tests.spawn import run_ranks
 

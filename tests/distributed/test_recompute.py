@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from olmoe_train.config import ParallelConfig
+from olmoe_train.config.train import ParallelConfig
 from olmoe_train.model import OlmoeForCausalLM
 from tests.distributed.tiny import backward, build, global_batch, whole
 from tests.spawn import run_ranks

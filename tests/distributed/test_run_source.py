@@ -8,18 +8,18 @@ import torch
 from omegaconf import OmegaConf
 from torch import Tensor
 
-from olmoe_train.checkpoint.source import load_into, load_source, run_checkpoint, tokenizer_directory
-from olmoe_train.checkpoint.training import save_checkpoint
-from olmoe_train.choices import Precision
-from olmoe_train.config import ExportConfig, GenerateConfig, TrainConfig
-from olmoe_train.data.tokenizer import train_tokenizer
-from olmoe_train.errors import UserError
-from olmoe_train.evaluate import evaluate_model
-from olmoe_train.export import main as export
-from olmoe_train.generate import main as generate
-from olmoe_train.generate import read_tokenizer
+from olmoe_train.checkpoint.convert.source import load_into, load_source, run_checkpoint, tokenizer_directory
+from olmoe_train.checkpoint.sharded import save_checkpoint
+from olmoe_train.cli.export import main as export
+from olmoe_train.cli.generate import main as generate
+from olmoe_train.config.choices import Precision
+from olmoe_train.config.train import TrainConfig
+from olmoe_train.config.verbs import ExportConfig, GenerateConfig
+from olmoe_train.data.tokenizer import load_tokenizer, train_tokenizer
+from olmoe_train.evaluation.perplexity import evaluate_model
 from olmoe_train.model import OlmoeConfig, OlmoeForCausalLM
-from olmoe_train.validation import _init_from_errors
+from olmoe_train.training.preflight.model_and_data import _init_from_errors
+from olmoe_train.utils.errors import UserError
 from tests.distributed.tiny import SIZES, build, global_batch, train_step, whole
 from tests.spawn import run_ranks
 
@@ -147,7 +147,7 @@ def test_a_run_is_a_source_as_good_as_its_export(
     assert not model.training
     assert_weights(model, saved[7])
     export(ExportConfig(str(run_dir), out=str(tmp_path / "hf")))
-    tokenizer = read_tokenizer(tokenizer_dir)
+    tokenizer = load_tokenizer(tokenizer_dir)
     prompt = "def main(argu"
     ids = torch.tensor([tokenizer.encode(prompt).ids])
     expected = tokenizer.decode(model.generate(ids, max_new_tokens=12)[0].tolist())

@@ -9,22 +9,17 @@ import pytest
 import torch
 
 from benchmarks.plan_memory import example
-from olmoe_train.checkpoint.training import MOMENTS
-from olmoe_train.choices import ActivationCheckpointing, Offload, Precision, Strategy
-from olmoe_train.config import (
-    DataConfig,
-    OptimizerConfig,
-    ParallelConfig,
-    TrainConfig,
-    TrainerConfig,
-    olmoe_config,
-)
-from olmoe_train.distributed.deepspeed import start_engine
+from olmoe_train.checkpoint.sharded import MOMENTS
+from olmoe_train.config.choices import ActivationCheckpointing, Offload, Precision, Strategy
+from olmoe_train.config.data import DataConfig
+from olmoe_train.config.model import olmoe_config
+from olmoe_train.config.train import OptimizerConfig, ParallelConfig, TrainConfig, TrainerConfig
 from olmoe_train.distributed.mesh import build_mesh, init_distributed, local_tensor
-from olmoe_train.memory import Layout, MicroBatch
-from olmoe_train.memory_zero import host_memory, saved_memory, zero_memory
-from olmoe_train.optim import build_optimizer
-from olmoe_train.train import build_model
+from olmoe_train.optim.build import build_optimizer
+from olmoe_train.planning.memory import Layout, MicroBatch
+from olmoe_train.planning.memory_deepspeed import host_memory, saved_memory, zero_memory
+from olmoe_train.training.build import build_model
+from olmoe_train.training.engine.deepspeed import start_engine
 from tests.spawn import run_ranks
 
 RANKS = 2

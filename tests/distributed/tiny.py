@@ -5,10 +5,11 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from olmoe_train.choices import ActivationCheckpointing, Precision
-from olmoe_train.config import ParallelConfig, TrainConfig, TrainerConfig
+from olmoe_train.config.choices import ActivationCheckpointing, Precision
+from olmoe_train.config.train import ParallelConfig, TrainConfig, TrainerConfig
+from olmoe_train.distributed.materialize import initialise
 from olmoe_train.distributed.mesh import build_mesh, init_distributed
-from olmoe_train.distributed.parallelize import initialise, parallelize
+from olmoe_train.distributed.parallelize import parallelize
 from olmoe_train.model import OlmoeConfig, OlmoeForCausalLM
 
 VOCABULARY, LENGTH, SEQUENCES = 97, 16, 8

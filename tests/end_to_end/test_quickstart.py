@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from olmoe_train.config import DataConfig
+from olmoe_train.config.data import DataConfig
 from olmoe_train.data.loader import build_eval_batches
 from tests.end_to_end.commands import REPO, olmoe, run
 from tests.end_to_end.conftest import Quickstart

@@ -14,8 +14,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from olmoe_train.checkpoint.directory import latest_checkpoint
-from olmoe_train.checkpoint.training import open_model_tensors
-from olmoe_train.config import TrainConfig
+from olmoe_train.checkpoint.sharded import open_model_tensors
+from olmoe_train.config.train import TrainConfig
 from olmoe_train.train import train
 from tests.distributed.runs import TINY, Layout, compose, real_tokens
 from tests.prepared_data import write_prepared

@@ -11,12 +11,12 @@ from typing import Any
 import pytest
 import torch
 
-from olmoe_train.checkpoint import hf
 from olmoe_train.checkpoint.directory import latest_checkpoint
-from olmoe_train.checkpoint.training import open_model_tensors
-from olmoe_train.config import ExportConfig
-from olmoe_train.export import main as export
+from olmoe_train.checkpoint.sharded import open_model_tensors
+from olmoe_train.cli.export import main as export
+from olmoe_train.config.verbs import ExportConfig
 from olmoe_train.model import OlmoeForCausalLM
+from olmoe_train.model.hf import directory as hf
 from tests.faults.training import config, metrics, run, saved_steps
 from tests.spawn import RankError, run_ranks
 

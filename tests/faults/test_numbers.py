@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from olmoe_train import train as train_module
-from olmoe_train.choices import Precision, Strategy
-from olmoe_train.config import ParallelConfig
+from olmoe_train.config.choices import Precision, Strategy
+from olmoe_train.config.train import ParallelConfig
 from olmoe_train.distributed.mesh import local_tensor
 from olmoe_train.model import OlmoeForCausalLM
 from tests.faults.training import (

@@ -13,11 +13,11 @@ from typing import Any
 
 import pytest
 
-from olmoe_train.choices import OnBadRecord, Records, SourceKind
-from olmoe_train.config import PrepareConfig
-from olmoe_train.data.output import Output
-from olmoe_train.data.prepare import prepare
-from olmoe_train.errors import UserError
+from olmoe_train.config.choices import OnBadRecord, Records, SourceKind
+from olmoe_train.config.verbs import PrepareConfig
+from olmoe_train.data.prepare.pipeline import prepare
+from olmoe_train.data.prepare.progress import Output
+from olmoe_train.utils.errors import UserError
 from tests.prepared_data import contents, prepare_config
 
 DEADLINE = 120.0  # seconds
@@ -108,7 +108,7 @@ def interrupt(
             raise Killed
 
     with monkeypatch.context() as patch:
-        patch.setattr("olmoe_train.data.output.SAVE_SECONDS", save_every)
+        patch.setattr("olmoe_train.data.prepare.progress.SAVE_SECONDS", save_every)
         patch.setattr(Output, "add", add_and_count)
         with pytest.raises(Killed):
             prepare(cfg)
@@ -118,7 +118,7 @@ def interrupt(
 
 @pytest.fixture
 def corpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setattr("olmoe_train.data.reader.BATCH_BYTES", 4000)
+    monkeypatch.setattr("olmoe_train.data.prepare.batches.BATCH_BYTES", 4000)
     return write_corpus(tmp_path / "corpus", 60)
 
 
@@ -165,7 +165,7 @@ def test_documents_since_the_last_save_are_encoded_again(
     assert (partial / "train/shard-00000.npy").exists()
     capsys.readouterr()
     with monkeypatch.context() as patch:
-        patch.setattr("olmoe_train.data.prepare.train_tokenizer", None)
+        patch.setattr("olmoe_train.data.prepare.pipeline.train_tokenizer", None)
         prepare(cfg)
     assert "going on" not in capsys.readouterr().out
     assert contents(tmp_path / "data") == contents(tmp_path / "whole")

@@ -20,7 +20,7 @@ from torch import Tensor
 from olmoe_train import train as train_module
 from olmoe_train.checkpoint.directory import checkpoint_path
 from olmoe_train.distributed.mesh import init_distributed
-from olmoe_train.errors import UserError
+from olmoe_train.utils.errors import UserError
 from tests.faults.training import assert_same_end, at_step, config, run, saved_steps, status
 from tests.spawn import RankError, run_ranks
 
@@ -106,7 +106,7 @@ def test_a_rank_that_computes_slowly_is_named(data: Path, tmp_path: Path) -> Non
 
 # --- one run per directory, and its port ------------------------------------------------------------------
 
-TRY_TO_LOCK = "import sys; from pathlib import Path; from olmoe_train.run_lock import RunLock; "
+TRY_TO_LOCK = "import sys; from pathlib import Path; from olmoe_train.run.lock import RunLock; "
 TRY_TO_LOCK += "RunLock(Path(sys.argv[1])); print('locked')"
 
 

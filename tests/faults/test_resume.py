@@ -19,10 +19,10 @@ import torch.distributed as dist
 
 from olmoe_train import train as train_module
 from olmoe_train.checkpoint.directory import checkpoint_path
-from olmoe_train.choices import Schedule
-from olmoe_train.config import TrainConfig
-from olmoe_train.errors import UserError
+from olmoe_train.config.choices import Schedule
+from olmoe_train.config.train import TrainConfig
 from olmoe_train.train import train
+from olmoe_train.utils.errors import UserError
 from tests.faults.training import (
     assert_same_end,
     at_step,

@@ -11,9 +11,10 @@ from pathlib import Path
 import pytest
 import torch.distributed as dist
 
-from olmoe_train.checkpoint import directory, saver, training
+from olmoe_train.checkpoint import directory, saver
+from olmoe_train.checkpoint import sharded as training
 from olmoe_train.checkpoint.directory import checkpoint_path, verify
-from olmoe_train.config import TrainConfig
+from olmoe_train.config.train import TrainConfig
 from tests.faults.training import (
     assert_same_end,
     at_step,

@@ -9,10 +9,11 @@ from pathlib import Path
 import pytest
 import torch.distributed as dist
 
-from olmoe_train.checkpoint import saver, training
+from olmoe_train.checkpoint import saver
+from olmoe_train.checkpoint import sharded as training
 from olmoe_train.checkpoint.directory import checkpoint_path, verify
-from olmoe_train.cli import STOPPED_BY_SIGNAL
-from olmoe_train.signals import SECONDS_BETWEEN_INTERRUPTS
+from olmoe_train.run.signals import SECONDS_BETWEEN_INTERRUPTS
+from olmoe_train.utils.exit_codes import STOPPED_BY_SIGNAL
 from tests.faults.training import assert_same_end, at_step, config, run, saved_steps, status
 from tests.spawn import RankError, run_ranks
 

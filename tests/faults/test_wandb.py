@@ -12,9 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from olmoe_train import metrics as metrics_module
-from olmoe_train.choices import WandbMode
-from olmoe_train.config import LoggingConfig, WandbConfig
+from olmoe_train.config.choices import WandbMode
+from olmoe_train.config.train import LoggingConfig, WandbConfig
+from olmoe_train.run import loggers
 from tests.faults.training import assert_same_end, config, run
 from tests.spawn import run_ranks
 
@@ -92,7 +92,7 @@ def point_wandb_at(port: int, scratch: Path) -> None:
         "WANDB_CONFIG_DIR": str(scratch),
     }
     os.environ.pop("WANDB_SERVICE", None)
-    metrics_module.WANDB_START_S = metrics_module.WANDB_END_S = 4.0
+    loggers.WANDB_START_S = loggers.WANDB_END_S = 4.0
 
 
 @pytest.mark.parametrize(

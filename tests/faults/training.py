@@ -13,13 +13,13 @@ from torch import Tensor, nn
 
 from olmoe_train import train as train_module
 from olmoe_train.checkpoint.directory import checkpoint_path, complete_checkpoints
-from olmoe_train.choices import Device, Precision, Schedule, WandbMode
-from olmoe_train.config import (
+from olmoe_train.config.choices import Device, Precision, Schedule, WandbMode
+from olmoe_train.config.data import DataConfig
+from olmoe_train.config.model import ModelConfig
+from olmoe_train.config.train import (
     CheckpointConfig,
-    DataConfig,
     EvaluationConfig,
     LoggingConfig,
-    ModelConfig,
     OptimizerConfig,
     ParallelConfig,
     SchedulerConfig,
@@ -27,9 +27,9 @@ from olmoe_train.config import (
     TrainerConfig,
     WandbConfig,
 )
-from olmoe_train.distributed.deepspeed import ZeroEngine
 from olmoe_train.model import OlmoeForCausalLM
-from olmoe_train.run_directory import record_failure
+from olmoe_train.run.directory import record_failure
+from olmoe_train.training.engine.deepspeed import ZeroEngine
 from tests.prepared_data import write_prepared
 
 LENGTH = 16

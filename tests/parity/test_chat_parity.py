@@ -8,9 +8,9 @@ import pytest
 from tokenizers import Tokenizer
 from transformers import AutoTokenizer
 
-from olmoe_train.data.chat import ChatTemplate, TemplateError
-from olmoe_train.data.config import TokenizerConfig
-from olmoe_train.data.targets import align, mark_targets
+from olmoe_train.config.data import TokenizerConfig
+from olmoe_train.data.chat_template import ChatTemplate, TemplateError
+from olmoe_train.data.prepare.loss_mask import align, mark_targets
 from olmoe_train.data.tokenizer import chat_template, given_tokenizer, load_for_encoding
 from tests.chat_templates import EOS, LLAMA, TEMPLATES, turn, write_tokenizer
 

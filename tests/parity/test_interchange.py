@@ -10,7 +10,6 @@ import transformers
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from olmoe_train.checkpoint.hf import save_pretrained
 from olmoe_train.model import OlmoeForCausalLM, OlmoeModel
 from tests.parity.pair import TINY, make_pair
 
@@ -87,7 +86,7 @@ def test_generation_config_is_read_back(tmp_path: Path) -> None:
 
 def test_exported_weights_compute_the_same(tmp_path: Path) -> None:
     ours, _ = make_pair(CONFIGS["yarn"])
-    save_pretrained(ours, tmp_path, dtype=torch.float32)
+    ours.save_pretrained(tmp_path, dtype=torch.float32)
     ids = torch.arange(3, 20)[None]
     loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
     assert json.loads((tmp_path / "config.json").read_text())["rope_parameters"]["rope_type"] == "yarn"

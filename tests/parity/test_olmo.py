@@ -19,12 +19,12 @@ import yaml
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from olmoe_train.checkpoint.source import load_into, load_source, open_source
-from olmoe_train.choices import ExportFormat, Precision
-from olmoe_train.config import ExportConfig
-from olmoe_train.errors import UserError
-from olmoe_train.export import main as export
+from olmoe_train.checkpoint.convert.source import load_into, load_source, open_source
+from olmoe_train.cli.export import main as export
+from olmoe_train.config.choices import ExportFormat, Precision
+from olmoe_train.config.verbs import ExportConfig
 from olmoe_train.model import OlmoeForCausalLM
+from olmoe_train.utils.errors import UserError
 from tests.parity.pair import TINY, make_pair
 
 V, D, WIDTH, E, K, HEADS, KV_HEADS, LAYERS = 80, 32, 24, 6, 2, 4, 2, 2

@@ -7,9 +7,9 @@ import pytest
 import torch
 import transformers
 
-from olmoe_train.config import ExportConfig
-from olmoe_train.export import main as export
-from olmoe_train.generate import read_tokenizer
+from olmoe_train.cli.export import main as export
+from olmoe_train.config.verbs import ExportConfig
+from olmoe_train.data.tokenizer import load_tokenizer
 from olmoe_train.model import OlmoeForCausalLM
 from tests.parity.pair import TINY, make_pair
 from tests.parity.test_special_tokens import write_tokenizer
@@ -31,7 +31,7 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def continuation(directory: Path) -> list[int]:
     """Token ids of PROMPT and this package's greedy continuation."""
-    ids = torch.tensor([read_tokenizer(directory).encode(PROMPT).ids])
+    ids = torch.tensor([load_tokenizer(directory).encode(PROMPT).ids])
     return OlmoeForCausalLM.from_pretrained(directory).generate(ids, max_new_tokens=8)[0].tolist()
 
 
@@ -46,7 +46,7 @@ def test_text_generation_pipeline(exported: Path) -> None:
 def test_accelerate_places_it(exported: Path) -> None:
     model = transformers.AutoModelForCausalLM.from_pretrained(exported, device_map="auto")
     assert isinstance(model, transformers.OlmoeForCausalLM)
-    ids = torch.tensor([read_tokenizer(exported).encode(PROMPT).ids])
+    ids = torch.tensor([load_tokenizer(exported).encode(PROMPT).ids])
     tokens = model.generate(ids, max_new_tokens=8, do_sample=False)
     assert tokens[0].tolist() == continuation(exported)
 

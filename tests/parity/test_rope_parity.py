@@ -9,7 +9,8 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.models.olmoe.modeling_olmoe import OlmoeRotaryEmbedding
 
 from olmoe_train.model.configuration import OlmoeConfig
-from olmoe_train.model.rope import ROPE_TYPES, rope_frequencies, rotary_cos_sin
+from olmoe_train.model.rope import rope_frequencies, rotary_cos_sin
+from olmoe_train.model.rope_parameters import ROPE_TYPES
 
 SIZES = {"hidden_size": 64, "num_attention_heads": 4, "max_position_embeddings": 256, "vocab_size": 128}
 PAIRS = 8

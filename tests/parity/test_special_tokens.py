@@ -10,13 +10,14 @@ import pytest
 import torch
 import transformers
 
-from olmoe_train.checkpoint.source import open_source
-from olmoe_train.choices import ExportFormat
-from olmoe_train.config import ExportConfig, ModelConfig
-from olmoe_train.errors import UserError
-from olmoe_train.export import main as export
+from olmoe_train.checkpoint.convert.source import open_source
+from olmoe_train.cli.export import main as export
+from olmoe_train.config.choices import ExportFormat
+from olmoe_train.config.model import ModelConfig
+from olmoe_train.config.verbs import ExportConfig
 from olmoe_train.model import OlmoeForCausalLM
-from olmoe_train.validation import validate
+from olmoe_train.training.preflight.checks import validate
+from olmoe_train.utils.errors import UserError
 from tests.faults.training import config as train_config
 from tests.faults.training import write_data
 from tests.parity.pair import TINY, make_pair

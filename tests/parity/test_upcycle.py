@@ -10,13 +10,14 @@ import transformers
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from olmoe_train.checkpoint.olmo_dense import olmo_model, open_dense_olmo, without_qk_norm
-from olmoe_train.choices import Precision
-from olmoe_train.errors import UserError
+from olmoe_train.checkpoint.convert.olmo_dense import olmo_model, open_dense_olmo, without_qk_norm
+from olmoe_train.checkpoint.convert.streamed_forward import streamed_logits
+from olmoe_train.checkpoint.convert.upcycle import tokens_to_compare
+from olmoe_train.cli.upcycle import main as upcycle
+from olmoe_train.config.choices import Precision
+from olmoe_train.config.verbs import UpcycleConfig
 from olmoe_train.model import OlmoeConfig, OlmoeForCausalLM
-from olmoe_train.streamed_forward import streamed_logits
-from olmoe_train.upcycle import UpcycleConfig, tokens_to_compare
-from olmoe_train.upcycle import main as upcycle
+from olmoe_train.utils.errors import UserError
 from tests.parity.pair import TINY, make_pair
 from tests.parity.test_special_tokens import write_tokenizer
 

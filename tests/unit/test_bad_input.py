@@ -16,15 +16,15 @@ import pytest
 import zstandard
 from tokenizers import Tokenizer, models, pre_tokenizers
 
-from olmoe_train.choices import OnBadRecord, Records, SourceKind
-from olmoe_train.config import PrepareConfig
-from olmoe_train.data.corpus import find_parts
-from olmoe_train.data.prepare import prepare
-from olmoe_train.data.reader import START, numbered_lines, read_batches
-from olmoe_train.data.reading import Reading
-from olmoe_train.data.records import BadRecord, Splitting, documents
+from olmoe_train.config.choices import OnBadRecord, Records, SourceKind
+from olmoe_train.config.verbs import PrepareConfig
+from olmoe_train.data.prepare.batches import START, numbered_lines, read_batches
+from olmoe_train.data.prepare.corpus import find_parts
+from olmoe_train.data.prepare.pipeline import prepare
+from olmoe_train.data.prepare.record_spec import Reading
+from olmoe_train.data.prepare.records import BadRecord, Splitting, documents
 from olmoe_train.data.tokens import Manifest
-from olmoe_train.errors import UserError
+from olmoe_train.utils.errors import UserError
 from tests.prepared_data import prepare_config, read_texts
 
 GOOD = [f"good document number {number}, with some words" for number in range(30)]
@@ -115,8 +115,8 @@ def test_quarantine_stops_at_its_ceiling(tmp_path: Path) -> None:
 
 def test_ceiling_is_met_early_in_a_long_corpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """11 bad of the first 1,000 are too many for 1% whatever follows; here a damaged file would follow."""
-    monkeypatch.setattr("olmoe_train.data.reader.BATCH_BYTES", 500)
-    monkeypatch.setattr("olmoe_train.data.prepare.TASKS_AHEAD", 1)
+    monkeypatch.setattr("olmoe_train.data.prepare.batches.BATCH_BYTES", 500)
+    monkeypatch.setattr("olmoe_train.data.prepare.pipeline.TASKS_AHEAD", 1)
     lines = write_lines(tmp_path / "good.jsonl").read_bytes()
     (tmp_path / "a.jsonl").write_bytes(lines + b"\n" + b"0\n" * 11 + lines * 20)
     damaged = gzip.compress(lines)[:-20]

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from olmoe_train.model.cache import KVCache
+from olmoe_train.model.kv_cache import KVCache
 
 PIECES = [3, 1, 1, 4, 1, 20]
 

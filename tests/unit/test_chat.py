@@ -12,12 +12,12 @@ import pytest
 from tokenizers import Tokenizer
 from transformers import AutoTokenizer
 
-from olmoe_train.choices import OnBadRecord, Records, SourceKind
-from olmoe_train.config import PrepareConfig
-from olmoe_train.data.chat import open_template
-from olmoe_train.data.prepare import prepare
+from olmoe_train.config.choices import OnBadRecord, Records, SourceKind
+from olmoe_train.config.verbs import PrepareConfig
+from olmoe_train.data.chat_template import open_template
+from olmoe_train.data.prepare.pipeline import prepare
 from olmoe_train.data.tokens import Manifest, Targets, read_manifest
-from olmoe_train.errors import UserError
+from olmoe_train.utils.errors import UserError
 from tests.chat_templates import EOS, GPT_2, LLAMA, LLAMA_3, MISTRAL, TEMPLATES, TULU_3, turn, write_tokenizer
 from tests.prepared_data import contents, prepare_config, read_documents
 
@@ -315,7 +315,7 @@ def test_templates_that_cannot_be_used(tmp_path: Path) -> None:
 
 
 def test_same_masks_from_one_process_and_from_three(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("olmoe_train.data.reader.BATCH_BYTES", 300)
+    monkeypatch.setattr("olmoe_train.data.prepare.batches.BATCH_BYTES", 300)
     tokenizer = write_tokenizer(tmp_path / "hf", TULU_3)
     conversations = [
         [turn("user", f"{i} Hello"), turn("assistant", "It is " * (i % 5) + str(i))] for i in range(60)

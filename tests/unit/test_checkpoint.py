@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from olmoe_train.checkpoint import training
+from olmoe_train.checkpoint import sharded as training
 from olmoe_train.checkpoint.directory import (
     CheckpointError,
     checkpoint_path,
@@ -22,8 +22,8 @@ from olmoe_train.checkpoint.directory import (
     superseded,
     verify,
 )
-from olmoe_train.checkpoint.training import open_model_tensors, save_checkpoint
-from olmoe_train.errors import UserError
+from olmoe_train.checkpoint.sharded import open_model_tensors, save_checkpoint
+from olmoe_train.utils.errors import UserError
 from tests.distributed.tiny import build, train_step, whole
 from tests.spawn import RankError, run_ranks
 

@@ -9,25 +9,23 @@ from pathlib import Path
 import pytest
 
 from olmoe_train import config as schemas
-from olmoe_train.choices import BalanceScope, ExpertsBackend, Precision, Strategy
-from olmoe_train.cli import documented_keys, help_text, run_verb
-from olmoe_train.config import (
+from olmoe_train.cli.app import run_verb
+from olmoe_train.config.choices import BalanceScope, ExpertsBackend, Precision, Strategy
+from olmoe_train.config.data import DataConfig, MixtureSource, OlmoFilesConfig, SourceConfig
+from olmoe_train.config.model import ModelConfig
+from olmoe_train.config.reference import documented_keys, help_text
+from olmoe_train.config.train import (
     CheckpointConfig,
-    DataConfig,
     LossConfig,
-    MixtureSource,
-    ModelConfig,
     OptimizerConfig,
     ParallelConfig,
     SchedulerConfig,
-    SourceConfig,
     TrainConfig,
     TrainerConfig,
 )
-from olmoe_train.data.config import OlmoFilesConfig
-from olmoe_train.errors import UserError
-from olmoe_train.validation import validate
-from olmoe_train.validation_backend import backend_errors
+from olmoe_train.training.preflight.backend import backend_errors
+from olmoe_train.training.preflight.checks import validate
+from olmoe_train.utils.errors import UserError
 from tests.prepared_data import write_prepared
 
 
@@ -270,7 +268,7 @@ def test_every_option_is_documented(verb: str) -> None:
 
 
 def olmoe(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
-    environment = os.environ | {"PYTHONPATH": str(Path(schemas.__file__).parents[1])}
+    environment = os.environ | {"PYTHONPATH": str(Path(schemas.__file__).parents[2])}
     command = [sys.executable, "-m", "olmoe_train", *arguments]
     return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=120)
 

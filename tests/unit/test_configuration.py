@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 import torch
 
-from olmoe_train.errors import UserError
 from olmoe_train.model.configuration import OlmoeConfig
+from olmoe_train.utils.errors import UserError
 
 # config.json of the OLMoE-1B-7B-0924 release, written by Transformers 4: spellings that must stay readable.
 RELEASED = {

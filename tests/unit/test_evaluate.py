@@ -10,13 +10,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from olmoe_train.choices import Packing
-from olmoe_train.config import DataConfig, EvaluateConfig, EvaluationConfig, MixtureSource
+from olmoe_train.cli.evaluate import check_data, main
+from olmoe_train.config.choices import Packing
+from olmoe_train.config.data import DataConfig, MixtureSource
+from olmoe_train.config.train import EvaluationConfig
+from olmoe_train.config.verbs import EvaluateConfig
 from olmoe_train.data.loader import build_eval_batches
 from olmoe_train.data.tokens import read_manifest
-from olmoe_train.errors import UserError
-from olmoe_train.evaluate import Evaluation, check_data, evaluate_data, evaluate_model, main
+from olmoe_train.evaluation.perplexity import Evaluation, evaluate_data, evaluate_model
 from olmoe_train.model import OlmoeConfig, OlmoeForCausalLM
+from olmoe_train.utils.errors import UserError
 from tests.prepared_data import EOS, write_prepared
 
 CPU = torch.device("cpu")

@@ -4,8 +4,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from olmoe_train.model import OlmoeConfig, experts
-from olmoe_train.model.experts import OlmoeExperts, pad_rows, sort_by_expert
+from olmoe_train.model import OlmoeConfig
+from olmoe_train.model.moe import experts
+from olmoe_train.model.moe.experts import OlmoeExperts, pad_rows, sort_by_expert
 
 TOKENS, HIDDEN = 96, 32
 

@@ -8,11 +8,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from olmoe_train.choices import Records, SourceKind
-from olmoe_train.config import PrepareConfig
-from olmoe_train.data.config import FieldFilter
-from olmoe_train.data.prepare import prepare
-from olmoe_train.errors import UserError
+from olmoe_train.config.choices import Records, SourceKind
+from olmoe_train.config.data import FieldFilter
+from olmoe_train.config.verbs import PrepareConfig
+from olmoe_train.data.prepare.pipeline import prepare
+from olmoe_train.utils.errors import UserError
 from tests.prepared_data import prepare_config, read_texts
 
 RECORDS: list[dict[str, Any]] = [

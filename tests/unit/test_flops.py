@@ -5,8 +5,8 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from olmoe_train.flops import parameter_counts, peak_flops, train_flops_per_token
 from olmoe_train.model import OlmoeConfig, OlmoeForCausalLM
+from olmoe_train.planning.flops import parameter_counts, peak_flops, train_flops_per_token
 
 OLMOE_1B_7B = OlmoeConfig(intermediate_size=1024)  # the other defaults are the released model's
 

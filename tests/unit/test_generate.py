@@ -8,9 +8,10 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
 from torch import Tensor
 
-from olmoe_train.errors import UserError
-from olmoe_train.generate import choose, generate, quoted, stream_tokens
+from olmoe_train.cli.generate import quoted
 from olmoe_train.model import OlmoeConfig, OlmoeForCausalLM
+from olmoe_train.model.generation import choose, generate, stream_tokens
+from olmoe_train.utils.errors import UserError
 
 # Softmax 0.5, 0.25, 0.15, 0.1, in another order.
 LOGITS = torch.tensor([[0.15, 0.5, 0.1, 0.25]]).log()

@@ -7,9 +7,9 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from olmoe_train.config import TrainerConfig
+from olmoe_train.config.train import TrainerConfig
 from olmoe_train.distributed.mesh import init_distributed
-from olmoe_train.guard import ENOUGH, WINDOW, StepGuard
+from olmoe_train.optim.skip_step import ENOUGH, WINDOW, StepGuard
 from tests.spawn import run_ranks
 
 CPU = torch.device("cpu")

@@ -11,16 +11,10 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from olmoe_train.checkpoint.hf import (
-    holds_model,
-    hub_parts,
-    plan_shards,
-    save_pretrained,
-    write_directory,
-)
-from olmoe_train.checkpoint.hf_files import byte_count
-from olmoe_train.errors import UserError
 from olmoe_train.model import OlmoeConfig, OlmoeForCausalLM, OlmoeModel
+from olmoe_train.model.hf.directory import holds_model, hub_parts, plan_shards, write_directory
+from olmoe_train.utils.errors import UserError
+from olmoe_train.utils.tensor_files import byte_count
 from tests.hf_directories import SIZES, assert_same, edit_json, make, tensors_of
 
 
@@ -124,7 +118,7 @@ def test_byte_count_refuses(text: str) -> None:
 
 def test_dtype_of_what_is_written_and_read(tmp_path: Path) -> None:
     model = make()
-    save_pretrained(model, tmp_path / "bf16", dtype=torch.bfloat16)
+    model.save_pretrained(tmp_path / "bf16", dtype=torch.bfloat16)
     assert {t.dtype for t in tensors_of(tmp_path / "bf16").values()} == {torch.bfloat16}
     assert_same(OlmoeForCausalLM.from_pretrained(tmp_path / "bf16"), make().bfloat16())
     wide = OlmoeForCausalLM.from_pretrained(tmp_path / "bf16", dtype=torch.float32)
@@ -136,7 +130,7 @@ def test_dtype_of_what_is_written_and_read(tmp_path: Path) -> None:
 
 
 def test_dtype_is_the_tensors_where_the_config_has_none(tmp_path: Path) -> None:
-    save_pretrained(make(), tmp_path, dtype=torch.float16)
+    make().save_pretrained(tmp_path, dtype=torch.float16)
     edit_json(
         tmp_path / "config.json", lambda content: [content.pop(key) for key in ("dtype", "torch_dtype")]
     )
@@ -183,7 +177,7 @@ def test_writing_reads_one_parameter_at_a_time_and_each_once(tmp_path: Path) -> 
         calls.append(name)
         return parameters[name].detach()
 
-    write_directory(model.config, tmp_path, read, torch.float32, max_shard_size=700)
+    write_directory(OlmoeForCausalLM, model.config, tmp_path, read, torch.float32, max_shard_size=700)
     assert calls == list(parameters)
 
 
@@ -192,7 +186,7 @@ def test_a_failed_write_leaves_nothing(tmp_path: Path) -> None:
         raise OSError("disk on fire")
 
     with pytest.raises(OSError, match="disk on fire"):
-        write_directory(make().config, tmp_path / "out", read, torch.float32)
+        write_directory(OlmoeForCausalLM, make().config, tmp_path / "out", read, torch.float32)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -223,6 +217,7 @@ def test_tokenizer_files_come_along(tmp_path: Path) -> None:
     (tokenizer / "notes.txt").write_text("not a tokenizer file")
     parameters = dict(make().named_parameters())
     write_directory(
+        OlmoeForCausalLM,
         make().config,
         tmp_path / "out",
         lambda name: parameters[name].detach(),
@@ -241,12 +236,14 @@ def test_holds_model_compares_config_and_every_bit(tmp_path: Path) -> None:
 
     def holds(**changes: Any) -> bool:
         config = OlmoeConfig(**{**SIZES, **changes})
-        return holds_model(tmp_path, config, parameters.__getitem__, torch.float32)
+        return holds_model(OlmoeForCausalLM, tmp_path, config, parameters.__getitem__, torch.float32)
 
     assert holds()
     assert not holds(norm_topk_prob=True)
-    assert not holds_model(tmp_path, model.config, parameters.__getitem__, torch.bfloat16)
-    assert not holds_model(tmp_path / "nowhere", model.config, parameters.__getitem__, torch.float32)
+    assert not holds_model(OlmoeForCausalLM, tmp_path, model.config, parameters.__getitem__, torch.bfloat16)
+    assert not holds_model(
+        OlmoeForCausalLM, tmp_path / "nowhere", model.config, parameters.__getitem__, torch.float32
+    )
     weight = parameters["model.layers.1.mlp.experts.down_proj"]
     weight[2, 0, 0] = torch.nextafter(weight[2, 0, 0], torch.tensor(9.0))
     assert not holds()

@@ -11,9 +11,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from olmoe_train.checkpoint.source import load_into
-from olmoe_train.errors import UserError
+from olmoe_train.checkpoint.convert.source import load_into
 from olmoe_train.model import OlmoeForCausalLM
+from olmoe_train.utils.errors import UserError
 from tests.hf_directories import assert_same, edit_json, edit_tensors, make, tensors_of
 
 

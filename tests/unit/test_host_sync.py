@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
-from olmoe_train.choices import ActivationCheckpointing
-from olmoe_train.distributed.recompute import checkpoint_activations
+from olmoe_train.config.choices import ActivationCheckpointing
+from olmoe_train.distributed.activation_checkpointing import checkpoint_activations
 from olmoe_train.model import OlmoeConfig, OlmoeForCausalLM
 from olmoe_train.model.losses import router_losses
 

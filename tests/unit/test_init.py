@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from olmoe_train.model import OlmoeConfig, OlmoeForCausalLM
-from olmoe_train.model.init import init_weights, initial_value
+from olmoe_train.model.initialization import init_weights, initial_value
 
 
 def test_truncated_normal_at_three_standard_deviations() -> None:

@@ -11,13 +11,13 @@ import numpy as np
 import pytest
 import torch
 
-from olmoe_train.choices import Packing
-from olmoe_train.config import DataConfig, MixtureSource
+from olmoe_train.config.choices import Packing
+from olmoe_train.config.data import DataConfig, MixtureSource
 from olmoe_train.data.loader import TrainSamples, build_eval_batches, build_train_loader, fingerprint
-from olmoe_train.data.order import sample_for
+from olmoe_train.data.sample_order import sample_for
 from olmoe_train.data.tokens import open_split
-from olmoe_train.errors import UserError
-from olmoe_train.model.losses import IGNORE_INDEX
+from olmoe_train.model.cross_entropy import IGNORE_INDEX
+from olmoe_train.utils.errors import UserError
 from tests.prepared_data import EOS, PAD, add_loss_mask, write_prepared
 
 S = 4  # tokens a sequence

@@ -7,8 +7,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from olmoe_train.model import losses
-from olmoe_train.model.losses import cross_entropy_sum, load_balancing_loss, router_losses, router_z_loss
+from olmoe_train.model import cross_entropy, losses
+from olmoe_train.model.cross_entropy import cross_entropy_sum
+from olmoe_train.model.losses import load_balancing_loss, router_losses, router_z_loss
 
 
 def collapsed_logits(layers: int, tokens: int, experts: int, top_k: int, gap: float) -> list[Tensor]:
@@ -173,11 +174,11 @@ def test_unknown_convention_and_wrong_mask_are_named() -> None:
 
 @pytest.mark.parametrize("rows", [1, 7, 8, 20])
 def test_chunked_cross_entropy_equals_the_whole(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(losses, "HEAD_CHUNK_ROWS", 8)
+    monkeypatch.setattr(cross_entropy, "HEAD_CHUNK_ROWS", 8)
     torch.manual_seed(rows)
     hidden, weight = torch.randn(rows, 16, requires_grad=True), torch.randn(40, 16, requires_grad=True)
     labels = torch.randint(0, 40, (rows,))
-    labels[::3] = losses.IGNORE_INDEX
+    labels[::3] = cross_entropy.IGNORE_INDEX
     expected = F.cross_entropy(hidden @ weight.t(), labels, ignore_index=-100, reduction="sum")
     expected_grads = torch.autograd.grad(3.0 * expected, (hidden, weight))
     got = cross_entropy_sum(hidden, weight, labels)

@@ -12,15 +12,18 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from olmoe_train.choices import Packing, WandbMode
-from olmoe_train.config import DataConfig, LoggingConfig, TrainConfig, TrainerConfig, WandbConfig
+from olmoe_train.config.choices import Packing, WandbMode
+from olmoe_train.config.data import DataConfig
+from olmoe_train.config.train import LoggingConfig, TrainConfig, TrainerConfig, WandbConfig
 from olmoe_train.distributed.mesh import init_distributed
-from olmoe_train.evaluate import Evaluation
-from olmoe_train.metrics import MetricsWriter, StepMetrics, forget_after, router_entropy, start_wandb
+from olmoe_train.evaluation.perplexity import Evaluation
 from olmoe_train.model import OlmoeConfig
 from olmoe_train.model.outputs import TrainingOutput
-from olmoe_train.run_directory import Progress
-from olmoe_train.train import Losses, Totals
+from olmoe_train.run.loggers import forget_after, start_wandb
+from olmoe_train.training.batch import Totals
+from olmoe_train.training.metrics import MetricsWriter, StepMetrics, router_entropy
+from olmoe_train.training.objectives.next_token import Losses
+from olmoe_train.training.state import Progress
 from tests.spawn import run_ranks
 
 CPU = torch.device("cpu")

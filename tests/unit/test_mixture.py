@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from olmoe_train.config import DataConfig, MixtureSource
+from olmoe_train.config.data import DataConfig, MixtureSource
 from olmoe_train.data.mixture import Turns, mixture_errors, read_manifests, source_seed, sources
-from olmoe_train.errors import UserError
+from olmoe_train.utils.errors import UserError
 from tests.prepared_data import write_prepared
 
 

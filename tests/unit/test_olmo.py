@@ -9,16 +9,16 @@ import numpy as np
 import pytest
 import torch
 
-from olmoe_train.choices import DataFormat, Packing, TokenDtype
-from olmoe_train.config import DataConfig, PrepareConfig, SourceConfig, TokenizerConfig
-from olmoe_train.data import olmo
-from olmoe_train.data.config import OlmoFilesConfig
-from olmoe_train.data.corpus import find_parts
+from olmoe_train.config.choices import DataFormat, Packing, TokenDtype
+from olmoe_train.config.data import DataConfig, OlmoFilesConfig, SourceConfig, TokenizerConfig
+from olmoe_train.config.verbs import PrepareConfig
 from olmoe_train.data.loader import build_eval_batches, build_train_loader, fingerprint
 from olmoe_train.data.mixture import verify
-from olmoe_train.data.olmo import index_olmo_files
+from olmoe_train.data.prepare import olmo_files as olmo
+from olmoe_train.data.prepare.corpus import find_parts
+from olmoe_train.data.prepare.olmo_files import index_olmo_files
 from olmoe_train.data.tokens import open_split, read_manifest
-from olmoe_train.errors import UserError
+from olmoe_train.utils.errors import UserError
 from tests.chat_templates import TULU_3, write_tokenizer
 from tests.prepared_data import EOS, contents, write_prepared
 

@@ -5,9 +5,11 @@ from pathlib import Path
 
 import pytest
 
-from olmoe_train.choices import Packing, Schedule
-from olmoe_train.config import DataConfig, SchedulerConfig, TrainConfig, TrainerConfig
-from olmoe_train.optim import learning_rate, total_steps, warmup_and_decay_steps
+from olmoe_train.config.choices import Packing, Schedule
+from olmoe_train.config.data import DataConfig
+from olmoe_train.config.train import SchedulerConfig, TrainConfig, TrainerConfig
+from olmoe_train.optim.schedule import learning_rate
+from olmoe_train.planning.duration import total_steps, warmup_and_decay_steps
 from tests.prepared_data import write_prepared
 
 COSINE = SchedulerConfig(kind=Schedule.cosine)

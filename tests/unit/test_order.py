@@ -5,7 +5,7 @@ from collections import Counter
 
 import pytest
 
-from olmoe_train.data.order import _mix, permuted_index, sample_for
+from olmoe_train.data.sample_order import _mix, permuted_index, sample_for
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 7, 255, 256, 257, 1000, 4097])

@@ -11,7 +11,7 @@ import pytest
 from olmoe_train.data import packing
 from olmoe_train.data.packing import best_fit_decreasing, open_packs, pack_documents
 from olmoe_train.data.tokens import open_split
-from olmoe_train.errors import UserError
+from olmoe_train.utils.errors import UserError
 from tests.prepared_data import write_prepared
 
 

@@ -13,19 +13,16 @@ import pytest
 import torch
 
 from benchmarks.plan_memory import LiveBytes, measure, predict
-from olmoe_train.choices import ActivationCheckpointing, ExpertsBackend, Offload, Precision, Strategy
-from olmoe_train.communication import Group, Links, exchange, group, ring, step_traffic
-from olmoe_train.config import (
-    CheckpointConfig,
-    DataConfig,
-    ModelConfig,
-    ParallelConfig,
-    TrainConfig,
-    TrainerConfig,
-)
-from olmoe_train.distributed.recompute import checkpoint_activations
-from olmoe_train.errors import UserError
-from olmoe_train.memory import (
+from olmoe_train.cli.plan import check, is_valid
+from olmoe_train.config.choices import ActivationCheckpointing, ExpertsBackend, Offload, Precision, Strategy
+from olmoe_train.config.data import DataConfig
+from olmoe_train.config.model import ModelConfig
+from olmoe_train.config.train import CheckpointConfig, ParallelConfig, TrainConfig, TrainerConfig
+from olmoe_train.config.verbs import PlanConfig
+from olmoe_train.distributed.activation_checkpointing import checkpoint_activations
+from olmoe_train.model import OlmoeConfig, OlmoeForCausalLM
+from olmoe_train.model.losses import router_losses
+from olmoe_train.planning.memory import (
     Layout,
     MicroBatch,
     _layer_kept,
@@ -34,13 +31,9 @@ from olmoe_train.memory import (
     rank_memory,
     saved_activations,
 )
-from olmoe_train.memory_zero import host_memory
-from olmoe_train.model import OlmoeConfig, OlmoeForCausalLM
-from olmoe_train.model.losses import router_losses
-from olmoe_train.plan import (
+from olmoe_train.planning.memory_deepspeed import host_memory
+from olmoe_train.planning.report import (
     GIB,
-    PlanConfig,
-    check,
     fits,
     largest_micro_batch,
     memory_lines,
@@ -49,6 +42,8 @@ from olmoe_train.plan import (
     plan_speed,
     possible_layouts,
 )
+from olmoe_train.planning.traffic import Group, Links, exchange, group, ring, step_traffic
+from olmoe_train.utils.errors import UserError
 from tests.spawn import run_ranks
 
 OLMOE_1B_7B = OlmoeConfig(intermediate_size=1024)  # the other defaults are the released model's
@@ -129,7 +124,7 @@ def test_gathered_weights_that_are_kept_or_asked_for_ahead() -> None:
     assert plan_memory(cfg, plan_layout(cfg), ONE_SEQUENCE)[0] == rank_memory(
         OLMOE_1B_7B, replace(kept, prefetch=3), ONE_SEQUENCE
     )
-    assert plan_layout(cfg) in possible_layouts(cfg)
+    assert plan_layout(cfg) in possible_layouts(cfg, is_valid)
 
 
 def test_activations_of_the_released_model() -> None:
@@ -245,7 +240,7 @@ def test_speed_of_the_released_run() -> None:
 
 
 def test_layouts_are_those_that_train_takes() -> None:
-    layouts = possible_layouts(plan_config())
+    layouts = possible_layouts(plan_config(), is_valid)
     zero = [layout for layout in layouts if layout.strategy is Strategy.deepspeed]
     others = [layout for layout in layouts if layout.strategy is not Strategy.deepspeed]
     found = {(x.strategy.name, x.expert_parallel_size, x.replicate_size) for x in others}

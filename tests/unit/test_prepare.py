@@ -13,13 +13,14 @@ import pytest
 from tokenizers import Tokenizer, models
 from transformers import AutoTokenizer
 
-from olmoe_train.config import DataConfig, PrepareConfig
-from olmoe_train.data.config import SourceConfig, TokenizerConfig
-from olmoe_train.data.corpus import held_out, python_stdlib_parts
-from olmoe_train.data.prepare import prepare, unigram_entropy
+from olmoe_train.config.data import DataConfig, SourceConfig, TokenizerConfig
+from olmoe_train.config.verbs import PrepareConfig
+from olmoe_train.data.prepare.corpus import held_out, python_stdlib_parts
+from olmoe_train.data.prepare.pipeline import prepare
+from olmoe_train.data.prepare.shards import clear, new_directory
+from olmoe_train.data.prepare.summary import unigram_entropy
 from olmoe_train.data.tokens import Split, open_split
-from olmoe_train.data.writer import clear, new_directory
-from olmoe_train.errors import UserError
+from olmoe_train.utils.errors import UserError
 from tests.prepared_data import contents, prepare_config, read_documents
 
 FILES = 40
@@ -103,7 +104,7 @@ def test_unigram_entropy_by_hand() -> None:
 def test_same_bytes_from_one_process_and_from_three(
     stdlib: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("olmoe_train.data.reader.BATCH_BYTES", 2000)  # many batches of few files
+    monkeypatch.setattr("olmoe_train.data.prepare.batches.BATCH_BYTES", 2000)  # many batches of few files
     prepare(prepare_config(tmp_path / "one", processes=1))
     prepare(prepare_config(tmp_path / "three", processes=3))
     assert contents(tmp_path / "one") == contents(tmp_path / "three")

@@ -9,15 +9,18 @@ from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
 from omegaconf import OmegaConf
 
-from olmoe_train.choices import BalanceScope, Convention, Packing, Precision, Schedule
-from olmoe_train.cli import config_directory, to_config, writable
-from olmoe_train.config import TrainConfig, olmoe_config
+from olmoe_train.config.choices import BalanceScope, Convention, Packing, Precision, Schedule
+from olmoe_train.config.compose import to_config, writable
+from olmoe_train.config.model import olmoe_config
+from olmoe_train.config.reference import config_directory
+from olmoe_train.config.train import TrainConfig
 from olmoe_train.data.tokens import Manifest, Split
-from olmoe_train.errors import UserError
-from olmoe_train.flops import parameter_counts, train_flops_per_token
 from olmoe_train.model import OlmoeForCausalLM
-from olmoe_train.optim import learning_rate, total_steps, warmup_and_decay_steps
-from olmoe_train.validation import validate
+from olmoe_train.optim.schedule import learning_rate
+from olmoe_train.planning.duration import total_steps, warmup_and_decay_steps
+from olmoe_train.planning.flops import parameter_counts, train_flops_per_token
+from olmoe_train.training.preflight.checks import validate
+from olmoe_train.utils.errors import UserError
 
 
 def recipe(name: str, *overrides: str) -> TrainConfig:
@@ -126,7 +129,9 @@ def test_large_recipes_pass_a_dry_run_on_meta(name: str, monkeypatch: pytest.Mon
         train=split,
         validation=split,
     )
-    monkeypatch.setattr("olmoe_train.validation.read_manifests", lambda data: {"validation": manifest})
+    monkeypatch.setattr(
+        "olmoe_train.training.preflight.model_and_data.read_manifests", lambda data: {"validation": manifest}
+    )
     assert validate(cfg, world_size=64) == []
 
 

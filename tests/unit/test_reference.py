@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from olmoe_train.model import OlmoeConfig
-from olmoe_train.model.moe import OlmoeSparseMoeBlock
-from olmoe_train.model.reference import moe_block
+from olmoe_train.model.moe.block import OlmoeSparseMoeBlock
+from tests.support.moe_by_definition import moe_block
 
 
 def test_one_token_by_hand() -> None:

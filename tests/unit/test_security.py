@@ -17,18 +17,19 @@ import torch
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
 
+from olmoe_train.checkpoint.convert.source import load_source, run_config
 from olmoe_train.checkpoint.directory import CheckpointError, latest_checkpoint
-from olmoe_train.checkpoint.source import load_source, run_config
-from olmoe_train.checkpoint.training import open_model_tensors, save_checkpoint
-from olmoe_train.choices import SourceKind, WandbMode
-from olmoe_train.cli import run_verb
-from olmoe_train.config import ExportConfig, LoggingConfig, TrainConfig, WandbConfig
-from olmoe_train.data.config import FieldFilter
-from olmoe_train.data.prepare import prepare
-from olmoe_train.errors import UserError
-from olmoe_train.export import main as export
+from olmoe_train.checkpoint.sharded import open_model_tensors, save_checkpoint
+from olmoe_train.cli.app import run_verb
+from olmoe_train.cli.export import main as export
+from olmoe_train.config.choices import SourceKind, WandbMode
+from olmoe_train.config.data import FieldFilter
+from olmoe_train.config.train import LoggingConfig, TrainConfig, WandbConfig
+from olmoe_train.config.verbs import ExportConfig
+from olmoe_train.data.prepare.pipeline import prepare
 from olmoe_train.model import OlmoeConfig, OlmoeForCausalLM
-from olmoe_train.redaction import HIDDEN, redact, redact_text
+from olmoe_train.utils.errors import UserError
+from olmoe_train.utils.redaction import HIDDEN, redact, redact_text
 from tests.distributed.tiny import SIZES, build, train_step
 from tests.faults.training import at_step, config, run, write_data
 from tests.prepared_data import prepare_config

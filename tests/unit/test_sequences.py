@@ -6,8 +6,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from olmoe_train.choices import Packing
-from olmoe_train.config import DataConfig
+from olmoe_train.config.choices import Packing
+from olmoe_train.config.data import DataConfig
 from olmoe_train.data.sequences import Sequences, mask_repetition
 from olmoe_train.data.tokens import open_split
 from tests.prepared_data import EOS, PAD, add_loss_mask, write_prepared

@@ -13,8 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from olmoe_train.model import OlmoeConfig
-from olmoe_train.model.experts import OlmoeExperts, expert_indices, sort_by_expert
-from olmoe_train.model.sonicmoe import why_not_here
+from olmoe_train.model.moe.experts import OlmoeExperts, expert_indices, sort_by_expert
+from olmoe_train.model.moe.sonicmoe import why_not_here
 
 EXPERTS, TOP_K, HIDDEN, WIDTH, TOKENS = 6, 2, 16, 24, 40
 MISSING = why_not_here(torch.cuda.is_available())

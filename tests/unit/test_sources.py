@@ -12,12 +12,12 @@ import pyarrow.parquet as pq
 import pytest
 import zstandard
 
-from olmoe_train.choices import OnBadRecord, Records, SourceKind
-from olmoe_train.data.corpus import find_parts
-from olmoe_train.data.prepare import prepare
-from olmoe_train.data.reader import START, Position, numbered_lines, read_batches
-from olmoe_train.data.reading import Reading
-from olmoe_train.errors import UserError
+from olmoe_train.config.choices import OnBadRecord, Records, SourceKind
+from olmoe_train.data.prepare.batches import START, Position, numbered_lines, read_batches
+from olmoe_train.data.prepare.corpus import find_parts
+from olmoe_train.data.prepare.pipeline import prepare
+from olmoe_train.data.prepare.record_spec import Reading
+from olmoe_train.utils.errors import UserError
 from tests.prepared_data import contents, prepare_config, read_texts
 
 RECORDS = [
@@ -92,7 +92,7 @@ def test_globs_and_names_mean_the_same_as_the_folder(corpus: Path, tmp_path: Pat
 def test_same_bytes_from_one_process_and_from_two_anywhere(
     corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("olmoe_train.data.reader.BATCH_BYTES", 500)
+    monkeypatch.setattr("olmoe_train.data.prepare.batches.BATCH_BYTES", 500)
     prepare(files(tmp_path / "one", corpus))
     moved = tmp_path / "elsewhere"
     corpus.rename(moved)
@@ -187,8 +187,8 @@ def test_streamed_dataset(corpus: Path, tmp_path: Path) -> None:
 def test_reading_from_any_position_goes_on_exactly(
     corpus: Path, tmp_path: Path, layout: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("olmoe_train.data.reader.BATCH_BYTES", 300)
-    monkeypatch.setattr("olmoe_train.data.reader._ROWS", 4)
+    monkeypatch.setattr("olmoe_train.data.prepare.batches.BATCH_BYTES", 300)
+    monkeypatch.setattr("olmoe_train.data.prepare.batches._ROWS", 4)
     if layout in ("text", "mixed"):
         for number, text in enumerate(TEXTS[:9]):
             write(corpus / f"{number}.txt", text.encode())
@@ -227,7 +227,7 @@ def test_lines_are_the_same_however_the_bytes_come() -> None:
 
 
 def test_line_over_the_limit_is_cut_and_measured(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("olmoe_train.data.reader.CUT_BYTES", 5)
+    monkeypatch.setattr("olmoe_train.data.prepare.batches.CUT_BYTES", 5)
     raw = b"a" * 10 + b"\n" + b"b" * 11 + b"\nc\n" + b"d" * 30
     for size in (1, 4, 16, 100):
         pieces = [raw[i : i + size] for i in range(0, len(raw), size)]

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from olmoe_train.data.tokens import open_split, read_manifest, verify_hashes
-from olmoe_train.errors import UserError
+from olmoe_train.utils.errors import UserError
 from tests.prepared_data import EOS, add_loss_mask, write_prepared
 
 DOCUMENTS = [[5, 6, 7], [8], [9, 10], [11, 12, 13, 14, 15, 16], [17]]

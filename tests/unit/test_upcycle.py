@@ -6,13 +6,14 @@ from typing import Any
 import pytest
 import torch
 
-import olmoe_train.upcycle
-from olmoe_train.cli import documented_keys, help_text
-from olmoe_train.errors import UserError
+from olmoe_train.checkpoint.convert import upcycle as upcycle_module
+from olmoe_train.checkpoint.convert.upcycle import model_overrides
+from olmoe_train.cli.upcycle import main as upcycle
+from olmoe_train.config.reference import documented_keys, help_text
+from olmoe_train.config.verbs import UpcycleConfig
 from olmoe_train.model import OlmoeConfig, OlmoeForCausalLM
-from olmoe_train.model.init import initial_value
-from olmoe_train.upcycle import UpcycleConfig, model_overrides
-from olmoe_train.upcycle import main as upcycle
+from olmoe_train.model.initialization import initial_value
+from olmoe_train.utils.errors import UserError
 from tests.hf_directories import SIZES
 from tests.prepared_data import write_prepared
 
@@ -116,13 +117,13 @@ def test_what_is_there_is_left_alone(dense: Path, capsys: pytest.CaptureFixture[
 
 def test_a_wrong_result_does_not_appear(dense: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The comparison of outputs is one: here down_proj is not what it should be."""
-    right = olmoe_train.upcycle.upcycled
+    right = upcycle_module.upcycled
 
     def wrong(*args: Any) -> Any:
         read = right(*args)
         return lambda name: 1.01 * read(name) if name == DOWN else read(name)
 
-    monkeypatch.setattr(olmoe_train.upcycle, "upcycled", wrong)
+    monkeypatch.setattr(upcycle_module, "upcycled", wrong)
     with pytest.raises(RuntimeError, match="should compute what the dense one does"):
         weights(dense, "moe", 4, 2)
     assert [path.name for path in dense.parent.iterdir()] == ["dense"]

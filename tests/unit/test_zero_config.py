@@ -7,18 +7,18 @@ from pathlib import Path
 
 import pytest
 
-from olmoe_train.choices import ActivationCheckpointing, Offload, Precision, Strategy
-from olmoe_train.config import (
+from olmoe_train.config.choices import ActivationCheckpointing, Offload, Precision, Strategy
+from olmoe_train.config.data import DataConfig
+from olmoe_train.config.train import (
     CheckpointConfig,
-    DataConfig,
     OptimizerConfig,
     ParallelConfig,
     TrainConfig,
     TrainerConfig,
 )
-from olmoe_train.distributed.zero_config import deepspeed_config
-from olmoe_train.errors import UserError
-from olmoe_train.validation import configuration_errors
+from olmoe_train.distributed.deepspeed_config import deepspeed_config
+from olmoe_train.training.preflight.checks import configuration_errors
+from olmoe_train.utils.errors import UserError
 
 TRAINER = TrainerConfig(max_steps=1, global_batch_size=16, micro_batch_size=2, precision=Precision.fp32)
 

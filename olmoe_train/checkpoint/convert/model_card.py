@@ -1,0 +1,147 @@
+"""README.md of an export: what the model is, what it was trained on and how well, and how to load it."""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+
+from olmoe_train.checkpoint.sharded import saved_state
+from olmoe_train.config.model import ModelConfig, olmoe_config
+from olmoe_train.data.tokens import read_manifest
+from olmoe_train.model import OlmoeConfig
+from olmoe_train.planning.flops import parameter_counts
+from olmoe_train.utils.errors import UserError
+from olmoe_train.utils.redaction import redact_text
+
+_CARD = """---
+library_name: transformers
+pipeline_tag: text-generation
+tags: [{tags}]
+---
+# {name}, step {step}
+
+{what}
+
+{how_to_load}
+
+## Losses
+
+{losses}
+
+## Data
+
+{data}
+
+## Training
+
+{tokens:,} tokens in {step:,} steps with olmoe-train. Configuration:
+
+```yaml
+{config}```
+"""
+
+
+_UPCYCLED = """---
+library_name: transformers
+pipeline_tag: text-generation
+tags: [olmoe, moe]
+---
+# Upcycled, not yet trained
+
+{what}
+
+{how_to_load}
+
+## How it was made
+
+Sparse upcycling (arXiv 2212.05055; 2409.02060, section 4.1.5) of the dense model {source}, by olmoe-train.
+
+{notes}
+"""
+
+_HOW_TO_LOAD = """```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained("PATH_OF_THIS_DIRECTORY")
+tokenizer = AutoTokenizer.from_pretrained("PATH_OF_THIS_DIRECTORY")
+```"""
+
+
+def model_card(run_dir: Path, checkpoint: Path) -> str:
+    """From the run's config.yaml, metrics.jsonl and data, as far as they are there."""
+    config: Any = OmegaConf.to_container(OmegaConf.load(run_dir / "config.yaml"))
+    state = {"step": 0, "tokens": 0} | saved_state(checkpoint)
+    model = olmoe_config(ModelConfig(**config["model"]))
+    shown = {key: config[key] for key in config if key not in ("checkpoint", "logging", "run_dir")}
+    card = _CARD.format(
+        name=run_dir.resolve().name,
+        step=state["step"],
+        tokens=state["tokens"],
+        tags="olmoe" if model.num_experts == 1 else "olmoe, moe",
+        what=_what(model),
+        how_to_load=_HOW_TO_LOAD,
+        losses=_losses(run_dir / "metrics.jsonl", state["step"]),
+        data=_data(config.get("data", {})),
+        config=OmegaConf.to_yaml(shown),
+    )
+    return redact_text(card)
+
+
+def upcycled_card(config: OlmoeConfig, source: str, notes: list[str], dense_card: str | None) -> str:
+    """Of an upcycled model: what was made of what, `notes` on how far it computes the same, and the dense
+    model's own card."""
+    lines = [f"- {note}" for note in notes]
+    if dense_card is not None:
+        lines += ["", "## The dense model", "", re.sub(r"\A---\n.*?\n---\n", "", dense_card, flags=re.DOTALL)]
+    return redact_text(
+        _UPCYCLED.format(
+            what=_what(config), how_to_load=_HOW_TO_LOAD, source=source, notes="\n".join(lines).rstrip()
+        )
+    )
+
+
+def _what(model: OlmoeConfig) -> str:
+    """A sentence with the model's kind and sizes."""
+    counts = parameter_counts(model)
+    if model.num_experts == 1:
+        return (
+            f"A dense language model of {counts.total:,} parameters in {model.num_hidden_layers} layers, "
+            "stored as an OLMoE (arXiv 2409.02060) whose one expert takes every token."
+        )
+    return (
+        f"An OLMoE mixture-of-experts language model (arXiv 2409.02060) of {counts.total:,} parameters, of "
+        f"which {counts.active:,} act on a token: {model.num_hidden_layers} layers, {model.num_experts} "
+        f"experts a layer, {model.num_experts_per_tok} a token."
+    )
+
+
+def _losses(metrics: Path, step: int) -> str:
+    """A table of the last values up to `step`."""
+    records = map(json.loads, metrics.read_text().splitlines()) if metrics.is_file() else ()
+    last: dict[str, tuple[int, float]] = {}
+    for record in records:
+        shown = {
+            k: v for k, v in record.items() if k.startswith(("train/", "eval/")) and record["step"] <= step
+        }
+        last |= {key: (record["step"], value) for key, value in shown.items() if value is not None}
+    rows = [f"| {key} | {value:.6g} | {at} |" for key, (at, value) in sorted(last.items())]
+    return "\n".join(["| | value | step |", "|---|---|---|", *rows]) if rows else "Not recorded."
+
+
+def _data(data: dict[str, Any]) -> str:
+    """A line for each source: its share of the training tokens, and how much there is of it."""
+    if "dir" not in data:
+        return "Not recorded."
+    root, lines = Path(data["dir"]).expanduser(), []
+    parts = data.get("mixture") or [{"dir": "", "weight": 1.0}]
+    weights = [float(part.get("weight") or part.get("tokens") or 0) for part in parts]
+    for part, weight in zip(parts, weights, strict=True):
+        try:
+            manifest = read_manifest(root / part["dir"])
+        except UserError:
+            return "Not recorded."
+        what = f"{weight / sum(weights):.1%} {manifest.source}: {manifest.train.tokens:,} tokens"
+        lines.append(f"- {what} in {manifest.train.documents:,} documents")
+    return "\n".join([*lines, "", f"Sequences of {data['sequence_length']:,} tokens."])

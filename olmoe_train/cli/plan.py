@@ -1,0 +1,58 @@
+"""What a training run would need: memory per rank, which layouts fit, speed and days. Nothing is allocated.
+
+Takes every key of `olmoe train` (experiment=olmoe_1b_7b_0924, ...) and those of the cluster: gpus,
+gpu_memory_gib, mfu. No data and no GPU are needed.
+"""
+
+import sys
+from dataclasses import replace
+
+from olmoe_train.cli.app import run_verb
+from olmoe_train.config.verbs import PlanConfig
+from olmoe_train.planning.report import layout_lines, memory_lines, run_lines
+from olmoe_train.training.preflight.checks import configuration_errors
+from olmoe_train.utils.errors import UserError
+
+
+def check(cfg: PlanConfig) -> None:
+    """UserError that lists everything wrong with the configuration; data need not be there."""
+    errors = []
+    for key in ("gpus", "gpu_memory_gib", "mfu", "gpu_tflops"):
+        value = getattr(cfg, key)
+        if value is not None and value <= 0:
+            errors.append(f"{key}={value}: must be positive")
+    if cfg.mfu > 1:
+        errors.append(f"mfu={cfg.mfu}: is a share of the GPU's peak, at most 1; 40% is mfu=0.4")
+    if not 0 <= cfg.reserve_gib < cfg.gpu_memory_gib:
+        errors.append(
+            f"reserve_gib={cfg.reserve_gib}: must be at least 0 and below gpu_memory_gib={cfg.gpu_memory_gib}"
+        )
+    trainer = cfg.trainer
+    if trainer.max_epochs is not None and trainer.max_steps is None and trainer.max_tokens is None:
+        errors.append(
+            f"trainer.max_epochs={trainer.max_epochs}: a plan reads no data, which would say what that is; "
+            "give trainer.max_steps or trainer.max_tokens"
+        )
+    if cfg.gpus > 0:
+        errors += configuration_errors(cfg, cfg.gpus)
+    if errors:
+        count = f"{len(errors)} errors" if len(errors) > 1 else "1 error"
+        raise UserError("\n  - ".join([f"{count} in the configuration:", *errors]))
+
+
+def is_valid(cfg: PlanConfig) -> bool:
+    return not configuration_errors(cfg, cfg.gpus)
+
+
+def main(cfg: PlanConfig) -> None:
+    check(cfg)
+    cfg = replace(cfg, trainer=replace(cfg.trainer, max_epochs=None))
+    print("\n".join([*run_lines(cfg), "", *memory_lines(cfg), "", *layout_lines(cfg, is_valid)]))
+
+
+def run() -> int:
+    return run_verb("plan", PlanConfig, main, __doc__)
+
+
+if __name__ == "__main__":
+    sys.exit(run())

@@ -1,0 +1,291 @@
+"""Writing prepared data: shards of a split, and a directory that appears whole or not at all."""
+
+import fcntl
+import hashlib
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from olmoe_train.data.tokens import ENDS_DTYPE, Shard, Split, shard_files
+from olmoe_train.utils.errors import UserError
+from olmoe_train.utils.files import sync
+
+EMPTY_SHA256 = hashlib.sha256().hexdigest()
+LOCK = "lock"
+_BLOCK = 1 << 24  # bytes; a multiple of every dtype's
+
+
+class ChangedError(Exception):
+    """What an interrupted preparation left is not what it recorded; the message names the file."""
+
+
+class SplitWriter:
+    """Documents in; shards `root/split/shard-00000.npy` and their document indexes out.
+
+    A document is never cut: a shard is closed before the document that would take it past `shard_tokens`, and
+    a longer document has a shard of its own. Constant memory.
+    """
+
+    def __init__(
+        self,
+        root: Path,
+        split: str,
+        shard_tokens: int,
+        vocab_size: int,
+        dtype: np.dtype[Any],
+        masked: bool = False,
+        progress: dict[str, Any] | None = None,
+    ):
+        """masked: with a loss mask.
+
+        progress: what `save` returned; the files are cut back to it and go on from there.
+
+        Raises ChangedError where they do not hold what they did.
+        """
+        self._root = root
+        self._split = split
+        self._shard_tokens = shard_tokens
+        self._dtype = dtype
+        self._masked = masked
+        self._closed: list[Shard] = []
+        self._open: _OpenShard | None = None
+        self._text_bytes = 0
+        self.counts = np.zeros(vocab_size, np.int64)
+        """Occurrences of each token id among the targets."""
+        (root / split).mkdir(exist_ok=True)
+        if progress is not None:
+            self._restore(progress)
+
+    @property
+    def shards_closed(self) -> int:
+        return len(self._closed)
+
+    def add(
+        self, tokens: np.ndarray, lengths: list[int], text_bytes: int, targets: np.ndarray | None = None
+    ) -> None:
+        """Append documents: `tokens` (of the shards' dtype) is their concatenation, each ended by its eos.
+
+        targets: a uint8 a token, 1 for those to be predicted; given where the shards are masked.
+        """
+        assert (targets is not None) == self._masked
+        self._text_bytes += text_bytes
+        self._count(tokens, targets)
+        start = 0
+        for length in lengths:
+            if self._open is None or self._open.tokens + length > self._shard_tokens:
+                self._close_shard()
+                self._open = _OpenShard(self._root, self._stem(), None, self._dtype, self._masked)
+            document = slice(start, start + length)
+            self._open.add(tokens[document], None if targets is None else targets[document])
+            start += length
+
+    def save(self) -> dict[str, Any]:
+        """All that was added is on disk when this returns. What to restore it from, as JSON."""
+        return {
+            "text_bytes": self._text_bytes,
+            "closed": [asdict(shard) for shard in self._closed],
+            "open": asdict(self._open.save()) if self._open else None,
+        }
+
+    def finish(self) -> Split:
+        """Close the last shard and describe what was written."""
+        self._close_shard()
+        documents = sum(shard.documents for shard in self._closed)
+        tokens = sum(shard.tokens for shard in self._closed)
+        return Split(documents, tokens, self._text_bytes, tuple(self._closed))
+
+    def _stem(self) -> str:
+        return f"{self._split}/shard-{len(self._closed):05d}"
+
+    def _close_shard(self) -> None:
+        if self._open is not None:
+            self._closed.append(self._open.close())
+            self._open = None
+
+    def _restore(self, progress: dict[str, Any]) -> None:
+        self._text_bytes = progress["text_bytes"]
+        self._closed = [Shard(**shard) for shard in progress["closed"]]
+        for shard in self._closed:
+            for path, sha256 in shard_files(shard):
+                _check_hash(self._root / path, sha256)
+            self._count_shard(shard)
+        if progress["open"] is not None:
+            shard = Shard(**progress["open"])
+            self._open = _OpenShard(self._root, self._stem(), shard, self._dtype, self._masked)
+            self._count_shard(shard)
+
+    def _count(self, tokens: np.ndarray, targets: np.ndarray | None) -> None:
+        if targets is not None:
+            tokens = tokens[targets == 1]
+        self.counts += np.bincount(tokens, minlength=len(self.counts))
+
+    def _count_shard(self, shard: Shard) -> None:
+        """In bounded memory."""
+        tokens = (
+            np.memmap(self._root / shard.path, self._dtype, mode="r") if shard.tokens else np.empty(0, int)
+        )
+        mask = np.memmap(self._root / shard.mask_path, np.uint8, mode="r") if shard.mask_path else None
+        for start in range(0, shard.tokens, _BLOCK):
+            block = slice(start, min(start + _BLOCK, shard.tokens))
+            self._count(tokens[block], None if mask is None else mask[block])
+
+
+def _check_hash(path: Path, expected: str) -> None:
+    """ChangedError where the file's hash is another."""
+    if not path.is_file():
+        raise ChangedError(f"{path.name} is gone")
+    with path.open("rb") as file:
+        if hashlib.file_digest(file, "sha256").hexdigest() != expected:
+            raise ChangedError(f"{path.name} changed")
+
+
+class _HashedFile:
+    """A file that is only appended to, with the hash of its contents."""
+
+    def __init__(self, path: Path, size: int = 0, sha256: str = EMPTY_SHA256):
+        """Goes on after `size` bytes, whose hash must be `sha256` (else ChangedError)."""
+        self._hash = hashlib.sha256()
+        self._file = path.open("r+b" if size else "wb")
+        left = size
+        while left and (block := self._file.read(min(_BLOCK, left))):
+            self._hash.update(block)
+            left -= len(block)
+        if left or self.sha256 != sha256:
+            raise ChangedError(f"{path.name} changed")
+        self._file.truncate()
+
+    def append(self, raw: bytes) -> None:
+        self._file.write(raw)
+        self._hash.update(raw)
+
+    def sync(self) -> None:
+        self._file.flush()
+        os.fsync(self._file.fileno())
+
+    def close(self) -> None:
+        self.sync()
+        self._file.close()
+
+    @property
+    def sha256(self) -> str:
+        return self._hash.hexdigest()
+
+
+class _OpenShard:
+    def __init__(self, root: Path, stem: str, saved: Shard | None, dtype: np.dtype[Any], masked: bool):
+        self.path = f"{stem}.npy"
+        # Not .npy: whoever trains on `*.npy` must not read them as tokens.
+        self._ends_path = f"{stem}.ends.u64"
+        self._mask_path = f"{stem}.mask.u8" if masked else None
+        self.tokens = saved.tokens if saved else 0
+        self._documents = saved.documents if saved else 0
+        self._mask: _HashedFile | None = None
+        if saved:
+            size, ends_size = saved.tokens * dtype.itemsize, saved.documents * ENDS_DTYPE.itemsize
+            self._file = _HashedFile(root / self.path, size, saved.sha256)
+            self._ends = _HashedFile(root / self._ends_path, ends_size, saved.ends_sha256)
+            if self._mask_path and saved.mask_sha256:
+                self._mask = _HashedFile(root / self._mask_path, saved.tokens, saved.mask_sha256)
+        else:
+            self._file, self._ends = _HashedFile(root / self.path), _HashedFile(root / self._ends_path)
+            if self._mask_path:
+                self._mask = _HashedFile(root / self._mask_path)
+
+    def add(self, document: np.ndarray, mask: np.ndarray | None) -> None:
+        self._file.append(document.tobytes())
+        self.tokens += len(document)
+        self._documents += 1
+        self._ends.append(self.tokens.to_bytes(ENDS_DTYPE.itemsize, "little"))
+        if self._mask is not None and mask is not None:
+            self._mask.append(mask.tobytes())
+
+    def save(self) -> Shard:
+        """Synced, and described as far as it goes."""
+        for file in self._files():
+            file.sync()
+        return Shard(
+            path=self.path,
+            tokens=self.tokens,
+            sha256=self._file.sha256,
+            ends_path=self._ends_path,
+            documents=self._documents,
+            ends_sha256=self._ends.sha256,
+            mask_path=self._mask_path,
+            mask_sha256=self._mask.sha256 if self._mask else None,
+        )
+
+    def close(self) -> Shard:
+        shard = self.save()
+        for file in self._files():
+            file.close()
+        return shard
+
+    def _files(self) -> list[_HashedFile]:
+        return [file for file in (self._file, self._ends, self._mask) if file is not None]
+
+
+@contextmanager
+def new_directory(final: Path, keep: Callable[[Path], bool] = lambda partial: False) -> Iterator[Path]:
+    """A directory to write into, beside `final`; it is renamed to `final` when the block ends well.
+
+    It is synced first: after a crash or a power cut, `final` is complete or not there. It is given as an
+    interrupted run left it. When the block fails it is deleted, unless `keep` says that there is something to
+    go on from. UserError where `final` is taken, or two runs want it at once.
+    """
+    if final.exists() and (not final.is_dir() or any(final.iterdir())):
+        raise UserError(
+            f"data.dir={final}: exists and is not prepared data.\n  Choose a directory that is new or empty."
+        )
+    if final.is_mount():
+        raise UserError(
+            f"data.dir={final}: is a mount point, which cannot be renamed into; choose {final / 'data'}."
+        )
+    partial = final.with_name(f".{final.name}.partial")
+    partial.mkdir(parents=True, exist_ok=True)
+    lock = partial / LOCK
+    with lock.open("w") as held:
+        try:
+            fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(
+                f"data.dir={final}: another `olmoe prepare` is writing it; wait for it."
+            ) from None
+        try:
+            yield partial
+            lock.unlink()
+            _sync_tree(partial)
+            partial.rename(final)
+            sync(final.parent)
+        except BaseException:
+            if not keep(partial):
+                shutil.rmtree(partial, ignore_errors=True)
+            raise
+
+
+def clear(partial: Path) -> None:
+    """Delete what an interrupted run left, except the lock."""
+    for path in partial.iterdir():
+        if path.is_dir():
+            shutil.rmtree(path)
+        elif path.name != LOCK:
+            path.unlink()
+
+
+def replace_durably(path: Path, contents: str) -> None:
+    """Write a small file anew: after a crash it has the old or the new contents, whole."""
+    new = path.with_name(f"{path.name}.new")
+    new.write_text(contents, encoding="utf-8")
+    sync(new)
+    new.rename(path)
+    sync(path.parent)
+
+
+def _sync_tree(directory: Path) -> None:
+    for path in [*directory.rglob("*"), directory]:
+        sync(path)

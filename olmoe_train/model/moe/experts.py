@@ -1,0 +1,263 @@
+"""What the experts compute, forward and backward, from unsorted inputs to weighted sums.
+
+Shapes: N inputs (tokens, or rows that arrived from other ranks), J experts an input goes to (K of a token, 1
+of an arrived row), R sorted rows (N x J, and padding), D hidden, F expert width, H both halves of gate and up
+(2 F), E experts of this rank; I and O any two widths.
+
+One autograd function keeps a layer's memory independent of how many experts share the width: it saves its
+input and the pre-activations, D N + H R elements, and makes everything else again in backward. The gradient
+of a routing weight is the product of the down projection's input and that input's gradient, so that the
+experts' results need not be kept either (SonicMoE, arXiv 2512.14080, section 3).
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from olmoe_train.model.activations import ACTIVATIONS
+from olmoe_train.model.configuration import OlmoeConfig
+from olmoe_train.model.moe.sonicmoe import sonic_experts
+
+# A bf16 matmul on a CPU is set up anew for every number of rows (a oneDNN primitive), and routing changes all
+# of them every step. Multiples of 32 are few enough to stay in oneDNN's cache of 1024 primitives.
+CPU_ROW_MULTIPLE = 32
+
+
+# Rows of each expert on the host, or where they end on the device (int32 [E]).
+Groups = list[int] | Tensor
+
+
+@dataclass(frozen=True)
+class Routing:
+    """Where the experts' rows come from and go back to, for one dispatch on one rank."""
+
+    token_R: Tensor
+    """int64 [R]: the input that each sorted row copies."""
+    choice_R: Tensor
+    """int64 [R]: the flat (input, choice) index, input x J + choice, of each sorted row."""
+    row_NJ: Tensor
+    """int64 [N, J]: the sorted row of each (input, choice); the inverse of choice_R."""
+    counts_E: Tensor
+    """int64 [E]: rows of each expert, in row order."""
+    padding: Tensor | None = None
+    """int64: rows that stand for nothing, if there are any (pad_rows)."""
+    exchange: Any = None
+    """How the inputs came from other ranks (distributed/expert_parallel.py); None on one rank."""
+
+
+def sort_by_expert(expert_indices_NJ: Tensor, num_experts: int) -> Routing:
+    """Group the N x J (input, choice) pairs by expert, inputs in order inside an expert. No host sync."""
+    flat_R = expert_indices_NJ.reshape(-1)
+    choice_R = flat_R.argsort(stable=True)
+    row_R = torch.empty_like(choice_R)
+    row_R[choice_R] = torch.arange(flat_R.numel(), device=flat_R.device)
+    counts_E = torch.zeros(num_experts, dtype=torch.long, device=flat_R.device)
+    counts_E.scatter_add_(0, flat_R, torch.ones_like(flat_R))
+    return Routing(
+        choice_R // expert_indices_NJ.shape[1], choice_R, row_R.view_as(expert_indices_NJ), counts_E
+    )
+
+
+def expert_indices(routing: Routing) -> Tensor:
+    """expert_indices_NJ that sort_by_expert was given, int64."""
+    return torch.searchsorted(routing.counts_E.cumsum(0), routing.row_NJ, right=True)
+
+
+def _padding_pays(x_ND: Tensor, routing: Routing) -> bool:
+    """Not where most rows would be padding, as when a token is decoded."""
+    rows, experts = routing.token_R.numel(), routing.counts_E.numel()
+    return x_ND.device.type == "cpu" and x_ND.dtype.itemsize == 2 and rows >= CPU_ROW_MULTIPLE * experts
+
+
+def pad_rows(routing: Routing, multiple: int) -> Routing:
+    """Each expert's rows filled up to a multiple; the added rows copy input 0 and are listed in `padding`."""
+    counts_E = routing.counts_E
+    padded_E = (counts_E + multiple - 1) // multiple * multiple
+    shift_E = exclusive_sum(padded_E) - exclusive_sum(counts_E)
+    rows = routing.token_R.numel()
+    row_R = torch.arange(rows) + shift_E.repeat_interleave(counts_E, output_size=rows)
+    total = int(padded_E.sum())
+    is_padding = torch.ones(total, dtype=torch.bool).index_fill_(0, row_R, False)
+    return replace(
+        routing,
+        token_R=torch.zeros(total, dtype=torch.long).index_copy_(0, row_R, routing.token_R),
+        choice_R=torch.zeros(total, dtype=torch.long).index_copy_(0, row_R, routing.choice_R),
+        row_NJ=row_R[routing.row_NJ],
+        counts_E=padded_E,
+        padding=is_padding.nonzero().squeeze(1),
+    )
+
+
+def exclusive_sum(counts: Tensor) -> Tensor:
+    return counts.cumsum(0) - counts
+
+
+def gated(activation: Callable[[Tensor], Tensor], gate_up_RH: Tensor) -> Tensor:
+    """activation(gate) x up, [R, F]."""
+    gate_RF, up_RF = gate_up_RH.chunk(2, dim=-1)
+    return activation(gate_RF) * up_RF
+
+
+def gated_backward(
+    activation: Callable[[Tensor], Tensor], gate_up_RH: Tensor, d_RF: Tensor, weight_R: Tensor | None
+) -> tuple[Tensor, Tensor | None, Tensor]:
+    """From d, the gradient of weight x gated(...) rows: (weight x gated [R, F], d_weight [R], d_gate_up
+    [R, H])."""
+    gate_RF, up_RF = gate_up_RH.chunk(2, dim=-1)
+    active_RF, pull_back, *_ = torch.func.vjp(activation, gate_RF)
+    product_RF, d_weight_R = active_RF * up_RF, None
+    if weight_R is not None:
+        d_weight_R = (d_RF * product_RF).sum(-1, dtype=torch.float32)
+        weight_R1 = weight_R.unsqueeze(1)
+        d_RF, product_RF = d_RF * weight_R1, product_RF * weight_R1
+    d_gate_up_RH = torch.cat((pull_back(d_RF * up_RF)[0], d_RF * active_RF), dim=-1)
+    return product_RF, d_weight_R, d_gate_up_RH
+
+
+def all_experts(weight: Tensor) -> Tensor:
+    """The experts of this rank among those of the parameter."""
+    return weight
+
+
+class OlmoeExperts(nn.Module):
+    """E gated MLPs: down(act(gate(x)) * up(x)), weights stacked on the expert dimension, gate and up fused.
+
+    What others may replace: `own`, by expert parallelism, to pick this rank's experts; `gated` and
+    `gated_backward` by torch.compile.
+    """
+
+    def __init__(self, config: OlmoeConfig) -> None:
+        super().__init__()
+        experts, width, hidden = config.num_experts, config.intermediate_size, config.hidden_size
+        self.gate_up_proj = nn.Parameter(torch.empty(experts, 2 * width, hidden))
+        self.down_proj = nn.Parameter(torch.empty(experts, hidden, width))
+        self.activation = ACTIVATIONS[config.hidden_act]
+        self.backend = "auto"
+        self.own: Callable[[Tensor], Tensor] = all_experts
+        self.gated = gated
+        self.gated_backward = gated_backward
+
+    def forward(self, x_ND: Tensor, weights_NJ: Tensor | None, routing: Routing) -> Tensor:
+        """out_ND: for each input the sum over its experts of weight x expert(input).
+
+        weights_NJ: any float dtype; None: 1 each. routing: of these inputs, from sort_by_expert.
+        """
+        gate_up_EHD, down_EDF = self.own(self.gate_up_proj), self.own(self.down_proj)
+        if self.backend == "sonicmoe":
+            assert weights_NJ is not None, "refused with expert parallelism"
+            return sonic_experts(x_ND, weights_NJ, expert_indices(routing), gate_up_EHD, down_EDF)
+        grouped = self.backend == "grouped_mm"
+        if self.backend == "auto":
+            grouped = self._grouped_is_faster(x_ND, routing) and fits_grouped_mm(gate_up_EHD, down_EDF)
+        return _Experts.apply(x_ND, weights_NJ, gate_up_EHD, down_EDF, routing, self, grouped)
+
+    def _grouped_is_faster(self, x_ND: Tensor, routing: Routing) -> bool:
+        """On a CPU only where several sequences are decoded (benchmarks/generate.py)."""
+        if x_ND.device.type != "cpu":
+            return True
+        rows, experts = routing.token_R.numel(), routing.counts_E.numel()
+        # The same way in all that training does: count_experts routes without gradients what follows with.
+        return not self.training and rows >= experts and not _padding_pays(x_ND, routing)
+
+
+class _Experts(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x_ND: Tensor,
+        weights_NJ: Tensor | None,
+        gate_up_EHD: Tensor,
+        down_EDF: Tensor,
+        routing: Routing,
+        experts: OlmoeExperts,
+        grouped: bool,
+    ) -> Tensor:
+        if not grouped and _padding_pays(x_ND, routing):
+            routing = pad_rows(routing, CPU_ROW_MULTIPLE)
+        counts_E = routing.counts_E
+        # For the grouped kernel the borders stay on the device; a loop reads them: a sync on CUDA.
+        groups: Groups = counts_E.cumsum(0).to(torch.int32) if grouped else counts_E.tolist()
+        x_RD = x_ND.index_select(0, routing.token_R)
+        gate_up_RH = multiply_rows(x_RD, gate_up_EHD.transpose(1, 2), groups)
+        del x_RD
+        gated_RF = experts.gated(experts.activation, gate_up_RH)
+        out_RD = multiply_rows(gated_RF, down_EDF.transpose(1, 2), groups)
+        ctx.save_for_backward(x_ND, weights_NJ, gate_up_EHD, down_EDF, gate_up_RH)
+        ctx.routing, ctx.experts, ctx.groups = routing, experts, groups
+        return sum_rows(out_RD, routing, weights_NJ)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, d_out_ND: Tensor) -> tuple[Tensor | None, ...]:
+        x_ND, weights_NJ, gate_up_EHD, down_EDF, gate_up_RH = ctx.saved_tensors
+        routing, experts, groups = ctx.routing, ctx.experts, ctx.groups
+        d_out_RD = d_out_ND.index_select(0, routing.token_R)
+        if routing.padding is not None:
+            d_out_RD.index_fill_(0, routing.padding, 0)
+        weight_R = None
+        if weights_NJ is not None:
+            weight_R = sorted_weights(weights_NJ, routing, x_ND.dtype)
+        d_gated_RF = multiply_rows(d_out_RD, down_EDF, groups)
+        weighted_RF, d_weight_R, d_gate_up_RH = experts.gated_backward(
+            experts.activation, gate_up_RH, d_gated_RF, weight_R
+        )
+        d_down_EDF = multiply_columns(d_out_RD, weighted_RF, groups)
+        x_RD = x_ND.index_select(0, routing.token_R)
+        d_gate_up_EHD = multiply_columns(d_gate_up_RH, x_RD, groups)
+        del d_out_RD, x_RD, weighted_RF
+        d_x_ND = sum_rows(multiply_rows(d_gate_up_RH, gate_up_EHD, groups), routing)
+        d_weights_NJ = None
+        if weights_NJ is not None:
+            d_weights_NJ = unsort_weights(d_weight_R, routing).to(weights_NJ.dtype)
+        return d_x_ND, d_weights_NJ, d_gate_up_EHD, d_down_EDF, None, None, None
+
+
+def fits_grouped_mm(*weights: Tensor) -> bool:
+    """F.grouped_mm asks for rows of whole 16 bytes, and knows no float64."""
+    return all(w.dtype != torch.float64 and w.shape[-1] * w.dtype.itemsize % 16 == 0 for w in weights)
+
+
+def sum_rows(rows_RD: Tensor, routing: Routing, weights_NJ: Tensor | None = None) -> Tensor:
+    """out_ND: for each input the sum, in fp32, of its sorted rows, times their weights if there are any."""
+    if weights_NJ is not None:
+        weights_NJ = weights_NJ.to(rows_RD.dtype)
+    # Gathers and sums at once: [N, J, D] is not made.
+    return F.embedding_bag(routing.row_NJ, rows_RD, mode="sum", per_sample_weights=weights_NJ)
+
+
+def sorted_weights(weights_NJ: Tensor, routing: Routing, dtype: torch.dtype) -> Tensor:
+    """weight_R: of each sorted row."""
+    return weights_NJ.to(dtype).view(-1).index_select(0, routing.choice_R)
+
+
+def unsort_weights(weight_R: Tensor, routing: Routing) -> Tensor:
+    """weights_NJ: of each input and choice."""
+    return weight_R.index_select(0, routing.row_NJ.view(-1)).view_as(routing.row_NJ)
+
+
+def multiply_rows(rows_RI: Tensor, weight_EIO: Tensor, groups: Groups) -> Tensor:
+    """Each expert's rows with its matrix, [R, O]."""
+    if isinstance(groups, Tensor):
+        return F.grouped_mm(rows_RI, weight_EIO, offs=groups)
+    out_RO = rows_RI.new_empty(len(rows_RI), weight_EIO.shape[2])
+    # A decoded token leaves most experts idle: no view is made of what they would have.
+    busy = [expert for expert, rows in enumerate(groups) if rows]
+    sizes = [groups[expert] for expert in busy]
+    for expert, rows, out in zip(busy, rows_RI.split(sizes), out_RO.split(sizes), strict=True):
+        torch.mm(rows, weight_EIO[expert], out=out)
+    return out_RO
+
+
+def multiply_columns(rows_RO: Tensor, rows_RI: Tensor, groups: Groups) -> Tensor:
+    """The sum over each expert's rows of their outer products, [E, O, I]."""
+    if isinstance(groups, Tensor):
+        return F.grouped_mm(rows_RO.t(), rows_RI, offs=groups)
+    out_EOI = rows_RI.new_empty(len(groups), rows_RO.shape[1], rows_RI.shape[1])
+    for left, right, out in zip(rows_RO.split(groups), rows_RI.split(groups), out_EOI.unbind(0), strict=True):
+        torch.mm(left.t(), right, out=out)
+    return out_EOI

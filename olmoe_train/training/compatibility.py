@@ -1,0 +1,129 @@
+"""What a resumed run does differently from the one that made the checkpoint, and whether it may."""
+
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+
+from olmoe_train.config.choices import BalanceScope, Schedule
+from olmoe_train.config.train import TrainConfig
+from olmoe_train.data.loader import fingerprint
+from olmoe_train.planning.duration import warmup_and_decay_steps
+from olmoe_train.utils.errors import UserError
+from olmoe_train.utils.redaction import redact
+
+log = logging.getLogger("olmoe")
+# Where and how to compute, and what to watch: keys and sections that no weight depends on. All others do.
+HARMLESS = (
+    "model.init_from",  # it gave the first step's weights; the checkpoint has later ones
+    "model.experts_backend",
+    "data.dir",  # their content and shares are compared by fingerprint
+    "data.mixture",
+    "data.verify_hashes",
+    "data.num_workers",
+    "data.source",
+    "trainer.stop_at_step",
+    "trainer.micro_batch_size",
+    "trainer.device",
+    "trainer.log_every",
+    "trainer.timeout",
+    "trainer.max_skipped_steps",
+    "trainer.spike_sigmas",
+    "trainer.compile",
+    "trainer.activation_checkpointing",
+    "parallel",
+    "checkpoint",
+    "logging",
+    "evaluation",
+)
+# These act through the steps at which warm-up and decay end, which are compared instead.
+SCHEDULE = (
+    "trainer.max_steps",
+    "trainer.max_tokens",
+    "trainer.max_epochs",
+    "scheduler.warmup_steps",
+    "scheduler.warmup_tokens",
+    "scheduler.warmup_fraction",
+    "scheduler.decay_steps",
+    "scheduler.decay_tokens",
+)
+# Parts of the data's fingerprint that are keys of the config as well.
+ALSO_CONFIG = ("seed", "sequence_length")
+
+
+@dataclass(frozen=True)
+class Change:
+    key: str
+    before: Any
+    now: Any
+
+    def __str__(self) -> str:
+        return f"{self.key}: {self.before} in the checkpoint, {self.now} now"
+
+
+def description(cfg: TrainConfig) -> dict[str, Any]:
+    """What a checkpoint says of the run that made it, as JSON; for `check_changes`."""
+    warmup_end, decay_end = warmup_and_decay_steps(cfg)
+    schedule = {"step at which the warm-up ends": warmup_end}
+    if cfg.scheduler.kind is not Schedule.constant:
+        schedule["step at which the decay ends"] = decay_end
+    config = OmegaConf.to_container(OmegaConf.structured(cfg), enum_to_str=True)
+    assert isinstance(config, dict)
+    del config["run_dir"]
+    return {
+        "config": redact(config),
+        "schedule": schedule,
+        "fingerprint": fingerprint(cfg.data, cfg.seed),
+    }
+
+
+def check_changes(saved: dict[str, Any], cfg: TrainConfig, checkpoint: Path) -> None:
+    """UserError that lists the changes since the checkpoint that alter the mathematics, unless
+    checkpoint.allow_changes names them; the others are logged."""
+    allowed = cfg.checkpoint.allow_changes
+    refused = []
+    for change in changes(saved, description(cfg)):
+        if not alters_mathematics(change.key, cfg):
+            log.info("changed since the checkpoint: %s", change)
+        elif _within(change.key, allowed):
+            log.warning("WARNING: changed since the checkpoint, and allowed to: %s", change)
+        else:
+            refused.append(change)
+    if refused:
+        keys = ",".join(sorted({change.key.split(" ")[0] for change in refused}))
+        what = f"{checkpoint} was made by a run that computes something else:"
+        fix = f"restore these, or go on all the same: checkpoint.allow_changes=[{keys}]"
+        raise UserError("\n  ".join([what, *map(str, refused), fix]))
+
+
+def changes(saved: dict[str, Any], now: dict[str, Any]) -> list[Change]:
+    """Every difference, key by key; a key that only one of them has counts as null in the other."""
+    before, after = (
+        _flat(of["config"])
+        | {f"scheduler ({key})": value for key, value in of["schedule"].items()}
+        | {f"data ({key})": value for key, value in of["fingerprint"].items() if key not in ALSO_CONFIG}
+        for of in (saved, now)
+    )
+    keys = [key for key in before | after if before.get(key) != after.get(key)]
+    return [Change(key, before.get(key), after.get(key)) for key in keys]
+
+
+def alters_mathematics(key: str, cfg: TrainConfig) -> bool:
+    if key == "trainer.micro_batch_size" and cfg.loss.balance_scope is BalanceScope.micro_batch:
+        return cfg.loss.router_aux_loss_coef != 0
+    return not _within(key, HARMLESS) and key not in SCHEDULE
+
+
+def _within(key: str, names: tuple[str, ...] | list[str]) -> bool:
+    """Whether one of the names is this key or a section it is in; what is in parentheses explains the key."""
+    bare = key.split(" ")[0]
+    return any(bare == name or bare.startswith(f"{name}.") for name in names)
+
+
+def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return flat

@@ -1,0 +1,349 @@
+"""DeepSpeed ZeRO 0 to 3 around the same model, losses, batches and checkpoints.
+
+Experts are spread by this project's own dispatch (expert_parallel.py), and DeepSpeed is told which ranks hold
+the same ones. Its AutoEP would put another MoE layer, with a router of its own, in the model's place.
+
+Before the first step and in every checkpoint the state is as FSDP2 has it: `build_model` makes a model that
+is sharded over the ranks in CPU memory. The engine starts from it, and fills such a model to be saved, one
+parameter at a time. So a checkpoint is that of every other strategy, without a pickle, no rank ever holds the
+whole model for it, and a run may go on under any other layout.
+"""
+
+import io
+import json
+import logging
+import os
+import shutil
+import warnings
+from collections.abc import Sequence
+from contextlib import redirect_stdout
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, Replicate, Shard
+
+from olmoe_train.checkpoint.sharded import MOMENTS
+from olmoe_train.config.choices import Precision, Strategy
+from olmoe_train.config.train import TrainConfig
+from olmoe_train.distributed.activation_checkpointing import checkpoint_activations
+from olmoe_train.distributed.compile import compile_layers
+from olmoe_train.distributed.deepspeed_config import deepspeed_config
+from olmoe_train.distributed.expert_parallel import apply_expert_parallelism, exchange_tokens
+from olmoe_train.distributed.fsdp import shard
+from olmoe_train.distributed.materialize import shard_slices
+from olmoe_train.distributed.mesh import build_mesh, local_tensor
+from olmoe_train.model import OlmoeForCausalLM
+from olmoe_train.model.moe.experts import OlmoeExperts
+from olmoe_train.model.outputs import TrainingOutput
+from olmoe_train.model.transformer import OlmoeDecoderLayer
+from olmoe_train.optim.build import build_optimizer
+from olmoe_train.optim.clipping import clip_gradients
+from olmoe_train.utils.errors import UserError
+
+
+def start_engine(
+    cfg: TrainConfig, stored: OlmoeForCausalLM, adamw: torch.optim.AdamW, device: torch.device
+) -> "ZeroEngine | None":
+    """The engine of parallel.strategy=deepspeed with these weights and moments, its configuration written to
+    run_dir/deepspeed.json; None for other strategies."""
+    if cfg.parallel.strategy is not Strategy.deepspeed:
+        return None
+    config = deepspeed_config(cfg, dist.get_world_size(), device.type == "cuda")
+    if dist.get_rank() == 0:
+        (Path(cfg.run_dir) / "deepspeed.json").write_text(json.dumps(config, indent=2) + "\n")
+    with redirect_stdout(io.StringIO()):  # DeepSpeed prints how it is getting on, on every rank
+        import_deepspeed(device)
+        return ZeroEngine(cfg, config, stored, adamw, device)
+
+
+class ZeroEngine:
+    """What the training loop does differently with DeepSpeed.
+
+    model: to be called by `training_forward`, as any other; ZeRO-3 gathers its parameters there.
+    optimizer: for its param_groups' learning rate.
+    """
+
+    def __init__(
+        self,
+        cfg: TrainConfig,
+        config: dict[str, Any],
+        stored: OlmoeForCausalLM,
+        adamw: torch.optim.AdamW,
+        device: torch.device,
+    ) -> None:
+        self.cfg, self.stage, self.device = cfg, cfg.parallel.zero_stage, device
+        self.model = _build(cfg, stored, config, device)
+        self._parameters: list[nn.Parameter] = list(self.model.parameters())
+        self._adamw = build_optimizer(_parameter_groups(self.model), cfg.optimizer)
+        self._norm = torch.zeros((), device=device)
+        if self.stage == 0:
+            self._adamw.register_step_pre_hook(self._clip_whole_gradients)
+        self._adamw.register_step_pre_hook(self._skip_not_finite)
+        self._engine = _start(self.model, self._adamw, config, cfg)
+        self.optimizer = self._engine.optimizer
+        self._take_over(stored, adamw)
+
+    def backward(self, loss: Tensor) -> None:
+        """Accumulate the gradients of a micro-batch's share of the step's loss."""
+        # DeepSpeed averages gradients over ranks; shares have to be summed.
+        self._engine.backward(loss * dist.get_world_size(), scale_wrt_gas=False)
+
+    def step(self) -> Tensor:
+        """Reduce, clip, update and clear the gradients; their norm before. Where that is not finite, the
+        weights were left alone."""
+        self._engine.step()
+        return self._norm if self.stage == 0 else torch.as_tensor(self._engine.get_global_grad_norm())
+
+    def stored(self) -> tuple[OlmoeForCausalLM, torch.optim.AdamW]:
+        """Weights and moments as FSDP2 would have them, in CPU memory: what a checkpoint is written from;
+        collective."""
+        mesh = build_mesh(self.cfg.parallel, torch.device("cpu"))
+        with torch.device("meta"):
+            stored = OlmoeForCausalLM(self.model.config)
+        if mesh.expert is not None:
+            apply_expert_parallelism(stored, mesh.expert["expert"])
+        shard(stored, mesh, self.cfg)
+        stored.to_empty(device="cpu")
+        adamw = build_optimizer(stored.parameters(), self.cfg.optimizer)
+        count = next(state["step"] for state in self._adamw.state.values() if "step" in state)
+        for parameter, target in zip(self._parameters, stored.parameters(), strict=True):
+            index = shard_slices(target)
+            if mesh.expert is not None and target.ndim == 3:  # of experts, only this rank's are read
+                index = (slice(None), *index[1:])
+            state: dict[str, Tensor] = {"step": count.cpu().clone()}
+            state |= {moment: torch.zeros_like(target, requires_grad=False) for moment in MOMENTS}
+            adamw.state[target] = state
+            for key, tensor in ((None, target.detach()), *((moment, state[moment]) for moment in MOMENTS)):
+                local_tensor(tensor).copy_(self._read(parameter, key)[index])
+        return stored, adamw
+
+    # --- the engine's state, a parameter at a time --------------------------------------------------------
+
+    @torch.no_grad()
+    def _take_over(self, stored: OlmoeForCausalLM, adamw: torch.optim.AdamW) -> None:
+        """Give the engine the weights of a sharded model, and its moments if it was trained."""
+        pairs = list(zip(self._parameters, stored.parameters(), strict=True))
+        for parameter, source in pairs:
+            self._write(parameter, None, _gather(source))
+        # Made here for a new run too: DeepSpeed links a parameter to its moments after the first group's
+        # first step, when those of the other groups are not there yet (0.19, ZeRO-1 and 2).
+        steps = {float(state["step"]) for state in adamw.state.values()}
+        assert len(steps) <= 1, "parameters that were updated in different steps"
+        for flat in self._partitions():
+            step = torch.tensor(max(steps, default=0.0), dtype=torch.float32, device=flat.device)
+            self._adamw.state[flat] = {"step": step, **{key: torch.zeros_like(flat) for key in MOMENTS}}
+        if self.stage in (1, 2):
+            self.optimizer._lazy_init_hp_params_optimizer_state()
+        for parameter, source in pairs if adamw.state else ():
+            for moment in MOMENTS:
+                self._write(parameter, moment, _gather(adamw.state[source][moment]))
+
+    def _partitions(self) -> Sequence[Tensor]:
+        """The flat fp32 tensors that AdamW updates on this rank."""
+        if self.stage == 0:
+            return self._parameters
+        if self.stage == 3:
+            return self.optimizer.fp32_partitioned_groups_flat
+        one_by_one = getattr(self.optimizer, "single_partition_of_fp32_groups", None)
+        return one_by_one if one_by_one is not None else self.optimizer.fp32_groups_flat_partition
+
+    def _read(self, parameter: Any, moment: str | None) -> Tensor:
+        """A parameter in fp32 (None), or a moment of it, whole but for expert parallelism; collective."""
+        from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
+
+        if self.stage == 0:
+            return parameter.detach() if moment is None else self._adamw.state[parameter][moment]
+        if moment is None:
+            return safe_get_full_fp32_param(parameter)
+        return safe_get_full_optimizer_state(parameter, moment)
+
+    def _write(self, parameter: Any, moment: str | None, value: Tensor) -> None:
+        """The reverse of `_read`: each rank keeps what it holds of the value."""
+        from deepspeed import utils
+
+        if self.stage == 3:
+            # The last rank's part is padded; DeepSpeed's setter for whole values does not expect that.
+            size, rank = parameter.ds_tensor.numel(), parameter.ds_zero_partition_rank
+            part = value.flatten()[rank * size : (rank + 1) * size]
+            part = torch.nn.functional.pad(part, (0, size - len(part)))
+            if moment is None:
+                utils.safe_set_local_fp32_param(parameter, part)
+                parameter.ds_tensor.data.copy_(part)
+            else:
+                utils.safe_set_local_optimizer_state(parameter, part, moment)
+            return
+        if moment is None:
+            parameter.data.copy_(value)
+        elif self.stage == 0:
+            self._adamw.state[parameter][moment].copy_(value)
+        if self.stage > 0:
+            value = value.to(self.device)
+            if moment is None:
+                utils.safe_set_full_fp32_param(parameter, value)
+            else:
+                utils.safe_set_full_optimizer_state(parameter, value, moment)
+
+    def _clip_whole_gradients(self, *_: Any) -> None:
+        """ZeRO-0 clips by the mean of the ranks' norms, which with expert parallelism is no norm; ours is."""
+        self._norm = clip_gradients(self._parameters, self.cfg.optimizer.max_grad_norm, self._copies)
+
+    def _copies(self, parameter: nn.Parameter) -> int:
+        """Whole on every rank, but for experts: those are on every expert_parallel_size-th."""
+        return dist.get_world_size() // (self.cfg.parallel.expert_parallel_size if parameter.ndim == 3 else 1)
+
+    @torch.no_grad()
+    def _skip_not_finite(self, *_: Any) -> None:
+        """DeepSpeed looks for overflow in fp16 alone. Where found_inf is 1, fused AdamW does nothing."""
+        parameters = [p for group in self._adamw.param_groups for p in group["params"]]
+        bad = torch.zeros((), device=parameters[0].device)
+        for parameter in parameters:
+            if parameter.grad is not None:
+                bad += (~parameter.grad.isfinite()).any()
+        dist.all_reduce(bad)
+        self._adamw.found_inf = (bad > 0).float()  # type: ignore[attr-defined]
+
+
+# --- building the engine's model --------------------------------------------------------------------------
+
+
+def import_deepspeed(device: torch.device) -> None:
+    """Import DeepSpeed for this device, upon the process group that there is."""
+    compiler = os.environ.get("CXX", "c++")
+    if device.type == "cpu" and shutil.which(compiler) is None:
+        raise UserError(
+            f"parallel.strategy=deepspeed: on CPU DeepSpeed compiles its communication, and there is no "
+            f"{compiler}; install a C++ compiler, or use parallel.strategy=fsdp"
+        )
+    os.environ.setdefault("DS_ACCELERATOR", device.type)
+    os.environ.setdefault("LOCAL_RANK", "0")  # of a run without a launcher
+    import deepspeed
+
+    deepspeed.logger.setLevel(logging.WARNING)
+    # DeepSpeed 0.19 calls torch.distributed by names that torch 2.13 is about to rename.
+    warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)
+    deepspeed.init_distributed(dist_init_required=False)
+
+
+def parse_config(config: dict[str, Any], path: str | None) -> Any:
+    """DeepSpeed's own reading of the configuration. UserError with its complaint, if it has one."""
+    from deepspeed.runtime.config import DeepSpeedConfig
+
+    try:
+        return DeepSpeedConfig(config)
+    except Exception as error:  # pydantic's, asserts, ValueErrors: whatever one of a hundred options raises
+        raise UserError(f"parallel.deepspeed_config={path}: DeepSpeed does not take it: {error}") from error
+
+
+def _build(
+    cfg: TrainConfig, stored: OlmoeForCausalLM, config: dict[str, Any], device: torch.device
+) -> OlmoeForCausalLM:
+    """The model with this rank's experts, zeros as weights; with ZeRO-3 partitioned as soon as it is made."""
+    import deepspeed
+
+    with torch.device("meta"):
+        model = OlmoeForCausalLM(stored.config)
+    model.set_experts_backend(cfg.model.experts_backend.value)
+    if cfg.parallel.expert_parallel_size > 1:
+        _keep_own_experts(model, cfg.parallel.expert_parallel_size)
+    checkpoint_activations(model, cfg.trainer.activation_checkpointing)
+    if cfg.trainer.compile:
+        compile_layers(model)
+    if cfg.trainer.precision is Precision.bf16:
+        model.bfloat16()
+    for part in (model.model.embed_tokens, *model.model.layers, model.model.norm, model.lm_head):
+        part.to_empty(device=device)
+        if part is model.lm_head:
+            model.tie_weights()
+        for parameter in part.parameters():
+            parameter.data.zero_()
+        if cfg.parallel.expert_parallel_size > 1:
+            _mark_experts(part, cfg.parallel.expert_parallel_size)
+        if cfg.parallel.zero_stage == 3:
+            deepspeed.zero.Init(module=part, config_dict_or_path=config)
+    return model
+
+
+def _keep_own_experts(model: OlmoeForCausalLM, size: int) -> None:
+    """Cut the experts (on meta) to this rank's, and exchange tokens with the ranks of the others."""
+    from deepspeed.utils import groups
+
+    groups._create_expert_and_data_parallel(size)
+    for layer in model.model.layers:
+        assert isinstance(layer, OlmoeDecoderLayer)
+        for name, parameter in list(layer.mlp.experts.named_parameters(recurse=False)):
+            own = nn.Parameter(parameter.detach()[: len(parameter) // size])
+            layer.mlp.experts.register_parameter(name, own)
+        exchange_tokens(layer.mlp, groups._get_expert_parallel_group(f"ep_size_{size}"))
+
+
+def _mark_experts(part: nn.Module, size: int) -> None:
+    """Tell DeepSpeed that these parameters have copies on every size-th rank only."""
+    from deepspeed.utils import groups
+
+    name = f"ep_size_{size}"
+    experts = [module for module in part.modules() if isinstance(module, OlmoeExperts)]
+    parameter: Any
+    for module in experts:
+        for parameter in module.parameters(recurse=False):
+            parameter.allreduce, parameter.group_name = False, name  # ZeRO-0 to 2
+            parameter.ds_zero_placement_family = "autoep_expert"  # ZeRO-3
+            parameter.ds_zero_partition_group_name = name
+            parameter.ds_zero_partition_process_group = groups._get_expert_data_parallel_group(name)
+
+
+def _parameter_groups(model: OlmoeForCausalLM) -> list[dict[str, Any]]:
+    """AdamW's, one for each set of ranks that share parameters; DeepSpeed knows them by these names."""
+    dense = [p for p in model.parameters() if not hasattr(p, "group_name")]
+    experts = [p for p in model.parameters() if hasattr(p, "group_name")]
+    groups: list[dict[str, Any]] = [{"params": dense, "name": "dense"}]
+    if experts:
+        groups.append({"params": experts, "name": experts[0].group_name, "moe": True})
+    return groups
+
+
+def _start(
+    model: OlmoeForCausalLM, adamw: torch.optim.AdamW, config: dict[str, Any], cfg: TrainConfig
+) -> Any:
+    """The engine around a model, whose `training_forward` then is the engine's."""
+    from deepspeed import DeepSpeedEngine
+
+    class EngineWithExpertGroups(DeepSpeedEngine):
+        """Reads `allreduce` of parameters, as for DeepSpeed's own MoE layers, of which there are none."""
+
+        def _configure_distributed_model(self, model: nn.Module) -> None:
+            super()._configure_distributed_model(model)
+            self.has_moe_layers = True
+
+    # ZeRO-3 reads ds_zero_placement_family instead.
+    experts = cfg.parallel.expert_parallel_size > 1 and cfg.parallel.zero_stage < 3
+    forward = model.training_forward
+    # DeepSpeed looks for tensors in tuples, not in dataclasses, to know when backward begins.
+    model.forward = lambda *inputs, **named: _as_tuple(forward(*inputs, **named))  # type: ignore[method-assign]
+    engine = (EngineWithExpertGroups if experts else DeepSpeedEngine)(
+        args=None,
+        model=model,
+        optimizer=adamw,
+        dist_init_required=False,
+        config=config,
+        config_class=parse_config(config, cfg.parallel.deepspeed_config),
+    )
+    model.training_forward = lambda *inputs, **named: TrainingOutput(  # type: ignore[method-assign]
+        *engine(*inputs, **named)
+    )
+    return engine
+
+
+def _as_tuple(output: TrainingOutput) -> tuple[Any, ...]:
+    return output.ce_sum, output.router_logits, output.expert_indices
+
+
+def _gather(tensor: Tensor) -> Tensor:
+    """The whole of a sharded tensor, or with expert parallelism this rank's experts; collective."""
+    assert isinstance(tensor, DTensor)
+    names = tensor.device_mesh.mesh_dim_names
+    assert names is not None
+    placements = [Shard(0) if name == "expert" else Replicate() for name in names]
+    return tensor.redistribute(placements=placements).to_local()

@@ -1,0 +1,99 @@
+"""Checks of the model, its first weights, and the data it is to be trained on."""
+
+import math
+from pathlib import Path
+
+from olmoe_train.checkpoint.convert.source import tokenizer_directory
+from olmoe_train.config.model import olmoe_config
+from olmoe_train.config.reference import documented_keys
+from olmoe_train.config.train import TrainConfig
+from olmoe_train.data.mixture import mixture_errors, read_manifests, sources, verify
+from olmoe_train.model.hf.special_tokens import special_token_errors
+from olmoe_train.utils.errors import UserError
+
+
+def _model_errors(cfg: TrainConfig) -> list[str]:
+    errors: list[str] = []
+    try:
+        olmoe_config(cfg.model)
+    except UserError as error:
+        errors += [f"model: {line.removeprefix('- ')}" for line in str(error).splitlines()]
+    if cfg.data.sequence_length > cfg.model.max_position_embeddings:
+        errors.append(
+            f"data.sequence_length={cfg.data.sequence_length}: is beyond model.max_position_embeddings="
+            f"{cfg.model.max_position_embeddings}; lower the one or raise the other"
+        )
+    init_from = cfg.model.init_from
+    if init_from is not None:
+        errors += _init_from_errors(cfg, init_from, check_tokens=not errors)
+    if cfg.checkpoint.resume not in ("auto", "never"):
+        errors += _resume_errors(Path(cfg.checkpoint.resume))
+    known = {key for key, _, _ in documented_keys(TrainConfig)}
+    known |= {key.split(".")[0] for key in known}
+    for key in set(cfg.checkpoint.allow_changes) - known:
+        errors.append(f"checkpoint.allow_changes=[{key}]: there is no such key or section")
+    return errors
+
+
+def _init_from_errors(cfg: TrainConfig, init_from: str, check_tokens: bool) -> list[str]:
+    try:
+        tokenizer = tokenizer_directory(init_from)
+    except UserError as error:
+        return [f"model.init_from={init_from}: {str(error).removeprefix(f'source={init_from}: ')}"]
+    return _special_token_errors(cfg, tokenizer) if check_tokens else []
+
+
+def _resume_errors(resume: Path) -> list[str]:
+    if not resume.is_dir():
+        return [f"checkpoint.resume={resume}: give auto, never, or an existing checkpoint"]
+    if any(resume.glob("*_optim_states.pt")) or any(resume.glob("global_step*")):
+        return [
+            (
+                f"checkpoint.resume={resume}: a native checkpoint of DeepSpeed, whose pickles run code when "
+                "they are loaded; where you trust it, make an HF directory of it (its zero_to_fp32.py with "
+                "--safe_serialization, and a config.json), and start with model.init_from"
+            )
+        ]
+    return []
+
+
+def _special_token_errors(cfg: TrainConfig, tokenizer: Path) -> list[str]:
+    try:
+        return [f"model.{error}" for error in special_token_errors(olmoe_config(cfg.model), tokenizer)]
+    except UserError as error:
+        return [str(error)]
+
+
+def _data_errors(cfg: TrainConfig) -> list[str]:
+    errors = mixture_errors(cfg.data)
+    if (
+        not errors
+        and cfg.trainer.max_epochs is not None
+        and any(part.weight is not None for part in cfg.data.mixture)
+    ):
+        errors.append(
+            f"trainer.max_epochs={cfg.trainer.max_epochs}: a mixture by weight has no end; give its sources "
+            "token budgets (tokens in place of weight), or set trainer.max_steps or trainer.max_tokens"
+        )
+    if errors:
+        return errors
+    try:
+        manifest = next(iter(read_manifests(cfg.data).values()))  # their tokenizers are all the same
+        verify(cfg.data)
+    except UserError as error:
+        return [str(error)]
+    if manifest.vocab_size > cfg.model.vocab_size:
+        errors.append(
+            f"model.vocab_size={cfg.model.vocab_size}: the data in data.dir={cfg.data.dir} has token "
+            f"ids up to {manifest.vocab_size - 1}; "
+            f"set model.vocab_size={math.ceil(manifest.vocab_size / 64) * 64} or prepare it anew"
+        )
+    if cfg.model.eos_token_id != manifest.eos_token_id:
+        errors.append(
+            f"model.eos_token_id={cfg.model.eos_token_id}: documents in data.dir={cfg.data.dir} end with "
+            f"token {manifest.eos_token_id}; set model.eos_token_id={manifest.eos_token_id}"
+        )
+    elif not _model_errors(cfg):
+        # Exports carry this tokenizer; and the padding token's embedding learns nothing.
+        errors += _special_token_errors(cfg, sources(cfg.data)[0].directory / "tokenizer")
+    return errors
