@@ -26,7 +26,7 @@ from tokenizers import Tokenizer
 from olmoe_train.config.choices import SourceKind
 from olmoe_train.config.data import DataConfig, SourceConfig, TokenizerConfig
 from olmoe_train.config.verbs import PrepareConfig
-from olmoe_train.data.prepare.corpus import python_stdlib_parts
+from olmoe_train.data.prepare.corpus import python_stdlib_files
 from olmoe_train.data.prepare.pipeline import prepare
 
 
@@ -70,7 +70,7 @@ def main() -> None:
 
 def write_corpus(path: Path, size: int) -> Path:
     texts = [
-        Path(part.path).read_text() for part in python_stdlib_parts(Path(sysconfig.get_paths()["stdlib"]))
+        Path(part.path).read_text() for part in python_stdlib_files(Path(sysconfig.get_paths()["stdlib"]))
     ]
     texts = [text for text in texts if text.strip()]
     with path.open("w", encoding="utf-8") as file:

@@ -42,7 +42,7 @@ from olmoe_train.checkpoint.directory import (
 from olmoe_train.distributed.collectives import Group, everywhere, on_rank_0
 from olmoe_train.distributed.mesh import local_tensor
 from olmoe_train.utils.errors import UserError
-from olmoe_train.utils.files import sync
+from olmoe_train.utils.files import fsync_path
 
 # AdamW's state of a parameter, besides its step count.
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -148,9 +148,9 @@ def _commit(directory: Path, partial: Path, files: dict[str, Any], content: dict
         "files": dict(sorted((files | {STATE: entry_of(partial / STATE)}).items())),
     }
     _write_json(partial / MANIFEST, manifest)
-    sync(partial)
+    fsync_path(partial)
     partial.rename(directory)
-    sync(directory.parent)
+    fsync_path(directory.parent)
 
 
 def _write_shards(tensors: dict[str, Tensor], writer: HuggingFaceStorageWriter, group: Group) -> None:

@@ -1,1 +1,1 @@
-"""From a corpus to batches: prepare.py writes token shards, tokens.py reads them, loader.py makes batches."""
+"""From prepared tokens to batches. data/prepare/ writes the tokens, loader.py builds the batches."""

@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from olmoe_train.config.choices import Packing
 from olmoe_train.config.data import DataConfig
-from olmoe_train.data.mixture import TURNS, Turns, read_manifests, source_seed, sources
+from olmoe_train.data.mixture import SCHEDULE, SourceSchedule, mixture_components, read_manifests, source_seed
 from olmoe_train.data.packing import ALGORITHM
 from olmoe_train.data.sample_order import ORDER, sample_for
 from olmoe_train.data.sequences import Sequences, mask_repetition
@@ -91,8 +91,8 @@ def fingerprint(data: DataConfig, seed: int) -> dict[str, Any]:
     }
     if not data.mixture:
         return common | _contents(*manifests.values())
-    common["mixture"] = f"{TURNS}: {', '.join(manifests)}"
-    weights = {source.name: source.weight for source in sources(data)}
+    common["mixture"] = f"{SCHEDULE}: {', '.join(manifests)}"
+    weights = {source.name: source.weight for source in mixture_components(data)}
     for name, manifest in manifests.items():
         contents = _contents(manifest) | {"share": weights[name] / sum(weights.values())}
         common |= {f"mixture.{name}.{key}": value for key, value in contents.items()}
@@ -113,7 +113,7 @@ class TrainSamples(Dataset[Sample]):
     """
 
     def __init__(self, data: DataConfig, seed: int):
-        self.sources = sources(data)
+        self.sources = mixture_components(data)
         read_manifests(data)  # complains of sources that do not fit together
         self.sequences = [
             Sequences(open_split(source.directory, "train"), data, keep_tail=False) for source in self.sources
@@ -127,13 +127,15 @@ class TrainSamples(Dataset[Sample]):
                 )
         # Weights are shares of tokens; packed sequences of one source may be fuller than another's.
         densities = [sequences.tokens_per_sequence for sequences in self.sequences]
-        self.turns = Turns([s.weight / density for s, density in zip(self.sources, densities, strict=True)])
+        self.schedule = SourceSchedule(
+            [s.weight / density for s, density in zip(self.sources, densities, strict=True)]
+        )
         several = len(data.mixture) > 0
         self.seeds = [source_seed(seed, i) if several else seed for i in range(len(self.sources))]
         self.repetition_filter = data.repetition_filter
 
     def __getitem__(self, global_index: int) -> Sample:
-        source, index = self.turns.place(global_index)
+        source, index = self.schedule.locate(global_index)
         sequences = self.sequences[source]
         sample = sequences.sample(sample_for(index, len(sequences), self.seeds[source]))
         return mask_repetition(sample) if self.repetition_filter else sample
@@ -151,7 +153,7 @@ class TrainSamples(Dataset[Sample]):
         """For each source, of the first `samples` samples: its share of the tokens, the share that was asked
         for, and its epochs so far.
         """
-        drawn = self.turns.drawn(samples)
+        drawn = self.schedule.samples_per_source(samples)
         tokens = [n * s.tokens_per_sequence for n, s in zip(drawn, self.sequences, strict=True)]
         whole = sum(source.weight for source in self.sources)
         return {

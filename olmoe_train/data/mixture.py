@@ -1,10 +1,10 @@
-"""Mixtures: several prepared directories in given shares, as one endless stream in constant memory.
+"""Mixtures: several prepared directories (sources) in given shares, as one endless stream of samples.
 
-Sample i of the stream belongs to a source, and is its how-manieth: both follow from i and the shares alone.
-The sources take turns so evenly that after any number of samples each has had its share to within a few
-samples, so a step's batch is always the mixture that was asked for. Within a source the order is its own
-keyed permutation, epoch after epoch (order.py): a source that is asked for more than it has is repeated, one
-that is asked for less is not seen whole.
+The source of sample i, and how many samples that source had before it, are a function of i and the shares,
+in constant memory. The sources are interleaved so evenly that after any number of samples each source has
+its share to within a few samples. So every batch has the requested proportions. The order within a source
+is a keyed permutation per epoch (sample_order.py): a source with fewer samples than its share needs is
+repeated, of one with more only a part is seen.
 """
 
 import hashlib
@@ -18,38 +18,38 @@ from olmoe_train.config.data import DataConfig
 from olmoe_train.data.tokens import Manifest, read_manifest, verify_hashes
 from olmoe_train.utils.errors import UserError
 
-TURNS = "turns-v1"
-"""Name of this algorithm, part of the loader's fingerprint: change it whenever a golden vector changes."""
+SCHEDULE = "turns-v1"
+"""Name of the algorithm, part of the data fingerprint. Change it whenever a golden vector changes."""
 
-_RESOLUTION = 1 << 32  # shares are integers, so that turns are the same on every machine
-VALIDATION = "validation"  # what metrics call all sources together
+_RESOLUTION = 1 << 32  # shares become integers, so that the schedule is the same on every machine
+VALIDATION = "validation"  # name that metrics use for all sources together
 
 
-class Turns:
-    """Which source each sample of the stream belongs to. Cost: O(sources x log sources) a sample."""
+class SourceSchedule:
+    """Which source each sample of the stream comes from. Costs O(sources x log sources) per sample."""
 
     def __init__(self, shares: Sequence[float]):
-        """shares: positive, in any unit."""
+        """Create the schedule of `shares`, one positive number per source, in any unit."""
         self._parts = [max(1, round(share / sum(shares) * _RESOLUTION)) for share in shares]
         self._whole = sum(self._parts)
 
     @property
     def shares(self) -> list[float]:
-        """Shares of the samples, which sum to 1."""
+        """Share of each source in the samples. The shares sum to 1."""
         return [part / self._whole for part in self._parts]
 
-    def place(self, index: int) -> tuple[int, int]:
-        """(source, how many samples it has had before) of sample `index`."""
-        before, after = self.drawn(index), self.drawn(index + 1)
+    def locate(self, index: int) -> tuple[int, int]:
+        """Return (source of sample `index`, number of earlier samples of that source)."""
+        before, after = self.samples_per_source(index), self.samples_per_source(index + 1)
         source = next(source for source, had in enumerate(before) if after[source] > had)
         return source, before[source]
 
-    def drawn(self, count: int) -> list[int]:
-        """How many of the first `count` samples belong to each source.
+    def samples_per_source(self, count: int) -> list[int]:
+        """Return how many of the first `count` samples come from each source.
 
-        By the time t each source is due its share of t, rounded; that is at most one more than by t - 1, and
-        all are due t samples, give or take half a sample each. The last time's are given in the order of the
-        sources.
+        At time t, source i should have had round(share_i * t) samples. The rounded counts grow by at most one
+        per unit of time and add up to t within half a sample per source. Find the first t whose counts add up
+        to at least `count`, then take back the surplus from the last sources.
         """
         sources = len(self._parts)
         times = range(max(0, count - sources), count + sources + 1)
@@ -67,36 +67,39 @@ class Turns:
 
 
 @dataclass(frozen=True)
-class Source:
+class MixtureComponent:
+    """One source of the training data."""
+
     name: str
     directory: Path
     weight: float
-    """Relative to the others': data.mixture's weight or tokens."""
+    """Share relative to the other sources' weights: `weight` or `tokens` of data.mixture."""
     budget: int | None
-    """data.mixture's tokens."""
+    """Training tokens: `tokens` of data.mixture. None: the mixture has weights."""
 
 
-def sources(data: DataConfig) -> list[Source]:
-    """What data.mixture lists; without one, data.dir alone, named "validation"."""
+def mixture_components(data: DataConfig) -> list[MixtureComponent]:
+    """List the sources of data.mixture. Without a mixture, data.dir is the only one, named "validation"."""
     root = Path(data.dir).expanduser()
     if not data.mixture:
-        return [Source(VALIDATION, root, 1.0, None)]
+        return [MixtureComponent(VALIDATION, root, 1.0, None)]
     found = []
-    for part in data.mixture:
-        directory = root / Path(part.dir).expanduser()
-        weight = part.weight if part.weight is not None else part.tokens
-        found.append(Source(part.name or directory.name, directory, float(weight or 0), part.tokens))
+    for source in data.mixture:
+        directory = root / Path(source.dir).expanduser()
+        weight = source.weight if source.weight is not None else source.tokens
+        name = source.name or directory.name
+        found.append(MixtureComponent(name, directory, float(weight or 0), source.tokens))
     return found
 
 
 def mixture_errors(data: DataConfig) -> list[str]:
-    """What is wrong with data.mixture itself, the directories aside."""
+    """Return what is wrong with data.mixture, one message per problem. The directories are not read."""
     errors = []
     for index, part in enumerate(data.mixture):
         key = f"data.mixture[{index}]"
         if (part.weight is None) == (part.tokens is None):
             errors.append(
-                f"{key}: give one of weight and tokens; it has weight={part.weight}, tokens={part.tokens}"
+                f"{key}: give either weight or tokens; it has weight={part.weight}, tokens={part.tokens}"
             )
         for name in ("weight", "tokens"):
             value = getattr(part, name)
@@ -104,48 +107,58 @@ def mixture_errors(data: DataConfig) -> list[str]:
                 errors.append(f"{key}.{name}={value}: must be positive; leave the source out instead")
     by_weight = [part.weight is not None for part in data.mixture]
     if not errors and any(by_weight) and not all(by_weight):
-        errors.append("data.mixture: some sources have a weight and others tokens; give all of them the same")
-    names = [source.name for source in sources(data)] if data.mixture else []
+        errors.append("data.mixture: some sources have weights and others tokens; use the same for all")
+    names = [source.name for source in mixture_components(data)] if data.mixture else []
     for name in sorted({name for name in names if names.count(name) > 1}):
         errors.append(
-            f"data.mixture: {names.count(name)} sources are named {name}; give each a name of its own"
+            f"data.mixture: {names.count(name)} sources are named {name}; give each a different name"
         )
     if VALIDATION in names:
-        errors.append(f"data.mixture: a source may not be named {VALIDATION}, which is all of them together")
+        errors.append(
+            f"data.mixture: a source may not be named {VALIDATION}, the name of all of them together"
+        )
     return errors
 
 
 def read_manifests(data: DataConfig) -> dict[str, Manifest]:
-    """Each source's manifest, by its name. UserError where one is missing, damaged, or made with another
-    tokenizer than the first.
+    """Read the manifest of each source, by the source's name.
+
+    Raises:
+        UserError: A manifest is missing or damaged, or a source has another tokenizer than the first one.
     """
-    manifests = {source.name: read_manifest(source.directory) for source in sources(data)}
+    manifests = {source.name: read_manifest(source.directory) for source in mixture_components(data)}
     (first_name, first), *others = manifests.items()
     for name, manifest in others:
         for key in ("tokenizer_sha256", "eos_token_id"):
             mine, theirs = getattr(manifest, key), getattr(first, key)
             if mine != theirs:
                 raise UserError(
-                    f"data.mixture: {name} and {first_name} were made with other tokenizers "
+                    f"data.mixture: {name} and {first_name} were prepared with different tokenizers "
                     f"({key}: {mine} and {theirs}).\n  Prepare both with the same tokenizer.path."
                 )
     return manifests
 
 
 def verify(data: DataConfig) -> None:
-    """As far as data.format and data.verify_hashes ask. UserError for other data, or files that changed."""
-    for source in sources(data):
+    """Check each source as data.format and data.verify_hashes ask.
+
+    Raises:
+        UserError: The data has another format than data.format says, or a file changed.
+    """
+    for source in mixture_components(data):
         if data.format is DataFormat.olmo and not read_manifest(source.directory).tokens_in_place:
             raise UserError(
-                f"data.format=olmo: {source.directory} has tokens of its own.\n"
-                "  Leave data.format out, or give a data.dir that `olmoe prepare data=olmo` made."
+                f"data.format=olmo: {source.directory} holds its own tokens, not an index of token files.\n"
+                "  Leave data.format out, or give a data.dir that `olmoe prepare data=olmo` wrote."
             )
         if data.verify_hashes:
             verify_hashes(source.directory)
 
 
 def source_seed(seed: int, position: int) -> int:
-    """Seed of a source's order, by its place in the mixture: sources of one size are ordered differently."""
+    """Return the seed of a source's order. It depends on the source's position, so that sources of the same
+    size are ordered differently.
+    """
     return int.from_bytes(
         hashlib.blake2b(f"{seed}:source:{position}".encode(), digest_size=8).digest(), "little"
     )

@@ -1,19 +1,17 @@
-"""Document-aware sequences: which documents share one, by best-fit-decreasing bin packing.
+"""Packs whole documents into sequences, by best-fit-decreasing bin packing (data.packing=best_fit).
 
-Documents stay whole (Ding et al. 2024, "Fewer truncations improve language modeling", arXiv 2404.10830): one
-that is longer than the sequence is cut into full sequences and a rest, rests and short documents are packed,
-and what is left of a sequence is padding. Packed are WINDOW documents at a time, in the order of the data, so
-that memory does not grow with it. The result is an index on disk, made once by the first process that needs
-it and read through memory maps:
+Documents stay whole (Ding et al. 2024, "Fewer truncations improve language modeling", arXiv 2404.10830). A
+document that is longer than the sequence is cut into full sequences and a remainder. Remainders and short
+documents are packed, and the space left in a sequence is padding. Documents are packed in windows of
+WINDOW, in the order of the data, so that memory does not grow with the data. The result is an index on
+disk. The first process that needs it writes it once, and all read it through memory maps:
 
 DIR/packing/best_fit-v1-train-4096-HASH/pieces.u64    pairs (start, stop), in tokens of the split
-                                        packs.u64     for each pack, where its pieces end
+                                        packs.u64     for each pack, the end of its pieces in pieces.u64
 """
 
-import fcntl
 import hashlib
 import logging
-import shutil
 from functools import cached_property
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -22,25 +20,28 @@ import numpy as np
 
 from olmoe_train.data.tokens import TokenSplit
 from olmoe_train.utils.errors import UserError
-from olmoe_train.utils.files import sync
+from olmoe_train.utils.files import atomic_directory, file_lock
 
 ALGORITHM = "best_fit-v1"
-"""Part of the loader's fingerprint and of the index's name: change it whenever a pack would be another."""
-
+"""Part of the data fingerprint and of the index's name. Change it whenever the packs change."""
 WINDOW = 1 << 18
+"""Documents that are packed together."""
 _U64 = np.dtype("<u8")
 
 log = logging.getLogger("olmoe")
 
 
 class Packs:
-    """Pack i is pieces of documents, (start, stop) in tokens of the split, together at most a sequence."""
+    """The packs of a split: pack i is a list of document pieces (start, stop), in tokens of the split.
+
+    The pieces of a pack have at most as many tokens as a sequence.
+    """
 
     def __init__(self, directory: Path):
         self.directory = directory
         if len(self) == 0 or int(self._ends[-1]) * 2 != len(self._pieces):
             raise UserError(
-                f"{directory}: a damaged index of packed sequences.\n  Delete it: it is made anew."
+                f"{directory}: the index of packed sequences is damaged.\n  Delete it: it is built again."
             )
 
     @cached_property
@@ -60,12 +61,20 @@ class Packs:
         return list(zip(pieces[::2], pieces[1::2], strict=True))
 
     def __getstate__(self) -> dict[str, Any]:
-        # Memory maps would be pickled as their contents; loader workers open their own.
+        # Pickling a memory map would copy all of its contents. Loader workers open their own maps.
         return {"directory": self.directory}
 
 
 def open_packs(split: TokenSplit, sequence_length: int) -> Packs:
-    """The packs of a split, which has tokens. UserError where the index is missing and cannot be written."""
+    """Open the packs of a split, and build their index first if it is missing.
+
+    Args:
+        split: The documents. It must have tokens.
+        sequence_length: Tokens per sequence.
+
+    Raises:
+        UserError: The index is missing and cannot be written, or it is damaged.
+    """
     shards = "".join(shard.ends_sha256 for shard in split.shards)
     digest = hashlib.sha256(shards.encode()).hexdigest()[:16]
     indexes = split.directory / "packing"
@@ -73,35 +82,32 @@ def open_packs(split: TokenSplit, sequence_length: int) -> Packs:
     if not final.is_dir():
         try:
             indexes.mkdir(exist_ok=True)
-            with (indexes / "lock").open("w") as lock:
-                fcntl.flock(lock, fcntl.LOCK_EX)  # ranks start together: one works, the others wait for it
+            with file_lock(indexes / "lock"):  # ranks start together: one builds, the others wait
                 if not final.is_dir():
-                    _write_index(split, sequence_length, final)
+                    write_index(split, sequence_length, final)
         except OSError as error:
             raise UserError(
                 f"data.packing=best_fit keeps its index in {indexes}, which cannot be written: {error}\n"
-                "  Make it writable, or copy the prepared data to where it is."
+                "  Make the directory writable, or copy the prepared data to one that is."
             ) from error
     return Packs(final)
 
 
-def _write_index(split: TokenSplit, sequence_length: int, final: Path) -> None:
-    partial = final.with_name(f"{final.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir()
+def write_index(split: TokenSplit, sequence_length: int, final: Path, window: int = WINDOW) -> None:
+    """Pack the documents of a split, `window` documents at a time, and write the index to `final`."""
     packs = pieces = 0
-    with (partial / "pieces.u64").open("wb") as pieces_file, (partial / "packs.u64").open("wb") as packs_file:
-        for starts, stops in split.document_windows(WINDOW):
+    with (
+        atomic_directory(final) as partial,
+        (partial / "pieces.u64").open("wb") as piece_file,
+        (partial / "packs.u64").open("wb") as pack_file,
+    ):
+        for starts, stops in split.document_windows(window):
             window_pieces, window_ends = pack_documents(starts, stops, sequence_length)
-            _append(pieces_file, window_pieces)
-            _append(packs_file, window_ends + pieces)
+            _append(piece_file, window_pieces)
+            _append(pack_file, window_ends + pieces)
             packs, pieces = packs + len(window_ends), pieces + len(window_pieces)
-    for path in (*partial.iterdir(), partial):
-        sync(path)
-    partial.rename(final)
-    sync(final.parent)
     log.info(
-        f"packed {final.parent.parent}/{split.name}: {packs:,} sequences of {sequence_length:,}, "
+        f"packed {final.parent.parent}/{split.name}: {packs:,} sequences of {sequence_length:,} tokens, "
         f"{1 - len(split) / (packs * sequence_length):.2%} of them padding"
     )
 
@@ -113,11 +119,19 @@ def _append(file: BinaryIO, values: np.ndarray) -> None:
 def pack_documents(
     starts: np.ndarray, stops: np.ndarray, sequence_length: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """(pieces [P, 2], where each pack's pieces end [packs]) of documents [starts, stops), all int64.
+    """Pack the documents [starts, stops) into sequences.
 
-    Packs are in the order of their first tokens, and so are the pieces of a pack.
+    Args:
+        starts: First token of each document, int64 [documents].
+        stops: Last token + 1 of each document, int64 [documents].
+        sequence_length: Tokens per sequence.
+
+    Returns:
+        (pieces, ends), int64 [pieces, 2] and [packs]: (start, stop) of each piece, and for each pack the
+        end of
+        its pieces. Packs are in the order of their first tokens, and so are the pieces of a pack.
     """
-    full = (stops - starts) // sequence_length  # sequences that a document fills alone
+    full = (stops - starts) // sequence_length  # sequences that a document fills on its own
     before = np.repeat(np.cumsum(full) - full, full)
     cut = np.repeat(starts, full) + (np.arange(full.sum()) - before) * sequence_length
     rest = starts + full * sequence_length
@@ -135,14 +149,21 @@ def pack_documents(
 
 
 def best_fit_decreasing(lengths: np.ndarray, capacity: int) -> np.ndarray:
-    """The bin of each item, numbered from 0: longest items first, each into the fullest bin that it fits.
+    """Assign items to bins: from the longest item on, each goes into the fullest bin that has room for it.
 
-    lengths: int64 [n], 0 < length <= capacity. Items of one length are placed together. The fullest bin that
-    takes one of them takes as many as fit: what they leave is a smaller gap still.
+    Items of the same length are placed together. The fullest bin with room for one of them receives as many
+    as fit, because each one makes its gap smaller, so it stays the fullest.
+
+    Args:
+        lengths: Length of each item, int64 [items], above 0 and at most `capacity`.
+        capacity: Size of a bin.
+
+    Returns:
+        The bin of each item, int64 [items], numbered from 0.
     """
     bins = np.empty(len(lengths), np.int64)
     bins_by_gap: list[list[int]] = [[] for _ in range(capacity + 1)]
-    gaps = 0  # bit g: there is a bin with exactly g left
+    gaps = 0  # bit g is set if there is a bin with exactly g left
     opened = 0
     order = np.argsort(-lengths, kind="stable")
     values, counts = np.unique(-lengths, return_counts=True)

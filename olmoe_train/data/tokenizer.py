@@ -1,4 +1,4 @@
-"""The tokenizer of prepared data: trained here, or a tokenizer.json, an HF directory or one of the hub."""
+"""The tokenizer of prepared data: trained on the corpus, or read from a file, a directory or the hub."""
 
 import hashlib
 import json
@@ -11,35 +11,47 @@ from typing import Any
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from olmoe_train.config.data import TokenizerConfig
-from olmoe_train.data.chat_template import ChatTemplate, open_template
+from olmoe_train.data.chat_template import ChatTemplate, open_template, read_template
+from olmoe_train.model.hf.special_tokens import TOKENIZER_FILES
 from olmoe_train.utils.errors import UserError
 
 EOS = "<|endoftext|>"
 PAD = "<|padding|>"
-SMALLEST_VOCABULARY = 2 + 256  # the two special tokens and the bytes
+SMALLEST_VOCABULARY = 2 + 256  # the two special tokens and one token per byte value
 CHAT_TEMPLATE = "chat_template.jinja"
 
-# What else a Hugging Face directory may hold of a tokenizer; it goes along into exports.
-_COMPANIONS = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", CHAT_TEMPLATE)
 _HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
-# The names under which templates and Transformers know special tokens.
-_SPECIAL = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+# The names that chat templates and Transformers use for special tokens.
+_SPECIAL_TOKEN_NAMES = (
+    "bos_token",
+    "eos_token",
+    "unk_token",
+    "sep_token",
+    "pad_token",
+    "cls_token",
+    "mask_token",
+)
 
 
 @dataclass(frozen=True)
 class TokenizerFiles:
+    """A tokenizer as the files that describe it, with what this program needs to know about it.
+
+    `sha256` identifies it: the hash of tokenizer.json, hexadecimal.
+    """
+
     files: dict[str, bytes]
-    """Name in the tokenizer directory -> contents; tokenizer.json always."""
+    """Name in the tokenizer directory -> contents. It always has tokenizer.json."""
     eos_token_id: int
     pad_token_id: int | None
     vocab_size: int
     """Largest token id plus one."""
     special_tokens: dict[str, str]
-    """("eos_token", ...) -> its text, as chat templates are given them."""
+    """Name ("eos_token", ...) -> text of each special token, the variables that chat templates get."""
 
     @property
     def chat_template(self) -> str | None:
-        """Its own file's, else the one in tokenizer_config.json (where there are several, the default)."""
+        """The template in chat_template.jinja, else that in tokenizer_config.json (of several, "default")."""
         if CHAT_TEMPLATE in self.files:
             return self.files[CHAT_TEMPLATE].decode("utf-8")
         template = json.loads(self.files.get("tokenizer_config.json", b"{}")).get("chat_template")
@@ -48,7 +60,7 @@ class TokenizerFiles:
         return template
 
     def with_chat_template(self, template: str | None) -> "TokenizerFiles":
-        """With another template in its files; None: as it is."""
+        """Return a copy with this chat template. None: return the same tokenizer."""
         if template is None:
             return self
         return replace(self, files={**self.files, CHAT_TEMPLATE: template.encode()})
@@ -58,34 +70,46 @@ class TokenizerFiles:
         return hashlib.sha256(self.files["tokenizer.json"]).hexdigest()
 
     def save(self, directory: Path) -> None:
+        """Write the files into a new directory."""
         directory.mkdir()
         for name, contents in self.files.items():
             (directory / name).write_bytes(contents)
 
 
-def given_tokenizer(cfg: TokenizerConfig) -> TokenizerFiles | None:
-    """The one that there is already, with the chat template that is asked for. None: one is to be trained."""
+def tokenizer_from_config(cfg: TokenizerConfig) -> TokenizerFiles | None:
+    """Read the tokenizer that tokenizer.path names, with the chat template that the configuration asks for.
+
+    Returns:
+        The tokenizer. None if tokenizer.path is null, so that one has to be trained.
+
+    Raises:
+        UserError: There is no usable tokenizer or template.
+    """
     if cfg.path is None:
         return None
-    return read_tokenizer(cfg.path, cfg.revision).with_chat_template(template_file(cfg))
+    return read_tokenizer_files(cfg.path, cfg.revision).with_chat_template(template_from_config(cfg))
 
 
-def template_file(cfg: TokenizerConfig) -> str | None:
-    if cfg.chat_template is None:
-        return None
-    try:
-        return Path(cfg.chat_template).expanduser().read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"tokenizer.chat_template={cfg.chat_template}: {error}") from error
+def template_from_config(cfg: TokenizerConfig) -> str | None:
+    """Read the source of tokenizer.chat_template. None if the key is null. UserError if it is not found."""
+    return None if cfg.chat_template is None else read_template(cfg.chat_template)
 
 
-def chat_template(cfg: TokenizerConfig, tokenizer: TokenizerFiles | None) -> ChatTemplate:
-    """What renders conversations. tokenizer: as given_tokenizer gives it. UserError without a template."""
-    source = tokenizer.chat_template if tokenizer else template_file(cfg)
+def chat_template_from_config(cfg: TokenizerConfig, tokenizer: TokenizerFiles | None) -> ChatTemplate:
+    """Build the template that renders conversations.
+
+    Args:
+        cfg: The `tokenizer` section.
+        tokenizer: What `tokenizer_from_config` returned for it.
+
+    Raises:
+        UserError: Neither the configuration nor the tokenizer has a template, or it is not usable.
+    """
+    source = tokenizer.chat_template if tokenizer else template_from_config(cfg)
     if source is None:
         raise UserError(
-            f"data.source.records=messages: the tokenizer (tokenizer.path={cfg.path}) has no chat "
-            "template.\n  Give a file with one: tokenizer.chat_template=FILE.jinja."
+            f"data.source.records=messages: the tokenizer (tokenizer.path={cfg.path}) has no chat template.\n"
+            "  Name one (tokenizer.chat_template=tulu) or give a file (tokenizer.chat_template=FILE.jinja)."
         )
     if cfg.chat_template:
         origin = f"tokenizer.chat_template={cfg.chat_template}"
@@ -96,11 +120,16 @@ def chat_template(cfg: TokenizerConfig, tokenizer: TokenizerFiles | None) -> Cha
 
 
 def train_tokenizer(texts: Iterator[str], vocab_size: int) -> TokenizerFiles:
-    """A byte-level BPE, eos 0 and pad 1. Split as GPT-2 does, not normalised: decoding gives the text back.
+    """Train a byte-level BPE with eos 0 and pad 1.
 
-    The same texts give the same tokenizer, whatever the number of threads: the alphabet is fixed and sorted,
-    and ties between equally frequent pairs go to the pair of lower ids. It is smaller than vocab_size when
-    the texts have too few pairs to merge.
+    Text is split as GPT-2 does and not normalized, so decoding returns the text unchanged. The same texts
+    give the same tokenizer for any number of threads: the initial alphabet is fixed and sorted, and of
+    equally frequent pairs the one with the lower ids is merged first.
+
+    Args:
+        texts: The training texts.
+        vocab_size: Vocabulary size, special tokens included. If the texts have too few pairs to merge, the
+            vocabulary is smaller.
     """
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -118,7 +147,7 @@ def train_tokenizer(texts: Iterator[str], vocab_size: int) -> TokenizerFiles:
         "bos_token": None,
         **special,
         "clean_up_tokenization_spaces": False,
-        "model_max_length": 2**31 - 1,  # no limit of its own: what is long for a model is its config's to say
+        "model_max_length": 2**31 - 1,  # no limit: the longest input is a property of the model, not of this
     }
     return _describe(
         {
@@ -130,43 +159,47 @@ def train_tokenizer(texts: Iterator[str], vocab_size: int) -> TokenizerFiles:
     )
 
 
-def read_tokenizer(path: str | Path, revision: str | None = None) -> TokenizerFiles:
-    """The tokenizer of an HF directory, of a model's name on the hub, or of a lone tokenizer.json, whose eos
-    must then be <|endoftext|>.
+def read_tokenizer_files(path: str | Path, revision: str | None = None) -> TokenizerFiles:
+    """Read all files of a tokenizer, to encode a corpus with it and to copy it beside the tokens.
 
-    UserError if there is none, it is unreadable, or it has no end-of-text token.
+    Args:
+        path: An HF directory, a single tokenizer.json, or a model's name on the Hugging Face hub. The eos
+            of a single tokenizer.json must be <|endoftext|>, since no other file names it.
+        revision: Branch, tag or commit on the hub. Only with a name on the hub.
+
+    Raises:
+        UserError: There is no tokenizer.json, it cannot be read, or it has no end-of-text token.
     """
     origin, name = f"tokenizer.path={path}", str(path)
     path = Path(path).expanduser()
     if not path.exists() and _HUB_NAME.fullmatch(name):
         path = _download(name, revision)
     elif revision is not None:
-        raise UserError(f"tokenizer.revision={revision}: has no effect, {origin} is not of the hub")
+        raise UserError(f"tokenizer.revision={revision}: has no effect, because {origin} is not on the hub")
     main = path / "tokenizer.json" if path.is_dir() else path
     if not main.is_file():
         raise UserError(
-            f"{origin}: no tokenizer.json there.\n  Give a tokenizer.json, a Hugging Face directory or a "
-            "model's name on the hub that has one, or null to train a tokenizer."
+            f"{origin}: no tokenizer.json found.\n  Give a tokenizer.json, a Hugging Face directory that has "
+            "one, a model's name on the hub, or null to train a tokenizer."
         )
-    files = {"tokenizer.json": main.read_bytes()}
-    if path.is_dir():
-        files |= {name: (path / name).read_bytes() for name in _COMPANIONS if (path / name).is_file()}
+    if main is path:
+        return _describe({"tokenizer.json": main.read_bytes()}, origin)
+    files = {name: (path / name).read_bytes() for name in TOKENIZER_FILES if (path / name).is_file()}
     return _describe(files, origin)
 
 
 def _download(name: str, revision: str | None) -> Path:
-    """The directory of the Hugging Face cache that has a hub model's tokenizer files, fetched if need be."""
-    from huggingface_hub import snapshot_download  # half a second to import, and only this needs it
+    """Return the directory in the Hugging Face cache with a model's tokenizer files, downloaded if needed."""
+    from huggingface_hub import snapshot_download  # takes half a second to import, and is rarely needed
 
     try:
-        files = ["tokenizer.json", *_COMPANIONS]
-        return Path(snapshot_download(name, revision=revision, allow_patterns=files))
-    except (OSError, ValueError) as error:  # all that the hub's client raises: no network, no such name, ...
+        return Path(snapshot_download(name, revision=revision, allow_patterns=list(TOKENIZER_FILES)))
+    except (OSError, ValueError) as error:  # whatever the hub's client raises: no network, no such name, ...
         reason = str(error).strip().splitlines()[0]
         raise UserError(
-            f"tokenizer.path={name}: no such file or directory here, and the Hugging Face hub does not give "
-            f"it: {reason}\n  Give a path, the hub's name of a model, or null to train a tokenizer. Without "
-            "a network, a name works once it has been downloaded."
+            f"tokenizer.path={name}: no such file or directory here, and the Hugging Face hub did not "
+            f"provide it: {reason}\n  Give a path, a model's name on the hub, or null to train a tokenizer. "
+            "Without a network, a name works only if it has been downloaded before."
         ) from error
 
 
@@ -178,13 +211,13 @@ def _describe(files: dict[str, bytes], origin: str) -> TokenizerFiles:
             config |= json.loads(files.get(name, b"{}"))
     except Exception as error:  # `tokenizers` raises bare Exception for a file that it cannot parse
         raise UserError(f"{origin}: not a readable tokenizer: {error}") from error
-    special = {name: text for name in _SPECIAL if (text := _token_text(config.get(name)))}
+    special = {name: text for name in _SPECIAL_TOKEN_NAMES if (text := _token_text(config.get(name)))}
     special.setdefault("eos_token", EOS)
     eos = tokenizer.token_to_id(special["eos_token"])
     if eos is None:
         raise UserError(
-            f"{origin}: no token to end documents with: tokenizer_config.json names no eos_token of the "
-            f"vocabulary, and {EOS} is not in it.\n  Name one as eos_token there."
+            f"{origin}: no token to end documents with: tokenizer_config.json names no eos_token that is in "
+            f"the vocabulary, and neither is {EOS}.\n  Set eos_token in tokenizer_config.json."
         )
     pad = tokenizer.token_to_id(special.get("pad_token", PAD))
     largest = max(tokenizer.get_vocab(with_added_tokens=True).values())
@@ -192,13 +225,18 @@ def _describe(files: dict[str, bytes], origin: str) -> TokenizerFiles:
 
 
 def _token_text(entry: str | dict[str, Any] | None) -> str | None:
-    """Special tokens are written as text, or as {"content": text, ...} by older libraries."""
+    """Special tokens are stored as text, or by older libraries as {"content": text, ...}."""
     return entry["content"] if isinstance(entry, dict) else entry
 
 
 def load_for_encoding(path: Path, plain_text: bool) -> Tokenizer:
-    """The tokenizer with nothing cut off. plain_text: `<|endoftext|>` in a text is just text, not the token
-    that ends documents; a rendered conversation has such tokens on purpose."""
+    """Load a tokenizer.json for encoding a corpus, with truncation and padding off.
+
+    Args:
+        path: The tokenizer.json.
+        plain_text: Encode the spelling of a special token, such as `<|endoftext|>`, as ordinary text.
+            Documents need that. A rendered conversation does not: its special tokens are intended.
+    """
     tokenizer = Tokenizer.from_file(str(path))
     tokenizer.no_truncation()
     tokenizer.no_padding()
@@ -207,11 +245,17 @@ def load_for_encoding(path: Path, plain_text: bool) -> Tokenizer:
 
 
 def load_tokenizer(directory: Path) -> Tokenizer:
-    """The tokenizer.json of a directory. UserError where there is none that can be read."""
+    """Load the tokenizer.json of a model or run directory, to encode a prompt and decode its continuation.
+
+    Raises:
+        UserError: The file is missing or unreadable.
+    """
     path = directory / "tokenizer.json"
     try:
         return Tokenizer.from_str(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise UserError(f"{path}: not there, so text cannot be turned into tokens; copy it in") from None
+        raise UserError(
+            f"{path}: missing, but needed to encode text.\n  Copy the model's tokenizer.json there."
+        ) from None
     except Exception as error:  # `tokenizers` raises bare Exception for a file that it cannot parse
         raise UserError(f"{path}: not a readable tokenizer: {error}") from error

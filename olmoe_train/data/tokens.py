@@ -1,7 +1,7 @@
 """Prepared tokens on disk: the manifest, and reading a split through memory maps (format: data/README.md).
 
-A token shard is a raw little-endian array without a header, as the `.npy` files that dolma writes and OLMo
-trains on (arXiv 2402.00159; `np.memmap(path, dtype)` opens it). Only prepare.py writes these files.
+A token shard is a raw little-endian array without a header, like the `.npy` files that dolma writes and OLMo
+trains on (arXiv 2402.00159); `np.memmap(path, dtype)` opens it. Only data/prepare/ writes these files.
 """
 
 import hashlib
@@ -26,76 +26,84 @@ MASK_DTYPE = np.dtype("u1")
 
 @dataclass(frozen=True)
 class Shard:
+    """The files of one shard: tokens, document index and loss mask."""
+
     path: str
     """Token file, relative to the prepared directory."""
     tokens: int
     sha256: str
     ends_path: str
-    """Document index: for each document its end (just past its eos), in tokens of this shard, as uint64."""
+    """Document index: the end of each document (position after its eos) in tokens of this shard, uint64."""
     documents: int
     ends_sha256: str
     mask_path: str | None = None
-    """Loss mask: a uint8 a token, 1 where it is a target; None: every token is one."""
+    """Loss mask: one uint8 per token, 1 if the token is a target. None: every token is a target."""
     mask_sha256: str | None = None
 
 
 @dataclass(frozen=True)
 class Split:
+    """Contents of the training or the validation split."""
+
     documents: int
     tokens: int
-    """Ends of documents included."""
+    """With the eos that ends each document."""
     bytes: int
-    """UTF-8 bytes of the text, ends of documents excluded."""
+    """UTF-8 bytes of the text, without the eos tokens."""
     shards: tuple[Shard, ...]
 
 
 @dataclass(frozen=True)
 class Targets:
-    """Of data in which not every token is a target: counts over both splits."""
+    """Counts over both splits for data in which not every token is a target."""
 
     conversations: int
-    """Or prompts with their completions: the documents."""
+    """Documents: conversations, or prompts with their completions."""
     unaligned: int
-    """Those whose turns cannot be told among the tokens; they have no target."""
+    """Documents in which the target text could not be located among the tokens. They have no targets."""
     without_target: int
-    """Those without any target token, the unaligned ones among them."""
+    """Documents without any target token, the unaligned ones included."""
     tokens: int
     """Target tokens."""
 
 
 @dataclass(frozen=True)
 class Manifest:
+    """Description of a prepared directory, stored as manifest.json. The defaults are for older manifests."""
+
     settings: dict[str, Any]
-    """The configuration keys that decide the bytes of the shards."""
+    """Values of the configuration keys that determine the bytes of the shards."""
     source: str
-    """What the corpus was, for people."""
+    """Description of the corpus for people."""
     skipped_empty_documents: int
     tokenizer_sha256: str | None
-    """Of tokenizer/tokenizer.json; None: there is none (data.format=olmo)."""
+    """Hash of tokenizer/tokenizer.json. None: there is no tokenizer (only with data.format=olmo)."""
     dtype: str
     vocab_size: int
-    """Largest token id of the tokenizer, plus one."""
+    """Largest token id of the tokenizer plus one."""
     eos_token_id: int
     pad_token_id: int | None
     bytes_per_token: float
-    """Over both splits."""
+    """UTF-8 bytes of text per token, over both splits."""
     unigram_entropy: float | None
-    """Nats a token: cross-entropy of the validation targets under the training targets' add-one smoothed
-    frequencies. A model that does no better has learnt nothing from context. None without validation tokens.
+    """Cross-entropy, in nats per token, of the validation targets under the add-one smoothed frequencies of
+    the training targets. A model that does no better uses no context. None if there are no validation
+    tokens.
     """
     train: Split
     validation: Split
     quarantined_records: int = 0
-    """In quarantine.jsonl."""
+    """Bad records, written to quarantine.jsonl."""
     filtered_records: int = 0
-    """Left out by data.source.keep, min_characters and max_characters."""
+    """Records that data.source.keep, min_characters and max_characters leave out."""
     targets: Targets | None = None
     """None: every token is a target."""
     tokens_in_place: bool = False
-    """The token files are others' (data.format=olmo), by their absolute paths; the rest is here."""
+    """The token files lie elsewhere and are named by absolute paths (data.format=olmo)."""
 
 
 def write_manifest(directory: Path, manifest: Manifest) -> None:
+    """Write manifest.json into a directory that is not published yet."""
     record: dict[str, Any] = {"format": FORMAT, "version": VERSION, **asdict(manifest)}
     for shard in (*record["train"]["shards"], *record["validation"]["shards"]):
         if shard["mask_path"] is None:
@@ -104,10 +112,10 @@ def write_manifest(directory: Path, manifest: Manifest) -> None:
 
 
 def read_manifest(directory: str | Path) -> Manifest:
-    """The manifest of a prepared directory, with types, counts and the tokenizer's hash checked.
+    """Read the manifest of a prepared directory, and check its types and counts and the tokenizer's hash.
 
-    Raises UserError where there is no prepared data, or the manifest or the tokenizer is not as `olmoe
-    prepare` left it.
+    Raises:
+        UserError: There is no prepared data, or the manifest or the tokenizer has changed since.
     """
     directory = Path(directory).expanduser()
     path = directory / MANIFEST
@@ -135,12 +143,12 @@ def read_manifest(directory: str | Path) -> Manifest:
 
 
 def _parse_manifest(record: dict[str, Any]) -> Manifest:
-    """Raises KeyError, TypeError or ValueError for a record that is not a consistent manifest."""
+    """Build a manifest from JSON. KeyError, TypeError or ValueError if it is incomplete or inconsistent."""
     if record["format"] != FORMAT:
         raise ValueError(f"format is {record['format']!r}, not {FORMAT!r}")
     if record["version"] != VERSION:
         raise ValueError(f"version is {record['version']!r}; this program reads {VERSION}")
-    # Fields that have come since have a default; a later program's are left aside.
+    # Fields that were added later have a default. Unknown fields, of a newer program, are ignored.
     values = {
         field.name: record[field.name]
         for field in fields(Manifest)
@@ -171,21 +179,21 @@ def _parse_split(record: dict[str, Any], name: str, tokens_in_place: bool) -> Sp
             raise ValueError(f"{name}.{key} is {getattr(split, key)}, but its shards add up to {total}")
     for shard in shards:
         for relative, _ in shard_files(shard):
-            elsewhere = Path(relative).is_absolute() or ".." in Path(relative).parts
-            if elsewhere and not (tokens_in_place and relative == shard.path):
+            outside = Path(relative).is_absolute() or ".." in Path(relative).parts
+            if outside and not (tokens_in_place and relative == shard.path):
                 raise ValueError(f"shard path {relative!r} leaves the prepared directory")
     return split
 
 
-def _damaged(path: Path, what: str, directory: Path) -> UserError:
+def _damaged(path: Path, problem: str, directory: Path) -> UserError:
     return UserError(
-        f"{path}: {what}.\n  The prepared data is damaged: restore the file, "
+        f"{path}: {problem}.\n  The prepared data is damaged: restore the file, "
         f"or delete {directory} and run `olmoe prepare ... data.dir={directory}` again."
     )
 
 
 def shard_files(shard: Shard) -> list[tuple[str, str]]:
-    """(path, SHA-256) of each file of a shard. ValueError for a mask without a hash, or the other way."""
+    """List (path, SHA-256) of each file of a shard. ValueError for a mask without a hash or the reverse."""
     if (shard.mask_path is None) != (shard.mask_sha256 is None):
         raise ValueError(f"{shard.path} has only one of mask_path and mask_sha256")
     files = [(shard.path, shard.sha256), (shard.ends_path, shard.ends_sha256)]
@@ -195,9 +203,10 @@ def shard_files(shard: Shard) -> list[tuple[str, str]]:
 
 
 class TokenSplit:
-    """The tokens of one split as one array of length `len(self)`, whatever its shards.
+    """The tokens of one split as a single array of length `len(self)`, over all its shards.
 
-    Sizes of all files are checked here; hashes by `verify_hashes`; token ids as they are read.
+    Opening a split checks the sizes of its files. Token ids are checked when they are read. `verify_hashes`
+    checks the contents.
     """
 
     def __init__(self, directory: Path, manifest: Manifest, name: str):
@@ -226,7 +235,7 @@ class TokenSplit:
         return int(self._starts[-1])
 
     def read(self, start: int, stop: int) -> np.ndarray:
-        """Tokens [start, stop) as int64. UserError for a token id beyond the vocabulary."""
+        """Read tokens [start, stop) as int64. UserError for a token id outside the vocabulary."""
         out = np.empty(stop - start, np.int64)
         for shard, at, first, last in self._parts(start, stop):
             part = self._map(self.shards[shard].path, self.dtype)[first:last]
@@ -235,7 +244,7 @@ class TokenSplit:
         return out
 
     def read_mask(self, start: int, stop: int) -> np.ndarray:
-        """Which of the tokens [start, stop) are targets, bool; all of them where a shard has no loss mask."""
+        """Read which of the tokens [start, stop) are targets, as bool. Without a loss mask, all are."""
         out = np.ones(stop - start, bool)
         for shard, at, first, last in self._parts(start, stop):
             path = self.shards[shard].mask_path
@@ -244,25 +253,25 @@ class TokenSplit:
         return out
 
     def document_starts(self, start: int, stop: int) -> np.ndarray:
-        """Where documents start inside of [start, stop), `start` itself left out; int64, ascending."""
+        """Return the positions in (start, stop) where documents start, as int64, ascending."""
         found = []
         for shard, at, first, last in self._parts(start, stop):
             ends = self._map(self.shards[shard].ends_path, ENDS_DTYPE)
-            # Bounds in the index's own dtype: with another, searchsorted would convert the whole index.
+            # Bounds of the index's dtype: with any other, searchsorted would convert the whole index.
             low, high = np.searchsorted(ends, np.array([first, last], ENDS_DTYPE), side="right")
             found.append(ends[low:high].astype(np.int64) + (start + at - first))
         starts = np.concatenate([np.empty(0, np.int64), *found])
         return starts[starts < stop]
 
     def document_windows(self, documents: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """(starts, stops) of so many documents at a time, in order, int64; the last ones may be fewer."""
+        """Yield (starts, stops), int64, of `documents` documents at a time; the last ones may be fewer."""
         stops = np.empty(0, np.int64)
         previous = 0
         for index, shard in enumerate(self.shards):
             ends = self._map(shard.ends_path, ENDS_DTYPE)
             if shard.documents == 0 or int(ends[-1]) != shard.tokens:
-                what = f"its last document does not end with its shard's {shard.tokens:,} tokens"
-                raise _damaged(self.directory / shard.ends_path, what, self.directory)
+                problem = f"its last document does not end at the end of the shard ({shard.tokens:,} tokens)"
+                raise _damaged(self.directory / shard.ends_path, problem, self.directory)
             for first in range(0, shard.documents, documents):
                 part = ends[first : first + documents].astype(np.int64) + self._starts[index]
                 stops = np.concatenate([stops, part])
@@ -274,8 +283,10 @@ class TokenSplit:
             yield np.concatenate([[previous], stops[:-1]]), stops
 
     def _parts(self, start: int, stop: int) -> Iterator[tuple[int, int, int, int]]:
-        """The shards that hold [start, stop): (shard, how far into the span it begins, and first and last + 1
-        of its own tokens).
+        """Yield the shards that hold tokens [start, stop) of the split.
+
+        Each item is (shard number, offset of its tokens from `start`, first and last + 1 of the tokens,
+        counted within the shard).
         """
         assert 0 <= start <= stop <= len(self), f"[{start}, {stop}) of {len(self)} tokens"
         shard = int(np.searchsorted(self._starts, start, side="right")) - 1
@@ -294,24 +305,31 @@ class TokenSplit:
     def _check_ids(self, part: np.ndarray, shard: int, offset: int) -> None:
         if part.size and int(part.max()) >= self.manifest.vocab_size:
             at = int(part.argmax())
-            what = (
+            problem = (
                 f"token {offset + at:,} is {part[at]}, beyond the vocabulary of {self.manifest.vocab_size:,}"
             )
-            raise _damaged(self.directory / self.shards[shard].path, what, self.directory)
+            raise _damaged(self.directory / self.shards[shard].path, problem, self.directory)
 
     def __getstate__(self) -> dict[str, Any]:
-        # A memory map would be pickled as its whole contents; loader workers open their own.
+        # Pickling a memory map would copy all of its contents. Loader workers open their own maps.
         return {**self.__dict__, "_maps": {}}
 
 
 def open_split(directory: str | Path, name: str) -> TokenSplit:
-    """The "train" or "validation" tokens of a prepared directory. UserError: missing or damaged data."""
+    """Open the split "train" or "validation" of a prepared directory. UserError if missing or damaged."""
     directory = Path(directory).expanduser()
     return TokenSplit(directory, read_manifest(directory), name)
 
 
 def verify_hashes(directory: str | Path) -> int:
-    """Compare the contents of every file with the manifest; returns how many. UserError names a bad one."""
+    """Compare the SHA-256 of every file of both splits with the manifest.
+
+    Returns:
+        The number of files.
+
+    Raises:
+        UserError: The contents of a file changed. The message names the first one.
+    """
     directory = Path(directory).expanduser()
     manifest = read_manifest(directory)
     count = 0

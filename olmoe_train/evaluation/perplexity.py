@@ -14,7 +14,7 @@ from torch import Tensor
 from olmoe_train.config.data import DataConfig
 from olmoe_train.config.train import EvaluationConfig
 from olmoe_train.data.loader import build_eval_batches
-from olmoe_train.data.mixture import VALIDATION, read_manifests, sources
+from olmoe_train.data.mixture import VALIDATION, mixture_components, read_manifests
 from olmoe_train.model import OlmoeForCausalLM
 from olmoe_train.model.cross_entropy import IGNORE_INDEX
 
@@ -46,9 +46,9 @@ def evaluate_data(
     """
     rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     manifests = read_manifests(data)
-    chosen = [source for source in sources(data) if manifests[source.name].validation.tokens]
+    chosen = [source for source in mixture_components(data) if manifests[source.name].validation.tokens]
     results = {}
-    for source in chosen or sources(data)[:1]:  # of which the loader then says that it is empty
+    for source in chosen or mixture_components(data)[:1]:  # of which the loader then says that it is empty
         one = replace(data, dir=str(source.directory), mixture=[])
         batches = build_eval_batches(one, rank, world_size, cfg.micro_batch_size, cfg.max_sequences)
         results[source.name] = evaluate_model(model, watched(batches), device)

@@ -25,7 +25,7 @@ import torch.distributed as dist
 from omegaconf import OmegaConf
 
 from olmoe_train.config.train import TrainConfig
-from olmoe_train.data.mixture import sources
+from olmoe_train.data.mixture import mixture_components
 from olmoe_train.distributed.collectives import on_rank_0
 from olmoe_train.run.lock import RunLock
 from olmoe_train.run.signals import Signals
@@ -90,7 +90,7 @@ class RunDirectory:
     def _open(self, cfg: TrainConfig) -> None:
         self._lock = RunLock(self.path)
         shutil.rmtree(self.path / "stalled", ignore_errors=True)
-        tokenizer = sources(cfg.data)[0].directory / "tokenizer"
+        tokenizer = mixture_components(cfg.data)[0].directory / "tokenizer"
         if tokenizer.is_dir():
             shutil.copytree(tokenizer, self.path / "tokenizer", dirs_exist_ok=True)
 

@@ -1,6 +1,9 @@
-"""The one exception that means: the user can fix this. Every verb prints it without a traceback and exits
-with code 2."""
+"""The exception for mistakes that the user can correct."""
 
 
 class UserError(ValueError):
-    """Bad configuration or input. The message names the key or file:line, the value found, and the fix."""
+    """Invalid configuration or input.
+
+    Every verb prints the message without a traceback and exits with code 2. The message names the
+    configuration key or file:line, the value found, and what to do about it.
+    """

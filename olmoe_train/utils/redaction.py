@@ -1,4 +1,4 @@
-"""Secrets stay out of config.yaml, checkpoints, logs, status.json, model cards and wandb."""
+"""Keeps secrets out of config.yaml, checkpoints, logs, status.json, model cards and wandb."""
 
 import logging
 import os
@@ -18,20 +18,28 @@ _SECRET_VALUE = re.compile(
     r"|(?<=[?&])(?:[\w-]*(?:token|key|secret|password|signature|sig))=[^&\s'\"]+)",
     re.IGNORECASE,
 )
-# Shorter values of environment variables are words that occur everywhere.
-_SHORTEST = 8
+# Shorter values of environment variables are ordinary words, which would be cut out of normal text.
+_MIN_SECRET_LENGTH = 8
 
 
 def redact_text(text: str) -> str:
-    """The text without what looks like a secret, and without the values of secret environment variables."""
+    """Replace secrets in a text by HIDDEN: known token formats, passwords and keys in URLs, and the values
+    of environment variables whose names look secret (HF_TOKEN, WANDB_API_KEY, ...).
+    """
     for name, value in os.environ.items():
-        if _SECRET_NAME.search(name) and len(value) >= _SHORTEST:
+        if _SECRET_NAME.search(name) and len(value) >= _MIN_SECRET_LENGTH:
             text = text.replace(value, HIDDEN)
     return _SECRET_VALUE.sub(HIDDEN, text)
 
 
 def redact(value: Any, name: str = "") -> Any:
-    """A container of JSON values without secrets; also a text is one if its key says so."""
+    """Redact JSON values recursively.
+
+    Args:
+        value: A string, a number, a boolean, None, or a list or dictionary of these.
+        name: The key under which `value` is stored. A string under a secret name (`password`, `api_key`,
+            ...) is hidden entirely.
+    """
     if isinstance(value, dict):
         return {key: redact(item, str(key)) for key, item in value.items()}
     if isinstance(value, list):
@@ -42,5 +50,7 @@ def redact(value: Any, name: str = "") -> Any:
 
 
 class RedactingFormatter(logging.Formatter):
+    """Formats log records as usual, with secrets replaced by HIDDEN."""
+
     def format(self, record: logging.LogRecord) -> str:
         return redact_text(super().format(record))

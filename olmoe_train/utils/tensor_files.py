@@ -1,17 +1,14 @@
-"""The files of a model directory: safetensors, their index, and how they appear at once.
+"""Reads and writes the weight files of a model directory: safetensors, their index, pickled tensors.
 
-Nothing here knows what the tensors are for. A pickle is opened only where the user says so, and then for its
-tensors alone.
+This module knows names, shapes and dtypes, not what the tensors mean. A pickle is opened only if the user
+allows it, and only tensors are built from it.
 """
 
 import json
 import math
 import pickle
 import re
-import shutil
-import tempfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,21 +18,19 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from olmoe_train.utils.errors import UserError
-from olmoe_train.utils.files import sync
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 LEGACY_WEIGHTS = "pytorch_model.bin"
 _UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 _UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
 
-
-# Names that safetensors headers give to the dtypes a model can have.
+# The dtypes that a model's weights can have, under the names that safetensors headers use.
 _DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "F64": torch.float64}
 
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """What a file's header says of one tensor."""
+    """Where a tensor is stored, with its shape and dtype from the file's header."""
 
     path: Path
     shape: tuple[int, ...]
@@ -43,14 +38,25 @@ class StoredTensor:
 
 
 class StoredWeights:
-    """Every tensor of a model directory by its name on disk; nothing is read before `read` asks for it.
+    """The tensors of a model directory, by their names on disk. Only headers are read before `read`.
 
-    One file is open at a time: the pages of a mapped file count as this process's memory while it is.
-    trust_pickle: take `pickled`, or the files that its index lists, where there is no safetensors file.
-    UserError for missing, unsafe or damaged files, and for tensors that are not floating point.
+    At most one file is mapped at a time, because the pages of a mapped file count as memory of this process.
+
+    Attributes:
+        tensors: Name -> file, shape and dtype of each tensor.
     """
 
     def __init__(self, directory: Path, trust_pickle: bool = False, pickled: str = LEGACY_WEIGHTS) -> None:
+        """Read the headers of all weight files.
+
+        Args:
+            directory: Holds model.safetensors, or model.safetensors.index.json and the files that it lists.
+            trust_pickle: If there is no safetensors file, read `pickled` or the files that its index lists.
+            pickled: Name of the pickle file.
+
+        Raises:
+            UserError: A file is missing, unsafe or damaged, or a tensor is not floating point.
+        """
         self._path = Path()
         self._file: Any = None
         self.tensors: dict[str, StoredTensor] = {}
@@ -59,15 +65,15 @@ class StoredWeights:
             _refuse_pickles(directory, trust_pickle, pickled)
             single = pickled
         index = directory / f"{single}.index.json"
-        # Where a directory has both, Transformers too reads the single file.
+        # Transformers, too, reads the single file if a directory has both.
         listed = {} if (directory / single).is_file() else _read_index(index, Path(single).suffix)
         for name in sorted(set(listed.values())) or [single]:
             self._read_header(directory / name)
         if lost := [f"{key} in {name}" for key, name in listed.items() if key not in self.tensors]:
-            raise UserError(f"{index} lists tensors that are not there: {some(lost)}")
+            raise UserError(f"{index} lists tensors that the files do not hold: {first_few(lost)}")
 
     def read(self, name: str) -> Tensor:
-        """A view of the file: copy what you keep."""
+        """Return a tensor as a view of the mapped file. Copy what has to outlive the next `read`."""
         file = self._open(self.tensors[name].path)
         return file[name] if isinstance(file, dict) else file.get_tensor(name)
 
@@ -87,13 +93,13 @@ class StoredWeights:
         self, name: str, path: Path, shape: tuple[int, ...], dtype: torch.dtype | None, stored_as: str
     ) -> None:
         if dtype not in _DTYPES.values():
-            raise UserError(f"{path}: {name} is stored as {stored_as}; quantised weights cannot be read")
+            raise UserError(f"{path}: {name} is stored as {stored_as}; quantized weights cannot be read")
         assert dtype is not None
         self.tensors[name] = StoredTensor(path, shape, dtype)
 
     def _open(self, path: Path) -> Any:
         if path != self._path:
-            self._file = None  # before the next one is mapped
+            self._file = None  # unmap this file before the next one is mapped
             self._path = path
             self._file = _open_safetensors(path) if path.suffix == ".safetensors" else _open_pickle(path)
         return self._file
@@ -107,17 +113,17 @@ def _open_safetensors(path: Path) -> Any:
 
 
 def _open_pickle(path: Path) -> dict[str, Tensor]:
-    """The tensors of a torch.save file, mapped from the disk; nothing but tensors is ever built from it."""
+    """Map the tensors of a torch.save file. weights_only=True refuses to build anything else from it."""
     try:
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except pickle.UnpicklingError as error:
         raise UserError(
-            f"{path}: asks for more than tensors, which is not run: {_first_line(error)}"
+            f"{path}: contains objects other than tensors, which are not loaded: {_first_line(error)}"
         ) from None
     except (OSError, RuntimeError, ValueError) as error:
         raise UserError(f"{path}: cannot be read: {_first_line(error)}") from None
     if not isinstance(content, dict) or not all(isinstance(tensor, Tensor) for tensor in content.values()):
-        raise UserError(f"{path}: not a state dict, tensors by name")
+        raise UserError(f"{path}: not a state dict (a dictionary of tensors by name)")
     return content
 
 
@@ -126,20 +132,20 @@ def _first_line(error: Exception) -> str:
 
 
 def _refuse_pickles(directory: Path, trust_pickle: bool, pickled: str) -> None:
-    """Where a directory has no safetensors: UserError, unless it has a pickle and the user trusts it."""
+    """For a directory without safetensors: raise UserError unless it has a pickle that the user trusts."""
     there = [name for name in (pickled, f"{pickled}.index.json") if (directory / name).is_file()]
     if not there:
-        raise UserError(f"{directory}: no weights there ({WEIGHTS} or {INDEX})")
+        raise UserError(f"{directory}: no weights found; expected {WEIGHTS} or {INDEX}")
     if not trust_pickle:
         raise UserError(
-            f"{directory} has its weights in {there[0]} only, a pickle, which may run code when read: where "
-            "you trust its origin, set trust_pickle=true (model.trust_pickle=true in training). It is then "
-            "read by torch.load(weights_only=True); `olmoe export` with it makes safetensors of it"
+            f"{directory} has its weights only in {there[0]}, a pickle, which may run code when it is read.\n"
+            "  If you trust its origin, set trust_pickle=true (model.trust_pickle=true in training): it is "
+            "then read with torch.load(weights_only=True). `olmoe export` converts it to safetensors."
         )
 
 
 def _read_index(path: Path, suffix: str) -> dict[str, str]:
-    """Tensor name -> file name, all files being in the index's own directory and of this kind."""
+    """Read an index: tensor name -> file name. Every file must end in `suffix` and lie beside the index."""
     try:
         weight_map = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
         items = dict(weight_map).items()
@@ -147,17 +153,26 @@ def _read_index(path: Path, suffix: str) -> dict[str, str]:
         raise UserError(f"{path}: not a {suffix[1:]} index (a JSON object with a weight_map)") from None
     for key, name in items:
         if not isinstance(name, str) or Path(name).name != name or not name.endswith(suffix):
-            raise UserError(f"{path}: {key} points to {name!r}, which is no {suffix} file beside the index")
+            raise UserError(
+                f"{path}: {key} points to {name!r}, which is not a {suffix} file beside the index"
+            )
     return dict(items)
 
 
 def write_safetensors(
     path: Path, shapes: dict[str, tuple[int, ...]], dtype: torch.dtype, read: Callable[[str], Tensor]
 ) -> None:
-    """One file of any size, of which one tensor at a time is in memory; `read` gives each when it is its
-    turn, already of its shape and dtype.
+    """Write a safetensors file of any size with one tensor in memory at a time.
 
-    Layout: uint64 length of the header, the header (JSON), the tensors' bytes in its order; little-endian.
+    Layout, little-endian: the header's length as uint64, the header as JSON, then the tensors' bytes in its
+    order.
+
+    Args:
+        path: The file to write.
+        shapes: Name -> shape of each tensor, in the order in which they are written.
+        dtype: Data type of all tensors.
+        read: Returns a tensor by its name, on the CPU, with its shape and dtype. It is called once per
+            tensor.
     """
     stored_as = {value: key for key, value in _DTYPES.items()}[dtype]
     header: dict[str, Any] = {}
@@ -166,7 +181,7 @@ def write_safetensors(
         start, end = end, end + math.prod(shape) * dtype.itemsize
         header[name] = {"dtype": stored_as, "shape": list(shape), "data_offsets": [start, end]}
     text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)  # readers expect the tensors to be aligned
+    text += b" " * (-len(text) % 8)  # readers expect the tensors to start at a multiple of 8 bytes
     with path.open("wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for name, shape in shapes.items():
@@ -176,68 +191,46 @@ def write_safetensors(
 
 
 def byte_count(size: str | int) -> int:
-    """Bytes in "5GB", "200MB" (powers of 1000), "1GiB" (of 1024) or a plain number."""
+    """Parse a size in bytes: "5GB", "200MB" (powers of 1000), "1GiB" (powers of 1024) or a plain number.
+
+    Raises:
+        UserError: It is not a positive size. The message names max_shard_size, the only key that is parsed
+            here.
+    """
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?I?B)?", str(size).strip().upper())
     if match is None or (match[2] or "B") not in _UNITS or float(match[1]) == 0:
         raise UserError(f"max_shard_size={size}: write a size such as 5GB, 200MB or 1GiB")
     return int(float(match[1]) * _UNITS[match[2] or "B"])
 
 
-def write_json(path: Path, content: dict[str, Any]) -> None:
-    path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-
-
-@contextmanager
-def appears_at_once(directory: Path, last: str) -> Iterator[Path]:
-    """A temporary directory beside `directory`, whose files move there, synced, when the block ends well.
-
-    last: the file without which it is no model, and which so moves last.
-    """
-    directory.parent.mkdir(parents=True, exist_ok=True)
-    for left_over in directory.parent.glob(f".{directory.name}.*.partial"):  # of one that was killed here
-        shutil.rmtree(left_over)
-    temporary = Path(tempfile.mkdtemp(".partial", f".{directory.name}.", directory.parent))
-    try:
-        yield temporary
-        _publish(temporary, directory, last)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-
-
-def _publish(temporary: Path, directory: Path, last: str) -> None:
-    names = sorted((path.name for path in temporary.iterdir()), key=lambda name: name == last)
-    mode = (temporary / last).stat().st_mode
-    for name in names:
-        (temporary / name).chmod(mode)  # safetensors leaves its files readable by their owner alone
-        sync(temporary / name)
-    if not directory.exists():
-        temporary.chmod(mode | (mode & 0o444) >> 2)  # mkdtemp's is private; to enter for all who may read
-        temporary.rename(directory)
-    else:
-        for name in names:
-            (temporary / name).replace(directory / name)
-    sync(directory)
-    sync(directory.parent)
-
-
-def refuse_misfits(
+def check_tensor_shapes(
     where: str, expected: dict[str, tuple[int, ...]], found: dict[str, tuple[int, ...]]
 ) -> None:
-    """UserError that names every tensor that is missing, unexpected or mis-shaped. where: its first line."""
-    complaints = {
+    """Compare stored tensors with those that a configuration implies.
+
+    Args:
+        where: First line of the error message.
+        expected: Name -> shape by the configuration.
+        found: Name -> shape in the files.
+
+    Raises:
+        UserError: A tensor is missing, unexpected or of the wrong shape. The message lists the tensors of
+            each kind.
+    """
+    problems = {
         "missing": sorted(expected.keys() - found.keys()),
         "unexpected": sorted(found.keys() - expected.keys()),
-        "of another shape": [
-            f"{name} is {list(found[name])}, by the configuration {list(shape)}"
+        "with a wrong shape": [
+            f"{name} is {list(found[name])}, the configuration says {list(shape)}"
             for name, shape in expected.items()
             if name in found and found[name] != shape
         ],
     }
-    if any(complaints.values()):
-        lines = [f"tensors {what}: {some(names)}" for what, names in complaints.items() if names]
+    if any(problems.values()):
+        lines = [f"tensors {kind}: {first_few(names)}" for kind, names in problems.items() if names]
         raise UserError("\n  ".join([where, *lines]))
 
 
-def some(names: list[str]) -> str:
-    """The first few and how many more."""
+def first_few(names: list[str]) -> str:
+    """Join the first five names, and say how many more there are."""
     return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")

@@ -8,7 +8,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from olmoe_train.model import OlmoeConfig, OlmoeForCausalLM
 from tests.chat_templates import TULU_3, turn, write_tokenizer
-from tests.end_to_end.commands import REPO, olmoe
+from tests.end_to_end.commands import olmoe
 from tests.prepared_data import read_documents
 
 MODEL = {
@@ -43,7 +43,7 @@ def test_fine_tuning_keeps_the_chat_template(tmp_path: Path) -> None:
 
     prepare = [
         *("data=chat", "data.source.paths=[chats.jsonl]", "data.source.validation_fraction=0.2"),
-        *("tokenizer.path=base", f"tokenizer.chat_template={REPO}/data/tulu.jinja", "data.dir=chats"),
+        *("tokenizer.path=base", "tokenizer.chat_template=tulu", "data.dir=chats"),
     ]
     assert (result := olmoe("prepare", *prepare, cwd=tmp_path)).returncode == 0, result.stderr
     train = [

@@ -19,13 +19,11 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out / f"olmoe_train-{__version__}-py3-none-any.whl"
 
 
-def test_every_preset_is_inside(wheel: Path) -> None:
+def test_every_preset_and_chat_template_is_inside(wheel: Path) -> None:
     inside = set(zipfile.ZipFile(wheel).namelist())
-    presets = {
-        f"olmoe_train/configs/{p.relative_to(REPO / 'configs')}" for p in (REPO / "configs").rglob("*.yaml")
-    }
-    assert presets
-    assert presets <= inside
+    files = {path.relative_to(REPO / "configs") for path in (REPO / "configs").rglob("*") if path.is_file()}
+    assert {path.suffix for path in files} == {".yaml", ".jinja"}
+    assert {f"olmoe_train/configs/{path}" for path in files} <= inside
     assert {name.split("/")[0] for name in inside} == {"olmoe_train", f"olmoe_train-{__version__}.dist-info"}
 
 
@@ -41,7 +39,10 @@ def test_installed_it_works_from_another_directory(wheel: Path, tmp_path: Path) 
     assert shown.returncode == 0, shown.stderr
     assert "hidden_size" in shown.stdout
     where = run(
-        sys.executable, "-c", "from olmoe_train.cli import config_directory as d; print(d())",
+        sys.executable, "-c", "from olmoe_train.config.reference import config_directory as d; print(d())",
         cwd=tmp_path, PYTHONPATH=str(site),
     )  # fmt: skip
     assert where.stdout.strip() == str(site / "olmoe_train" / "configs")
+    program = "from olmoe_train.data.chat_template import read_template; print(read_template('tulu'))"
+    template = run(sys.executable, "-c", program, cwd=tmp_path, PYTHONPATH=str(site))
+    assert "<|assistant|>" in template.stdout

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +17,13 @@ import pytest
 from olmoe_train.config.choices import OnBadRecord, Records, SourceKind
 from olmoe_train.config.verbs import PrepareConfig
 from olmoe_train.data.prepare.pipeline import prepare
-from olmoe_train.data.prepare.progress import Output
+from olmoe_train.data.prepare.progress import OutputWriter
+from olmoe_train.data.prepare.tuning import Tuning
 from olmoe_train.utils.errors import UserError
 from tests.prepared_data import contents, prepare_config
 
 DEADLINE = 120.0  # seconds
+TUNING = Tuning(batch_bytes=4000)  # many batches
 
 
 def write_corpus(root: Path, records: int) -> Path:
@@ -80,7 +83,7 @@ def test_kill_9(tmp_path: Path) -> None:
     again = subprocess.run(
         [*command, f"data.dir={tmp_path}/data"], capture_output=True, text=True, check=True
     )
-    assert "going on after " in again.stdout
+    assert "continuing after " in again.stdout
     for path, old in before.items():
         new = (tmp_path / "data" / path).stat()
         assert (new.st_ino, new.st_mtime_ns) == (old.st_ino, old.st_mtime_ns), f"{path} was written again"
@@ -98,9 +101,9 @@ def interrupt(
 ) -> Path:
     """Runs `cfg` until `batches` are written and saved, and returns what it leaves behind."""
     written = 0
-    add = Output.add
+    add = OutputWriter.add
 
-    def add_and_count(self: Output, *arguments: Any) -> None:
+    def add_and_count(self: OutputWriter, *arguments: Any) -> None:
         nonlocal written
         add(self, *arguments)
         written += 1
@@ -108,17 +111,15 @@ def interrupt(
             raise Killed
 
     with monkeypatch.context() as patch:
-        patch.setattr("olmoe_train.data.prepare.progress.SAVE_SECONDS", save_every)
-        patch.setattr(Output, "add", add_and_count)
+        patch.setattr(OutputWriter, "add", add_and_count)
         with pytest.raises(Killed):
-            prepare(cfg)
+            prepare(cfg, replace(TUNING, save_seconds=save_every))
     final = Path(cfg.data.dir)
     return final.with_name(f".{final.name}.partial")
 
 
 @pytest.fixture
-def corpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setattr("olmoe_train.data.prepare.batches.BATCH_BYTES", 4000)
+def corpus(tmp_path: Path) -> Path:
     return write_corpus(tmp_path / "corpus", 60)
 
 
@@ -141,7 +142,7 @@ def test_bytes_are_those_of_an_uninterrupted_run(
     shard_tokens: int,
     records: Records,
 ) -> None:
-    prepare(config(tmp_path / "whole", corpus, shard_tokens=shard_tokens, records=records))
+    prepare(config(tmp_path / "whole", corpus, shard_tokens=shard_tokens, records=records), TUNING)
     cfg = config(tmp_path / "data", corpus, shard_tokens=shard_tokens, records=records)
     partial = interrupt(monkeypatch, cfg, batches)
     # What was written after the last save is of unknown length: here, rubbish.
@@ -150,7 +151,7 @@ def test_bytes_are_those_of_an_uninterrupted_run(
     for name in (open_shard["path"], open_shard["ends_path"], "quarantine.jsonl", *masks):
         with (partial / name).open("ab") as file:
             file.write(b"half a write")
-    prepare(cfg)
+    prepare(cfg, TUNING)
     assert contents(tmp_path / "data") == contents(tmp_path / "whole")
     assert not partial.exists()
 
@@ -159,15 +160,15 @@ def test_documents_since_the_last_save_are_encoded_again(
     corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Nothing was saved after the tokenizer, which is kept and not trained again."""
-    prepare(config(tmp_path / "whole", corpus, shard_tokens=10**6))
+    prepare(config(tmp_path / "whole", corpus, shard_tokens=10**6), TUNING)
     cfg = config(tmp_path / "data", corpus, shard_tokens=10**6)
     partial = interrupt(monkeypatch, cfg, 5, save_every=1e9)
     assert (partial / "train/shard-00000.npy").exists()
     capsys.readouterr()
     with monkeypatch.context() as patch:
         patch.setattr("olmoe_train.data.prepare.pipeline.train_tokenizer", None)
-        prepare(cfg)
-    assert "going on" not in capsys.readouterr().out
+        prepare(cfg, TUNING)
+    assert "continuing" not in capsys.readouterr().out
     assert contents(tmp_path / "data") == contents(tmp_path / "whole")
 
 
@@ -204,9 +205,9 @@ def change_tokenizer(partial: Path, corpus: Path) -> None:
     [
         (change_shard, r"shard-00000\.npy changed"),
         (cut_open_shard, r"shard-\d+\.npy changed"),
-        (delete_index, r"shard-00000\.ends\.u64 is gone"),
+        (delete_index, r"shard-00000\.ends\.u64 is missing"),
         (change_mask, r"shard-00000\.mask\.u8 changed"),
-        (touch_corpus, "other than before: corpus in place"),
+        (touch_corpus, "other settings than before: corpus in place"),
         (change_tokenizer, r"tokenizer\.json changed"),
     ],
 )
@@ -222,11 +223,11 @@ def test_what_is_not_as_it_was_left_is_done_again(
     cfg = config(tmp_path / "data", corpus, **options)
     change(interrupt(monkeypatch, cfg, 6), corpus)
     capsys.readouterr()
-    prepare(cfg)
+    prepare(cfg, TUNING)
     printed = capsys.readouterr().out
     assert "starting over" in printed
     assert re.search(reason, printed)
-    prepare(config(tmp_path / "whole", corpus, **options))
+    prepare(config(tmp_path / "whole", corpus, **options), TUNING)
     assert contents(tmp_path / "data") == contents(tmp_path / "whole")
 
 
@@ -237,13 +238,13 @@ def test_strict_run_goes_on_in_quarantine(
     for number in range(3):  # good files first
         lines = (corpus / f"{number}.jsonl").read_text().splitlines()
         (corpus / f"{number}.jsonl").write_text("\n".join(line for line in lines if line != "not JSON"))
-    prepare(config(tmp_path / "whole", corpus, shard_tokens=1500))
+    prepare(config(tmp_path / "whole", corpus, shard_tokens=1500), TUNING)
     given = tmp_path / "whole/tokenizer"
     arguments = {"paths": [str(corpus)], "kind": SourceKind.files, "shard_tokens": 1500, "tokenizer": given}
     with pytest.raises(UserError, match=r"3\.jsonl:9: malformed JSON"):
-        prepare(prepare_config(tmp_path / "data", **arguments))
+        prepare(prepare_config(tmp_path / "data", **arguments), TUNING)
     kept = json.loads((tmp_path / ".data.partial/progress.json").read_text())
     assert kept["position"]["part"] >= 2
-    prepare(config(tmp_path / "data", corpus, shard_tokens=1500, tokenizer=given))
-    prepare(config(tmp_path / "given", corpus, shard_tokens=1500, tokenizer=given))
+    prepare(config(tmp_path / "data", corpus, shard_tokens=1500, tokenizer=given), TUNING)
+    prepare(config(tmp_path / "given", corpus, shard_tokens=1500, tokenizer=given), TUNING)
     assert contents(tmp_path / "data") == contents(tmp_path / "given")

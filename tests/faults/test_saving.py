@@ -56,7 +56,7 @@ def kill_half_way_through_deleting() -> None:
     ("fault", "left"),
     [
         (partial(kill_at, "entry_of", "00000003.partial"), [1, 2]),  # there are shards, and no manifest
-        (partial(kill_at, "sync", "00000003.partial"), [1, 2]),  # all is there, but the name
+        (partial(kill_at, "fsync_path", "00000003.partial"), [1, 2]),  # all is there, but the name
         (kill_half_way_through_deleting, [2, 3]),  # at step 3 retention gives up step 1
     ],
     ids=["mid-save", "between write and rename", "during retention"],

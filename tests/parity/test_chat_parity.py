@@ -10,8 +10,8 @@ from transformers import AutoTokenizer
 
 from olmoe_train.config.data import TokenizerConfig
 from olmoe_train.data.chat_template import ChatTemplate, TemplateError
-from olmoe_train.data.prepare.loss_mask import align, mark_targets
-from olmoe_train.data.tokenizer import chat_template, given_tokenizer, load_for_encoding
+from olmoe_train.data.prepare.loss_mask import align_spans, mark_targets
+from olmoe_train.data.tokenizer import chat_template_from_config, load_for_encoding, tokenizer_from_config
 from tests.chat_templates import EOS, LLAMA, TEMPLATES, turn, write_tokenizer
 
 CONVERSATIONS: list[list[dict[str, Any]]] = [
@@ -43,7 +43,7 @@ def theirs(directory: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
 
 def ours(directory: Path) -> tuple[ChatTemplate, Tokenizer]:
     cfg = TokenizerConfig(path=str(directory), template_date="2024-07-04")
-    template = chat_template(cfg, given_tokenizer(cfg))
+    template = chat_template_from_config(cfg, tokenizer_from_config(cfg))
     return template, load_for_encoding(directory / "tokenizer.json", plain_text=False)
 
 
@@ -78,14 +78,14 @@ def test_same_targets_as_a_template_marks(tmp_path: Path, monkeypatch: pytest.Mo
     (template, tokenizer), reference = ours(directory), theirs(directory, monkeypatch)
     for messages in (CONVERSATIONS[0], CONVERSATIONS[2]):
         found = reference.apply_chat_template(messages, return_dict=True, return_assistant_tokens_mask=True)
-        text, turns = template.render_conversation(messages)
-        assert turns is not None
+        text, spans = template.render_conversation(messages)
+        assert spans is not None
 
         def encode(part: str) -> list[int]:
             return tokenizer.encode(part, add_special_tokens=False).ids
 
         ids = encode(text)
-        ended, targets = mark_targets(ids, align(text, turns, ids, encode), EOS, learn_eos=False)
+        ended, targets = mark_targets(ids, align_spans(text, spans, ids, encode), EOS, eos_is_target=False)
         assert ids == found["input_ids"]
         assert ended == [*ids, EOS]
         assert targets.tolist() == [*found["assistant_masks"], 0]

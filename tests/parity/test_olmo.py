@@ -240,7 +240,7 @@ def test_an_export_is_not_repeated_and_nothing_else_is_touched(
         ({"n_heads": 3}, "not divisible by num_attention_heads=3"),
         (
             {"moe_num_experts": 5},
-            "tensors of another shape: .*w1 is .144, 32., by the configuration .120, 32.",
+            "tensors with a wrong shape: .*w1 is .144, 32., the configuration says .120, 32.",
         ),
         ({"n_layers": 1}, "tensors unexpected: transformer.blocks.1.att_proj.weight"),
         ({"n_layers": 3}, "tensors missing: transformer.blocks.2.att_proj.weight"),

@@ -203,7 +203,7 @@ def test_an_olmo_in_bf16_and_its_tokenizer(tmp_path: Path) -> None:
         ({"model_type": "llama"}, "'llama'; what can be upcycled is olmo"),
         ({"num_hidden_layers": 3}, "tensors missing: model.layers.2.mlp.down_proj.weight"),
         ({"num_hidden_layers": 1}, "tensors unexpected: model.layers.1.mlp.down_proj.weight"),
-        ({"intermediate_size": 25}, r"of another shape: .*gate_proj.weight is \[24, 32\]"),
+        ({"intermediate_size": 25}, r"with a wrong shape: .*gate_proj.weight is \[24, 32\]"),
         ({"num_attention_heads": 3}, "config.json: invalid OlmoeConfig: hidden_size=32 is not divisible"),
     ],
     ids=str,

@@ -19,10 +19,11 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from olmoe_train.config.choices import OnBadRecord, Records, SourceKind
 from olmoe_train.config.verbs import PrepareConfig
 from olmoe_train.data.prepare.batches import START, numbered_lines, read_batches
-from olmoe_train.data.prepare.corpus import find_parts
+from olmoe_train.data.prepare.corpus import find_files
 from olmoe_train.data.prepare.pipeline import prepare
-from olmoe_train.data.prepare.record_spec import Reading
-from olmoe_train.data.prepare.records import BadRecord, Splitting, documents
+from olmoe_train.data.prepare.record_spec import RecordSpec
+from olmoe_train.data.prepare.records import BadRecord, ValidationSplit, documents
+from olmoe_train.data.prepare.tuning import Tuning
 from olmoe_train.data.tokens import Manifest
 from olmoe_train.utils.errors import UserError
 from tests.prepared_data import prepare_config, read_texts
@@ -113,10 +114,9 @@ def test_quarantine_stops_at_its_ceiling(tmp_path: Path) -> None:
     ).read_bytes()
 
 
-def test_ceiling_is_met_early_in_a_long_corpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ceiling_is_met_early_in_a_long_corpus(tmp_path: Path) -> None:
     """11 bad of the first 1,000 are too many for 1% whatever follows; here a damaged file would follow."""
-    monkeypatch.setattr("olmoe_train.data.prepare.batches.BATCH_BYTES", 500)
-    monkeypatch.setattr("olmoe_train.data.prepare.pipeline.TASKS_AHEAD", 1)
+    tuning = Tuning(batch_bytes=500, batches_per_process=1)
     lines = write_lines(tmp_path / "good.jsonl").read_bytes()
     (tmp_path / "a.jsonl").write_bytes(lines + b"\n" + b"0\n" * 11 + lines * 20)
     damaged = gzip.compress(lines)[:-20]
@@ -124,8 +124,9 @@ def test_ceiling_is_met_early_in_a_long_corpus(tmp_path: Path, monkeypatch: pyte
     prepare(config(tmp_path / "for_tokenizer", tmp_path / "good.jsonl"))
     given = tmp_path / "for_tokenizer/tokenizer"
     paths = (tmp_path / "a.jsonl", tmp_path / "b.jsonl.gz")
+    cfg = config(tmp_path / "data", *paths, quarantine=True, max_bad_fraction=0.01, tokenizer=given)
     with pytest.raises(UserError, match=r"max_bad_fraction=0\.01: 11 of [\d,]+ records are bad"):
-        prepare(config(tmp_path / "data", *paths, quarantine=True, max_bad_fraction=0.01, tokenizer=given))
+        prepare(cfg, tuning)
 
 
 def test_empty_documents_and_files_are_skipped_and_counted(
@@ -205,7 +206,7 @@ def test_memory_is_bounded_whatever_a_line_holds() -> None:
             yield chunk
         yield b'"}\nnext'
 
-    found, peak = peak_bytes(lambda: list(numbered_lines(stream(), limit=4 << 20)))
+    found, peak = peak_bytes(lambda: list(numbered_lines(stream(), limit=4 << 20, excerpt_bytes=1000)))
     assert [(number, len(line), size) for number, line, size in found] == [
         (1, 1000, 100 * (1 << 20) + 12),
         (2, 4, 4),
@@ -218,11 +219,13 @@ def test_memory_is_bounded_however_well_it_is_packed(tmp_path: Path, suffix: str
     """100 MB of one character are a few KB compressed, which must not be unpacked at once."""
     path = tmp_path / f"a.{suffix}"
     path.write_bytes((zstandard if suffix.endswith("zst") else gzip).compress(b"x" * 100_000_000))
-    how = Reading(Records.text, ("text",), "id", max_record_bytes=1 << 20)
+    spec = RecordSpec(Records.text, ("text",), "id", max_record_bytes=1 << 20)
 
     def read() -> list[Any]:
-        batches = read_batches(find_parts([str(path)], []), START, how)
-        return [record for batch in batches for record in documents(batch.work, how, Splitting(0.0, 0))]
+        batches = read_batches(find_files([str(path)], []), START, spec)
+        return [
+            record for batch in batches for record in documents(batch.work, spec, ValidationSplit(0.0, 0))
+        ]
 
     [bad], peak = peak_bytes(read)
     assert isinstance(bad, BadRecord)

@@ -13,9 +13,11 @@ from tokenizers import Tokenizer
 from transformers import AutoTokenizer
 
 from olmoe_train.config.choices import OnBadRecord, Records, SourceKind
+from olmoe_train.config.reference import config_directory
 from olmoe_train.config.verbs import PrepareConfig
-from olmoe_train.data.chat_template import open_template
+from olmoe_train.data.chat_template import open_template, read_template
 from olmoe_train.data.prepare.pipeline import prepare
+from olmoe_train.data.prepare.tuning import Tuning
 from olmoe_train.data.tokens import Manifest, Targets, read_manifest
 from olmoe_train.utils.errors import UserError
 from tests.chat_templates import EOS, GPT_2, LLAMA, LLAMA_3, MISTRAL, TEMPLATES, TULU_3, turn, write_tokenizer
@@ -114,7 +116,7 @@ def test_a_conversation_that_cannot_be_aligned_is_masked_and_counted(
     assert learnt(tmp_path / "data") == [["It is.</s>"], [], []]
     tokens = len(Tokenizer.from_file(str(tokenizer / "tokenizer.json")).encode("It is.</s>").ids)
     assert manifest.targets == Targets(conversations=3, unaligned=1, without_target=2, tokens=tokens)
-    line = f"targets     {tokens} tokens of 3 documents; 2 have none, in 1 of them turns cannot be told"
+    line = f"targets     {tokens} tokens of 3 documents; 2 documents have none (in 1 the target text was not"
     assert line in capsys.readouterr().out
 
 
@@ -146,7 +148,9 @@ def test_a_template_that_does_not_let_turns_be_told(tmp_path: Path, name: str) -
     assert "what?" in text
     assert turns is None
     corpus = chats(tmp_path / "a.jsonl", CONVERSATION, CONVERSATION)
-    with pytest.raises(UserError, match=r"nothing to learn in 2 documents; in 2 of them turns cannot"):
+    with pytest.raises(
+        UserError, match=r"no training target in 2 documents; in 2 of them the target text was not"
+    ):
         prepare(config(tmp_path / "data", corpus, tokenizer))
 
 
@@ -155,7 +159,7 @@ def test_a_prompt_whose_last_token_depends_on_what_follows(tmp_path: Path) -> No
     shows it, but the model would be trained on other tokens than it is prompted with."""
     tokenizer = write_tokenizer(tmp_path / "hf", LLAMA_3, GPT_2)
     corpus = chats(tmp_path / "a.jsonl", CONVERSATION)
-    with pytest.raises(UserError, match="nothing to learn in 1 documents; in 1 of them"):
+    with pytest.raises(UserError, match="no training target in 1 documents; in 1 of them"):
         prepare(config(tmp_path / "data", corpus, tokenizer))
 
 
@@ -280,10 +284,11 @@ def test_given_template_replaces_the_tokenizers_and_travels(tmp_path: Path) -> N
 
 
 def test_the_shipped_tulu_template_is_tulus(tmp_path: Path) -> None:
-    shipped = (Path(__file__).parents[2] / "data/tulu.jinja").read_text()
+    shipped = read_template("tulu")
+    assert shipped == read_template(str(config_directory() / "chat_templates/tulu.jinja"))
     talk = [turn("system", "Be terse."), *CONVERSATION]
     for special in ({"bos_token": "<s>", "eos_token": "</s>"}, {"eos_token": "</s>"}):
-        ours = open_template(shipped, special, None, "data/tulu.jinja")
+        ours = open_template(shipped, special, None, "tulu")
         theirs = open_template(TULU_3, {"bos_token": "</s>", **special}, None, "TULU_3")
         for messages, prompt in ((talk, False), (talk[:2], True), (talk[1:4], True)):
             assert ours.render(messages, prompt) == theirs.render(messages, prompt)
@@ -295,6 +300,10 @@ def test_templates_that_cannot_be_used(tmp_path: Path) -> None:
     (bare / "chat_template.jinja").unlink()
     with pytest.raises(UserError, match=r"has no chat template(.|\n)*tokenizer\.chat_template=FILE\.jinja"):
         prepare(config(tmp_path / "data", corpus, bare))
+    with pytest.raises(
+        UserError, match=r"chat_template=tulip: no such file, and .*\n  Give .* one of: tulu\."
+    ):
+        prepare(config(tmp_path / "data", corpus, bare, Path("tulip")))
     with pytest.raises(UserError, match=r"tokenizer\.chat_template=.*nowhere\.jinja: .*No such file"):
         prepare(config(tmp_path / "data", corpus, bare, tmp_path / "nowhere.jinja"))
     (tmp_path / "broken.jinja").write_text("{{ bos_token }}\n{% if %}")
@@ -303,7 +312,7 @@ def test_templates_that_cannot_be_used(tmp_path: Path) -> None:
     dated = write_tokenizer(tmp_path / "dated", TEMPLATES["modern"])
     with pytest.raises(UserError, match=r"depends on the day(.|\n)*tokenizer\.template_date=YYYY-MM-DD"):
         prepare(config(tmp_path / "data", corpus, dated))
-    with pytest.raises(UserError, match=r"tokenizer\.template_date=4\.7\.: .*write it YYYY-MM-DD"):
+    with pytest.raises(UserError, match=r"tokenizer\.template_date=4\.7\.: .*write it as YYYY-MM-DD"):
         open_template("{{ strftime_now('%d') }}", {}, "4.7.", "here")
     escape = "{{ messages.__class__.__mro__[1].__subclasses__() }}"
     (tmp_path / "escape.jinja").write_text(escape)
@@ -314,16 +323,16 @@ def test_templates_that_cannot_be_used(tmp_path: Path) -> None:
         prepare(config(tmp_path / "data", corpus, bare, tmp_path / "change.jinja"))
 
 
-def test_same_masks_from_one_process_and_from_three(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("olmoe_train.data.prepare.batches.BATCH_BYTES", 300)
+def test_same_masks_from_one_process_and_from_three(tmp_path: Path) -> None:
+    tuning = Tuning(batch_bytes=300)
     tokenizer = write_tokenizer(tmp_path / "hf", TULU_3)
     conversations = [
         [turn("user", f"{i} Hello"), turn("assistant", "It is " * (i % 5) + str(i))] for i in range(60)
     ]
     corpus = chats(tmp_path / "a.jsonl", *conversations)
     options = {"validation_fraction": 0.2, "shard_tokens": 200}
-    one: Manifest = prepare(config(tmp_path / "one", corpus, tokenizer, **options, processes=1))
-    prepare(config(tmp_path / "three", corpus, tokenizer, **options, processes=3))
+    one: Manifest = prepare(config(tmp_path / "one", corpus, tokenizer, **options, processes=1), tuning)
+    prepare(config(tmp_path / "three", corpus, tokenizer, **options, processes=3), tuning)
     assert contents(tmp_path / "one") == contents(tmp_path / "three")
     assert len(one.train.shards) > 3
     expected = {f"{'It is ' * (i % 5)}{i}</s>" for i in range(60)}

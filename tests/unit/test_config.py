@@ -142,7 +142,7 @@ def test_a_good_config_has_neither_errors_nor_warnings(prepared: str) -> None:
         (
             "data",
             DataConfig(dir="nowhere", mixture=[MixtureSource("web")], sequence_length=32),
-            "data.mixture[0]: give one of weight and tokens",
+            "data.mixture[0]: give either weight or tokens",
         ),
         (
             "data",

@@ -104,20 +104,22 @@ def test_filters_are_among_the_settings(tmp_path: Path, corpus: Path) -> None:
     with pytest.raises(UserError) as caught:
         prepare(config(tmp_path / "data", corpus, FieldFilter("source", ["wiki"]), min_characters=2))
     for line in (
-        "data.source.keep: null there, [{'field': 'source', 'values': ['wiki']}] asked for",
-        "data.source.min_characters: null there, 2 asked for",
-        "data.source.max_characters: 30 there, null asked for",
+        "data.source.keep: null there, [{'field': 'source', 'values': ['wiki']}] requested",
+        "data.source.min_characters: null there, 2 requested",
+        "data.source.max_characters: 30 there, null requested",
     ):
         assert line in str(caught.value)
 
 
 def test_filters_that_cannot_be(tmp_path: Path, corpus: Path) -> None:
     (tmp_path / "b.txt").write_text("text")
-    with pytest.raises(UserError, match=r"data\.source\.keep: .*b\.txt is text, it has no fields"):
+    with pytest.raises(UserError, match=r"data\.source\.keep: .*b\.txt is a text file, which has no fields"):
         prepare(config(tmp_path / "data", tmp_path / "b.txt", FieldFilter("source", ["wiki"])))
-    with pytest.raises(UserError, match=r"with text in it that the filters keep \(6 are left"):
+    with pytest.raises(UserError, match=r"with text in it that passes the filters \(6 records do not"):
         prepare(config(tmp_path / "data", corpus, FieldFilter("source", ["web"]), min_characters=99))
     with pytest.raises(UserError, match=r"min_characters=-1: must not be(.|\n)*max_characters=0: must be"):
         prepare(config(tmp_path / "data", corpus, min_characters=-1, max_characters=0))
-    with pytest.raises(UserError, match=r"max_characters=4: must be at least 1 and min_characters"):
+    with pytest.raises(
+        UserError, match=r"max_characters=4: must be at least 1, and at least data\.source\.min_characters"
+    ):
         prepare(config(tmp_path / "data", corpus, min_characters=5, max_characters=4))

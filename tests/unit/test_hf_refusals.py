@@ -71,7 +71,7 @@ def test_index_entries_outside_the_directory_are_refused(sharded: Path, target: 
         sharded / "model.safetensors.index.json",
         lambda index: index["weight_map"].update({"model.embed_tokens.weight": target}),
     )
-    with pytest.raises(UserError, match=r"which is no .safetensors file beside the index"):
+    with pytest.raises(UserError, match=r"which is not a .safetensors file beside the index"):
         OlmoeForCausalLM.from_pretrained(sharded)
 
 
@@ -120,7 +120,9 @@ def split(tensors: dict[str, Tensor]) -> list[dict[str, Tensor]]:
 def test_pickles_are_read_where_they_are_trusted(saved: Path, count: int) -> None:
     tensors = tensors_of(saved) | {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(2)}
     as_pickles(saved, *([tensors] if count == 1 else split(tensors)))
-    with pytest.raises(UserError, match=r"pytorch_model.bin.* only, a pickle, .* set trust_pickle=true"):
+    with pytest.raises(
+        UserError, match=r"only in pytorch_model.bin.*, a pickle, .*\n.* set trust_pickle=true"
+    ):
         OlmoeForCausalLM.from_pretrained(saved)
     model = OlmoeForCausalLM.from_pretrained(saved, trust_pickle=True)
     assert_same(model, make())
@@ -143,7 +145,7 @@ def test_a_trusted_pickle_builds_tensors_and_nothing_else(saved: Path) -> None:
     as_pickles(saved, tensors_of(saved) | {"evil": Evil()})
     torch.load(saved / "pytorch_model.bin", weights_only=False)
     mark.rmdir()  # it does run where it is unpickled
-    with pytest.raises(UserError, match=r"pytorch_model\.bin: asks for more than tensors"):
+    with pytest.raises(UserError, match=r"pytorch_model\.bin: contains objects other than tensors"):
         OlmoeForCausalLM.from_pretrained(saved, trust_pickle=True)
     assert not mark.exists()
 
@@ -157,15 +159,17 @@ def test_damaged_and_odd_pickles_are_named(saved: Path) -> None:
         with pytest.raises(UserError, match="not a state dict"):
             OlmoeForCausalLM.from_pretrained(saved, trust_pickle=True)
     file.write_bytes(b"not even a pickle")
-    with pytest.raises(UserError, match=r"pytorch_model\.bin: (cannot be read|asks for more)"):
+    with pytest.raises(
+        UserError, match=r"pytorch_model\.bin: (cannot be read|contains objects other than tensors)"
+    ):
         OlmoeForCausalLM.from_pretrained(saved, trust_pickle=True)
     file.unlink()
-    with pytest.raises(UserError, match="no weights there"):
+    with pytest.raises(UserError, match="no weights found"):
         OlmoeForCausalLM.from_pretrained(saved, trust_pickle=True)
     index = {"weight_map": dict.fromkeys(tensors, "../elsewhere.bin")}
     (saved / "pytorch_model.bin.index.json").write_text(json.dumps(index))
     torch.save(tensors, saved.parent / "elsewhere.bin")
-    with pytest.raises(UserError, match=r"which is no .bin file beside the index"):
+    with pytest.raises(UserError, match=r"which is not a .bin file beside the index"):
         OlmoeForCausalLM.from_pretrained(saved, trust_pickle=True)
 
 

@@ -51,6 +51,6 @@ def test_a_name_that_cannot_be_had(tmp_path: Path) -> None:
         "error: tokenizer.path=allenai/OLMoE-1B-7B-0924: no such file or directory here, and the"
         in result.stderr
     )
-    assert "a name works once it has been downloaded" in result.stderr
+    assert "a name works only if it has been downloaded before" in result.stderr
     assert "Traceback" not in result.stderr
     assert not list(tmp_path.glob("*data*"))

@@ -162,7 +162,7 @@ def test_shares_are_of_tokens_even_where_sequences_differ_in_padding(tmp_path: P
     mixture = [MixtureSource(name, weight=1) for name in ("full", "slack")]
     data = DataConfig(dir=str(tmp_path), mixture=mixture, sequence_length=S, packing=Packing.best_fit)
     samples = TrainSamples(data, SEED)
-    assert samples.turns.drawn(700) == [300, 400]
+    assert samples.schedule.samples_per_source(700) == [300, 400]
     assert {name: share["share"] for name, share in samples.shares(700).items()} == {
         "full": 0.5,
         "slack": 0.5,
@@ -174,8 +174,8 @@ def test_sources_of_one_size_have_orders_of_their_own(tmp_path: Path) -> None:
     mixture = [MixtureSource("a", name, weight=1) for name in ("one", "two")]
     data = DataConfig(dir=str(tmp_path), mixture=mixture, sequence_length=S)
     firsts = [int(TrainSamples(data, SEED)[i]["input_ids"][0]) for i in range(40)]
-    turns = [TrainSamples(data, SEED).turns.place(i)[0] for i in range(40)]
-    orders = [[first for first, source in zip(firsts, turns, strict=True) if source == s] for s in (0, 1)]
+    places = [TrainSamples(data, SEED).schedule.locate(i)[0] for i in range(40)]
+    orders = [[first for first, source in zip(firsts, places, strict=True) if source == s] for s in (0, 1)]
     assert len(orders[0]) == 20
     assert orders[0] != orders[1]
 

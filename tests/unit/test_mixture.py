@@ -8,7 +8,13 @@ from pathlib import Path
 import pytest
 
 from olmoe_train.config.data import DataConfig, MixtureSource
-from olmoe_train.data.mixture import Turns, mixture_errors, read_manifests, source_seed, sources
+from olmoe_train.data.mixture import (
+    SourceSchedule,
+    mixture_components,
+    mixture_errors,
+    read_manifests,
+    source_seed,
+)
 from olmoe_train.utils.errors import UserError
 from tests.prepared_data import write_prepared
 
@@ -21,12 +27,12 @@ def random_shares() -> list[list[float]]:
 
 @pytest.mark.parametrize("shares", random_shares())
 def test_every_source_has_its_share_at_every_moment(shares: list[float]) -> None:
-    """Within its share of half a sample for each source, a half for rounding, one for the order of turns."""
-    turns = Turns(shares)
+    """Within its share of half a sample for each source, a half for rounding, one for the sources' order."""
+    schedule = SourceSchedule(shares)
     counts = [0] * len(shares)
     for index in range(600):
-        assert turns.drawn(index) == counts
-        source, had = turns.place(index)
+        assert schedule.samples_per_source(index) == counts
+        source, had = schedule.locate(index)
         assert had == counts[source]
         counts[source] += 1
         for count, share in zip(counts, shares, strict=True):
@@ -35,19 +41,19 @@ def test_every_source_has_its_share_at_every_moment(shares: list[float]) -> None
 
 
 def test_far_along_the_stream_nothing_drifts() -> None:
-    turns, far = Turns([0.7, 0.2, 0.1]), 10**12
-    assert turns.drawn(far) == pytest.approx([7 * 10**11, 2 * 10**11, 10**11], abs=300)
-    places = [turns.place(far + i) for i in range(50)]
+    schedule, far = SourceSchedule([0.7, 0.2, 0.1]), 10**12
+    assert schedule.samples_per_source(far) == pytest.approx([7 * 10**11, 2 * 10**11, 10**11], abs=300)
+    places = [schedule.locate(far + i) for i in range(50)]
     for index, (source, had) in enumerate(places):
-        assert turns.drawn(far + index)[source] == had
-        assert turns.drawn(far + index + 1)[source] == had + 1
+        assert schedule.samples_per_source(far + index)[source] == had
+        assert schedule.samples_per_source(far + index + 1)[source] == had + 1
 
 
 def test_golden_vectors() -> None:
-    """Frozen: a change here reorders the data of every resumed run. Rename TURNS if it has to be."""
+    """Frozen: a change here reorders the data of every resumed run. Rename SCHEDULE if it has to be."""
 
     def places(shares: list[float], start: int = 0) -> list[tuple[int, int]]:
-        return [Turns(shares).place(index) for index in range(start, start + 10)]
+        return [SourceSchedule(shares).locate(index) for index in range(start, start + 10)]
 
     assert places([7, 3]) == [(0, 0), (1, 0), (0, 1), (0, 2), (1, 1), (0, 3), (0, 4), (0, 5), (1, 2), (0, 6)]
     assert places([0.5, 0.3, 0.2], 10**9) == [
@@ -75,24 +81,24 @@ def mixed(*parts: MixtureSource) -> DataConfig:
 
 def test_names_directories_and_weights() -> None:
     data = mixed(MixtureSource("web", weight=7), MixtureSource("/far/code", "python", weight=3))
-    assert [(s.name, str(s.directory), s.weight, s.budget) for s in sources(data)] == [
+    assert [(s.name, str(s.directory), s.weight, s.budget) for s in mixture_components(data)] == [
         ("web", "root/web", 7.0, None),
         ("python", "/far/code", 3.0, None),
     ]
-    (alone,) = sources(DataConfig(dir="root"))
+    (alone,) = mixture_components(DataConfig(dir="root"))
     assert (alone.name, str(alone.directory)) == ("validation", "root")
 
 
 @pytest.mark.parametrize(
     ("parts", "message"),
     [
-        ([MixtureSource("a")], "data.mixture[0]: give one of weight and tokens"),
-        ([MixtureSource("a", weight=1, tokens=1)], "data.mixture[0]: give one of weight and tokens"),
+        ([MixtureSource("a")], "data.mixture[0]: give either weight or tokens"),
+        ([MixtureSource("a", weight=1, tokens=1)], "data.mixture[0]: give either weight or tokens"),
         ([MixtureSource("a", weight=0)], "data.mixture[0].weight=0: must be positive"),
         ([MixtureSource("a", tokens=-5)], "data.mixture[0].tokens=-5: must be positive"),
         (
             [MixtureSource("a", weight=1), MixtureSource("b", tokens=1)],
-            "some sources have a weight and others tokens",
+            "some sources have weights and others tokens",
         ),
         ([MixtureSource("x/a", weight=1), MixtureSource("y/a", weight=1)], "2 sources are named a"),
         ([MixtureSource("validation", weight=1)], "may not be named validation"),
@@ -113,7 +119,9 @@ def test_sources_with_other_tokenizers_are_refused(tmp_path: Path) -> None:
         after = hashlib.sha256(mark).hexdigest()
         manifest.write_text(manifest.read_text().replace(before, after))
     data = DataConfig(dir=str(tmp_path), mixture=[MixtureSource(name, weight=1) for name in "ab"])
-    with pytest.raises(UserError, match=r"b and a were made with other tokenizers \(tokenizer_sha256"):
+    with pytest.raises(
+        UserError, match=r"b and a were prepared with different tokenizers \(tokenizer_sha256"
+    ):
         read_manifests(data)
 
 

@@ -14,9 +14,8 @@ from olmoe_train.config.data import DataConfig, OlmoFilesConfig, SourceConfig, T
 from olmoe_train.config.verbs import PrepareConfig
 from olmoe_train.data.loader import build_eval_batches, build_train_loader, fingerprint
 from olmoe_train.data.mixture import verify
-from olmoe_train.data.prepare import olmo_files as olmo
-from olmoe_train.data.prepare.corpus import find_parts
-from olmoe_train.data.prepare.olmo_files import index_olmo_files
+from olmoe_train.data.prepare.corpus import find_files
+from olmoe_train.data.prepare.olmo_files import TokenFormat, index_olmo_files, index_token_file
 from olmoe_train.data.tokens import open_split, read_manifest
 from olmoe_train.utils.errors import UserError
 from tests.chat_templates import TULU_3, write_tokenizer
@@ -83,15 +82,12 @@ def test_documents_are_found_and_nothing_is_copied(
     assert contents(tmp_path / "two") == contents(tmp_path / "data")
 
 
-def test_any_block_finds_the_same_documents(
-    files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    [part] = find_parts([str(files / "part-0.npy")], [])
-    tokens = olmo._Tokens("uint16", EOS, 100)
+def test_any_block_finds_the_same_documents(files: Path, tmp_path: Path) -> None:
+    [file] = find_files([str(files / "part-0.npy")], [])
+    tokens = TokenFormat("uint16", EOS, 100)
     found = []
     for block in (1, 2, 3, 5, 100):  # documents end inside of blocks, and with them
-        monkeypatch.setattr(olmo, "_BLOCK", block)
-        shard, counts = olmo._index_file(tmp_path, tokens, part, "ends")
+        shard, counts = index_token_file(tmp_path, tokens, file, "ends", block_tokens=block)
         found.append((shard, counts.tolist(), np.fromfile(tmp_path / "ends", "<u8").tolist()))
     assert all(one == found[0] for one in found)
     assert found[0][2] == [3, 5, 6, 10, 12]
@@ -138,7 +134,9 @@ def test_uint32(tmp_path: Path) -> None:
 def test_files_that_are_no_such_tokens(files: Path, tmp_path: Path) -> None:
     out = tmp_path / "data"
     (files / "x.npy").write_bytes(b"\1\2\3")
-    with pytest.raises(UserError, match=r"x\.npy: 3 bytes, which is no whole number of uint16 tokens"):
+    with pytest.raises(
+        UserError, match=r"x\.npy: 3 bytes, which is not a whole, positive number of uint16 tokens"
+    ):
         index_olmo_files(config(out, files))
     (files / "x.npy").write_bytes(b"")
     with pytest.raises(UserError, match=r"x\.npy: 0 bytes"):
@@ -162,7 +160,7 @@ def test_keys(files: Path, tmp_path: Path) -> None:
         ),
         ({"eos_token_id": 100}, r"eos_token_id=100, vocab_size=100: must be 0 <= eos < vocab_size <= 65536"),
         ({"vocab_size": 70_000}, r"vocab_size=70000: must be"),
-        ({"paths": [], "validation_paths": []}, r"data\.source\.paths=\[\]: give the token files"),
+        ({"paths": [], "validation_paths": []}, r"data\.source\.paths=\[\]: give token files"),
         ({"text_field": "body"}, r"data\.source\.text_field=body: has no effect with data\.format=olmo"),
     ):
         with pytest.raises(UserError, match=message):
@@ -198,5 +196,5 @@ def test_only_the_tokens_may_lie_elsewhere(files: Path, tmp_path: Path) -> None:
 
 def test_format_olmo_for_data_that_is_not(tmp_path: Path) -> None:
     write_prepared(tmp_path / "data", [[5, 6]])
-    with pytest.raises(UserError, match=r"data\.format=olmo: .*data has tokens of its own"):
+    with pytest.raises(UserError, match=r"data\.format=olmo: .*data holds its own tokens"):
         verify(DataConfig(dir=str(tmp_path / "data"), format=DataFormat.olmo))

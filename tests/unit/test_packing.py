@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from olmoe_train.data import packing
-from olmoe_train.data.packing import best_fit_decreasing, open_packs, pack_documents
+from olmoe_train.data.packing import Packs, best_fit_decreasing, open_packs, pack_documents, write_index
 from olmoe_train.data.tokens import open_split
 from olmoe_train.utils.errors import UserError
 from tests.prepared_data import write_prepared
@@ -88,17 +88,16 @@ def prepared(directory: Path, shard_tokens: int = 10**9) -> Path:
     return write_prepared(directory, DOCUMENTS, DOCUMENTS[:3], shard_tokens=shard_tokens)
 
 
-def test_the_index_is_that_of_its_windows_whatever_the_shards(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(packing, "WINDOW", 5)
+def test_the_index_is_that_of_its_windows_whatever_the_shards(tmp_path: Path) -> None:
     lengths = [len(document) + 1 for document in DOCUMENTS]
     expected, offset = [], 0
     for window in (lengths[:5], lengths[5:10], lengths[10:]):
         expected += [[(a + offset, b + offset) for a, b in part] for part in pack(window, 8)]
         offset += sum(window)
     for shard_tokens in (10**9, 20):
-        packs = open_packs(open_split(prepared(tmp_path / str(shard_tokens), shard_tokens), "train"), 8)
+        split = open_split(prepared(tmp_path / str(shard_tokens), shard_tokens), "train")
+        write_index(split, 8, tmp_path / f"index-{shard_tokens}", window=5)
+        packs = Packs(tmp_path / f"index-{shard_tokens}")
         assert [packs[i] for i in range(len(packs))] == expected
 
 
@@ -122,8 +121,8 @@ def test_the_index_is_made_once_and_again_for_other_lengths_splits_and_documents
 def test_processes_that_start_together_make_it_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     split = open_split(prepared(tmp_path / "data"), "train")
     made = []
-    build = packing._write_index
-    monkeypatch.setattr(packing, "_write_index", lambda *a: made.append(a) or build(*a))
+    build = packing.write_index
+    monkeypatch.setattr(packing, "write_index", lambda *a: made.append(a) or build(*a))
     results: list[int] = []
     threads = [threading.Thread(target=lambda: results.append(len(open_packs(split, 8)))) for _ in range(4)]
     for thread in threads:
@@ -139,9 +138,10 @@ def test_an_index_left_half_written_is_made_anew(tmp_path: Path) -> None:
     split = open_split(prepared(tmp_path / "data"), "train")
     expected = list(open_packs(split, 8))
     (final,) = (split.directory / "packing").glob("best_fit*")
-    partial = final.rename(final.with_name(f"{final.name}.partial"))
+    partial = final.rename(final.with_name(f".{final.name}.0123abcd.partial"))
     (partial / "pieces.u64").write_bytes(b"torn")
     assert list(open_packs(split, 8)) == expected
+    assert sorted(path.name for path in final.parent.iterdir()) == [final.name, "lock"]
 
 
 def test_a_copied_index_carries_no_maps(tmp_path: Path) -> None:
@@ -154,12 +154,17 @@ def test_a_copied_index_carries_no_maps(tmp_path: Path) -> None:
 def test_a_damaged_index_is_named(tmp_path: Path) -> None:
     split = open_split(prepared(tmp_path / "data"), "train")
     (open_packs(split, 8).directory / "pieces.u64").write_bytes(bytes(16))
-    with pytest.raises(UserError, match=r"best_fit-v1-train-8-[0-9a-f]{16}: a damaged index(.|\n)*Delete it"):
+    with pytest.raises(
+        UserError,
+        match=r"best_fit-v1-train-8-[0-9a-f]{16}: the index of packed sequences is damaged(.|\n)*Delete it",
+    ):
         open_packs(split, 8)
 
 
 def test_where_the_index_cannot_be_written(tmp_path: Path) -> None:
     directory = prepared(tmp_path / "data")
     (directory / "packing").write_text("a file in its place")
-    with pytest.raises(UserError, match=r"packing, which cannot be written(.|\n)*Make it writable"):
+    with pytest.raises(
+        UserError, match=r"packing, which cannot be written(.|\n)*Make the directory writable"
+    ):
         open_packs(open_split(directory, "train"), 8)

@@ -15,10 +15,11 @@ from transformers import AutoTokenizer
 
 from olmoe_train.config.data import DataConfig, SourceConfig, TokenizerConfig
 from olmoe_train.config.verbs import PrepareConfig
-from olmoe_train.data.prepare.corpus import held_out, python_stdlib_parts
+from olmoe_train.data.prepare.corpus import held_out, python_stdlib_files
 from olmoe_train.data.prepare.pipeline import prepare
-from olmoe_train.data.prepare.shards import clear, new_directory
+from olmoe_train.data.prepare.shards import clear, resumable_directory
 from olmoe_train.data.prepare.summary import unigram_entropy
+from olmoe_train.data.prepare.tuning import Tuning
 from olmoe_train.data.tokens import Split, open_split
 from olmoe_train.utils.errors import UserError
 from tests.prepared_data import contents, prepare_config, read_documents
@@ -101,12 +102,10 @@ def test_unigram_entropy_by_hand() -> None:
     assert unigram_entropy(np.array([3, 1]), np.array([0, 0])) is None
 
 
-def test_same_bytes_from_one_process_and_from_three(
-    stdlib: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("olmoe_train.data.prepare.batches.BATCH_BYTES", 2000)  # many batches of few files
-    prepare(prepare_config(tmp_path / "one", processes=1))
-    prepare(prepare_config(tmp_path / "three", processes=3))
+def test_same_bytes_from_one_process_and_from_three(stdlib: Path, tmp_path: Path) -> None:
+    many_batches = Tuning(batch_bytes=2000)
+    prepare(prepare_config(tmp_path / "one", processes=1), many_batches)
+    prepare(prepare_config(tmp_path / "three", processes=3), many_batches)
     assert contents(tmp_path / "one") == contents(tmp_path / "three")
 
 
@@ -178,10 +177,10 @@ def test_other_settings_are_refused_by_name(stdlib: Path, tmp_path: Path) -> Non
         prepare(prepare_config(out, seed=3, tokenizer=out / "tokenizer", shard_tokens=5000))
     message = str(caught.value)
     assert f"data.dir={out} was prepared with other settings" in message
-    assert "seed: 0 there, 3 asked for" in message
-    assert "data.source.shard_tokens: 100000000 there, 5000 asked for" in message
+    assert "seed: 0 there, 3 requested" in message
+    assert "data.source.shard_tokens: 100000000 there, 5000 requested" in message
     assert "tokenizer.path: null there, sha256:" in message
-    assert "tokenizer.vocab_size: 400 there, null asked for" in message
+    assert "tokenizer.vocab_size: 400 there, null requested" in message
     assert "validation_fraction" not in message
     assert f"Choose another data.dir, or delete {out}" in message
 
@@ -265,7 +264,7 @@ def test_tokenizer_without_an_end_of_text_token(stdlib: Path, tmp_path: Path) ->
     (tmp_path / "tokenizer.json").write_text("{}")
     with pytest.raises(UserError, match=r"tokenizer\.path=.*: not a readable tokenizer"):
         prepare(prepare_config(tmp_path / "data", tokenizer=tmp_path / "tokenizer.json"))
-    with pytest.raises(UserError, match=r"tokenizer\.path=.*nowhere: no tokenizer\.json there"):
+    with pytest.raises(UserError, match=r"tokenizer\.path=.*nowhere: no tokenizer\.json found"):
         prepare(prepare_config(tmp_path / "data", tokenizer=tmp_path / "nowhere"))
 
 
@@ -273,7 +272,7 @@ def test_tokenizer_keys_without_effect(stdlib: Path, tmp_path: Path) -> None:
     prepare(prepare_config(tmp_path / "trained"))
     cfg = prepare_config(tmp_path / "data", tokenizer=tmp_path / "trained/tokenizer")
     tokenizer = dataclasses.replace(cfg.tokenizer, revision="main")
-    with pytest.raises(UserError, match=r"tokenizer\.revision=main: has no effect, .* is not of the hub"):
+    with pytest.raises(UserError, match=r"tokenizer\.revision=main: has no effect, .* is not on the hub"):
         prepare(dataclasses.replace(cfg, tokenizer=tokenizer))
     tokenizer = TokenizerConfig(revision="main", template_date="2024-07-04")
     with pytest.raises(UserError, match=r"template_date: has no effect(.|\n)*revision: has no effect"):
@@ -297,7 +296,7 @@ def test_mount_point_is_refused_before_any_work(tmp_path: Path, monkeypatch: pyt
 
 def test_new_directory_appears_whole_or_not_at_all(tmp_path: Path) -> None:
     out = tmp_path / "deep" / "data"
-    with pytest.raises(TypeError), new_directory(out) as directory:
+    with pytest.raises(TypeError), resumable_directory(out) as directory:
         (directory / "half").write_bytes("text")  # type: ignore[arg-type]
     assert list((tmp_path / "deep").iterdir()) == []
     # What a killed run leaves is handed over; an empty directory may be given.
@@ -305,11 +304,14 @@ def test_new_directory_appears_whole_or_not_at_all(tmp_path: Path) -> None:
     (left / "train").mkdir(parents=True)
     (left / "train" / "old").write_text("x")
     out.mkdir()
-    with new_directory(out) as directory:
+    with resumable_directory(out) as directory:
         assert (directory / "train" / "old").is_file()
         clear(directory)
         (directory / "whole").write_text("x")
-        with pytest.raises(UserError, match="another `olmoe prepare` is writing it"), new_directory(out):
+        with (
+            pytest.raises(UserError, match="another `olmoe prepare` is writing it"),
+            resumable_directory(out),
+        ):
             pass
         assert list(out.iterdir()) == []
     assert [path.name for path in out.iterdir()] == ["whole"]
@@ -335,7 +337,7 @@ def test_split_without_documents_is_refused(stdlib: Path, tmp_path: Path) -> Non
 
 def test_the_real_standard_library() -> None:
     root = Path(sysconfig.get_paths()["stdlib"])
-    parts = python_stdlib_parts(root)
+    parts = python_stdlib_files(root)
     names = [part.name for part in parts]
     assert names == sorted(names)
     assert {"ast.py", "asyncio/events.py"} <= set(names)

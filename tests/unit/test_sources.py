@@ -14,9 +14,10 @@ import zstandard
 
 from olmoe_train.config.choices import OnBadRecord, Records, SourceKind
 from olmoe_train.data.prepare.batches import START, Position, numbered_lines, read_batches
-from olmoe_train.data.prepare.corpus import find_parts
+from olmoe_train.data.prepare.corpus import find_files
 from olmoe_train.data.prepare.pipeline import prepare
-from olmoe_train.data.prepare.record_spec import Reading
+from olmoe_train.data.prepare.record_spec import RecordSpec
+from olmoe_train.data.prepare.tuning import Tuning
 from olmoe_train.utils.errors import UserError
 from tests.prepared_data import contents, prepare_config, read_texts
 
@@ -77,10 +78,10 @@ def test_folder_of_compressed_lines(corpus: Path, tmp_path: Path, capsys: pytest
 
 
 def test_globs_and_names_mean_the_same_as_the_folder(corpus: Path, tmp_path: Path) -> None:
-    folder = find_parts([str(corpus)], [])
-    globbed = find_parts([f"{corpus}/**/*.jsonl", f"{corpus}/**/*.jso*.gz", f"{corpus}/d*.zst"], [])
+    folder = find_files([str(corpus)], [])
+    globbed = find_files([f"{corpus}/**/*.jsonl", f"{corpus}/**/*.jso*.gz", f"{corpus}/d*.zst"], [])
     assert [part.path for part in globbed] == [part.path for part in folder]
-    named = find_parts([str(corpus / "a.jsonl"), str(corpus / "a.*"), str(corpus)], [])
+    named = find_files([str(corpus / "a.jsonl"), str(corpus / "a.*"), str(corpus)], [])
     assert [Path(part.path).name for part in named] == [
         "a.jsonl",
         "part-0.json.gz",
@@ -92,13 +93,13 @@ def test_globs_and_names_mean_the_same_as_the_folder(corpus: Path, tmp_path: Pat
 def test_same_bytes_from_one_process_and_from_two_anywhere(
     corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("olmoe_train.data.prepare.batches.BATCH_BYTES", 500)
-    prepare(files(tmp_path / "one", corpus))
+    tuning = Tuning(batch_bytes=500)
+    prepare(files(tmp_path / "one", corpus), tuning)
     moved = tmp_path / "elsewhere"
     corpus.rename(moved)
     os.utime(moved / "a.jsonl", (0, 0))
     monkeypatch.chdir(tmp_path)
-    prepare(files(tmp_path / "two", "elsewhere", processes=2))
+    prepare(files(tmp_path / "two", "elsewhere", processes=2), tuning)
     one, two = contents(tmp_path / "one"), contents(tmp_path / "two")
     manifests = [json.loads(found.pop("manifest.json")) for found in (one, two)]
     assert one == two
@@ -153,7 +154,7 @@ def test_tables_are_read_like_lines(corpus: Path, tmp_path: Path) -> None:
         assert (prepared.train, prepared.validation) == (lines.train, lines.validation)
     with pytest.raises(UserError, match=r"0\.parquet: no column 'body'; it has id, text(.|\n)*text_field"):
         prepare(files(tmp_path / "no", tmp_path / "tables", text_field="body"))
-    with pytest.raises(UserError, match=r"a\.jsonl is no \.parquet or \.arrow file(.|\n)*data=jsonl"):
+    with pytest.raises(UserError, match=r"a\.jsonl is not a \.parquet or \.arrow file(.|\n)*data=jsonl"):
         prepare(files(tmp_path / "no", corpus, kind="datasets"))
 
 
@@ -184,11 +185,8 @@ def test_streamed_dataset(corpus: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("layout", ["lines", "text", "parquet", "mixed"])
-def test_reading_from_any_position_goes_on_exactly(
-    corpus: Path, tmp_path: Path, layout: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("olmoe_train.data.prepare.batches.BATCH_BYTES", 300)
-    monkeypatch.setattr("olmoe_train.data.prepare.batches._ROWS", 4)
+def test_reading_from_any_position_goes_on_exactly(corpus: Path, tmp_path: Path, layout: str) -> None:
+    tuning = Tuning(batch_bytes=300, rows_per_read=4)
     if layout in ("text", "mixed"):
         for number, text in enumerate(TEXTS[:9]):
             write(corpus / f"{number}.txt", text.encode())
@@ -197,17 +195,17 @@ def test_reading_from_any_position_goes_on_exactly(
         table = pa.table({"text": TEXTS[:30]})
         pq.write_table(table, str(corpus / "c.parquet"), row_group_size=7)
     patterns = {"lines": "**/*.json*", "text": "*.txt", "parquet": "*.parquet", "mixed": ""}
-    parts = find_parts([f"{corpus}/{patterns[layout]}"], [])
+    parts = find_files([f"{corpus}/{patterns[layout]}"], [])
     if layout == "lines":
         parts = [part for part in parts if part.name != "dataset_info.json"]
-    how = Reading(Records.text, ("text",), "id", 10**6)
-    batches = list(read_batches(parts, START, how))
+    spec = RecordSpec(Records.text, ("text",), "id", 10**6)
+    batches = list(read_batches(parts, START, spec, tuning=tuning))
     assert len(batches) > 3
     assert sum(batch.bytes_read for batch in batches) == sum(part.size for part in parts)
     for number, batch in enumerate(batches):
-        again = list(read_batches(parts, batch.end, how))
+        again = list(read_batches(parts, batch.end, spec, tuning=tuning))
         assert [b.work for b in again] == [b.work for b in batches[number + 1 :]]
-    assert list(read_batches(parts, Position(len(parts), 0), how)) == []
+    assert list(read_batches(parts, Position(len(parts), 0), spec, tuning=tuning)) == []
 
 
 def test_lines_are_the_same_however_the_bytes_come() -> None:
@@ -222,16 +220,15 @@ def test_lines_are_the_same_however_the_bytes_come() -> None:
     ]
     for size in (3, 7, 100):
         pieces = [raw[i : i + size] for i in range(0, len(raw), size)]
-        assert list(numbered_lines(iter(pieces), 100)) == whole
-        assert list(numbered_lines(iter(pieces), 50)) == whole
+        assert list(numbered_lines(iter(pieces), 100, 1000)) == whole
+        assert list(numbered_lines(iter(pieces), 50, 1000)) == whole
 
 
-def test_line_over_the_limit_is_cut_and_measured(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("olmoe_train.data.prepare.batches.CUT_BYTES", 5)
+def test_line_over_the_limit_is_cut_and_measured() -> None:
     raw = b"a" * 10 + b"\n" + b"b" * 11 + b"\nc\n" + b"d" * 30
     for size in (1, 4, 16, 100):
         pieces = [raw[i : i + size] for i in range(0, len(raw), size)]
-        found = list(numbered_lines(iter(pieces), 10))
+        found = list(numbered_lines(iter(pieces), 10, 5))
         assert found == [(1, b"a" * 10, 10), (2, b"bbbbb", 11), (3, b"c", 1), (4, b"ddddd", 30)]
 
 

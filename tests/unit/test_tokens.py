@@ -67,7 +67,9 @@ def test_documents_come_in_windows_across_shards(prepared: Path, documents: int)
 
 def test_a_document_index_that_ends_elsewhere_is_damaged(prepared: Path) -> None:
     np.array([6], "<u8").tofile(prepared / "train/shard-00002.ends.u64")
-    with pytest.raises(UserError, match=r"shard-00002\.ends\.u64: its last document does not end with"):
+    with pytest.raises(
+        UserError, match=r"shard-00002\.ends\.u64: its last document does not end at the end of"
+    ):
         list(open_split(prepared, "train").document_windows(2))
 
 

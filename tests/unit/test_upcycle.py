@@ -99,7 +99,7 @@ def test_wrong_sources(dense: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="not a dense model, it has 3 experts a layer"):
         weights(tmp_path / "sparse", "moe", 4, 2)
     (dense / "model.safetensors").unlink()
-    with pytest.raises(UserError, match="no weights there"):
+    with pytest.raises(UserError, match="no weights found"):
         weights(dense, "moe", 4, 2)
 
 

@@ -34,13 +34,8 @@ from olmoe_train.model.hf.directory import parameter_shapes
 from olmoe_train.model.hf.special_tokens import copy_tokenizer
 from olmoe_train.model.transformer import OlmoeForCausalLM
 from olmoe_train.utils.errors import UserError
-from olmoe_train.utils.tensor_files import (
-    WEIGHTS,
-    StoredWeights,
-    appears_at_once,
-    refuse_misfits,
-    write_safetensors,
-)
+from olmoe_train.utils.files import atomic_directory
+from olmoe_train.utils.tensor_files import WEIGHTS, StoredWeights, check_tensor_shapes, write_safetensors
 
 CONFIG, PICKLE = "config.yaml", "model.pt"
 _OUTSIDE = {
@@ -197,7 +192,7 @@ def open_olmo(directory: Path, trust_pickle: bool = False) -> tuple[OlmoeConfig,
     stored = StoredWeights(directory, trust_pickle, PICKLE)
     keys = {_decode(key): key for key in stored.tensors}
     found = {name: stored.tensors[key].shape for name, key in keys.items()}
-    refuse_misfits(f"{directory} does not fit its config.yaml:", olmo_shapes(config), found)
+    check_tensor_shapes(f"{directory} does not fit its config.yaml:", olmo_shapes(config), found)
     config.dtype = next(iter(stored.tensors.values())).dtype
     return config, lambda name: _from_olmo(config, name, lambda theirs: stored.read(keys[theirs]))
 
@@ -295,7 +290,7 @@ def write_olmo_directory(
     section = olmo_config(config)
     names = {_encode(name): name for name in olmo_shapes(config)}
     shapes = {key: olmo_shapes(config)[name] for key, name in names.items()}
-    with appears_at_once(directory, last=CONFIG) as temporary:
+    with atomic_directory(directory, last=CONFIG) as temporary:
         write_safetensors(
             temporary / WEIGHTS,
             shapes,

@@ -29,7 +29,7 @@ from olmoe_train.model.hf.special_tokens import read_generation_config
 from olmoe_train.model.transformer import OlmoeDecoderLayer
 from olmoe_train.utils.errors import UserError
 from olmoe_train.utils.files import read_json_object
-from olmoe_train.utils.tensor_files import StoredWeights, refuse_misfits
+from olmoe_train.utils.tensor_files import StoredWeights, check_tensor_shapes
 
 EPS = 1e-5
 """Of OLMo's LayerNorms; no field of its config.json."""
@@ -57,7 +57,7 @@ def open_dense_olmo(directory: Path, trust_pickle: bool = False) -> Source:
         for name, tensor in stored.tensors.items()
         if name not in ignored and not name.endswith("rotary_emb.inv_freq")
     }
-    refuse_misfits(f"{directory} does not fit its config.json:", expected, found)
+    check_tensor_shapes(f"{directory} does not fit its config.json:", expected, found)
     refuse_untied(config, stored, directory)
     dtype = config.dtype = config.dtype or next(iter(stored.tensors.values())).dtype
 

@@ -1,7 +1,8 @@
-"""A corpus as batches of undecoded records, in order, in bounded memory; workers decode them (records.py).
+"""Reads a corpus as batches of undecoded records, in order and in bounded memory.
 
-One process reads: decompressing and cutting into lines costs a hundredth of tokenising, and so a single large
-file keeps all workers busy. Reading can start at any Position, which is what resuming needs.
+One process reads, and workers decode and tokenize the batches (records.py, encode.py). Decompressing and
+splitting into lines costs a hundredth of tokenizing, so a single large file keeps all workers busy. Reading
+can start at any Position, which is what resuming needs.
 """
 
 import gzip
@@ -16,27 +17,27 @@ import pyarrow.ipc
 import pyarrow.parquet
 import zstandard
 
-from olmoe_train.data.prepare.corpus import Layout, Part
+from olmoe_train.data.prepare.corpus import CorpusFile, FileFormat
 from olmoe_train.data.prepare.hub import HubDataset
-from olmoe_train.data.prepare.record_spec import Reading
+from olmoe_train.data.prepare.record_spec import RecordSpec
+from olmoe_train.data.prepare.tuning import DEFAULT_TUNING, Tuning
 from olmoe_train.utils.errors import UserError
 
-# Text a batch: large against the cost of handing it to a process, small against a core's share of the corpus.
-BATCH_BYTES = 256 * 1024
-# What is kept of a record that is too long: enough to recognise it by.
-CUT_BYTES = 1000
-_CHUNK = 1 << 20
-# zstd turns 4 bytes into up to 128 KiB, and its decompressor gives out all it can at once: at most 4 MiB so.
+_CHUNK = 1 << 20  # bytes read at a time
+# zstd expands 4 bytes to up to 128 KiB, and its decompressor returns all it can at once: at most 4 MiB for
+# 128 bytes of input.
 _ZSTD_INPUT = 128
-_ROWS = 256
 _BOM = b"\xef\xbb\xbf"
-# What the decompressors raise for data that is cut short or changed.
+# The exceptions that the decompressors raise for truncated or corrupted data.
 DAMAGE = (EOFError, gzip.BadGzipFile, zlib.error, zstandard.ZstdError, pyarrow.ArrowInvalid)
 
 
 @dataclass(frozen=True)
 class Position:
-    """Everything before it has been read: parts [0, part), and the first `record` lines or rows of `part`."""
+    """A place in the corpus: files [0, part) and the first `record` lines or rows of file `part` are read.
+
+    Stored in progress.json.
+    """
 
     part: int
     record: int
@@ -46,121 +47,152 @@ START = Position(0, 0)
 
 
 @dataclass(frozen=True)
-class Files:
-    """Whole files, each a document; the worker reads them."""
+class WholeFiles:
+    """Files that are one document each. The worker reads them."""
 
-    parts: list[Part]
+    files: list[CorpusFile]
 
 
 @dataclass(frozen=True)
 class Lines:
-    part: Part
+    """Lines of a file of JSON lines."""
+
+    file: CorpusFile
     lines: list[tuple[int, bytes, int]]
-    """(line number from 1, contents, size in bytes); contents are cut to CUT_BYTES if it is too long."""
+    """(line number from 1, contents, size in bytes). A line that is too long has an excerpt as contents."""
 
 
 @dataclass(frozen=True)
 class Rows:
-    part: Part
+    """Rows of a table."""
+
+    file: CorpusFile
     rows: list[tuple[int, dict[str, Any]]]
-    """(row number from 1, the columns that Reading.columns asks for)"""
+    """(row number from 1, the columns that RecordSpec.columns selects)"""
 
 
-Work = Files | Lines | Rows
+Work = WholeFiles | Lines | Rows
 
 
 @dataclass(frozen=True)
 class Batch:
+    """What a worker encodes at a time."""
+
     work: Work
     end: Position
+    """Position after the batch."""
     bytes_read: int
-    """Bytes on disk since the batch before, for the progress bar."""
+    """Bytes read from disk since the batch before, for the progress bar."""
 
 
 def read_batches(
-    parts: list[Part], start: Position, how: Reading, hub: HubDataset | None = None
+    files: list[CorpusFile],
+    start: Position,
+    spec: RecordSpec,
+    hub: HubDataset | None = None,
+    tuning: Tuning = DEFAULT_TUNING,
 ) -> Iterator[Batch]:
-    """Batches of about BATCH_BYTES from `start` on. UserError path:line for damaged files."""
-    files: list[Part] = []
-    for index in range(start.part, len(parts)):
-        part = parts[index]
-        if part.layout is Layout.text:
-            files.append(part)
-            following = parts[index + 1] if index + 1 < len(parts) else None
-            size = sum(file.size for file in files)
-            if size >= BATCH_BYTES or following is None or following.layout is not Layout.text:
-                yield Batch(Files(files), Position(index + 1, 0), size)
-                files = []
+    """Read the corpus from a position on, in batches of about `tuning.batch_bytes`.
+
+    Args:
+        files: The files of the corpus.
+        start: Where to begin.
+        spec: How records are read.
+        hub: The dataset that files of FileFormat.hub are splits of.
+        tuning: Sizes of batches and reads.
+
+    Raises:
+        UserError: A file is damaged. The message names path:line.
+    """
+    whole: list[CorpusFile] = []
+    for index in range(start.part, len(files)):
+        file = files[index]
+        if file.format is FileFormat.text:
+            whole.append(file)
+            following = files[index + 1] if index + 1 < len(files) else None
+            size = sum(file.size for file in whole)
+            if size >= tuning.batch_bytes or following is None or following.format is not FileFormat.text:
+                yield Batch(WholeFiles(whole), Position(index + 1, 0), size)
+                whole = []
             continue
         skip = start.record if index == start.part else 0
-        lines = part.layout is Layout.lines
-        batches = _line_batches(part, skip, how) if lines else _row_batches(part, skip, how, hub)
+        if file.format is FileFormat.lines:
+            batches = _line_batches(file, skip, spec, tuning)
+        else:
+            batches = _row_batches(file, skip, spec, hub, tuning)
         for work, records, bytes_read in batches:
             end = Position(index + 1, 0) if records is None else Position(index, records)
             yield Batch(work, end, bytes_read)
 
 
-def _line_batches(part: Part, skip: int, how: Reading) -> Iterator[tuple[Work, int | None, int]]:
-    """(lines, number of the last one or None at the end of the file, bytes read on disk).
+def _line_batches(
+    file: CorpusFile, skip: int, spec: RecordSpec, tuning: Tuning
+) -> Iterator[tuple[Work, int | None, int]]:
+    """Yield (lines, number of the last one or None at the end of the file, bytes read from disk).
 
-    A file without lines has one, which is empty: so it is counted.
+    A file without lines yields one empty line, so that it is counted as an empty document.
     """
     held: list[tuple[int, bytes, int]] = []
-    size = number = told = 0
-    with Path(part.path).open("rb") as raw:
+    size = number = reported = 0
+    with Path(file.path).open("rb") as raw:
         try:
-            for number, line, length in numbered_lines(chunks(raw, part.path), how.max_record_bytes):
+            lines = numbered_lines(chunks(raw, file.path), spec.max_record_bytes, spec.excerpt_bytes)
+            for number, line, length in lines:
                 if number <= skip or not line.strip():
                     continue
                 held.append((number, line, length))
                 size += len(line)
-                if size >= BATCH_BYTES:
-                    yield Lines(part, held), number, raw.tell() - told
-                    held, size, told = [], 0, raw.tell()
+                if size >= tuning.batch_bytes:
+                    yield Lines(file, held), number, raw.tell() - reported
+                    held, size, reported = [], 0, raw.tell()
         except DAMAGE as error:
-            raise damaged(part.path, number + 1, error) from error
+            raise damaged(file.path, number + 1, error) from error
         if not number:
             held = [(1, b"", 0)]
         if held:
-            yield Lines(part, held), None, raw.tell() - told
+            yield Lines(file, held), None, raw.tell() - reported
 
 
 def damaged(path: str, line: int, error: BaseException) -> UserError:
+    """Return the error for a file that cannot be read past `line`."""
     return UserError(
         f"{path}:{line}: the file is damaged from here on ({error}).\n"
-        "  Get it again, or take it out of the corpus; what cannot be read is not quarantined."
+        "  Get it again, or take it out of the corpus. Only records can be quarantined, not damaged files."
     )
 
 
-def numbered_lines(pieces: Iterator[bytes], limit: int) -> Iterator[tuple[int, bytes, int]]:
-    """(number from 1, line without its end, its size in bytes) of a stream that comes in `pieces`.
+def numbered_lines(
+    pieces: Iterator[bytes], limit: int, excerpt_bytes: int
+) -> Iterator[tuple[int, bytes, int]]:
+    """Split a stream into lines and yield (number from 1, line without its newline, size in bytes).
 
-    A line of more than `limit` bytes is cut to CUT_BYTES; never more of it than `limit` and a piece is held.
+    Of a line of more than `limit` bytes, only the first `excerpt_bytes` are yielded. At most `limit` bytes of
+    a line and one piece of the stream are in memory.
     """
     pending, dropped, number = b"", 0, 0
     for piece in pieces:
         *whole, rest = piece.split(b"\n")
         for part in whole:
             number += 1
-            yield _line(number, pending + part, dropped, limit)
+            yield _line(number, pending + part, dropped, limit, excerpt_bytes)
             pending, dropped = b"", 0
         pending += rest
         if len(pending) + dropped > limit:
-            dropped += max(0, len(pending) - CUT_BYTES)
-            pending = pending[:CUT_BYTES]
+            dropped += max(0, len(pending) - excerpt_bytes)
+            pending = pending[:excerpt_bytes]
     if pending:
-        yield _line(number + 1, pending, dropped, limit)
+        yield _line(number + 1, pending, dropped, limit, excerpt_bytes)
 
 
-def _line(number: int, line: bytes, dropped: int, limit: int) -> tuple[int, bytes, int]:
+def _line(number: int, line: bytes, dropped: int, limit: int, excerpt_bytes: int) -> tuple[int, bytes, int]:
     if number == 1:
         line = line.removeprefix(_BOM)
     size = len(line) + dropped
-    return number, line[:CUT_BYTES] if size > limit else line, size
+    return number, line[:excerpt_bytes] if size > limit else line, size
 
 
 def chunks(raw: BinaryIO, path: str) -> Iterator[bytes]:
-    """The contents, decompressed by the file's suffix. Raises one of DAMAGE where they end early."""
+    """Yield a file's contents, decompressed by its suffix. Raises one of DAMAGE if they end early."""
     if path.endswith(".zst"):
         yield from _zstd_chunks(raw)
         return
@@ -170,7 +202,7 @@ def chunks(raw: BinaryIO, path: str) -> Iterator[bytes]:
 
 
 def _zstd_chunks(raw: BinaryIO) -> Iterator[bytes]:
-    """Frame by frame: zstandard's own stream reader takes a file that is cut short for a whole one."""
+    """Decompress frame by frame, because zstandard's stream reader does not notice a truncated file."""
     decompressor = zstandard.ZstdDecompressor()
     frame = None
     while data := raw.read(_ZSTD_INPUT):
@@ -185,23 +217,23 @@ def _zstd_chunks(raw: BinaryIO) -> Iterator[bytes]:
 
 
 def _row_batches(
-    part: Part, skip: int, how: Reading, hub: HubDataset | None
+    file: CorpusFile, skip: int, spec: RecordSpec, hub: HubDataset | None, tuning: Tuning
 ) -> Iterator[tuple[Work, int | None, int]]:
-    """(rows, number of the last one or None at the end, bytes read on disk: all with the last batch)"""
+    """Yield (rows, number of the last one or None at the end, bytes on disk: all with the last batch)."""
     held: list[tuple[int, dict[str, Any]]] = []
     size, number = 0, skip
-    for row in _rows(part, skip, how, hub):
+    for row in _rows(file, skip, spec, hub, tuning):
         number += 1
         held.append((number, row))
         size += characters(row)
-        if size >= BATCH_BYTES:
-            yield Rows(part, held), number, 0
+        if size >= tuning.batch_bytes:
+            yield Rows(file, held), number, 0
             held, size = [], 0
-    yield Rows(part, held), None, part.size
+    yield Rows(file, held), None, file.size
 
 
 def characters(value: Any) -> int:
-    """Of all text in a row's value."""
+    """Count the characters of all text in a JSON value. A number or null counts as one."""
     if isinstance(value, str):
         return len(value)
     if isinstance(value, dict):
@@ -209,34 +241,37 @@ def characters(value: Any) -> int:
     return sum(map(characters, value)) if isinstance(value, list) else 1
 
 
-def _rows(part: Part, skip: int, how: Reading, hub: HubDataset | None) -> Iterator[dict[str, Any]]:
-    """Each row after the first `skip`."""
-    if part.layout is Layout.hub:
+def _rows(
+    file: CorpusFile, skip: int, spec: RecordSpec, hub: HubDataset | None, tuning: Tuning
+) -> Iterator[dict[str, Any]]:
+    """Yield each row after the first `skip`."""
+    if file.format is FileFormat.hub:
         assert hub is not None
-        yield from hub.rows(part.path, skip, how)
+        yield from hub.rows(file.path, skip, spec, tuning.rows_per_read)
         return
     number = 0
     try:
-        for table in _tables(part, how):
+        for table in _tables(file, spec, tuning.rows_per_read):
             if (number := number + table.num_rows) > skip:
                 yield from table.slice(max(0, table.num_rows - (number - skip))).to_pylist()
     except DAMAGE as error:
-        raise damaged(part.path, number + 1, error) from error
+        raise damaged(file.path, number + 1, error) from error
 
 
-def _tables(part: Part, how: Reading) -> Iterator[pyarrow.RecordBatch]:
-    """Record batches of a parquet or arrow file (stream or file format)."""
-    if part.layout is Layout.parquet:
-        with pyarrow.parquet.ParquetFile(part.path) as file:
-            columns = how.columns(part.path, file.schema_arrow.names)
-            yield from file.iter_batches(batch_size=_ROWS, columns=columns)
+def _tables(file: CorpusFile, spec: RecordSpec, rows_per_read: int) -> Iterator[pyarrow.RecordBatch]:
+    """Yield record batches of a parquet file, or of an arrow file in stream or file format."""
+    if file.format is FileFormat.parquet:
+        with pyarrow.parquet.ParquetFile(file.path) as parquet:
+            columns = spec.columns(file.path, parquet.schema_arrow.names)
+            yield from parquet.iter_batches(batch_size=rows_per_read, columns=columns)
         return
-    with pyarrow.memory_map(part.path) as mapped:
+    with pyarrow.memory_map(file.path) as mapped:
         is_file = mapped.read(6) == b"ARROW1"
         mapped.seek(0)
         reader = pyarrow.ipc.open_file(mapped) if is_file else pyarrow.ipc.open_stream(mapped)
-        columns = how.columns(part.path, reader.schema.names)
+        columns = spec.columns(file.path, reader.schema.names)
         batches = map(reader.get_batch, range(reader.num_record_batches)) if is_file else reader
         for batch in batches:
-            chosen = batch.select(columns)
-            yield from (chosen.slice(start, _ROWS) for start in range(0, chosen.num_rows, _ROWS))
+            selected = batch.select(columns)
+            starts = range(0, selected.num_rows, rows_per_read)
+            yield from (selected.slice(start, rows_per_read) for start in starts)

@@ -1,5 +1,4 @@
-"""What a corpus consists of: its parts (files, or splits of a hub dataset) in a fixed order, and which split
-a document belongs to."""
+"""Finds the files of a corpus in a fixed order, and decides which split a document belongs to."""
 
 import hashlib
 import os
@@ -12,11 +11,13 @@ from typing import Any
 from olmoe_train.utils.errors import UserError
 
 
-class Layout(Enum):
+class FileFormat(Enum):
+    """How the documents of a corpus file are stored."""
+
     text = "text"
     """The file is one document."""
     lines = "lines"
-    """A JSON object a line."""
+    """One JSON object per line."""
     parquet = "parquet"
     arrow = "arrow"
     hub = "hub"
@@ -24,74 +25,83 @@ class Layout(Enum):
 
 
 @dataclass(frozen=True)
-class Part:
+class CorpusFile:
+    """A file of the corpus, or a split of a streamed dataset."""
+
     path: str
-    """File; for Layout.hub the split."""
+    """Absolute path. With FileFormat.hub: name of the split."""
     name: str
-    """Path within the corpus: the same wherever the corpus lies. Identifies documents without an id."""
-    layout: Layout
+    """Path relative to the corpus, wherever the corpus lies. It identifies documents without an id."""
+    format: FileFormat
     validation: bool
-    """All of its documents are validation's."""
+    """Whether all of its documents belong to the validation split."""
     size: int
-    """Bytes on disk; 0: unknown."""
+    """Bytes on disk. 0: unknown."""
     modified_ns: int = 0
+    """Time of the last modification, in nanoseconds since the epoch."""
 
 
 _COMPRESSED = (".gz", ".zst")
 _LINES = (".jsonl", ".json")
-# Never unpacked: members may be called ../../anything.
+# Archives are never unpacked: a member may be named ../../anything.
 _ARCHIVES = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst", ".zip", ".7z")
-# Tests, compiled files and other people's packages.
+# Tests, compiled files and installed packages are not source of the standard library.
 _NOT_SOURCE = {"test", "tests", "idle_test", "__pycache__", "site-packages", "dist-packages"}
 
 
-def layout_of(path: Path) -> Layout:
-    """By the name, compression aside: what is not JSON lines, parquet or arrow is text."""
+def file_format(path: Path) -> FileFormat:
+    """Return the format by the file's name. What is not JSON lines, parquet or arrow is text."""
     inner = Path(path.stem) if path.suffix in _COMPRESSED else path
     if inner.suffix in _LINES:
-        return Layout.lines
-    # Both carry their own compression.
-    return {".parquet": Layout.parquet, ".arrow": Layout.arrow}.get(path.suffix, Layout.text)
+        return FileFormat.lines
+    # Parquet and arrow files have their own compression.
+    return {".parquet": FileFormat.parquet, ".arrow": FileFormat.arrow}.get(path.suffix, FileFormat.text)
 
 
-def find_parts(paths: list[str], validation_paths: list[str]) -> list[Part]:
-    """The files that `paths` and `validation_paths` stand for, each once, in order of their names.
+def find_files(paths: list[str], validation_paths: list[str]) -> list[CorpusFile]:
+    """Find the files that data.source.paths and data.source.validation_paths name.
 
-    An entry is a file, a glob (`**` for any depth; hidden files are left out, as by a shell) or a directory,
-    which stands for the files in it, at any depth, that `_in_a_directory` takes. What validation_paths
-    matches is validation's, even where `paths` matches it too. UserError for an entry without
-    files, and for archives.
+    Args:
+        paths: Files, globs (`**` for any depth; hidden files are skipped, as by a shell) and directories. A
+            directory stands for those files in it, at any depth, that `_is_document_file` accepts.
+        validation_paths: The same for validation files. A file that both match belongs to validation.
+
+    Returns:
+        Each file once, sorted by its name.
+
+    Raises:
+        UserError: An entry matches no file or an archive, or no file is left for training.
     """
-    found: dict[Path, Part] = {}
+    found: dict[Path, CorpusFile] = {}
     for key, patterns in (("paths", paths), ("validation_paths", validation_paths)):
         for pattern in patterns:
             try:
                 files, base = _expand(pattern)
-            except ValueError:  # pathlib, for a ** that is not a whole component
+            except ValueError:  # raised by pathlib for a ** that is not a whole path component
                 files = []
             if not files:
-                raise UserError(f"data.source.{key}: {_nothing(pattern)}")
+                raise UserError(f"data.source.{key}: {_no_match(pattern)}")
             for path in files:
                 if path.name.endswith(_ARCHIVES):
-                    raise UserError(f"data.source.{key}: {path} is an archive: unpack it, and give its files")
-                found[path] = _part(path, base, validation=key == "validation_paths")
-    parts = sorted(found.values(), key=lambda part: (part.name, part.path))
-    if all(part.validation for part in parts):
+                    raise UserError(f"data.source.{key}: {path} is an archive: unpack it and give its files")
+                found[path] = _corpus_file(path, base, validation=key == "validation_paths")
+    corpus_files = sorted(found.values(), key=lambda file: (file.name, file.path))
+    if all(file.validation for file in corpus_files):
         raise UserError(
             f"data.source.validation_paths={validation_paths}: takes every file of the corpus.\n"
-            "  Leave files for training."
+            "  Leave some files for training."
         )
-    return parts
+    return corpus_files
 
 
 def _expand(pattern: str) -> tuple[list[Path], Path]:
-    """(absolute files, the directory that their names are relative to)"""
+    """Return (absolute paths of the files, the directory that their names are relative to)."""
     path = Path(pattern).expanduser().absolute()
     found: Iterator[Path]
     if path.is_file():
         return [path], path.parent
     if path.is_dir():
-        base, found = path, (file for file in path.rglob("*") if _in_a_directory(file))
+        base, found = path, (file for file in path.rglob("*") if _is_document_file(file))
     else:
         base = path
         while set("*?[") & set(str(base)):
@@ -104,38 +114,39 @@ def _expand(pattern: str) -> tuple[list[Path], Path]:
     return [file for file in found if file.is_file() and not hidden(file)], base
 
 
-def _in_a_directory(path: Path) -> bool:
-    """Whether a file is taken that was not asked for by name: other .json files and the README of a download
-    are no documents."""
+def _is_document_file(path: Path) -> bool:
+    """Return whether a file in a directory is taken. Of a download, the README and plain .json files are not
+    documents; a .json file is taken only if it is compressed, or named explicitly.
+    """
     inner = path.name.removesuffix(".gz").removesuffix(".zst")
     compressed_json = inner != path.name and inner.endswith(".json")
     return inner.endswith((".jsonl", ".txt", ".parquet", ".arrow")) or compressed_json
 
 
-def _nothing(pattern: str) -> str:
+def _no_match(pattern: str) -> str:
     if Path(pattern).expanduser().is_dir():
         return (
             f"{pattern} holds no .jsonl, .json.gz, .json.zst, .txt, .parquet or .arrow file.\n"
-            "  For files of another kind, each of them a document, give a glob: "
+            "  If its files are of another kind, each of them one document, give a glob: "
             f"'{pattern.rstrip('/')}/**/*.py'."
         )
     return (
-        f"no file is called or matches {pattern} (seen from {Path.cwd()}).\n"
-        "  Give files, globs (`**` only as a whole name between slashes) or folders."
+        f"no file is called or matches {pattern} (current directory: {Path.cwd()}).\n"
+        "  Give files, globs (`**` only as a whole name between slashes) or directories."
     )
 
 
-def _part(path: Path, base: Path, validation: bool) -> Part:
+def _corpus_file(path: Path, base: Path, validation: bool) -> CorpusFile:
     status = path.stat()
     name = path.relative_to(base).as_posix()
-    return Part(str(path), name, layout_of(path), validation, status.st_size, status.st_mtime_ns)
+    return CorpusFile(str(path), name, file_format(path), validation, status.st_size, status.st_mtime_ns)
 
 
-def python_stdlib_parts(root: Path) -> list[Part]:
-    """The Python files of the standard library at `root` (about 12 MB), in order of their names.
+def python_stdlib_files(root: Path) -> list[CorpusFile]:
+    """Find the Python files of the standard library at `root` (about 12 MB), sorted by their names.
 
-    Without what an interpreter's build generated (config-*/, _sysconfigdata*.py), which differs from machine
-    to machine.
+    Files that the interpreter's build generates (config-*/, _sysconfigdata*.py) are left out, because they
+    differ between machines.
     """
     files: list[Path] = []
     for directory, children, names in os.walk(root):
@@ -148,16 +159,23 @@ def python_stdlib_parts(root: Path) -> list[Part]:
         raise UserError(
             f"data.source.kind=python_stdlib: {root} has no .py files; use a Python that ships its source"
         )
-    return sorted((_part(path, root, validation=False) for path in files), key=lambda part: part.name)
+    return sorted((_corpus_file(path, root, validation=False) for path in files), key=lambda file: file.name)
 
 
 def held_out(identity: str, fraction: float, seed: int) -> bool:
-    """Whether a document is validation's: by its identity and the seed alone, so that it stays where it is
-    when others come or go."""
+    """Return whether a document belongs to the validation split.
+
+    It depends only on the arguments, so a document keeps its split when others are added or removed.
+
+    Args:
+        identity: What identifies the document: its id, or its file and line.
+        fraction: Expected share of the documents that are held out.
+        seed: Selects which documents are held out.
+    """
     digest = hashlib.blake2b(f"{seed}:{identity}".encode("utf-8", "surrogateescape"), digest_size=8).digest()
     return int.from_bytes(digest, "little") < fraction * 2**64
 
 
 def digest(rows: list[Any]) -> str:
-    """Of plain values; file names may hold bytes that are not UTF-8."""
+    """Hash a list of plain values (SHA-256). File names in it may contain bytes that are not UTF-8."""
     return "sha256:" + hashlib.sha256(repr(rows).encode("utf-8", "surrogateescape")).hexdigest()

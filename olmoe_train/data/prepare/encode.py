@@ -1,4 +1,4 @@
-"""Batches to token ids, in worker processes that hand their results back in the order of the corpus."""
+"""Encodes batches as token ids in worker processes, and returns the results in the order of the corpus."""
 
 import multiprocessing
 import os
@@ -18,36 +18,39 @@ from tokenizers import Tokenizer
 from olmoe_train.config.choices import Records
 from olmoe_train.data.chat_template import Span
 from olmoe_train.data.prepare.batches import Batch, Work
-from olmoe_train.data.prepare.loss_mask import align, mark_targets
-from olmoe_train.data.prepare.record_spec import Filtered, Reading
-from olmoe_train.data.prepare.records import BadRecord, Document, Splitting, documents
+from olmoe_train.data.prepare.loss_mask import align_spans, mark_targets
+from olmoe_train.data.prepare.record_spec import Filtered, RecordSpec
+from olmoe_train.data.prepare.records import BadRecord, Document, ValidationSplit, documents
 from olmoe_train.data.tokenizer import load_for_encoding
 from olmoe_train.data.tokens import DTYPES
 
 
 @dataclass(frozen=True)
 class EncodedSplit:
+    """The documents of a batch that belong to one split."""
+
     tokens: np.ndarray
-    """Its documents, each ended by eos, of the shards' dtype."""
+    """All documents in a row, each with its eos, in the dtype of the shards."""
     targets: np.ndarray | None
-    """uint8 a token: 1 where it is to be predicted, 0 where it is only read; None: all are predicted."""
+    """Loss mask, uint8 per token: 1 if the token is a target, else 0. None: every token is a target."""
     lengths: list[int]
     """Tokens of each document, eos included."""
     text_bytes: int
+    """UTF-8 bytes of the documents."""
     unaligned: int
-    """Documents whose turns cannot be told among the tokens; none of these is a target."""
+    """Documents in which the target text could not be located among the tokens. They have no targets."""
     without_target: int
-    """Documents without any target, the unaligned ones among them."""
+    """Documents without any target token, the unaligned ones included."""
 
 
 @dataclass(frozen=True)
 class Encoded:
-    """What a worker makes of a batch."""
+    """Result of encoding a batch."""
 
     train: EncodedSplit
     validation: EncodedSplit
     empty: int
-    """Records without any text; they make no document."""
+    """Records without any text. They become no documents."""
     filtered: int
     """Records that a filter leaves out."""
     bad: list[BadRecord]
@@ -55,23 +58,24 @@ class Encoded:
 
 @dataclass(frozen=True)
 class Encoder:
-    """Runs in a worker: `encoder(work)`; sent there with every batch, so small."""
+    """Encodes batches in a worker: `encoder(work)`. It must be small: it is sent along with every batch."""
 
-    reading: Reading
-    splitting: Splitting
+    spec: RecordSpec
+    validation: ValidationSplit
     tokenizer_json: Path
     eos_token_id: int
     vocab_size: int
     dtype: str
     strict: bool
+    """Whether a bad record is an error. Otherwise it is returned."""
 
     def __call__(self, work: Work) -> Encoded:
-        """UserError path:line for the first bad record, if strict."""
+        """Encode a batch. If strict, raises UserError (path:line) for the first bad record."""
         train: list[Document] = []
         validation: list[Document] = []
         bad: list[BadRecord] = []
         empty = filtered = 0
-        for record in documents(work, self.reading, self.splitting):
+        for record in documents(work, self.spec, self.validation):
             if isinstance(record, BadRecord):
                 if self.strict:
                     raise record.error()
@@ -96,42 +100,42 @@ class Encoder:
                 bad.append(record)
                 continue
             text_bytes += len(document.text.encode())
-            if self._learns_all:
+            if self._all_targets:
                 arrays.append(np.array([*ids, self.eos_token_id], dtype))
                 continue
-            turns = self._turns(document, ids)
-            # Where a turn of a conversation ends is for its template to say; a completion just ends.
-            learn_eos = self.reading.records is Records.prompt_completion
-            ids, targets = mark_targets(ids, turns, self.eos_token_id, learn_eos)
+            spans = self._target_spans(document, ids)
+            # A chat template writes the end of a message itself. A completion has to learn to end.
+            eos_is_target = self.spec.records is Records.prompt_completion
+            ids, targets = mark_targets(ids, spans, self.eos_token_id, eos_is_target)
             arrays.append(np.array(ids, dtype))
             masks.append(targets)
-            unaligned += turns is None
+            unaligned += spans is None
             without_target += not targets.any()
-        mask = None if self._learns_all else np.concatenate(masks)
+        mask = None if self._all_targets else np.concatenate(masks)
         lengths = [len(array) for array in arrays[1:]]
         return EncodedSplit(np.concatenate(arrays), mask, lengths, text_bytes, unaligned, without_target)
 
     @property
-    def _learns_all(self) -> bool:
-        return self.reading.records is Records.text
+    def _all_targets(self) -> bool:
+        return self.spec.records is Records.text
 
-    def _turns(self, document: Document, ids: list[int]) -> list[Span] | None:
-        """The document's turns in tokens; None: they cannot be told."""
-        if document.turns is None:
+    def _target_spans(self, document: Document, ids: list[int]) -> list[Span] | None:
+        """Return the document's target spans in tokens. None if they cannot be located."""
+        if document.target_spans is None:
             return None
-        tokenizer = _tokenizer(self.tokenizer_json, self._learns_all)
+        tokenizer = _tokenizer(self.tokenizer_json, self._all_targets)
 
         def encode(text: str) -> list[int]:
             return tokenizer.encode_batch_fast([text], add_special_tokens=False)[0].ids
 
-        return align(document.text, document.turns, ids, encode)
+        return align_spans(document.text, document.target_spans, ids, encode)
 
     def _ids(self, texts: list[str]) -> list[list[int] | str]:
-        """Token ids of each text, or the reason why it has none."""
-        tokenizer = _tokenizer(self.tokenizer_json, self._learns_all)
+        """Return the token ids of each text, or the reason why it cannot be encoded."""
+        tokenizer = _tokenizer(self.tokenizer_json, self._all_targets)
         try:
             found = tokenizer.encode_batch_fast(texts, add_special_tokens=False)
-        except Exception as error:  # bare, from `tokenizers`: an unknown word without a token for it
+        except Exception as error:  # `tokenizers` raises bare Exception for a word without a token
             if len(texts) == 1:
                 return [f"the tokenizer cannot encode it: {error}"]
             return [ids for text in texts for ids in self._ids([text])]
@@ -149,14 +153,15 @@ def _tokenizer(tokenizer_json: Path, plain_text: bool) -> Tokenizer:
 
 
 def cores() -> int:
-    """Cores this process may use; where the system cannot say, cores there are."""
+    """Return the number of cores that this process may use. If the system cannot say, all cores."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 @contextmanager
 def worker_processes(count: int) -> Iterator[Executor]:
-    # Not fork: training the tokenizer has started threads here; a forked process would have their locks
-    # without them.
+    """Start `count` worker processes, and end them with the block."""
+    # Not fork: training the tokenizer started threads in this process. A forked process would have their
+    # locks, possibly held, but not the threads.
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["olmoe_train.data.prepare.pipeline"])
     with ProcessPoolExecutor(count, context, initializer=_start_worker) as pool:
@@ -165,13 +170,13 @@ def worker_processes(count: int) -> Iterator[Executor]:
 
 def _start_worker() -> None:
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes are the parallelism
-    # Ctrl-C reaches the whole process group; the parent ends its workers.
+    # Ctrl-C reaches the whole process group. The parent handles it and ends its workers.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_exit_with_parent, daemon=True).start()
 
 
 def _exit_with_parent() -> None:
-    """A killed parent (kill -9, out of memory) would leave its workers waiting for ever."""
+    """End this worker when its parent is killed (kill -9, out of memory). It would wait forever."""
     parent = multiprocessing.parent_process()
     assert parent is not None
     parent.join()
@@ -181,7 +186,7 @@ def _exit_with_parent() -> None:
 def in_order(
     pool: Executor, encode: Callable[[Work], Encoded], batches: Iterator[Batch], ahead: int
 ) -> Iterator[tuple[Batch, Encoded]]:
-    """pool.map, but with at most `ahead` batches under way or waiting, so that memory stays bounded."""
+    """Like pool.map, but with at most `ahead` batches encoded or waiting, so that memory stays bounded."""
     futures: deque[tuple[Batch, Future[Encoded]]] = deque()
     for batch in batches:
         futures.append((batch, pool.submit(encode, batch.work)))

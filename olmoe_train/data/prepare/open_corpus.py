@@ -1,4 +1,4 @@
-"""The corpus that data.source describes, found and identified, before any of it is read."""
+"""Finds and identifies the corpus that data.source describes, before any of it is read."""
 
 import platform
 import sysconfig
@@ -8,48 +8,53 @@ from typing import Any
 
 from olmoe_train.config.choices import Records, SourceKind
 from olmoe_train.config.data import SourceConfig
-from olmoe_train.data.prepare.corpus import Layout, Part, digest, find_parts, python_stdlib_parts
-from olmoe_train.data.prepare.hub import HubDataset, hub_parts, open_hub_dataset
+from olmoe_train.data.prepare.corpus import CorpusFile, FileFormat, digest, find_files, python_stdlib_files
+from olmoe_train.data.prepare.hub import HubDataset, hub_splits, open_hub_dataset
 from olmoe_train.data.prepare.record_spec import CONTENT_KEYS
 from olmoe_train.utils.errors import UserError
 
 
 @dataclass(frozen=True)
 class Corpus:
-    parts: list[Part]
+    """The files to prepare."""
+
+    files: list[CorpusFile]
+    """In the order in which they are read."""
     hub: HubDataset | None
-    """What streams the parts of Layout.hub."""
+    """The dataset that files of FileFormat.hub are splits of."""
     description: str
     """For people."""
 
     @property
-    def own_validation(self) -> bool:
-        """Whether validation is parts of its own, rather than documents chosen by a hash."""
-        return any(part.validation for part in self.parts)
+    def has_validation_files(self) -> bool:
+        """Whether validation has its own files. Otherwise documents are chosen by a hash."""
+        return any(file.validation for file in self.files)
 
     @property
     def size(self) -> int | None:
-        """Bytes on disk; None where the parts do not say."""
-        return sum(part.size for part in self.parts) or None
+        """Bytes on disk. None if it is unknown."""
+        return sum(file.size for file in self.files) or None
 
     def fingerprint(self) -> str:
-        """The same for a copy of the corpus elsewhere, another when files come, go or grow."""
-        rows = [[part.name, part.size, part.validation] for part in self.parts]
+        """Hash of names and sizes: the same for a copy of the corpus, different if files come, go or grow."""
+        rows = [[file.name, file.size, file.validation] for file in self.files]
         return digest([self.hub.fingerprint if self.hub else None, *rows])
 
     def fingerprint_in_place(self) -> str:
-        """Of paths and times of change too: what a half-finished preparation may go on from."""
-        return digest([self.fingerprint(), *([part.path, part.modified_ns] for part in self.parts)])
+        """Hash that also covers paths and modification times. An interrupted run continues only if equal."""
+        return digest([self.fingerprint(), *([file.path, file.modified_ns] for file in self.files)])
 
 
 def source_errors(source: SourceConfig) -> list[str]:
-    """What says where the corpus is, and does not fit its kind."""
+    """Return the errors in the keys that say where the corpus is, one message per error."""
     kind = f"data.source.kind={source.kind.value}"
     if source.kind is SourceKind.files and not source.paths:
-        return ["data.source.paths=[]: give files, globs or folders: 'data.source.paths=[corpus/*.jsonl]'"]
+        return [
+            "data.source.paths=[]: give files, globs or directories: 'data.source.paths=[corpus/*.jsonl]'"
+        ]
     if source.kind is SourceKind.datasets and bool(source.paths) == (source.name is not None):
         return [f"{kind}: give one of data.source.name (a dataset) and data.source.paths (parquet and arrow)"]
-    unread = {
+    unused = {
         "name": source.kind is not SourceKind.datasets,
         "paths": source.kind is SourceKind.python_stdlib,
         "validation_paths": not source.paths,
@@ -57,47 +62,58 @@ def source_errors(source: SourceConfig) -> list[str]:
     }
     errors = [
         f"data.source.{key}={value}: has no effect with {kind}; see data=jsonl and data=hf"
-        for key, nothing_reads_it in unread.items()
-        if nothing_reads_it and (value := getattr(source, key))
+        for key, is_unused in unused.items()
+        if is_unused and (value := getattr(source, key))
     ]
     if source.records is not Records.text and source.kind is SourceKind.python_stdlib:
         errors.append(
-            f"data.source.records={source.records.value}: {kind} has text files only; see data=chat"
+            f"data.source.records={source.records.value}: {kind} has only text files; see data=chat"
         )
     return errors
 
 
 def open_corpus(source: SourceConfig) -> Corpus:
+    """Find the files of the corpus.
+
+    Raises:
+        UserError: Files or the dataset are missing, or do not fit the other keys of data.source.
+    """
     if source.kind is SourceKind.python_stdlib:
         version = f"{platform.python_implementation()} {platform.python_version()}"
-        parts = python_stdlib_parts(Path(sysconfig.get_paths()["stdlib"]))
-        return Corpus(parts, None, f"the standard library of {version}")
+        files = python_stdlib_files(Path(sysconfig.get_paths()["stdlib"]))
+        return Corpus(files, None, f"the standard library of {version}")
     if source.name is not None:
         hub = open_hub_dataset(source.name, source.subset, source.revision)
         names = ", ".join(f"{k}={v}" for k in ("subset", "revision", "split") if (v := getattr(source, k)))
-        return Corpus(
-            hub_parts(hub, source.split, source.validation_split), hub, f"dataset {source.name} ({names})"
-        )
-    parts = find_parts(source.paths, source.validation_paths)
-    texts = [part.path for part in parts if part.layout is Layout.text]
+        splits = hub_splits(hub, source.split, source.validation_split)
+        return Corpus(splits, hub, f"dataset {source.name} ({names})")
+    files = find_files(source.paths, source.validation_paths)
+    texts = [file.path for file in files if file.format is FileFormat.text]
     if texts and source.records is not Records.text:
-        raise UserError(f"data.source.records={source.records.value}: {texts[0]} is text, it has no records.")
-    if texts and source.keep:
-        raise UserError(f"data.source.keep: {texts[0]} is text, it has no fields to keep it by.")
-    tables = (Layout.parquet, Layout.arrow)
-    if source.kind is SourceKind.datasets and (other := [p.path for p in parts if p.layout not in tables]):
         raise UserError(
-            f"data.source.paths: {other[0]} is no .parquet or .arrow file.\n  Use data=jsonl for it."
+            f"data.source.records={source.records.value}: {texts[0]} is a text file, which has no records."
         )
-    size = sum(part.size for part in parts)
-    return Corpus(parts, None, f"{len(parts):,} files, {size:,} bytes: {' '.join(source.paths)}")
+    if texts and source.keep:
+        raise UserError(f"data.source.keep: {texts[0]} is a text file, which has no fields to filter by.")
+    tables = (FileFormat.parquet, FileFormat.arrow)
+    if source.kind is SourceKind.datasets and (other := [f.path for f in files if f.format not in tables]):
+        raise UserError(
+            f"data.source.paths: {other[0]} is not a .parquet or .arrow file.\n  Use data=jsonl for it."
+        )
+    size = sum(file.size for file in files)
+    return Corpus(files, None, f"{len(files):,} files, {size:,} bytes: {' '.join(source.paths)}")
 
 
 def source_settings(source: SourceConfig, corpus: Corpus) -> dict[str, Any]:
-    """What decides the documents, as the manifest keeps it. The standard library is what it is."""
+    """Return the settings that determine the documents, as the manifest stores them.
+
+    For the standard library no further settings apply.
+    """
     settings: dict[str, Any] = {
         "data.source.kind": source.kind.value,
-        "data.source.validation_fraction": None if corpus.own_validation else source.validation_fraction,
+        "data.source.validation_fraction": None
+        if corpus.has_validation_files
+        else source.validation_fraction,
     }
     if source.kind is not SourceKind.python_stdlib:
         settings |= {
@@ -106,7 +122,7 @@ def source_settings(source: SourceConfig, corpus: Corpus) -> dict[str, Any]:
             "data.source.id_field": source.id_field,
             "data.source.max_record_bytes": source.max_record_bytes,
         }
-    # Manifests once had none of these: they are there where they are not the default.
+    # Older manifests have none of these settings, so they are stored only if they are not the default.
     if source.records is not Records.text:
         del settings["data.source.text_field"]
         settings["data.source.records"] = source.records.value

@@ -1,37 +1,44 @@
-"""A corpus to tokens on disk: find it, train or read the tokenizer, encode in parallel, write shards.
+"""Prepares a corpus: find it, train or read the tokenizer, encode in parallel, write shards and a manifest.
 
-The bytes written depend on the settings and the corpus alone, not on the number of processes nor on
-interruptions: this process reads (reader.py) and writes (output.py) in order, workers encode (encode.py).
-tokens.py reads what is written here.
+The bytes that are written depend only on the settings and the corpus, not on the number of processes or on
+interruptions. This process reads the corpus (batches.py) and writes the output (progress.py) in order, and
+worker processes encode (encode.py).
 """
 
 import sys
 from collections.abc import Iterator
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from rich.progress import Progress
 
 from olmoe_train.config.choices import OnBadRecord, Records
-from olmoe_train.config.data import OlmoFilesConfig, TokenizerConfig
+from olmoe_train.config.data import OlmoFilesConfig, SourceConfig, TokenizerConfig
 from olmoe_train.config.verbs import PrepareConfig
 from olmoe_train.data.prepare.batches import START, Position, read_batches
 from olmoe_train.data.prepare.corpus import digest
 from olmoe_train.data.prepare.encode import Encoder, cores, in_order, worker_processes
 from olmoe_train.data.prepare.open_corpus import Corpus, open_corpus, source_errors, source_settings
-from olmoe_train.data.prepare.progress import PROGRESS, QUARANTINE, Output, begun, read_done
-from olmoe_train.data.prepare.record_spec import Reading
-from olmoe_train.data.prepare.records import BadRecord, Document, Splitting, documents
-from olmoe_train.data.prepare.shards import ChangedError, clear, new_directory
-from olmoe_train.data.prepare.summary import progress_bar, refuse_other_settings, summary, unigram_entropy
+from olmoe_train.data.prepare.progress import (
+    PROGRESS,
+    QUARANTINE,
+    OutputWriter,
+    PrepareProgress,
+    read_progress,
+)
+from olmoe_train.data.prepare.record_spec import RecordSpec
+from olmoe_train.data.prepare.records import BadRecord, Document, ValidationSplit, documents
+from olmoe_train.data.prepare.shards import ChangedError, clear, resumable_directory
+from olmoe_train.data.prepare.summary import check_same_settings, progress_bar, summary, unigram_entropy
+from olmoe_train.data.prepare.tuning import DEFAULT_TUNING, Tuning
 from olmoe_train.data.tokenizer import (
     SMALLEST_VOCABULARY,
     TokenizerFiles,
-    chat_template,
-    given_tokenizer,
-    read_tokenizer,
-    template_file,
+    chat_template_from_config,
+    read_tokenizer_files,
+    template_from_config,
+    tokenizer_from_config,
     train_tokenizer,
 )
 from olmoe_train.data.tokens import (
@@ -47,50 +54,58 @@ from olmoe_train.data.tokens import (
 from olmoe_train.utils.errors import UserError
 from olmoe_train.utils.redaction import redact, redact_text
 
-# Batches a process under way or waiting to be written; bounds memory.
-TASKS_AHEAD = 4
 
+def prepare(cfg: PrepareConfig, tuning: Tuning = DEFAULT_TUNING) -> Manifest:
+    """Prepare data.dir, or verify it if it was prepared with the same settings before.
 
-def prepare(cfg: PrepareConfig) -> Manifest:
-    """Prepare cfg.data.dir, or verify it if it was prepared with the same settings. Returns its manifest.
+    The directory appears complete or not at all. What an interrupted run with the same settings finished is
+    kept and not done again.
 
-    The directory appears whole or not at all; what an interrupted run with the same settings finished is
-    kept. Raises UserError for bad settings, for a directory that holds anything else, and for bad input
-    (path:line).
+    Args:
+        cfg: The configuration of `olmoe prepare`.
+        tuning: Sizes and intervals that do not change the result.
+
+    Returns:
+        The manifest of the prepared data.
+
+    Raises:
+        UserError: A setting is invalid, data.dir holds something else, or the input is bad (path:line).
     """
     _check(cfg)
     final = Path(cfg.data.dir).expanduser().resolve()
-    tokenizer = given_tokenizer(cfg.tokenizer)
+    tokenizer = tokenizer_from_config(cfg.tokenizer)
     chats = cfg.data.source.records is Records.messages
-    reading = Reading.of(cfg.data.source, chat_template(cfg.tokenizer, tokenizer) if chats else None)
+    template = chat_template_from_config(cfg.tokenizer, tokenizer) if chats else None
+    spec = RecordSpec.from_config(cfg.data.source, template)
     corpus = open_corpus(cfg.data.source)
-    settings = _settings(cfg, tokenizer, reading, corpus)
+    settings = _settings(cfg, tokenizer, spec, corpus)
     if (final / MANIFEST).exists():
         manifest = read_manifest(final)
-        refuse_other_settings(final, manifest.settings, settings)
+        check_same_settings(final, manifest.settings, settings)
         print(f"already prepared, nothing to do: {final} ({verify_hashes(final)} files verified)")
     else:
-        with new_directory(final, keep=_keep) as directory:
+        with resumable_directory(final, keep=_keep) as directory:
+            preparation = _Preparation(directory, cfg, corpus, spec, settings, tuning)
             try:
-                manifest = _write(directory, cfg, corpus, reading, tokenizer, settings)
+                manifest = preparation.run(tokenizer)
             except ChangedError as reason:
-                print(f"starting over, what an interrupted run left in {directory} is of no use: {reason}")
+                print(f"starting over: what an interrupted run left in {directory} is unusable ({reason})")
                 clear(directory)
-                manifest = _write(directory, cfg, corpus, reading, tokenizer, settings)
+                manifest = preparation.run(tokenizer)
         print(f"prepared {final}")
     print(summary(final, manifest))
     return manifest
 
 
 def _keep(partial: Path) -> bool:
-    """Of a run that failed: what the next can go on from, and the records that were too many."""
+    """Decide whether a failed run's directory is kept: if it has progress or quarantined records."""
     if (partial / PROGRESS).exists():
-        print(f"what is done is kept in {partial}: run the same command to go on", file=sys.stderr)
+        print(f"finished work is kept in {partial}: run the same command to continue", file=sys.stderr)
     return (partial / PROGRESS).exists() or (partial / QUARANTINE).exists()
 
 
 def _check(cfg: PrepareConfig) -> None:
-    """All bad values at once."""
+    """Raise UserError with all invalid values at once."""
     source, errors = cfg.data.source, source_errors(cfg.data.source)
     if not 0 <= source.validation_fraction < 1:
         errors.append(
@@ -108,10 +123,11 @@ def _check(cfg: PrepareConfig) -> None:
         errors.append(f"data.source.min_characters={source.min_characters}: must not be negative")
     if source.max_characters is not None and source.max_characters < max(1, source.min_characters):
         errors.append(
-            f"data.source.max_characters={source.max_characters}: must be at least 1 and min_characters"
+            f"data.source.max_characters={source.max_characters}: must be at least 1, and at least "
+            "data.source.min_characters"
         )
     if source.processes < 0:
-        errors.append(f"data.source.processes={source.processes}: must be at least 1, or 0 for one a core")
+        errors.append(f"data.source.processes={source.processes}: must be at least 1, or 0 for one per core")
     errors += _tokenizer_errors(cfg)
     if errors:
         raise UserError("\n  ".join(errors))
@@ -134,94 +150,133 @@ def _tokenizer_errors(cfg: PrepareConfig) -> list[str]:
 
 
 def _settings(
-    cfg: PrepareConfig, tokenizer: TokenizerFiles | None, reading: Reading, corpus: Corpus
+    cfg: PrepareConfig, tokenizer: TokenizerFiles | None, spec: RecordSpec, corpus: Corpus
 ) -> dict[str, Any]:
-    """What decides the shards' bytes, as the manifest keeps it."""
+    """Collect the settings that determine the bytes of the shards, as the manifest stores them."""
     settings = {
         "seed": cfg.seed,
         **source_settings(cfg.data.source, corpus),
         "data.source.shard_tokens": cfg.data.source.shard_tokens,
-        # By contents, for a path says little; a given tokenizer brings its own vocabulary size.
+        # A tokenizer counts by its contents, wherever it lies. It brings its own vocabulary size.
         "tokenizer.path": f"sha256:{tokenizer.sha256}" if tokenizer else None,
         "tokenizer.vocab_size": None if tokenizer else cfg.tokenizer.vocab_size,
     }
     if tokenizer is None and cfg.tokenizer.train_bytes != TokenizerConfig.train_bytes:
-        settings["tokenizer.train_bytes"] = cfg.tokenizer.train_bytes  # manifests once had no such key
-    if reading.template is not None:
-        settings["chat template"] = digest([asdict(reading.template)])
+        settings["tokenizer.train_bytes"] = cfg.tokenizer.train_bytes  # older manifests have no such key
+    if spec.template is not None:
+        settings["chat template"] = digest([asdict(spec.template)])
     redacted: dict[str, Any] = redact(settings)
     return redacted
 
 
-def _write(
-    directory: Path,
-    cfg: PrepareConfig,
-    corpus: Corpus,
-    reading: Reading,
-    tokenizer: TokenizerFiles | None,
-    settings: dict[str, Any],
-) -> Manifest:
-    """All of preparing: fills `directory`, the manifest last."""
-    source = cfg.data.source
-    splitting = Splitting(0.0 if corpus.own_validation else source.validation_fraction, cfg.seed)
-    strict = source.on_bad_record is OnBadRecord.strict
-    asked = {**settings, "corpus in place": corpus.fingerprint_in_place()}
-    done = read_done(directory, asked)
-    with progress_bar() as bar:
-        if done is not None:
-            tokenizer = read_tokenizer(directory / TOKENIZER)
-            if tokenizer.sha256 != done.tokenizer_sha256:
+@dataclass(frozen=True)
+class _Preparation:
+    """One preparation, from the corpus to the manifest."""
+
+    directory: Path
+    cfg: PrepareConfig
+    corpus: Corpus
+    spec: RecordSpec
+    settings: dict[str, Any]
+    tuning: Tuning
+
+    @property
+    def strict(self) -> bool:
+        return self.cfg.data.source.on_bad_record is OnBadRecord.strict
+
+    @property
+    def validation(self) -> ValidationSplit:
+        """By a hash only if validation has no files of its own."""
+        fraction = 0.0 if self.corpus.has_validation_files else self.cfg.data.source.validation_fraction
+        return ValidationSplit(fraction, self.cfg.seed)
+
+    def run(self, tokenizer: TokenizerFiles | None) -> Manifest:
+        """Fill the directory, the manifest last. tokenizer: None if it has to be trained."""
+        source = self.cfg.data.source
+        with progress_bar() as bar:
+            tokenizer, progress = self._start(tokenizer, bar)
+            encoder = Encoder(
+                spec=self.spec,
+                validation=self.validation,
+                tokenizer_json=self.directory / TOKENIZER / "tokenizer.json",
+                eos_token_id=tokenizer.eos_token_id,
+                vocab_size=tokenizer.vocab_size,
+                dtype="uint16" if tokenizer.vocab_size <= 1 << 16 else "uint32",
+                strict=self.strict,
+            )
+            output = OutputWriter(
+                self.directory, source, tokenizer.vocab_size, DTYPES[encoder.dtype], progress, self.tuning
+            )
+            if progress.counts.records:
+                print(
+                    f"continuing after {progress.counts.records:,} records; "
+                    f"{output.shards_closed} finished shards are kept"
+                )
+            self._encode(encoder, output, progress.position, bar)
+        output.finish()
+        manifest = _manifest(self.settings, self.corpus, tokenizer, encoder.dtype, output, source)
+        _check_splits(manifest, source.validation_fraction)
+        write_manifest(self.directory, manifest)
+        return manifest
+
+    def _start(
+        self, tokenizer: TokenizerFiles | None, bar: Progress
+    ) -> tuple[TokenizerFiles, PrepareProgress]:
+        """Continue from what an interrupted run left, or save (and train first, if needed) the tokenizer."""
+        settings = {**self.settings, "corpus in place": self.corpus.fingerprint_in_place()}
+        progress = read_progress(self.directory, settings)
+        if progress is not None:
+            tokenizer = read_tokenizer_files(self.directory / TOKENIZER)
+            if tokenizer.sha256 != progress.tokenizer_sha256:
                 raise ChangedError("tokenizer.json changed")
-        else:
-            clear(directory)
-            trained = tokenizer is None
-            if tokenizer is None:
-                texts = _training_texts(corpus, reading, splitting, strict, bar)
-                texts = _first_bytes(texts, cfg.tokenizer.train_bytes)
-                tokenizer = train_tokenizer(texts, cfg.tokenizer.vocab_size)
-                tokenizer = tokenizer.with_chat_template(template_file(cfg.tokenizer))
-            tokenizer.save(directory / TOKENIZER)
-            done = begun(asked, tokenizer.sha256)
-            if trained:  # worth keeping, like shards
-                done.write(directory)
-        encoder = Encoder(
-            reading=reading,
-            splitting=splitting,
-            tokenizer_json=directory / TOKENIZER / "tokenizer.json",
-            eos_token_id=tokenizer.eos_token_id,
-            vocab_size=tokenizer.vocab_size,
-            dtype="uint16" if tokenizer.vocab_size <= 1 << 16 else "uint32",
-            strict=strict,
-        )
-        output = Output(directory, source, tokenizer.vocab_size, DTYPES[encoder.dtype], done)
-        if done.counts.records:
-            print(f"going on after {done.counts.records:,} records: {output.shards_closed} shards kept")
-        _encode(corpus, encoder, output, done.position, source.processes or cores(), bar)
-    output.finish()
-    masked = source.records is not Records.text
-    manifest = _manifest(settings, corpus, tokenizer, encoder.dtype, output, masked)
-    _refuse_empty_splits(manifest, source.validation_fraction)
-    write_manifest(directory, manifest)
-    return manifest
+            return tokenizer, progress
+        clear(self.directory)
+        trained = tokenizer is None
+        if tokenizer is None:
+            cfg = self.cfg.tokenizer
+            texts = _first_bytes(self._training_texts(bar), cfg.train_bytes)
+            tokenizer = train_tokenizer(texts, cfg.vocab_size).with_chat_template(template_from_config(cfg))
+        tokenizer.save(self.directory / TOKENIZER)
+        progress = PrepareProgress.start(settings, tokenizer.sha256)
+        if trained:  # training takes long enough to keep its result, like a shard
+            progress.write(self.directory)
+        return tokenizer, progress
 
+    def _training_texts(self, bar: Progress) -> Iterator[str]:
+        """Yield the texts of the training split.
 
-def _training_texts(
-    corpus: Corpus, reading: Reading, splitting: Splitting, strict: bool, bar: Progress
-) -> Iterator[str]:
-    """UserError path:line for the first bad record, if strict; else encoding reports them."""
-    task = bar.add_task("training the tokenizer", total=corpus.size, rate="")
-    for batch in read_batches(corpus.parts, START, reading, corpus.hub):
-        for record in documents(batch.work, reading, splitting):
-            if isinstance(record, BadRecord):
-                if strict:
-                    raise record.error()
-            elif isinstance(record, Document) and not record.validation:
-                yield record.text
-        bar.advance(task, batch.bytes_read)
+        If strict, raises UserError (path:line) for the first bad record. Otherwise encoding reports them.
+        """
+        task = bar.add_task("training the tokenizer", total=self.corpus.size, rate="")
+        batches = read_batches(self.corpus.files, START, self.spec, self.corpus.hub, self.tuning)
+        for batch in batches:
+            for record in documents(batch.work, self.spec, self.validation):
+                if isinstance(record, BadRecord):
+                    if self.strict:
+                        raise record.error()
+                elif isinstance(record, Document) and not record.validation:
+                    yield record.text
+            bar.advance(task, batch.bytes_read)
+
+    def _encode(self, encoder: Encoder, output: OutputWriter, start: Position, bar: Progress) -> None:
+        """Encode the corpus from `start` on, and write it."""
+        processes = self.cfg.data.source.processes or cores()
+        before = sum(file.size for file in self.corpus.files[: start.part])
+        task = bar.add_task("encoding", total=self.corpus.size, completed=before, rate="")
+        tokens = 0
+        batches = read_batches(self.corpus.files, start, self.spec, self.corpus.hub, self.tuning)
+        ahead = self.tuning.batches_per_process * processes
+        with worker_processes(processes) as pool:
+            for batch, encoded in in_order(pool, encoder, batches, ahead):
+                output.add(batch, encoded)
+                tokens += len(encoded.train.tokens) + len(encoded.validation.tokens)
+                elapsed = bar.tasks[task].elapsed or 0.0
+                rate = f"{tokens / elapsed:,.0f} tokens/s" if elapsed else ""
+                bar.update(task, advance=batch.bytes_read, rate=rate)
 
 
 def _first_bytes(texts: Iterator[str], limit: int) -> Iterator[str]:
-    """Texts until they have `limit` bytes."""
+    """Yield texts until they add up to `limit` UTF-8 bytes."""
     size = 0
     for text in texts:
         yield text
@@ -230,33 +285,17 @@ def _first_bytes(texts: Iterator[str], limit: int) -> Iterator[str]:
             return
 
 
-def _encode(
-    corpus: Corpus, encoder: Encoder, output: Output, start: Position, processes: int, bar: Progress
-) -> None:
-    before = sum(part.size for part in corpus.parts[: start.part])
-    task = bar.add_task("encoding", total=corpus.size, completed=before, rate="")
-    tokens = 0
-    batches = read_batches(corpus.parts, start, encoder.reading, corpus.hub)
-    with worker_processes(processes) as pool:
-        for batch, encoded in in_order(pool, encoder, batches, ahead=TASKS_AHEAD * processes):
-            output.add(batch, encoded)
-            tokens += len(encoded.train.tokens) + len(encoded.validation.tokens)
-            elapsed = bar.tasks[task].elapsed or 0.0
-            rate = f"{tokens / elapsed:,.0f} tokens/s" if elapsed else ""
-            bar.update(task, advance=batch.bytes_read, rate=rate)
-
-
 def _manifest(
     settings: dict[str, Any],
     corpus: Corpus,
     tokenizer: TokenizerFiles,
     dtype: str,
-    output: Output,
-    masked: bool,
+    output: OutputWriter,
+    source: SourceConfig,
 ) -> Manifest:
     train, validation = output.train.finish(), output.validation.finish()
     tokens, counts, targets = train.tokens + validation.tokens, output.counts, None
-    if masked:
+    if source.records is not Records.text:
         target_tokens = int(output.train.counts.sum() + output.validation.counts.sum())
         targets = Targets(counts.documents, counts.unaligned, counts.without_target, target_tokens)
     return Manifest(
@@ -278,24 +317,25 @@ def _manifest(
     )
 
 
-def _refuse_empty_splits(manifest: Manifest, fraction: float) -> None:
+def _check_splits(manifest: Manifest, fraction: float) -> None:
+    """Raise UserError if a split has no documents, or the data has no targets."""
     train, validation = manifest.train.documents, manifest.validation.documents
     if not train + validation:
-        filters = f" that the filters keep ({manifest.filtered_records:,} are left out)"
+        filters = f" that passes the filters ({manifest.filtered_records:,} records do not)"
         raise UserError(
             f"data.source: {manifest.source} has no document with text in it"
             f"{filters if manifest.filtered_records else ''}."
         )
     if manifest.targets and not manifest.targets.tokens:
         raise UserError(
-            f"data.source.records: nothing to learn in {manifest.targets.conversations:,} documents; in "
-            f"{manifest.targets.unaligned:,} of them turns cannot be told among the tokens.\n"
-            "  data/README.md says what a chat template must be like (chat and fine-tuning data)."
+            f"data.source.records: no training target in {manifest.targets.conversations:,} documents; in "
+            f"{manifest.targets.unaligned:,} of them the target text was not found among the tokens.\n"
+            "  data/README.md says what a chat template must satisfy (chat and fine-tuning data)."
         )
     if not train or (fraction > 0 and not validation):
         raise UserError(
             f"data.source.validation_fraction={fraction}: no document of {train + validation} is in the "
             f"{'validation' if train else 'training'} split.\n"
             f"  {'Raise' if train else 'Lower'} it, or change the seed; "
-            "documents with equal ids stay together (data.source.id_field=null: go by line)."
+            "documents with equal ids stay together (data.source.id_field=null: use their lines instead)."
         )

@@ -1,5 +1,4 @@
-"""What preparing writes: shards, quarantined records, counts, and how far it has come, to go on from after a
-kill."""
+"""Writes the output of `olmoe prepare`, and saves its progress so that an interrupted run can continue."""
 
 import base64
 import json
@@ -15,26 +14,29 @@ from olmoe_train.config.data import SourceConfig
 from olmoe_train.data.prepare.batches import START, Batch, Position
 from olmoe_train.data.prepare.encode import Encoded
 from olmoe_train.data.prepare.records import BadRecord
-from olmoe_train.data.prepare.shards import ChangedError, SplitWriter, replace_durably
+from olmoe_train.data.prepare.shards import ChangedError, SplitWriter
+from olmoe_train.data.prepare.tuning import DEFAULT_TUNING, Tuning
 from olmoe_train.utils.errors import UserError
-from olmoe_train.utils.files import sync
+from olmoe_train.utils.files import atomic_write_text, fsync_path
 
 PROGRESS = "progress.json"
 QUARANTINE = "quarantine.jsonl"
-# Longest time between two places to go on from.
-SAVE_SECONDS = 30.0
-# Below so many records the share of bad ones says little, and the ceiling waits.
+# Below this number of records the share of bad ones is not representative, and is not checked.
 CEILING_FROM = 1000
 
 
 @dataclass
 class Counts:
+    """Records that were read, by what became of them. `records` is their sum."""
+
     documents: int = 0
     empty: int = 0
     quarantined: int = 0
     filtered: int = 0
     unaligned: int = 0
+    """Documents in which the target text could not be located."""
     without_target: int = 0
+    """Documents without any target token."""
 
     @property
     def records(self) -> int:
@@ -42,48 +44,56 @@ class Counts:
 
 
 @dataclass(frozen=True)
-class Done:
-    """progress.json of a directory that is being written."""
+class PrepareProgress:
+    """Contents of progress.json in a directory that is being written."""
 
     settings: dict[str, Any]
-    """With which it was begun, the corpus as it was then among them."""
+    """Settings with which it was started, the state of the corpus at that time among them."""
     tokenizer_sha256: str
     position: Position
-    """What is before it is in the shards."""
+    """Everything before this position is in the shards."""
     counts: Counts
     quarantine_bytes: int
     """Length of quarantine.jsonl."""
     train: dict[str, Any] | None
-    """SplitWriter.save; None: not begun."""
+    """Result of SplitWriter.save. None: nothing is encoded yet."""
     validation: dict[str, Any] | None
 
+    @classmethod
+    def start(cls, settings: dict[str, Any], tokenizer_sha256: str) -> "PrepareProgress":
+        """Return the progress of a run that has a tokenizer and has encoded nothing."""
+        return cls(settings, tokenizer_sha256, START, Counts(), 0, None, None)
+
     def write(self, directory: Path) -> None:
-        replace_durably(directory / PROGRESS, json.dumps(asdict(self)))
+        """Write progress.json. After a crash, the directory holds the old or the new progress."""
+        atomic_write_text(directory / PROGRESS, json.dumps(asdict(self)))
 
 
-def begun(settings: dict[str, Any], tokenizer_sha256: str) -> Done:
-    """The tokenizer is there and nothing is encoded."""
-    return Done(settings, tokenizer_sha256, START, Counts(), 0, None, None)
+def read_progress(directory: Path, settings: dict[str, Any]) -> PrepareProgress | None:
+    """Read what an interrupted run left in `directory`. None if it left nothing.
 
-
-def read_done(directory: Path, settings: dict[str, Any]) -> Done | None:
-    """What an interrupted run with the same settings left in `directory`, if any.
-
-    Raises ChangedError with the reason where it left something that cannot be gone on from.
+    Raises:
+        ChangedError: The settings or the corpus changed since.
     """
     path = directory / PROGRESS
     if not path.is_file():
         return None
     record = json.loads(path.read_text(encoding="utf-8"))
-    there = record["settings"]
-    if changed := [key for key in {**there, **settings} if there.get(key) != settings.get(key)]:
-        raise ChangedError(f"other than before: {', '.join(changed)}")
+    before = record["settings"]
+    if changed := [key for key in {**before, **settings} if before.get(key) != settings.get(key)]:
+        raise ChangedError(f"other settings than before: {', '.join(changed)}")
     position, counts = Position(**record["position"]), Counts(**record["counts"])
-    return Done(**{**record, "position": position, "counts": counts})
+    return PrepareProgress(**{**record, "position": position, "counts": counts})
 
 
-class Output:
-    """Takes encoded batches in order; what `done` says is there already is verified and kept."""
+def delete_progress(directory: Path) -> None:
+    """Delete progress.json, and what a killed process left of writing it."""
+    for path in [directory / PROGRESS, *directory.glob(f".{PROGRESS}.*")]:
+        path.unlink(missing_ok=True)
+
+
+class OutputWriter:
+    """Writes encoded batches, in order, as shards and quarantined records. Continues from saved progress."""
 
     def __init__(
         self,
@@ -91,27 +101,34 @@ class Output:
         source: SourceConfig,
         vocab_size: int,
         dtype: np.dtype[Any],
-        done: Done,
+        progress: PrepareProgress,
+        tuning: Tuning = DEFAULT_TUNING,
     ):
-        """Raises ChangedError where the files are not as `done` says."""
+        """Verify what `progress` says is written, and cut the files back to it.
+
+        Raises:
+            ChangedError: A file is not as `progress` says.
+        """
         self._directory = directory
-        self._begun = done
-        self._position = done.position
-        self.counts = done.counts
+        self._started = progress
+        self._position = progress.position
+        self._save_seconds = tuning.save_seconds
+        self.counts = progress.counts
         masked = source.records is not Records.text
         self.train, self.validation = (
-            SplitWriter(directory, name, source.shard_tokens, vocab_size, dtype, masked, progress)
-            for name, progress in (("train", done.train), ("validation", done.validation))
+            SplitWriter(directory, name, source.shard_tokens, vocab_size, dtype, masked, saved)
+            for name, saved in (("train", progress.train), ("validation", progress.validation))
         )
-        self._quarantine = Quarantine(directory, source.max_bad_fraction, done.quarantine_bytes)
+        self._quarantine = Quarantine(directory, source.max_bad_fraction, progress.quarantine_bytes)
         self._saved_at = time.monotonic()
 
     @property
     def shards_closed(self) -> int:
+        """Number of finished shards of both splits."""
         return self.train.shards_closed + self.validation.shards_closed
 
     def add(self, batch: Batch, encoded: Encoded) -> None:
-        """UserError when more than the allowed share of records is bad."""
+        """Write a batch. UserError if more than the allowed share of the records so far is bad."""
         shards = self.shards_closed
         for split, new in ((self.train, encoded.train), (self.validation, encoded.validation)):
             split.add(new.tokens, new.lengths, new.text_bytes, new.targets)
@@ -124,27 +141,29 @@ class Output:
         self._quarantine.add(encoded.bad)
         self._position = batch.end
         self._quarantine.check(self.counts)
-        if self.shards_closed > shards or time.monotonic() - self._saved_at > SAVE_SECONDS:
+        if self.shards_closed > shards or time.monotonic() - self._saved_at > self._save_seconds:
             self._save()
 
     def _save(self) -> None:
-        """The one moment at which what is written counts as done."""
+        """Sync all files, then record the position. Only what is recorded here survives an interruption."""
         train, validation = self.train.save(), self.validation.save()
         self._quarantine.save()
         counts, size = self.counts, self._quarantine.size
-        sha256 = self._begun.tokenizer_sha256
-        done = Done(self._begun.settings, sha256, self._position, counts, size, train, validation)
-        done.write(self._directory)
+        started = self._started
+        progress = PrepareProgress(
+            started.settings, started.tokenizer_sha256, self._position, counts, size, train, validation
+        )
+        progress.write(self._directory)
         self._saved_at = time.monotonic()
 
     def finish(self) -> None:
-        """UserError as `add`, of all records. What was only to go on from is deleted."""
+        """Delete the saved progress. UserError if more than the allowed share of all records is bad."""
         self._quarantine.check(self.counts, final=True)
-        (self._directory / PROGRESS).unlink(missing_ok=True)
+        delete_progress(self._directory)
 
 
 class Quarantine:
-    """quarantine.jsonl: bad records with their reasons. Written as it fills, and there only if it has any."""
+    """Writes quarantine.jsonl: bad records with their reasons. The file exists only if there are any."""
 
     def __init__(self, directory: Path, max_fraction: float, kept_bytes: int):
         self.path = directory / QUARANTINE
@@ -158,7 +177,7 @@ class Quarantine:
             self.path.unlink(missing_ok=True)
 
     def add(self, bad: list[BadRecord]) -> None:
-        """A JSON object a record: where, reason, and its contents as text or, where they are none, base64."""
+        """Append one JSON object per record: where, reason, contents (as base64 if they are not UTF-8)."""
         if not bad:
             return
         self._last = bad[-1]
@@ -169,18 +188,19 @@ class Quarantine:
             self.size += file.write(lines.encode())
 
     def save(self) -> None:
+        """Force the file to the disk."""
         if self.size:
-            sync(self.path)
+            fsync_path(self.path)
 
     def check(self, counts: Counts, final: bool = False) -> None:
-        """UserError when more than the allowed share of the records so far is bad; `final`: of all."""
+        """Raise UserError if more than the allowed share of the records is bad. `final`: all were read."""
         records = counts.records if final else max(counts.records, CEILING_FROM)
         if counts.quarantined > self._max_fraction * records:
             last = f"\n  The last one, {self._last.where}: {self._last.reason}." if self._last else ""
             raise UserError(
                 f"data.source.max_bad_fraction={self._max_fraction}: {counts.quarantined:,} of "
                 f"{counts.records:,} records are bad.{last}\n"
-                f"  They are in {self.path}: correct the corpus, or raise the ceiling."
+                f"  They are in {self.path}: correct the corpus, or raise max_bad_fraction."
             )
 
 

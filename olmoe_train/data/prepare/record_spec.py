@@ -1,4 +1,4 @@
-"""What of the configuration decides how a record is read, and which records are wanted."""
+"""How the configuration says records are read, and which records are kept."""
 
 from dataclasses import dataclass
 from enum import Enum
@@ -11,62 +11,79 @@ from olmoe_train.utils.errors import UserError
 
 
 class Filtered(Enum):
-    """A record that a filter leaves out; not a bad one."""
+    """Marks a record that a filter leaves out. Such a record is not a bad one."""
 
     FILTERED = "filtered"
 
 
 @dataclass(frozen=True)
-class Reading:
+class RecordSpec:
+    """What a record must look like, and how it becomes a document. Sent to the worker processes."""
+
     records: Records
     content_fields: tuple[str, ...]
-    """The fields that `records` is about: text, messages, or prompt and completion."""
+    """Fields with the content: the text, the messages, or the prompt and the completion."""
     id_field: str | None
+    """Field that identifies a document. None: its file and line do."""
     max_record_bytes: int
+    """A longer record is a bad one."""
     keep: tuple[tuple[str, tuple[Any, ...]], ...] = ()
-    """(dotted field, the values that are kept)"""
+    """Filters: (dotted field name, values that are kept)."""
     min_characters: int = 0
     max_characters: int | None = None
     template: ChatTemplate | None = None
     """Renders messages."""
+    excerpt_bytes: int = 1000
+    """Bytes that are kept of a record longer than max_record_bytes: enough to recognize it."""
 
     @classmethod
-    def of(cls, source: SourceConfig, template: ChatTemplate | None) -> "Reading":
+    def from_config(cls, source: SourceConfig, template: ChatTemplate | None) -> "RecordSpec":
+        """Build the specification from data.source. `template` renders records=messages."""
         return cls(
             source.records,
             content_fields(source),
             source.id_field,
             source.max_record_bytes,
-            tuple((one.field, tuple(one.values)) for one in source.keep),
+            tuple((item.field, tuple(item.values)) for item in source.keep),
             source.min_characters,
             source.max_characters,
             template,
         )
 
     def columns(self, where: str, names: list[str]) -> list[str]:
-        """Which of a table's columns to read. UserError for one that there must be and is not."""
+        """Select the columns of a table that have to be read.
+
+        Args:
+            where: Name of the table, for the error message.
+            names: Its columns.
+
+        Raises:
+            UserError: A column that is needed is missing.
+        """
         wanted = {field: self.key_of(field) for field in self.content_fields}
         wanted |= {_column(field, names): "data.source.keep" for field, _ in self.keep}
         for column, key in wanted.items():
             if column not in names:
                 raise UserError(
-                    f"{where}: no column {column!r}; it has {', '.join(names)}.\n  Say which one in {key}."
+                    f"{where}: no column {column!r}; it has {', '.join(names)}.\n  Set {key} to one of these."
                 )
         return [name for name in names if name in wanted or name == self.id_field]
 
     def key_of(self, content_field: str) -> str:
-        """The configuration key that names it."""
+        """Return the configuration key that names a content field."""
         return f"data.source.{CONTENT_KEYS[self.records][self.content_fields.index(content_field)]}_field"
 
-    def wants(self, record: dict[str, Any]) -> bool:
-        """Whether its fields have values that are kept."""
+    def keeps(self, record: dict[str, Any]) -> bool:
+        """Return whether the record passes the filters of data.source.keep."""
         return all(_is_one_of(lookup(record, field), values) for field, values in self.keep)
 
-    def wants_length(self, characters: int) -> bool:
-        most = self.max_characters
-        return self.min_characters <= characters and (most is None or characters <= most)
+    def keeps_length(self, characters: int) -> bool:
+        """Return whether a text of this length passes min_characters and max_characters."""
+        longest = self.max_characters
+        return self.min_characters <= characters and (longest is None or characters <= longest)
 
 
+# Kind of record -> the content's names; data.source.NAME_field is the key for each.
 CONTENT_KEYS = {
     Records.text: ("text",),
     Records.messages: ("messages",),
@@ -75,11 +92,12 @@ CONTENT_KEYS = {
 
 
 def content_fields(source: SourceConfig) -> tuple[str, ...]:
+    """Return the names of the fields with a record's content."""
     return tuple(getattr(source, f"{key}_field") for key in CONTENT_KEYS[source.records])
 
 
 def lookup(record: dict[str, Any], field: str) -> Any:
-    """A field by its name, or by the names of objects within objects; None where there is none."""
+    """Return a field by its name or by a dotted path into nested objects. None if there is no such field."""
     if field in record:
         return record[field]
     value: Any = record
@@ -95,5 +113,5 @@ def _column(field: str, names: list[str]) -> str:
 
 
 def _is_one_of(value: Any, kept: tuple[Any, ...]) -> bool:
-    # For Python, True == 1.
-    return any(value == one and isinstance(value, bool) == isinstance(one, bool) for one in kept)
+    # In Python True == 1, in JSON they differ.
+    return any(value == item and isinstance(value, bool) == isinstance(item, bool) for item in kept)

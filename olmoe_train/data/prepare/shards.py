@@ -1,11 +1,10 @@
-"""Writing prepared data: shards of a split, and a directory that appears whole or not at all."""
+"""Writes the shards of a split, into a directory that appears complete or not at all."""
 
-import fcntl
 import hashlib
 import os
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -14,22 +13,22 @@ import numpy as np
 
 from olmoe_train.data.tokens import ENDS_DTYPE, Shard, Split, shard_files
 from olmoe_train.utils.errors import UserError
-from olmoe_train.utils.files import sync
+from olmoe_train.utils.files import file_lock, fsync_path, publish_directory
 
 EMPTY_SHA256 = hashlib.sha256().hexdigest()
 LOCK = "lock"
-_BLOCK = 1 << 24  # bytes; a multiple of every dtype's
+_BLOCK = 1 << 24  # tokens or bytes that are read at a time: bounds memory
 
 
 class ChangedError(Exception):
-    """What an interrupted preparation left is not what it recorded; the message names the file."""
+    """The files that an interrupted run left are not as it recorded them. The message says what differs."""
 
 
 class SplitWriter:
-    """Documents in; shards `root/split/shard-00000.npy` and their document indexes out.
+    """Writes documents to shards `root/split/shard-00000.npy`, with their indexes and loss masks.
 
-    A document is never cut: a shard is closed before the document that would take it past `shard_tokens`, and
-    a longer document has a shard of its own. Constant memory.
+    A document is never cut. A shard is closed before a document that would take it past `shard_tokens`, and a
+    longer document gets its own shard. Memory is constant.
     """
 
     def __init__(
@@ -42,11 +41,19 @@ class SplitWriter:
         masked: bool = False,
         progress: dict[str, Any] | None = None,
     ):
-        """masked: with a loss mask.
+        """Open a split for writing.
 
-        progress: what `save` returned; the files are cut back to it and go on from there.
+        Args:
+            root: The directory of the prepared data.
+            split: "train" or "validation".
+            shard_tokens: Most tokens per shard, unless a single document is longer.
+            vocab_size: Token ids are below it.
+            dtype: Data type of the token files.
+            masked: Whether shards have a loss mask.
+            progress: What `save` returned. The files are cut back to that point and continued.
 
-        Raises ChangedError where they do not hold what they did.
+        Raises:
+            ChangedError: The files do not hold what they did at that point.
         """
         self._root = root
         self._split = split
@@ -57,21 +64,26 @@ class SplitWriter:
         self._open: _OpenShard | None = None
         self._text_bytes = 0
         self.counts = np.zeros(vocab_size, np.int64)
-        """Occurrences of each token id among the targets."""
+        """Occurrences of each token id among the targets, int64 [vocab_size]."""
         (root / split).mkdir(exist_ok=True)
         if progress is not None:
             self._restore(progress)
 
     @property
     def shards_closed(self) -> int:
+        """Number of finished shards."""
         return len(self._closed)
 
     def add(
         self, tokens: np.ndarray, lengths: list[int], text_bytes: int, targets: np.ndarray | None = None
     ) -> None:
-        """Append documents: `tokens` (of the shards' dtype) is their concatenation, each ended by its eos.
+        """Append documents.
 
-        targets: a uint8 a token, 1 for those to be predicted; given where the shards are masked.
+        Args:
+            tokens: All documents in a row, each with its eos, in the dtype of the shards.
+            lengths: Tokens of each document.
+            text_bytes: UTF-8 bytes of the documents.
+            targets: Loss mask, uint8 per token: 1 for a target. Given exactly if the shards are masked.
         """
         assert (targets is not None) == self._masked
         self._text_bytes += text_bytes
@@ -86,7 +98,7 @@ class SplitWriter:
             start += length
 
     def save(self) -> dict[str, Any]:
-        """All that was added is on disk when this returns. What to restore it from, as JSON."""
+        """Force everything that was added to the disk. Returns the state to continue from, as JSON values."""
         return {
             "text_bytes": self._text_bytes,
             "closed": [asdict(shard) for shard in self._closed],
@@ -94,7 +106,7 @@ class SplitWriter:
         }
 
     def finish(self) -> Split:
-        """Close the last shard and describe what was written."""
+        """Close the last shard and return the description of the split."""
         self._close_shard()
         documents = sum(shard.documents for shard in self._closed)
         tokens = sum(shard.tokens for shard in self._closed)
@@ -126,7 +138,7 @@ class SplitWriter:
         self.counts += np.bincount(tokens, minlength=len(self.counts))
 
     def _count_shard(self, shard: Shard) -> None:
-        """In bounded memory."""
+        """Count the tokens of a shard on disk, in bounded memory."""
         tokens = (
             np.memmap(self._root / shard.path, self._dtype, mode="r") if shard.tokens else np.empty(0, int)
         )
@@ -137,19 +149,19 @@ class SplitWriter:
 
 
 def _check_hash(path: Path, expected: str) -> None:
-    """ChangedError where the file's hash is another."""
+    """Raise ChangedError if the file is missing or has another hash."""
     if not path.is_file():
-        raise ChangedError(f"{path.name} is gone")
+        raise ChangedError(f"{path.name} is missing")
     with path.open("rb") as file:
         if hashlib.file_digest(file, "sha256").hexdigest() != expected:
             raise ChangedError(f"{path.name} changed")
 
 
 class _HashedFile:
-    """A file that is only appended to, with the hash of its contents."""
+    """A file that is only appended to, with the SHA-256 of its contents."""
 
     def __init__(self, path: Path, size: int = 0, sha256: str = EMPTY_SHA256):
-        """Goes on after `size` bytes, whose hash must be `sha256` (else ChangedError)."""
+        """Continue after the first `size` bytes. ChangedError if their hash is not `sha256`."""
         self._hash = hashlib.sha256()
         self._file = path.open("r+b" if size else "wb")
         left = size
@@ -178,9 +190,11 @@ class _HashedFile:
 
 
 class _OpenShard:
+    """The shard that documents are appended to: tokens, document index and perhaps a loss mask."""
+
     def __init__(self, root: Path, stem: str, saved: Shard | None, dtype: np.dtype[Any], masked: bool):
         self.path = f"{stem}.npy"
-        # Not .npy: whoever trains on `*.npy` must not read them as tokens.
+        # The suffix is not .npy, so that a program that trains on `*.npy` does not read the index as tokens.
         self._ends_path = f"{stem}.ends.u64"
         self._mask_path = f"{stem}.mask.u8" if masked else None
         self.tokens = saved.tokens if saved else 0
@@ -206,7 +220,7 @@ class _OpenShard:
             self._mask.append(mask.tobytes())
 
     def save(self) -> Shard:
-        """Synced, and described as far as it goes."""
+        """Force the files to the disk, and describe them as they are now."""
         for file in self._files():
             file.sync()
         return Shard(
@@ -231,12 +245,21 @@ class _OpenShard:
 
 
 @contextmanager
-def new_directory(final: Path, keep: Callable[[Path], bool] = lambda partial: False) -> Iterator[Path]:
-    """A directory to write into, beside `final`; it is renamed to `final` when the block ends well.
+def resumable_directory(final: Path, keep: Callable[[Path], bool] = lambda partial: False) -> Iterator[Path]:
+    """Write a directory that appears under its final name complete or not at all, over several attempts.
 
-    It is synced first: after a crash or a power cut, `final` is complete or not there. It is given as an
-    interrupted run left it. When the block fails it is deleted, unless `keep` says that there is something to
-    go on from. UserError where `final` is taken, or two runs want it at once.
+    The directory is written beside `final` under a fixed name, `.NAME.partial`, and holds what an interrupted
+    attempt left there. All files are forced to the disk before it is renamed to `final`.
+
+    Args:
+        final: The directory to create. It must not exist, or be empty.
+        keep: If the block raises, decides whether the partial directory is kept for the next attempt.
+
+    Yields:
+        The partial directory.
+
+    Raises:
+        UserError: `final` cannot be created, or another process is writing it.
     """
     if final.exists() and (not final.is_dir() or any(final.iterdir())):
         raise UserError(
@@ -248,20 +271,19 @@ def new_directory(final: Path, keep: Callable[[Path], bool] = lambda partial: Fa
         )
     partial = final.with_name(f".{final.name}.partial")
     partial.mkdir(parents=True, exist_ok=True)
-    lock = partial / LOCK
-    with lock.open("w") as held:
+    with ExitStack() as stack:
         try:
-            fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            stack.enter_context(file_lock(partial / LOCK, wait=False))
         except BlockingIOError:
             raise UserError(
                 f"data.dir={final}: another `olmoe prepare` is writing it; wait for it."
             ) from None
         try:
             yield partial
-            lock.unlink()
-            _sync_tree(partial)
-            partial.rename(final)
-            sync(final.parent)
+            (partial / LOCK).unlink()
+            for path in partial.rglob("*"):
+                fsync_path(path)
+            publish_directory(partial, final)
         except BaseException:
             if not keep(partial):
                 shutil.rmtree(partial, ignore_errors=True)
@@ -269,23 +291,9 @@ def new_directory(final: Path, keep: Callable[[Path], bool] = lambda partial: Fa
 
 
 def clear(partial: Path) -> None:
-    """Delete what an interrupted run left, except the lock."""
+    """Delete what an interrupted attempt left, except the lock."""
     for path in partial.iterdir():
         if path.is_dir():
             shutil.rmtree(path)
         elif path.name != LOCK:
             path.unlink()
-
-
-def replace_durably(path: Path, contents: str) -> None:
-    """Write a small file anew: after a crash it has the old or the new contents, whole."""
-    new = path.with_name(f"{path.name}.new")
-    new.write_text(contents, encoding="utf-8")
-    sync(new)
-    new.rename(path)
-    sync(path.parent)
-
-
-def _sync_tree(directory: Path) -> None:
-    for path in [*directory.rglob("*"), directory]:
-        sync(path)

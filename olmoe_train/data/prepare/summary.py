@@ -1,4 +1,4 @@
-"""What `olmoe prepare` prints: progress, and a summary of what was written."""
+"""The progress bar and the summary that `olmoe prepare` prints, and its check for changed settings."""
 
 import math
 from pathlib import Path
@@ -9,21 +9,21 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
 from olmoe_train.data.prepare.progress import QUARANTINE
-from olmoe_train.data.tokens import (
-    Manifest,
-)
+from olmoe_train.data.tokens import Manifest
 from olmoe_train.utils.errors import UserError
 
 
-def refuse_other_settings(directory: Path, there: dict[str, Any], asked: dict[str, Any]) -> None:
-    differing = [key for key in {**there, **asked} if there.get(key) != asked.get(key)]
+def check_same_settings(directory: Path, stored: dict[str, Any], requested: dict[str, Any]) -> None:
+    """Raise UserError if a directory was prepared with other settings than those that are requested now."""
+    differing = [key for key in {**stored, **requested} if stored.get(key) != requested.get(key)]
     if differing:
         lines = [
-            f"{key}: {_yaml(there.get(key))} there, {_yaml(asked.get(key))} asked for" for key in differing
+            f"{key}: {_yaml(stored.get(key))} there, {_yaml(requested.get(key))} requested"
+            for key in differing
         ]
         raise UserError(
             "\n    ".join([f"data.dir={directory} was prepared with other settings:", *lines])
-            + f"\n  Choose another data.dir, or delete {directory} to prepare it anew."
+            + f"\n  Choose another data.dir, or delete {directory} to prepare it again."
         )
 
 
@@ -32,9 +32,14 @@ def _yaml(value: object) -> str:
 
 
 def unigram_entropy(train_counts: np.ndarray, validation_counts: np.ndarray) -> float | None:
-    """Nats a token: cross-entropy of the validation tokens under the training frequencies, add-one smoothed.
+    """Return the cross-entropy of the validation tokens under the training frequencies, in nats per token.
 
-    Both int64 [V], occurrences of each token id. None without validation tokens.
+    Args:
+        train_counts: Occurrences of each token id in the training targets, int64 [V]. Smoothed by adding one.
+        validation_counts: Occurrences of each token id in the validation targets, int64 [V].
+
+    Returns:
+        None if there are no validation tokens.
     """
     if not validation_counts.any():
         return None
@@ -43,7 +48,7 @@ def unigram_entropy(train_counts: np.ndarray, validation_counts: np.ndarray) -> 
 
 
 def progress_bar() -> Progress:
-    """On stderr. On a terminal it moves; elsewhere each task leaves one line when it is done."""
+    """Create the progress bar on stderr. If that is not a terminal, each task prints one line at its end."""
     return Progress(
         TextColumn("{task.description}"),
         BarColumn(),
@@ -55,6 +60,7 @@ def progress_bar() -> Progress:
 
 
 def summary(directory: Path, manifest: Manifest) -> str:
+    """Describe prepared data in a few lines."""
     rows = [f"  source      {manifest.source}"]
     for name, split in (("train", manifest.train), ("validation", manifest.validation)):
         rows.append(
@@ -65,7 +71,8 @@ def summary(directory: Path, manifest: Manifest) -> str:
     if (found := manifest.targets) is not None:
         rows.append(
             f"  targets     {found.tokens:,} tokens of {found.conversations:,} documents; "
-            f"{found.without_target:,} have none, in {found.unaligned:,} of them turns cannot be told"
+            f"{found.without_target:,} documents have none (in {found.unaligned:,} the target text was not "
+            "found among the tokens)"
         )
     if manifest.filtered_records:
         rows.append(f"  filtered    {manifest.filtered_records:,} records")
@@ -73,11 +80,11 @@ def summary(directory: Path, manifest: Manifest) -> str:
         rows.append(f"  skipped     {manifest.skipped_empty_documents:,} empty documents")
     if manifest.quarantined_records:
         rows.append(f"  quarantined {manifest.quarantined_records:,} bad records: {directory / QUARANTINE}")
-    ratio = f", {manifest.bytes_per_token:.2f} bytes a token" if manifest.bytes_per_token else ""
+    ratio = f", {manifest.bytes_per_token:.2f} bytes per token" if manifest.bytes_per_token else ""
     rows.append(f"  tokenizer   {manifest.vocab_size:,} tokens{ratio}")
     if (entropy := manifest.unigram_entropy) is not None:
         rows.append(
-            f"  unigram     {entropy:.3f} nats a token (perplexity {math.exp(entropy):,.0f}): "
-            "the validation loss of guessing by frequency alone"
+            f"  unigram     {entropy:.3f} nats per token (perplexity {math.exp(entropy):,.0f}): "
+            "validation loss of a model that knows only token frequencies"
         )
     return "\n".join(rows)

@@ -25,15 +25,8 @@ from olmoe_train.model.hf.special_tokens import (
     write_generation_config,
 )
 from olmoe_train.utils.errors import UserError
-from olmoe_train.utils.tensor_files import (
-    INDEX,
-    WEIGHTS,
-    StoredWeights,
-    appears_at_once,
-    byte_count,
-    some,
-    write_json,
-)
+from olmoe_train.utils.files import atomic_directory, write_json
+from olmoe_train.utils.tensor_files import INDEX, WEIGHTS, StoredWeights, byte_count, first_few
 
 # Fields that may differ between a directory and the model that its weights go into: none changes what the
 # same weights compute for the same tokens, save attention_dropout, which is the training run's to choose.
@@ -103,7 +96,7 @@ def write_directory(
     if any(directory.glob("*.safetensors*")):
         raise UserError(f"{directory} already holds a model: choose another directory, or delete it")
     shards = plan_shards(parameter_shapes(model_class, config), dtype, byte_count(max_shard_size))
-    with appears_at_once(directory, last="config.json") as temporary:
+    with atomic_directory(directory, last="config.json") as temporary:
         _write_shards(temporary, shards, read, dtype)
         _as_written(config, dtype, model_class).save_pretrained(temporary)
         write_generation_config(temporary, generation or generation_defaults(config))
@@ -265,7 +258,7 @@ def _match_names(
     unexpected = sorted(stored.tensors.keys() - used - ignored)
     complaints = {"missing": missing, "unexpected": unexpected, "of another shape": misshaped}
     if any(complaints.values()):
-        lines = [f"tensors {what}: {some(names)}" for what, names in complaints.items() if names]
+        lines = [f"tensors {what}: {first_few(names)}" for what, names in complaints.items() if names]
         raise UserError("\n  ".join([f"{directory} does not fit its config.json or the model:", *lines]))
     return plan
 

@@ -6,8 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from olmoe_train.model.configuration import OlmoeConfig
-from olmoe_train.utils.files import read_json_object
-from olmoe_train.utils.tensor_files import write_json
+from olmoe_train.utils.files import read_json_object, write_json
 
 TOKENIZER_FILES = (
     "tokenizer.json",

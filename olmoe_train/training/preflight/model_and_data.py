@@ -7,7 +7,7 @@ from olmoe_train.checkpoint.convert.source import tokenizer_directory
 from olmoe_train.config.model import olmoe_config
 from olmoe_train.config.reference import documented_keys
 from olmoe_train.config.train import TrainConfig
-from olmoe_train.data.mixture import mixture_errors, read_manifests, sources, verify
+from olmoe_train.data.mixture import mixture_components, mixture_errors, read_manifests, verify
 from olmoe_train.model.hf.special_tokens import special_token_errors
 from olmoe_train.utils.errors import UserError
 
@@ -95,5 +95,5 @@ def _data_errors(cfg: TrainConfig) -> list[str]:
         )
     elif not _model_errors(cfg):
         # Exports carry this tokenizer; and the padding token's embedding learns nothing.
-        errors += _special_token_errors(cfg, sources(cfg.data)[0].directory / "tokenizer")
+        errors += _special_token_errors(cfg, mixture_components(cfg.data)[0].directory / "tokenizer")
     return errors
