@@ -131,7 +131,7 @@ def read_template(name_or_path: str) -> str:
     """
     path = Path(name_or_path).expanduser()
     included = {file.stem: file for file in (config_directory() / "chat_templates").glob("*.jinja")}
-    if not path.exists() and _TEMPLATE_NAME.fullmatch(name_or_path):
+    if not path.is_file() and _TEMPLATE_NAME.fullmatch(name_or_path):
         if name_or_path not in included:
             raise UserError(
                 f"tokenizer.chat_template={name_or_path}: no such file, and no template of that name.\n"

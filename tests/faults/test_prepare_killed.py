@@ -16,14 +16,14 @@ import pytest
 
 from olmoe_train.config.choices import OnBadRecord, Records, SourceKind
 from olmoe_train.config.verbs import PrepareConfig
+from olmoe_train.data.prepare.limits import Limits
 from olmoe_train.data.prepare.pipeline import prepare
 from olmoe_train.data.prepare.progress import OutputWriter
-from olmoe_train.data.prepare.tuning import Tuning
 from olmoe_train.utils.errors import UserError
 from tests.prepared_data import contents, prepare_config
 
 DEADLINE = 120.0  # seconds
-TUNING = Tuning(batch_bytes=4000)  # many batches
+LIMITS = Limits(batch_bytes=4000)  # many batches
 
 
 def write_corpus(root: Path, records: int) -> Path:
@@ -113,7 +113,7 @@ def interrupt(
     with monkeypatch.context() as patch:
         patch.setattr(OutputWriter, "add", add_and_count)
         with pytest.raises(Killed):
-            prepare(cfg, replace(TUNING, save_seconds=save_every))
+            prepare(cfg, replace(LIMITS, save_seconds=save_every))
     final = Path(cfg.data.dir)
     return final.with_name(f".{final.name}.partial")
 
@@ -142,7 +142,7 @@ def test_bytes_are_those_of_an_uninterrupted_run(
     shard_tokens: int,
     records: Records,
 ) -> None:
-    prepare(config(tmp_path / "whole", corpus, shard_tokens=shard_tokens, records=records), TUNING)
+    prepare(config(tmp_path / "whole", corpus, shard_tokens=shard_tokens, records=records), LIMITS)
     cfg = config(tmp_path / "data", corpus, shard_tokens=shard_tokens, records=records)
     partial = interrupt(monkeypatch, cfg, batches)
     # What was written after the last save is of unknown length: here, rubbish.
@@ -151,7 +151,7 @@ def test_bytes_are_those_of_an_uninterrupted_run(
     for name in (open_shard["path"], open_shard["ends_path"], "quarantine.jsonl", *masks):
         with (partial / name).open("ab") as file:
             file.write(b"half a write")
-    prepare(cfg, TUNING)
+    prepare(cfg, LIMITS)
     assert contents(tmp_path / "data") == contents(tmp_path / "whole")
     assert not partial.exists()
 
@@ -160,14 +160,14 @@ def test_documents_since_the_last_save_are_encoded_again(
     corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Nothing was saved after the tokenizer, which is kept and not trained again."""
-    prepare(config(tmp_path / "whole", corpus, shard_tokens=10**6), TUNING)
+    prepare(config(tmp_path / "whole", corpus, shard_tokens=10**6), LIMITS)
     cfg = config(tmp_path / "data", corpus, shard_tokens=10**6)
     partial = interrupt(monkeypatch, cfg, 5, save_every=1e9)
     assert (partial / "train/shard-00000.npy").exists()
     capsys.readouterr()
     with monkeypatch.context() as patch:
         patch.setattr("olmoe_train.data.prepare.pipeline.train_tokenizer", None)
-        prepare(cfg, TUNING)
+        prepare(cfg, LIMITS)
     assert "continuing" not in capsys.readouterr().out
     assert contents(tmp_path / "data") == contents(tmp_path / "whole")
 
@@ -223,11 +223,11 @@ def test_what_is_not_as_it_was_left_is_done_again(
     cfg = config(tmp_path / "data", corpus, **options)
     change(interrupt(monkeypatch, cfg, 6), corpus)
     capsys.readouterr()
-    prepare(cfg, TUNING)
+    prepare(cfg, LIMITS)
     printed = capsys.readouterr().out
     assert "starting over" in printed
     assert re.search(reason, printed)
-    prepare(config(tmp_path / "whole", corpus, **options), TUNING)
+    prepare(config(tmp_path / "whole", corpus, **options), LIMITS)
     assert contents(tmp_path / "data") == contents(tmp_path / "whole")
 
 
@@ -238,13 +238,13 @@ def test_strict_run_goes_on_in_quarantine(
     for number in range(3):  # good files first
         lines = (corpus / f"{number}.jsonl").read_text().splitlines()
         (corpus / f"{number}.jsonl").write_text("\n".join(line for line in lines if line != "not JSON"))
-    prepare(config(tmp_path / "whole", corpus, shard_tokens=1500), TUNING)
+    prepare(config(tmp_path / "whole", corpus, shard_tokens=1500), LIMITS)
     given = tmp_path / "whole/tokenizer"
     arguments = {"paths": [str(corpus)], "kind": SourceKind.files, "shard_tokens": 1500, "tokenizer": given}
     with pytest.raises(UserError, match=r"3\.jsonl:9: malformed JSON"):
-        prepare(prepare_config(tmp_path / "data", **arguments), TUNING)
+        prepare(prepare_config(tmp_path / "data", **arguments), LIMITS)
     kept = json.loads((tmp_path / ".data.partial/progress.json").read_text())
     assert kept["position"]["part"] >= 2
-    prepare(config(tmp_path / "data", corpus, shard_tokens=1500, tokenizer=given), TUNING)
-    prepare(config(tmp_path / "given", corpus, shard_tokens=1500, tokenizer=given), TUNING)
+    prepare(config(tmp_path / "data", corpus, shard_tokens=1500, tokenizer=given), LIMITS)
+    prepare(config(tmp_path / "given", corpus, shard_tokens=1500, tokenizer=given), LIMITS)
     assert contents(tmp_path / "data") == contents(tmp_path / "given")

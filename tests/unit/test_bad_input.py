@@ -20,10 +20,10 @@ from olmoe_train.config.choices import OnBadRecord, Records, SourceKind
 from olmoe_train.config.verbs import PrepareConfig
 from olmoe_train.data.prepare.batches import START, numbered_lines, read_batches
 from olmoe_train.data.prepare.corpus import find_files
+from olmoe_train.data.prepare.limits import Limits
 from olmoe_train.data.prepare.pipeline import prepare
 from olmoe_train.data.prepare.record_spec import RecordSpec
 from olmoe_train.data.prepare.records import BadRecord, ValidationSplit, documents
-from olmoe_train.data.prepare.tuning import Tuning
 from olmoe_train.data.tokens import Manifest
 from olmoe_train.utils.errors import UserError
 from tests.prepared_data import prepare_config, read_texts
@@ -116,7 +116,7 @@ def test_quarantine_stops_at_its_ceiling(tmp_path: Path) -> None:
 
 def test_ceiling_is_met_early_in_a_long_corpus(tmp_path: Path) -> None:
     """11 bad of the first 1,000 are too many for 1% whatever follows; here a damaged file would follow."""
-    tuning = Tuning(batch_bytes=500, batches_per_process=1)
+    limits = Limits(batch_bytes=500, batches_per_process=1)
     lines = write_lines(tmp_path / "good.jsonl").read_bytes()
     (tmp_path / "a.jsonl").write_bytes(lines + b"\n" + b"0\n" * 11 + lines * 20)
     damaged = gzip.compress(lines)[:-20]
@@ -126,7 +126,7 @@ def test_ceiling_is_met_early_in_a_long_corpus(tmp_path: Path) -> None:
     paths = (tmp_path / "a.jsonl", tmp_path / "b.jsonl.gz")
     cfg = config(tmp_path / "data", *paths, quarantine=True, max_bad_fraction=0.01, tokenizer=given)
     with pytest.raises(UserError, match=r"max_bad_fraction=0\.01: 11 of [\d,]+ records are bad"):
-        prepare(cfg, tuning)
+        prepare(cfg, limits)
 
 
 def test_empty_documents_and_files_are_skipped_and_counted(

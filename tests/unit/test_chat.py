@@ -16,8 +16,8 @@ from olmoe_train.config.choices import OnBadRecord, Records, SourceKind
 from olmoe_train.config.reference import config_directory
 from olmoe_train.config.verbs import PrepareConfig
 from olmoe_train.data.chat_template import open_template, read_template
+from olmoe_train.data.prepare.limits import Limits
 from olmoe_train.data.prepare.pipeline import prepare
-from olmoe_train.data.prepare.tuning import Tuning
 from olmoe_train.data.tokens import Manifest, Targets, read_manifest
 from olmoe_train.utils.errors import UserError
 from tests.chat_templates import EOS, GPT_2, LLAMA, LLAMA_3, MISTRAL, TEMPLATES, TULU_3, turn, write_tokenizer
@@ -324,15 +324,15 @@ def test_templates_that_cannot_be_used(tmp_path: Path) -> None:
 
 
 def test_same_masks_from_one_process_and_from_three(tmp_path: Path) -> None:
-    tuning = Tuning(batch_bytes=300)
+    limits = Limits(batch_bytes=300)
     tokenizer = write_tokenizer(tmp_path / "hf", TULU_3)
     conversations = [
         [turn("user", f"{i} Hello"), turn("assistant", "It is " * (i % 5) + str(i))] for i in range(60)
     ]
     corpus = chats(tmp_path / "a.jsonl", *conversations)
     options = {"validation_fraction": 0.2, "shard_tokens": 200}
-    one: Manifest = prepare(config(tmp_path / "one", corpus, tokenizer, **options, processes=1), tuning)
-    prepare(config(tmp_path / "three", corpus, tokenizer, **options, processes=3), tuning)
+    one: Manifest = prepare(config(tmp_path / "one", corpus, tokenizer, **options, processes=1), limits)
+    prepare(config(tmp_path / "three", corpus, tokenizer, **options, processes=3), limits)
     assert contents(tmp_path / "one") == contents(tmp_path / "three")
     assert len(one.train.shards) > 3
     expected = {f"{'It is ' * (i % 5)}{i}</s>" for i in range(60)}

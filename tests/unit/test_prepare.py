@@ -16,10 +16,10 @@ from transformers import AutoTokenizer
 from olmoe_train.config.data import DataConfig, SourceConfig, TokenizerConfig
 from olmoe_train.config.verbs import PrepareConfig
 from olmoe_train.data.prepare.corpus import held_out, python_stdlib_files
+from olmoe_train.data.prepare.limits import Limits
 from olmoe_train.data.prepare.pipeline import prepare
 from olmoe_train.data.prepare.shards import clear, resumable_directory
 from olmoe_train.data.prepare.summary import unigram_entropy
-from olmoe_train.data.prepare.tuning import Tuning
 from olmoe_train.data.tokens import Split, open_split
 from olmoe_train.utils.errors import UserError
 from tests.prepared_data import contents, prepare_config, read_documents
@@ -103,7 +103,7 @@ def test_unigram_entropy_by_hand() -> None:
 
 
 def test_same_bytes_from_one_process_and_from_three(stdlib: Path, tmp_path: Path) -> None:
-    many_batches = Tuning(batch_bytes=2000)
+    many_batches = Limits(batch_bytes=2000)
     prepare(prepare_config(tmp_path / "one", processes=1), many_batches)
     prepare(prepare_config(tmp_path / "three", processes=3), many_batches)
     assert contents(tmp_path / "one") == contents(tmp_path / "three")

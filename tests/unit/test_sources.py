@@ -15,9 +15,9 @@ import zstandard
 from olmoe_train.config.choices import OnBadRecord, Records, SourceKind
 from olmoe_train.data.prepare.batches import START, Position, numbered_lines, read_batches
 from olmoe_train.data.prepare.corpus import find_files
+from olmoe_train.data.prepare.limits import Limits
 from olmoe_train.data.prepare.pipeline import prepare
 from olmoe_train.data.prepare.record_spec import RecordSpec
-from olmoe_train.data.prepare.tuning import Tuning
 from olmoe_train.utils.errors import UserError
 from tests.prepared_data import contents, prepare_config, read_texts
 
@@ -93,13 +93,13 @@ def test_globs_and_names_mean_the_same_as_the_folder(corpus: Path, tmp_path: Pat
 def test_same_bytes_from_one_process_and_from_two_anywhere(
     corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    tuning = Tuning(batch_bytes=500)
-    prepare(files(tmp_path / "one", corpus), tuning)
+    limits = Limits(batch_bytes=500)
+    prepare(files(tmp_path / "one", corpus), limits)
     moved = tmp_path / "elsewhere"
     corpus.rename(moved)
     os.utime(moved / "a.jsonl", (0, 0))
     monkeypatch.chdir(tmp_path)
-    prepare(files(tmp_path / "two", "elsewhere", processes=2), tuning)
+    prepare(files(tmp_path / "two", "elsewhere", processes=2), limits)
     one, two = contents(tmp_path / "one"), contents(tmp_path / "two")
     manifests = [json.loads(found.pop("manifest.json")) for found in (one, two)]
     assert one == two
@@ -186,7 +186,7 @@ def test_streamed_dataset(corpus: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("layout", ["lines", "text", "parquet", "mixed"])
 def test_reading_from_any_position_goes_on_exactly(corpus: Path, tmp_path: Path, layout: str) -> None:
-    tuning = Tuning(batch_bytes=300, rows_per_read=4)
+    limits = Limits(batch_bytes=300, rows_per_read=4)
     if layout in ("text", "mixed"):
         for number, text in enumerate(TEXTS[:9]):
             write(corpus / f"{number}.txt", text.encode())
@@ -199,13 +199,13 @@ def test_reading_from_any_position_goes_on_exactly(corpus: Path, tmp_path: Path,
     if layout == "lines":
         parts = [part for part in parts if part.name != "dataset_info.json"]
     spec = RecordSpec(Records.text, ("text",), "id", 10**6)
-    batches = list(read_batches(parts, START, spec, tuning=tuning))
+    batches = list(read_batches(parts, START, spec, limits=limits))
     assert len(batches) > 3
     assert sum(batch.bytes_read for batch in batches) == sum(part.size for part in parts)
     for number, batch in enumerate(batches):
-        again = list(read_batches(parts, batch.end, spec, tuning=tuning))
+        again = list(read_batches(parts, batch.end, spec, limits=limits))
         assert [b.work for b in again] == [b.work for b in batches[number + 1 :]]
-    assert list(read_batches(parts, Position(len(parts), 0), spec, tuning=tuning)) == []
+    assert list(read_batches(parts, Position(len(parts), 0), spec, limits=limits)) == []
 
 
 def test_lines_are_the_same_however_the_bytes_come() -> None:

@@ -19,8 +19,8 @@ import zstandard
 
 from olmoe_train.data.prepare.corpus import CorpusFile, FileFormat
 from olmoe_train.data.prepare.hub import HubDataset
+from olmoe_train.data.prepare.limits import DEFAULT_LIMITS, Limits
 from olmoe_train.data.prepare.record_spec import RecordSpec
-from olmoe_train.data.prepare.tuning import DEFAULT_TUNING, Tuning
 from olmoe_train.utils.errors import UserError
 
 _CHUNK = 1 << 20  # bytes read at a time
@@ -90,16 +90,16 @@ def read_batches(
     start: Position,
     spec: RecordSpec,
     hub: HubDataset | None = None,
-    tuning: Tuning = DEFAULT_TUNING,
+    limits: Limits = DEFAULT_LIMITS,
 ) -> Iterator[Batch]:
-    """Read the corpus from a position on, in batches of about `tuning.batch_bytes`.
+    """Read the corpus from a position on, in batches of about `limits.batch_bytes`.
 
     Args:
         files: The files of the corpus.
         start: Where to begin.
         spec: How records are read.
         hub: The dataset that files of FileFormat.hub are splits of.
-        tuning: Sizes of batches and reads.
+        limits: Sizes of batches and reads.
 
     Raises:
         UserError: A file is damaged. The message names path:line.
@@ -111,22 +111,22 @@ def read_batches(
             whole.append(file)
             following = files[index + 1] if index + 1 < len(files) else None
             size = sum(file.size for file in whole)
-            if size >= tuning.batch_bytes or following is None or following.format is not FileFormat.text:
+            if size >= limits.batch_bytes or following is None or following.format is not FileFormat.text:
                 yield Batch(WholeFiles(whole), Position(index + 1, 0), size)
                 whole = []
             continue
         skip = start.record if index == start.part else 0
         if file.format is FileFormat.lines:
-            batches = _line_batches(file, skip, spec, tuning)
+            batches = _line_batches(file, skip, spec, limits)
         else:
-            batches = _row_batches(file, skip, spec, hub, tuning)
+            batches = _row_batches(file, skip, spec, hub, limits)
         for work, records, bytes_read in batches:
             end = Position(index + 1, 0) if records is None else Position(index, records)
             yield Batch(work, end, bytes_read)
 
 
 def _line_batches(
-    file: CorpusFile, skip: int, spec: RecordSpec, tuning: Tuning
+    file: CorpusFile, skip: int, spec: RecordSpec, limits: Limits
 ) -> Iterator[tuple[Work, int | None, int]]:
     """Yield (lines, number of the last one or None at the end of the file, bytes read from disk).
 
@@ -142,7 +142,7 @@ def _line_batches(
                     continue
                 held.append((number, line, length))
                 size += len(line)
-                if size >= tuning.batch_bytes:
+                if size >= limits.batch_bytes:
                     yield Lines(file, held), number, raw.tell() - reported
                     held, size, reported = [], 0, raw.tell()
         except DAMAGE as error:
@@ -217,16 +217,16 @@ def _zstd_chunks(raw: BinaryIO) -> Iterator[bytes]:
 
 
 def _row_batches(
-    file: CorpusFile, skip: int, spec: RecordSpec, hub: HubDataset | None, tuning: Tuning
+    file: CorpusFile, skip: int, spec: RecordSpec, hub: HubDataset | None, limits: Limits
 ) -> Iterator[tuple[Work, int | None, int]]:
     """Yield (rows, number of the last one or None at the end, bytes on disk: all with the last batch)."""
     held: list[tuple[int, dict[str, Any]]] = []
     size, number = 0, skip
-    for row in _rows(file, skip, spec, hub, tuning):
+    for row in _rows(file, skip, spec, hub, limits):
         number += 1
         held.append((number, row))
         size += characters(row)
-        if size >= tuning.batch_bytes:
+        if size >= limits.batch_bytes:
             yield Rows(file, held), number, 0
             held, size = [], 0
     yield Rows(file, held), None, file.size
@@ -242,16 +242,16 @@ def characters(value: Any) -> int:
 
 
 def _rows(
-    file: CorpusFile, skip: int, spec: RecordSpec, hub: HubDataset | None, tuning: Tuning
+    file: CorpusFile, skip: int, spec: RecordSpec, hub: HubDataset | None, limits: Limits
 ) -> Iterator[dict[str, Any]]:
     """Yield each row after the first `skip`."""
     if file.format is FileFormat.hub:
         assert hub is not None
-        yield from hub.rows(file.path, skip, spec, tuning.rows_per_read)
+        yield from hub.rows(file.path, skip, spec, limits.rows_per_read)
         return
     number = 0
     try:
-        for table in _tables(file, spec, tuning.rows_per_read):
+        for table in _tables(file, spec, limits.rows_per_read):
             if (number := number + table.num_rows) > skip:
                 yield from table.slice(max(0, table.num_rows - (number - skip))).to_pylist()
     except DAMAGE as error:

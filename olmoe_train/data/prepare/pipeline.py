@@ -19,6 +19,7 @@ from olmoe_train.config.verbs import PrepareConfig
 from olmoe_train.data.prepare.batches import START, Position, read_batches
 from olmoe_train.data.prepare.corpus import digest
 from olmoe_train.data.prepare.encode import Encoder, cores, in_order, worker_processes
+from olmoe_train.data.prepare.limits import DEFAULT_LIMITS, Limits
 from olmoe_train.data.prepare.open_corpus import Corpus, open_corpus, source_errors, source_settings
 from olmoe_train.data.prepare.progress import (
     PROGRESS,
@@ -31,7 +32,6 @@ from olmoe_train.data.prepare.record_spec import RecordSpec
 from olmoe_train.data.prepare.records import BadRecord, Document, ValidationSplit, documents
 from olmoe_train.data.prepare.shards import ChangedError, clear, resumable_directory
 from olmoe_train.data.prepare.summary import check_same_settings, progress_bar, summary, unigram_entropy
-from olmoe_train.data.prepare.tuning import DEFAULT_TUNING, Tuning
 from olmoe_train.data.tokenizer import (
     SMALLEST_VOCABULARY,
     TokenizerFiles,
@@ -55,7 +55,7 @@ from olmoe_train.utils.errors import UserError
 from olmoe_train.utils.redaction import redact, redact_text
 
 
-def prepare(cfg: PrepareConfig, tuning: Tuning = DEFAULT_TUNING) -> Manifest:
+def prepare(cfg: PrepareConfig, limits: Limits = DEFAULT_LIMITS) -> Manifest:
     """Prepare data.dir, or verify it if it was prepared with the same settings before.
 
     The directory appears complete or not at all. What an interrupted run with the same settings finished is
@@ -63,7 +63,7 @@ def prepare(cfg: PrepareConfig, tuning: Tuning = DEFAULT_TUNING) -> Manifest:
 
     Args:
         cfg: The configuration of `olmoe prepare`.
-        tuning: Sizes and intervals that do not change the result.
+        limits: Sizes and intervals that do not change the result.
 
     Returns:
         The manifest of the prepared data.
@@ -85,7 +85,7 @@ def prepare(cfg: PrepareConfig, tuning: Tuning = DEFAULT_TUNING) -> Manifest:
         print(f"already prepared, nothing to do: {final} ({verify_hashes(final)} files verified)")
     else:
         with resumable_directory(final, keep=_keep) as directory:
-            preparation = _Preparation(directory, cfg, corpus, spec, settings, tuning)
+            preparation = _Preparation(directory, cfg, corpus, spec, settings, limits)
             try:
                 manifest = preparation.run(tokenizer)
             except ChangedError as reason:
@@ -178,7 +178,7 @@ class _Preparation:
     corpus: Corpus
     spec: RecordSpec
     settings: dict[str, Any]
-    tuning: Tuning
+    limits: Limits
 
     @property
     def strict(self) -> bool:
@@ -205,7 +205,7 @@ class _Preparation:
                 strict=self.strict,
             )
             output = OutputWriter(
-                self.directory, source, tokenizer.vocab_size, DTYPES[encoder.dtype], progress, self.tuning
+                self.directory, source, tokenizer.vocab_size, DTYPES[encoder.dtype], progress, self.limits
             )
             if progress.counts.records:
                 print(
@@ -248,7 +248,7 @@ class _Preparation:
         If strict, raises UserError (path:line) for the first bad record. Otherwise encoding reports them.
         """
         task = bar.add_task("training the tokenizer", total=self.corpus.size, rate="")
-        batches = read_batches(self.corpus.files, START, self.spec, self.corpus.hub, self.tuning)
+        batches = read_batches(self.corpus.files, START, self.spec, self.corpus.hub, self.limits)
         for batch in batches:
             for record in documents(batch.work, self.spec, self.validation):
                 if isinstance(record, BadRecord):
@@ -264,8 +264,8 @@ class _Preparation:
         before = sum(file.size for file in self.corpus.files[: start.part])
         task = bar.add_task("encoding", total=self.corpus.size, completed=before, rate="")
         tokens = 0
-        batches = read_batches(self.corpus.files, start, self.spec, self.corpus.hub, self.tuning)
-        ahead = self.tuning.batches_per_process * processes
+        batches = read_batches(self.corpus.files, start, self.spec, self.corpus.hub, self.limits)
+        ahead = self.limits.batches_per_process * processes
         with worker_processes(processes) as pool:
             for batch, encoded in in_order(pool, encoder, batches, ahead):
                 output.add(batch, encoded)

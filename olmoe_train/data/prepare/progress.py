@@ -13,9 +13,9 @@ from olmoe_train.config.choices import Records
 from olmoe_train.config.data import SourceConfig
 from olmoe_train.data.prepare.batches import START, Batch, Position
 from olmoe_train.data.prepare.encode import Encoded
+from olmoe_train.data.prepare.limits import DEFAULT_LIMITS, Limits
 from olmoe_train.data.prepare.records import BadRecord
 from olmoe_train.data.prepare.shards import ChangedError, SplitWriter
-from olmoe_train.data.prepare.tuning import DEFAULT_TUNING, Tuning
 from olmoe_train.utils.errors import UserError
 from olmoe_train.utils.files import atomic_write_text, fsync_path
 
@@ -102,7 +102,7 @@ class OutputWriter:
         vocab_size: int,
         dtype: np.dtype[Any],
         progress: PrepareProgress,
-        tuning: Tuning = DEFAULT_TUNING,
+        limits: Limits = DEFAULT_LIMITS,
     ):
         """Verify what `progress` says is written, and cut the files back to it.
 
@@ -112,7 +112,7 @@ class OutputWriter:
         self._directory = directory
         self._started = progress
         self._position = progress.position
-        self._save_seconds = tuning.save_seconds
+        self._save_seconds = limits.save_seconds
         self.counts = progress.counts
         masked = source.records is not Records.text
         self.train, self.validation = (

@@ -4,8 +4,8 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
-class Tuning:
-    """None of these changes the bytes that are written. The tests make them small."""
+class Limits:
+    """Bounds of memory and time. None of them changes the bytes that are written."""
 
     batch_bytes: int = 256 * 1024
     """Text per batch. Large against the cost of sending it to a process, small against a process's share."""
@@ -17,4 +17,4 @@ class Tuning:
     """Longest time between two saved positions from which an interrupted run can continue."""
 
 
-DEFAULT_TUNING = Tuning()
+DEFAULT_LIMITS = Limits()
