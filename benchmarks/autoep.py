@@ -22,7 +22,8 @@ from torch import Tensor
 from olmoe_train.config.choices import Precision, Strategy
 from olmoe_train.config.data import DataConfig
 from olmoe_train.config.model import ModelConfig, olmoe_config
-from olmoe_train.config.train import LossConfig, OptimizerConfig, ParallelConfig, TrainConfig, TrainerConfig
+from olmoe_train.config.optimizer import AdamWConfig
+from olmoe_train.config.train import LossConfig, ParallelConfig, TrainConfig, TrainerConfig
 from olmoe_train.distributed.mesh import build_mesh, init_distributed
 from olmoe_train.model import OlmoeForCausalLM
 from olmoe_train.optim.build import build_optimizer
@@ -45,7 +46,7 @@ CONFIG = TrainConfig(
     model=MODEL,
     data=DataConfig(dir="none", sequence_length=256),
     trainer=TrainerConfig(max_steps=STEPS, global_batch_size=8, micro_batch_size=4, precision=Precision.fp32),
-    optimizer=OptimizerConfig(lr=1e-3),
+    optimizer=AdamWConfig(lr=1e-3),
     loss=LossConfig(router_aux_loss_coef=0.0, router_z_loss_coef=0.0),
     parallel=ParallelConfig(Strategy.deepspeed, expert_parallel_size=2, zero_stage=2),
 )

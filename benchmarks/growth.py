@@ -97,7 +97,7 @@ def build_step(cfg: TrainConfig) -> Callable[[], None]:
         batch = {"input_ids": ids_BS, "labels": ids_BS}
         totals = count_tokens([batch], False, device)
         output = model.training_forward(**batch)
-        step_losses(cfg.loss, model, output, None, totals, None).total.backward()
+        step_losses(cfg.loss, cfg.balancing, model, output, None, totals, None).total.backward()
         clip_gradients(model.parameters(), cfg.optimizer.max_grad_norm)
         optimizer.step()
         optimizer.zero_grad()

@@ -88,7 +88,7 @@ class BareStep:
 
     def __call__(self, batch: Batch) -> None:
         output = self.model.training_forward(**batch)
-        losses = step_losses(self.cfg.loss, self.model, output, None, self.totals, None)
+        losses = step_losses(self.cfg.loss, self.cfg.balancing, self.model, output, None, self.totals, None)
         losses.total.backward()
         clip_gradients(self.model.parameters(), self.cfg.optimizer.max_grad_norm)
         self.optimizer.step()

@@ -98,7 +98,7 @@ def measure(cfg: TrainConfig) -> Measured:
             for index, batch in enumerate(micro_batches):
                 model.set_requires_all_reduce(index == 1)  # type: ignore[operator]
                 output = model.training_forward(**batch)
-                losses = step_losses(cfg.loss, model, output, None, totals, None)
+                losses = step_losses(cfg.loss, cfg.balancing, model, output, None, totals, None)
                 losses.total.backward()
             if step == 0:
                 optimizer.step()

@@ -81,20 +81,21 @@ def train(cfg: TrainConfig, batches: Iterable[Batch] | None = None) -> int:
         stop = signalled or step >= end
         logged = stop or step % cfg.trainer.log_every == 0
         seed_dropout(cfg.seed, step)
-        counts = count_experts(cfg.loss, model, micro_batches, device, logged)
+        counts = count_experts(cfg.loss, cfg.balancing, model, micro_batches, device, logged)
         seed_dropout(cfg.seed, step)
         metrics.start_step()
         for index, batch in enumerate(micro_batches):
             batch = to_device(batch, device)
             output = model.training_forward(**batch)
-            losses = step_losses(cfg.loss, model, output, batch.get("attention_mask"), totals, counts)
+            mask = batch.get("attention_mask")
+            losses = step_losses(cfg.loss, cfg.balancing, model, output, mask, totals, counts)
             if zero is None:
                 # Over shards with every micro-batch, so gradients stay sharded; over replicas once a step.
                 model.set_requires_all_reduce(index == accumulation - 1)  # type: ignore[operator]
                 losses.total.backward()
             else:
                 zero.backward(losses.total)
-            metrics.add(losses, output, batch.get("attention_mask"), totals, with_entropy=logged)
+            metrics.add(losses, output, mask, totals, with_entropy=logged)
         grad_norm = clip_gradients(model.parameters(), max_norm) if zero is None else zero.step()
         guard.decide(optimizer, step, metrics.losses[0], grad_norm)
         if zero is None:

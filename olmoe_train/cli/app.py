@@ -13,6 +13,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
+from olmoe_train.config.aliases import current_overrides
 from olmoe_train.config.compose import explain, register_schema, to_config
 from olmoe_train.config.reference import config_directory, help_text
 from olmoe_train.utils.errors import UserError
@@ -48,6 +49,11 @@ def run_verb(
             failure = error
 
     register_schema(verb, schema)
+    try:
+        sys.argv[1:] = current_overrides(sys.argv[1:])
+    except UserError as error:
+        _print_once(f"error: {error}")
+        return BAD_INPUT
     # Hydra's own handler turns every exception into exit code 1; this makes it raise, so that we can tell
     # them apart.
     os.environ["HYDRA_FULL_ERROR"] = "1"

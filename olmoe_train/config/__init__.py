@@ -1,20 +1,24 @@
 """Every option of every verb: frozen dataclasses, checked before anything is allocated."""
 
+from olmoe_train.config.adapter import AdapterConfig, NoAdapterConfig
+from olmoe_train.config.balancing import AuxiliaryLossConfig, BalancingConfig
 from olmoe_train.config.compose import compose
 from olmoe_train.config.data import DataConfig, MixtureSource, SourceConfig, TokenizerConfig
 from olmoe_train.config.model import ModelConfig, olmoe_config
+from olmoe_train.config.objective import NextTokenConfig, ObjectiveConfig
+from olmoe_train.config.optimizer import AdamWConfig, OptimizerConfig
 from olmoe_train.config.train import (
     CheckpointConfig,
     EvaluationConfig,
     LoggingConfig,
     LossConfig,
-    OptimizerConfig,
     ParallelConfig,
     SchedulerConfig,
     TrainConfig,
     TrainerConfig,
     WandbConfig,
 )
+from olmoe_train.config.variants import VariantConfig, register_variant
 from olmoe_train.config.verbs import (
     EvaluateConfig,
     ExportConfig,
@@ -25,6 +29,10 @@ from olmoe_train.config.verbs import (
 )
 
 __all__ = [
+    "AdamWConfig",
+    "AdapterConfig",
+    "AuxiliaryLossConfig",
+    "BalancingConfig",
     "CheckpointConfig",
     "DataConfig",
     "EvaluateConfig",
@@ -35,6 +43,9 @@ __all__ = [
     "LossConfig",
     "MixtureSource",
     "ModelConfig",
+    "NextTokenConfig",
+    "NoAdapterConfig",
+    "ObjectiveConfig",
     "OptimizerConfig",
     "ParallelConfig",
     "PlanConfig",
@@ -45,7 +56,9 @@ __all__ = [
     "TrainConfig",
     "TrainerConfig",
     "UpcycleConfig",
+    "VariantConfig",
     "WandbConfig",
     "compose",
     "olmoe_config",
+    "register_variant",
 ]

@@ -1,18 +1,21 @@
 """From overrides to dataclasses: Hydra composes YAML onto the schemas, OmegaConf makes the objects."""
 
+import copy
 import difflib
 import re
-from dataclasses import FrozenInstanceError
+from dataclasses import FrozenInstanceError, fields, is_dataclass
 from typing import Any
 
 import hydra
 from hydra.core.config_store import ConfigStore
 from hydra.errors import HydraException
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from olmoe_train.config.aliases import accept_aliases, current_overrides, move_aliases
 from olmoe_train.config.reference import config_directory, documented_keys
 from olmoe_train.config.train import TrainConfig
+from olmoe_train.config.variants import VARIANTS, variant_groups, writable
 from olmoe_train.utils.errors import UserError
 
 
@@ -31,19 +34,38 @@ def compose(*overrides: str) -> TrainConfig:
     register_schema("train", TrainConfig)
     try:
         with hydra.initialize_config_dir(str(config_directory()), version_base="1.3"):
-            return to_config(hydra.compose("train", list(overrides)))
+            return to_config(hydra.compose("train", current_overrides(list(overrides))))
     except (HydraException, OmegaConfBaseException) as error:
         raise UserError(explain(error, TrainConfig)) from error
 
 
 def register_schema(verb: str, schema: type) -> None:
-    """Make the schema of a verb known to Hydra; configs/<verb>.yaml starts from `<verb>_schema`."""
-    ConfigStore.instance().store(f"{verb}_schema", node=writable(OmegaConf.structured(schema)))
+    """Make the schema of a verb known to Hydra; configs/<verb>.yaml starts from `<verb>_schema`.
+
+    Groups of typed variants have no value in it: the preset that is chosen brings the keys of its variant.
+    """
+    defaults = writable(OmegaConf.structured(schema))
+    node = copy.deepcopy(defaults)
+    for group in variant_groups(schema):
+        node[group] = MISSING
+    accept_aliases(node, defaults)
+    ConfigStore.instance().store(f"{verb}_schema", node=node)
 
 
 def to_config(composed: DictConfig) -> Any:
-    """The composed DictConfig as the schema's frozen dataclasses. UserError names every missing mandatory
-    key."""
+    """Convert what Hydra composed into the frozen dataclasses of its schema.
+
+    Args:
+        composed: A DictConfig whose type is a config dataclass; older spellings of keys are moved in place.
+
+    Returns:
+        An instance of that dataclass.
+
+    Raises:
+        UserError: names every mandatory key that has no value, or the key that does not exist.
+    """
+    _fill_variants(composed)
+    move_aliases(composed)
     missing = sorted(OmegaConf.missing_keys(composed))
     if missing:
         raise UserError("\n  ".join(["these keys have no value:", *(f"{key}=..." for key in missing)]))
@@ -54,15 +76,23 @@ def to_config(composed: DictConfig) -> Any:
         raise UserError(f"there is no key {key!r}: + adds none here; --help lists every key") from error
 
 
-def writable(node: DictConfig) -> DictConfig:
-    """Frozen dataclasses make read-only nodes, which Hydra could not merge YAML into: lift that until
-    to_object."""
-    OmegaConf.set_readonly(node, None)
-    for key in node:
-        child = node._get_node(key)
-        if isinstance(child, DictConfig) and not child._is_none():
-            writable(child)
-    return node
+def _fill_variants(composed: DictConfig) -> None:
+    """Give each group of variants for which no variant was chosen its default, for example under a primary
+    config or a preset that was written before there were variants."""
+    schema = OmegaConf.get_type(composed)
+    if not is_dataclass(schema):
+        return
+    for group in variant_groups(schema):
+        base = next(f.type for f in fields(schema) if f.name == group)
+        unset = OmegaConf.is_missing(composed, group)
+        if unset or OmegaConf.get_type(composed, group) is base:
+            given = {} if unset else _values(composed[group])
+            default = OmegaConf.structured(getattr(schema(), group))
+            composed[group] = OmegaConf.merge(writable(default), given)
+
+
+def _values(section: DictConfig) -> dict[str, Any]:
+    return {key: section[key] for key in section if not OmegaConf.is_missing(section, key)}
 
 
 def explain(error: BaseException, schema: type) -> str:
@@ -77,6 +107,7 @@ def explain(error: BaseException, schema: type) -> str:
         link = link.__cause__ or link.__context__
     noise = ("reference_type", "object_type", "full_key", "To append", "Set the env", "could not convert")
     kept = [line for line in dict.fromkeys(lines) if not line.startswith(noise) and "$VALUE" not in line]
+    kept = [line for line in kept if not line.endswith("_schema")]  # of the options of a group of variants
     suggestion = _did_you_mean(" ".join(lines), schema) if any("not in '" in line for line in kept) else ""
     return "\n  ".join([*kept, suggestion] if suggestion else kept)
 
@@ -86,5 +117,12 @@ def _did_you_mean(message: str, schema: type) -> str:
     known = [key for key, _, _ in documented_keys(schema)]
     match = re.search(r"Could not override '([^']+)'|full_key: (\S+)", message)
     unknown = (match[1] or match[2]) if match else ""
+    for group in variant_groups(schema):
+        base = next(f.type for f in fields(schema) if f.name == group)
+        if isinstance(base, type) and f"not in '{base.__name__}'" in message:
+            return (
+                f"a preset of `{group}` must start with its variant: defaults: [NAME_schema, _self_], where "
+                f"NAME is one of {', '.join(VARIANTS[group])}"
+            )
     near = difflib.get_close_matches(unknown, known, n=1, cutoff=0.6)
     return f"did you mean {near[0]}?" if near else "--help lists every key"

@@ -7,9 +7,10 @@ string under a field is its documentation: meaning, then unit; `olmoe VERB --hel
 
 from dataclasses import dataclass, field
 
+from olmoe_train.config.adapter import AdapterConfig, NoAdapterConfig
+from olmoe_train.config.balancing import AuxiliaryLossConfig, BalancingConfig
 from olmoe_train.config.choices import (
     ActivationCheckpointing,
-    BalanceScope,
     Convention,
     Device,
     Offload,
@@ -20,6 +21,8 @@ from olmoe_train.config.choices import (
 )
 from olmoe_train.config.data import DataConfig
 from olmoe_train.config.model import ModelConfig
+from olmoe_train.config.objective import NextTokenConfig, ObjectiveConfig
+from olmoe_train.config.optimizer import AdamWConfig, OptimizerConfig
 
 
 @dataclass(frozen=True)
@@ -94,24 +97,6 @@ class LossConfig:
     convention: Convention = Convention.olmoe
     """How both router losses are normalised: olmoe (paper), olmoe_0924 (as released), hf (pooled),
     megatron (summed)."""
-    balance_scope: BalanceScope = BalanceScope.global_batch
-    """Tokens whose expert counts enter the load-balancing loss. micro_batch: one rank's forward (the paper's
-    run). global_batch: the whole step, so that the loss does not depend on how it is cut; costs one more
-    forward a micro-batch when a step has more than one."""
-
-
-@dataclass(frozen=True)
-class OptimizerConfig:
-    lr: float = 4e-4
-    """Peak learning rate of AdamW."""
-    betas: tuple[float, float] = (0.9, 0.95)
-    """Decay of the running means of the gradient and its square."""
-    eps: float = 1e-8
-    """Added to the denominator."""
-    weight_decay: float = 0.1
-    """Decoupled weight decay, on every parameter, norms and embeddings included (as released)."""
-    max_grad_norm: float = 1.0
-    """Clip the global gradient norm to this; 0: no clipping."""
 
 
 @dataclass(frozen=True)
@@ -198,7 +183,10 @@ class TrainConfig:
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     loss: LossConfig = field(default_factory=LossConfig)
-    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    objective: ObjectiveConfig = field(default_factory=NextTokenConfig)
+    balancing: BalancingConfig = field(default_factory=AuxiliaryLossConfig)
+    adapter: AdapterConfig = field(default_factory=NoAdapterConfig)
+    optimizer: OptimizerConfig = field(default_factory=AdamWConfig)
     scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)

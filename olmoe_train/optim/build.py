@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from olmoe_train.config.train import OptimizerConfig
+from olmoe_train.config.optimizer import AdamWConfig, OptimizerConfig
 
 
 def build_optimizer(
@@ -14,6 +14,7 @@ def build_optimizer(
 ) -> torch.optim.AdamW:
     """Fused AdamW over every parameter, decay on all of them, norms and embeddings included (arXiv
     2409.02060, table 10)."""
+    assert isinstance(cfg, AdamWConfig)
     return torch.optim.AdamW(
         parameters, lr=cfg.lr, betas=cfg.betas, eps=cfg.eps, weight_decay=cfg.weight_decay, fused=True
     )

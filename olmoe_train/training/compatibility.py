@@ -7,6 +7,8 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
+from olmoe_train.config.aliases import current_key, current_saved_config
+from olmoe_train.config.balancing import AuxiliaryLossConfig
 from olmoe_train.config.choices import BalanceScope, Schedule
 from olmoe_train.config.train import TrainConfig
 from olmoe_train.data.loader import fingerprint
@@ -82,7 +84,7 @@ def description(cfg: TrainConfig) -> dict[str, Any]:
 def check_changes(saved: dict[str, Any], cfg: TrainConfig, checkpoint: Path) -> None:
     """UserError that lists the changes since the checkpoint that alter the mathematics, unless
     checkpoint.allow_changes names them; the others are logged."""
-    allowed = cfg.checkpoint.allow_changes
+    allowed = [current_key(key) for key in cfg.checkpoint.allow_changes]
     refused = []
     for change in changes(saved, description(cfg)):
         if not alters_mathematics(change.key, cfg):
@@ -101,7 +103,7 @@ def check_changes(saved: dict[str, Any], cfg: TrainConfig, checkpoint: Path) -> 
 def changes(saved: dict[str, Any], now: dict[str, Any]) -> list[Change]:
     """Every difference, key by key; a key that only one of them has counts as null in the other."""
     before, after = (
-        _flat(of["config"])
+        _flat(current_saved_config(of["config"]))
         | {f"scheduler ({key})": value for key, value in of["schedule"].items()}
         | {f"data ({key})": value for key, value in of["fingerprint"].items() if key not in ALSO_CONFIG}
         for of in (saved, now)
@@ -111,9 +113,13 @@ def changes(saved: dict[str, Any], now: dict[str, Any]) -> list[Change]:
 
 
 def alters_mathematics(key: str, cfg: TrainConfig) -> bool:
-    if key == "trainer.micro_batch_size" and cfg.loss.balance_scope is BalanceScope.micro_batch:
+    if key == "trainer.micro_batch_size" and _scope(cfg) is BalanceScope.micro_batch:
         return cfg.loss.router_aux_loss_coef != 0
     return not _within(key, HARMLESS) and key not in SCHEDULE
+
+
+def _scope(cfg: TrainConfig) -> BalanceScope | None:
+    return cfg.balancing.scope if isinstance(cfg.balancing, AuxiliaryLossConfig) else None
 
 
 def _within(key: str, names: tuple[str, ...] | list[str]) -> bool:

@@ -10,10 +10,11 @@ from hydra.core.config_store import ConfigStore
 from omegaconf import OmegaConf
 
 from olmoe_train.config.choices import ActivationCheckpointing, Offload, Packing, Precision, Strategy
-from olmoe_train.config.compose import to_config, writable
+from olmoe_train.config.compose import to_config
 from olmoe_train.config.data import MixtureSource
 from olmoe_train.config.reference import config_directory
 from olmoe_train.config.train import ParallelConfig, TrainConfig
+from olmoe_train.config.variants import writable
 from tests.prepared_data import write_prepared
 
 STEPS, SEQUENCES, LENGTH = 6, 16, 32

@@ -13,7 +13,8 @@ from olmoe_train.checkpoint.sharded import MOMENTS
 from olmoe_train.config.choices import ActivationCheckpointing, Offload, Precision, Strategy
 from olmoe_train.config.data import DataConfig
 from olmoe_train.config.model import olmoe_config
-from olmoe_train.config.train import OptimizerConfig, ParallelConfig, TrainConfig, TrainerConfig
+from olmoe_train.config.optimizer import AdamWConfig
+from olmoe_train.config.train import ParallelConfig, TrainConfig, TrainerConfig
 from olmoe_train.distributed.mesh import build_mesh, init_distributed, local_tensor
 from olmoe_train.optim.build import build_optimizer
 from olmoe_train.planning.memory import Layout, MicroBatch
@@ -82,7 +83,7 @@ def measure(directory: Path) -> dict[str, int]:
         )
         before = held()
         model = build_model(cfg, build_mesh(cfg.parallel, init_distributed("cpu")))
-        adamw = build_optimizer(model.parameters(), OptimizerConfig())
+        adamw = build_optimizer(model.parameters(), AdamWConfig())
         engine = start_engine(cfg, model, adamw, torch.device("cpu"))
         assert engine is not None
         del model, adamw

@@ -16,11 +16,11 @@ from olmoe_train.checkpoint.directory import checkpoint_path, complete_checkpoin
 from olmoe_train.config.choices import Device, Precision, Schedule, WandbMode
 from olmoe_train.config.data import DataConfig
 from olmoe_train.config.model import ModelConfig
+from olmoe_train.config.optimizer import AdamWConfig
 from olmoe_train.config.train import (
     CheckpointConfig,
     EvaluationConfig,
     LoggingConfig,
-    OptimizerConfig,
     ParallelConfig,
     SchedulerConfig,
     TrainConfig,
@@ -67,7 +67,7 @@ def config(data: Path, run_dir: Path, /, **changes: Any) -> TrainConfig:
             log_every=1,
         ),
         "parallel": ParallelConfig(expert_parallel_size=2),
-        "optimizer": OptimizerConfig(lr=1e-2),
+        "optimizer": AdamWConfig(lr=1e-2),
         "scheduler": SchedulerConfig(kind=Schedule.constant),
         "checkpoint": CheckpointConfig(every=1, keep=0),
         "logging": LoggingConfig(wandb=WandbConfig(mode=WandbMode.disabled)),

@@ -10,14 +10,15 @@ import pytest
 
 from olmoe_train import config as schemas
 from olmoe_train.cli.app import run_verb
+from olmoe_train.config.balancing import AuxiliaryLossConfig
 from olmoe_train.config.choices import BalanceScope, ExpertsBackend, Precision, Strategy
 from olmoe_train.config.data import DataConfig, MixtureSource, OlmoFilesConfig, SourceConfig
 from olmoe_train.config.model import ModelConfig
+from olmoe_train.config.optimizer import AdamWConfig
 from olmoe_train.config.reference import documented_keys, help_text
 from olmoe_train.config.train import (
     CheckpointConfig,
     LossConfig,
-    OptimizerConfig,
     ParallelConfig,
     SchedulerConfig,
     TrainConfig,
@@ -73,10 +74,10 @@ def test_a_good_config_has_neither_errors_nor_warnings(prepared: str) -> None:
         ),
         (
             "optimizer",
-            OptimizerConfig(betas=(0.9, 1.0)),
+            AdamWConfig(betas=(0.9, 1.0)),
             "optimizer.betas=[0.9, 1.0]: each must be in [0, 1)",
         ),
-        ("optimizer", OptimizerConfig(max_grad_norm=-1), "optimizer.max_grad_norm=-1: must not be negative"),
+        ("optimizer", AdamWConfig(max_grad_norm=-1), "optimizer.max_grad_norm=-1: must not be negative"),
         (
             "scheduler",
             SchedulerConfig(warmup_steps=3, warmup_tokens=4),
@@ -196,7 +197,7 @@ def test_all_mistakes_are_reported_at_once(prepared: str) -> None:
         prepared,
         model=ModelConfig(vocab_size=512, eos_token_id=0, num_attention_heads=7, num_experts_per_tok=65),
         trainer=TrainerConfig(max_steps=4, global_batch_size=7, micro_batch_size=2),
-        optimizer=OptimizerConfig(lr=0.0),
+        optimizer=AdamWConfig(lr=0.0),
     )
     text = "\n".join(problems(cfg))
     for key in ("trainer.global_batch_size", "optimizer.lr", "num_attention_heads", "num_experts_per_tok"):
@@ -208,8 +209,9 @@ def test_options_without_effect_warn(prepared: str, tmp_path: Path) -> None:
     cfg = good(
         prepared,
         data=DataConfig(dir=prepared, sequence_length=32, source=SourceConfig(processes=3)),
-        loss=LossConfig(router_aux_loss_coef=0, balance_scope=BalanceScope.micro_batch),
-        optimizer=OptimizerConfig(max_grad_norm=0),
+        loss=LossConfig(router_aux_loss_coef=0),
+        balancing=AuxiliaryLossConfig(scope=BalanceScope.micro_batch),
+        optimizer=AdamWConfig(max_grad_norm=0),
     )
     write_prepared(tmp_path / "train_only", [[5] * 100])
     alone = DataConfig(dir=str(tmp_path), mixture=[MixtureSource("train_only", weight=1)], sequence_length=32)
@@ -219,7 +221,7 @@ def test_options_without_effect_warn(prepared: str, tmp_path: Path) -> None:
     ]
     warnings = "\n".join(validate(cfg, world_size=2))
     assert "data.source.processes has no effect here" in warnings
-    assert "loss.balance_scope has no effect" in warnings
+    assert "balancing.scope has no effect" in warnings
     assert "gradients are not clipped" in warnings
 
 

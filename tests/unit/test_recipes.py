@@ -9,11 +9,14 @@ from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
 from omegaconf import OmegaConf
 
+from olmoe_train.config.balancing import AuxiliaryLossConfig
 from olmoe_train.config.choices import BalanceScope, Convention, Packing, Precision, Schedule
-from olmoe_train.config.compose import to_config, writable
+from olmoe_train.config.compose import to_config
 from olmoe_train.config.model import olmoe_config
+from olmoe_train.config.optimizer import AdamWConfig
 from olmoe_train.config.reference import config_directory
 from olmoe_train.config.train import TrainConfig
+from olmoe_train.config.variants import writable
 from olmoe_train.data.tokens import Manifest, Split
 from olmoe_train.model import OlmoeForCausalLM
 from olmoe_train.optim.schedule import learning_rate
@@ -54,11 +57,12 @@ def test_pretraining_as_released() -> None:
     assert cfg.data.repetition_filter
     assert cfg.trainer.precision is Precision.bf16
     assert cfg.optimizer.lr == 4e-4
+    assert isinstance(cfg.optimizer, AdamWConfig)
     assert tuple(cfg.optimizer.betas) == (0.9, 0.95)
     assert (cfg.optimizer.eps, cfg.optimizer.weight_decay, cfg.optimizer.max_grad_norm) == (1e-8, 0.1, 1.0)
     assert (cfg.loss.router_aux_loss_coef, cfg.loss.router_z_loss_coef) == (0.01, 0.001)
     assert cfg.loss.convention is Convention.olmoe_0924
-    assert cfg.loss.balance_scope is BalanceScope.micro_batch
+    assert cfg.balancing == AuxiliaryLossConfig(scope=BalanceScope.micro_batch)
     assert cfg.scheduler.kind is Schedule.cosine
     # 10,485,760,000 tokens / (1024 x 4096) = 2500 steps of warm-up; 5e12 / 4,194,304 = 1,192,092.9 of decay.
     warmup, decay = warmup_and_decay_steps(cfg)

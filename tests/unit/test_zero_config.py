@@ -9,9 +9,9 @@ import pytest
 
 from olmoe_train.config.choices import ActivationCheckpointing, Offload, Precision, Strategy
 from olmoe_train.config.data import DataConfig
+from olmoe_train.config.optimizer import AdamWConfig
 from olmoe_train.config.train import (
     CheckpointConfig,
-    OptimizerConfig,
     ParallelConfig,
     TrainConfig,
     TrainerConfig,
@@ -27,7 +27,7 @@ def config(trainer: TrainerConfig = TRAINER, **parallel: object) -> TrainConfig:
     return TrainConfig(
         data=DataConfig(dir="none"),
         trainer=trainer,
-        optimizer=OptimizerConfig(max_grad_norm=0.5),
+        optimizer=AdamWConfig(max_grad_norm=0.5),
         parallel=ParallelConfig(strategy=Strategy.deepspeed, **parallel),  # type: ignore[arg-type]
     )
 

@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from olmoe_train.config.balancing import AuxiliaryLossConfig, BalancingConfig
 from olmoe_train.config.choices import BalanceScope
 from olmoe_train.config.train import LossConfig
 from olmoe_train.model import OlmoeForCausalLM
@@ -18,17 +19,23 @@ from olmoe_train.training.batch import Batch, Totals, to_device
 
 
 def count_experts(
-    cfg: LossConfig, model: OlmoeForCausalLM, micro_batches: list[Batch], device: torch.device, logged: bool
+    cfg: LossConfig,
+    balancing: BalancingConfig,
+    model: OlmoeForCausalLM,
+    micro_batches: list[Batch],
+    device: torch.device,
+    logged: bool,
 ) -> Tensor | None:
     """Tokens per layer and expert [L, E] over the step's global batch, where they are needed before its
     backward.
 
-    With balance_scope=global_batch the gradient of the first micro-batch depends on the routing of the
+    With balancing.scope=global_batch the gradient of the first micro-batch depends on the routing of the
     last one, so several micro-batches take a forward pass more; where the loss has no weight, only when its
     value is logged. None: step_losses can do with the micro-batch it is given.
     """
     needed = model.config.num_experts > 1 and (cfg.router_aux_loss_coef != 0 or logged)
-    if cfg.balance_scope is BalanceScope.micro_batch or len(micro_batches) == 1 or not needed:
+    assert isinstance(balancing, AuxiliaryLossConfig)
+    if balancing.scope is BalanceScope.micro_batch or len(micro_batches) == 1 or not needed:
         return None
     counts_LE = torch.zeros(model.config.num_hidden_layers, model.config.num_experts, device=device)
     with torch.no_grad():
@@ -58,6 +65,7 @@ class Losses:
 
 def step_losses(
     cfg: LossConfig,
+    balancing: BalancingConfig,
     model: OlmoeForCausalLM,
     output: TrainingOutput,
     attention_mask: Tensor | None,
@@ -66,12 +74,13 @@ def step_losses(
 ) -> Losses:
     """total = CE + router_aux_loss_coef x LB + router_z_loss_coef x Z, each normalised by the global
     batch's counts. A dense model's (one expert) is CE alone."""
+    assert isinstance(balancing, AuxiliaryLossConfig)
     experts = model.config.num_experts
     mask = None if attention_mask is None else attention_mask.reshape(-1).float()
     counts_LE = expert_counts(output.expert_indices, experts, mask)
     if experts == 1:
         total_counts_LE = totals.tokens.expand_as(counts_LE)
-    elif total_counts_LE is None and cfg.balance_scope is BalanceScope.global_batch:
+    elif total_counts_LE is None and balancing.scope is BalanceScope.global_batch:
         total_counts_LE = counts_LE.clone()
         dist.all_reduce(total_counts_LE)
     balance, z_loss = router_losses(

@@ -1,6 +1,7 @@
 """Cross-field checks of a training config, all reported together, before anything is allocated."""
 
 from olmoe_train.config.train import TrainConfig
+from olmoe_train.config.variants import variant_errors
 from olmoe_train.training.preflight.backend import backend_errors, machine_errors
 from olmoe_train.training.preflight.model_and_data import _data_errors, _model_errors
 from olmoe_train.training.preflight.parallel import _deepspeed_file_errors, _parallel_errors
@@ -26,7 +27,7 @@ def validate(cfg: TrainConfig, world_size: int) -> list[str]:
 def configuration_errors(cfg: TrainConfig, world_size: int) -> list[str]:
     """What is wrong with `cfg` on `world_size` ranks, data.dir left aside; a message an error."""
     errors = [*_trainer_errors(cfg, world_size), *_schedule_errors(cfg), *_model_errors(cfg)]
-    return errors + backend_errors(cfg)
+    return [*errors, *variant_errors(cfg), *backend_errors(cfg)]
 
 
 def _trainer_errors(cfg: TrainConfig, world_size: int) -> list[str]:
@@ -50,7 +51,6 @@ def _trainer_errors(cfg: TrainConfig, world_size: int) -> list[str]:
         "evaluation.micro_batch_size": cfg.evaluation.micro_batch_size,
         "evaluation.max_sequences": cfg.evaluation.max_sequences,
         "checkpoint.max_failures": cfg.checkpoint.max_failures,
-        "optimizer.lr": cfg.optimizer.lr,
         "trainer.timeout": trainer.timeout,
         "trainer.spike_sigmas": trainer.spike_sigmas,
     }
@@ -68,8 +68,6 @@ def _trainer_errors(cfg: TrainConfig, world_size: int) -> list[str]:
         "trainer.max_skipped_steps": trainer.max_skipped_steps,
         "parallel.prefetch": parallel.prefetch,
         "data.num_workers": cfg.data.num_workers,
-        "optimizer.weight_decay": cfg.optimizer.weight_decay,
-        "optimizer.max_grad_norm": cfg.optimizer.max_grad_norm,
         "loss.router_aux_loss_coef": cfg.loss.router_aux_loss_coef,
         "loss.router_z_loss_coef": cfg.loss.router_z_loss_coef,
     }
@@ -83,8 +81,6 @@ def _trainer_errors(cfg: TrainConfig, world_size: int) -> list[str]:
             f"{a_pass}; the nearest is {nearest}"
         )
     errors += _parallel_errors(cfg, world_size)
-    if any(not 0 <= beta < 1 for beta in cfg.optimizer.betas):
-        errors.append(f"optimizer.betas={list(cfg.optimizer.betas)}: each must be in [0, 1)")
     return errors
 
 

@@ -4,6 +4,7 @@ import math
 from pathlib import Path
 
 from olmoe_train.checkpoint.convert.source import tokenizer_directory
+from olmoe_train.config.aliases import ALIASES
 from olmoe_train.config.model import olmoe_config
 from olmoe_train.config.reference import documented_keys
 from olmoe_train.config.train import TrainConfig
@@ -29,6 +30,7 @@ def _model_errors(cfg: TrainConfig) -> list[str]:
     if cfg.checkpoint.resume not in ("auto", "never"):
         errors += _resume_errors(Path(cfg.checkpoint.resume))
     known = {key for key, _, _ in documented_keys(TrainConfig)}
+    known |= set(ALIASES)
     known |= {key.split(".")[0] for key in known}
     for key in set(cfg.checkpoint.allow_changes) - known:
         errors.append(f"checkpoint.allow_changes=[{key}]: there is no such key or section")

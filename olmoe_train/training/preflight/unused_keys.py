@@ -1,5 +1,6 @@
 """Warnings about options that are set and have no effect in this run."""
 
+from olmoe_train.config.balancing import AuxiliaryLossConfig
 from olmoe_train.config.choices import BalanceScope, Strategy
 from olmoe_train.config.data import OlmoFilesConfig, SourceConfig
 from olmoe_train.config.train import ParallelConfig, TrainConfig
@@ -8,6 +9,7 @@ from olmoe_train.data.mixture import read_manifests
 
 def _no_effect(cfg: TrainConfig) -> list[str]:
     warnings = []
+    scope = cfg.balancing.scope if isinstance(cfg.balancing, AuxiliaryLossConfig) else None
     defaults = SourceConfig()
     for name, value in vars(cfg.data.source).items():
         if value != getattr(defaults, name):
@@ -28,8 +30,8 @@ def _no_effect(cfg: TrainConfig) -> list[str]:
             for name in ("router_aux_loss_coef", "router_z_loss_coef")
             if getattr(cfg.loss, name) != 0
         ]
-    elif cfg.loss.balance_scope is BalanceScope.micro_batch and cfg.loss.router_aux_loss_coef == 0:
-        warnings.append("loss.balance_scope has no effect: loss.router_aux_loss_coef is 0")
+    elif scope is BalanceScope.micro_batch and cfg.loss.router_aux_loss_coef == 0:
+        warnings.append("balancing.scope has no effect: loss.router_aux_loss_coef is 0")
     if cfg.checkpoint.keep_every and not cfg.checkpoint.keep:
         warnings.append("checkpoint.keep_every has no effect: checkpoint.keep=0 keeps every checkpoint")
     if cfg.parallel.strategy is not Strategy.deepspeed:
