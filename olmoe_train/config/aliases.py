@@ -70,12 +70,11 @@ def accept_aliases(schema: DictConfig, defaults: DictConfig) -> None:
         (section, name), (new_section, new_name) = old.split("."), new.split(".")
         if section not in defaults or new_section not in defaults:
             continue
-        node = copy.deepcopy(defaults._get_node(new_section)._get_node(new_name))
+        node = copy.deepcopy(defaults[new_section]._get_node(new_name))
         node._metadata.optional = True
         node._set_value(None)
-        target = schema._get_node(section)
-        with open_dict(target):
-            target._set_item_impl(name, node)
+        with open_dict(schema[section]):
+            schema[section]._set_item_impl(name, node)
 
 
 def move_aliases(composed: DictConfig) -> None:

@@ -92,7 +92,7 @@ def _fill_variants(composed: DictConfig) -> None:
 
 
 def _values(section: DictConfig) -> dict[str, Any]:
-    return {key: section[key] for key in section if not OmegaConf.is_missing(section, key)}
+    return {str(key): section[key] for key in section if not OmegaConf.is_missing(section, key)}
 
 
 def explain(error: BaseException, schema: type) -> str:

@@ -57,8 +57,8 @@ def _field_docs(schema: type) -> dict[str, str]:
         body = ast.parse(textwrap.dedent(inspect.getsource(ancestor))).body[0]
         assert isinstance(body, ast.ClassDef)
         for statement, following in zip(body.body, body.body[1:], strict=False):
-            is_field = isinstance(statement, ast.AnnAssign) and isinstance(statement.target, ast.Name)
-            if is_field and isinstance(following, ast.Expr):
+            if isinstance(statement, ast.AnnAssign) and isinstance(following, ast.Expr):
+                assert isinstance(statement.target, ast.Name)
                 docs[statement.target.id] = " ".join(ast.literal_eval(following.value).split())
     return docs
 
