@@ -137,8 +137,8 @@ class TokenizerConfig:
     revision: str | None = None
     """Branch, tag or commit of a tokenizer of the hub; null: its main branch."""
     chat_template: str | None = None
-    """Chat template in place of the tokenizer's own: a Jinja file, or the name of one in configs/chat_templates
-    (tulu). It is copied into data.dir and exports. null: the tokenizer's."""
+    """Chat template in place of the tokenizer's own: a Jinja file, or the name of one in
+    configs/chat_templates (tulu). It is copied into data.dir and exports. null: the tokenizer's."""
     template_date: str | None = None
     """Day (YYYY-MM-DD) for a chat template that asks for today's, so that the same command always makes the
     same tokens."""
