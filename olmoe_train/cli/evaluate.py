@@ -5,13 +5,12 @@ The loss is the mean over all target tokens, however they fall into sequences, b
 
 import sys
 
-import torch
-
 from olmoe_train.checkpoint.convert.source import load_source
 from olmoe_train.cli.app import run_verb
 from olmoe_train.config.verbs import EvaluateConfig
 from olmoe_train.data.mixture import VALIDATION, mixture_errors, read_manifests, verify
 from olmoe_train.data.tokens import Manifest
+from olmoe_train.distributed.mesh import resolve_device
 from olmoe_train.evaluation.perplexity import evaluate_data
 from olmoe_train.model import OlmoeConfig
 from olmoe_train.utils.errors import UserError
@@ -22,7 +21,7 @@ def main(cfg: EvaluateConfig) -> None:
         raise UserError("\n  ".join(errors))
     manifest = next(iter(read_manifests(cfg.data).values()))
     verify(cfg.data)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = resolve_device()
     model, _ = load_source(cfg.source, device, cfg.trust_pickle)
     check_data(model.config, manifest, cfg)
     results = evaluate_data(model, cfg.data, cfg.evaluation, device)

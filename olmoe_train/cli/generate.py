@@ -11,12 +11,13 @@ from olmoe_train.checkpoint.convert.source import load_source
 from olmoe_train.cli.app import run_verb
 from olmoe_train.config.verbs import GenerateConfig
 from olmoe_train.data.tokenizer import load_tokenizer
+from olmoe_train.distributed.mesh import resolve_device
 from olmoe_train.model.generation import stream_tokens
 from olmoe_train.utils.errors import UserError
 
 
 def main(cfg: GenerateConfig) -> None:
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = resolve_device()
     model, directory = load_source(cfg.source, device, cfg.trust_pickle)
     tokenizer = load_tokenizer(directory)
     ids = tokenizer.encode(cfg.prompt).ids

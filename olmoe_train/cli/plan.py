@@ -11,7 +11,7 @@ from olmoe_train.cli.app import run_verb
 from olmoe_train.config.verbs import PlanConfig
 from olmoe_train.planning.report import layout_lines, memory_lines, run_lines
 from olmoe_train.training.preflight.checks import configuration_errors
-from olmoe_train.utils.errors import UserError
+from olmoe_train.utils.errors import configuration_error
 
 
 def check(cfg: PlanConfig) -> None:
@@ -36,8 +36,7 @@ def check(cfg: PlanConfig) -> None:
     if cfg.gpus > 0:
         errors += configuration_errors(cfg, cfg.gpus)
     if errors:
-        count = f"{len(errors)} errors" if len(errors) > 1 else "1 error"
-        raise UserError("\n  - ".join([f"{count} in the configuration:", *errors]))
+        raise configuration_error(errors)
 
 
 def is_valid(cfg: PlanConfig) -> bool:

@@ -12,7 +12,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.rendezvous import rendezvous
 from torch.distributed.tensor import DTensor
 
-from olmoe_train.config.choices import Strategy
+from olmoe_train.config.choices import Device, Strategy
 from olmoe_train.config.train import ParallelConfig
 from olmoe_train.utils.errors import UserError
 
@@ -33,13 +33,34 @@ class Mesh:
     own, not a slice of one common grid: with ddp there are fewer copies of the experts than of the rest."""
 
 
+def resolve_device(device: str | Device = Device.auto) -> torch.device:
+    """The device type to compute on.
+
+    Args:
+        device: "auto" (cuda if torch can use a GPU, else cpu), "cpu" or "cuda".
+
+    Returns:
+        torch.device("cuda") or torch.device("cpu"), without an index.
+
+    Raises:
+        UserError: "cuda" is asked for, and torch finds no GPU.
+    """
+    device = Device(device)
+    available = torch.cuda.is_available()
+    if device is Device.cuda and not available:
+        raise UserError(
+            "trainer.device=cuda: torch finds no CUDA GPU on this machine; set trainer.device=auto"
+        )
+    return torch.device("cuda" if available and device is not Device.cpu else "cpu")
+
+
 def init_distributed(device: str = "auto", timeout: timedelta = COLLECTIVE_TIMEOUT) -> torch.device:
     """Join the process group of torchrun's environment, or make one of a single rank; the rank's device.
 
     device: "auto" (cuda where there is one), "cpu" or "cuda". CPU tensors travel by gloo in every case, CUDA
     tensors by NCCL. A group that is there already is used.
     """
-    cuda = torch.cuda.is_available() if device == "auto" else device == "cuda"
+    cuda = resolve_device(device).type == "cuda"
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     if cuda:
         torch.cuda.set_device(local_rank)

@@ -7,11 +7,12 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from olmoe_train import config as schemas
 from olmoe_train.cli.app import run_verb
 from olmoe_train.config.balancing import AuxiliaryLossConfig
-from olmoe_train.config.choices import BalanceScope, ExpertsBackend, Precision, Strategy
+from olmoe_train.config.choices import BalanceScope, Device, ExpertsBackend, Precision, Strategy
 from olmoe_train.config.data import DataConfig, MixtureSource, OlmoFilesConfig, SourceConfig
 from olmoe_train.config.model import ModelConfig
 from olmoe_train.config.optimizer import AdamWConfig
@@ -107,7 +108,7 @@ def test_a_good_config_has_neither_errors_nor_warnings(prepared: str) -> None:
         (
             "model",
             ModelConfig(vocab_size=1024, eos_token_id=0, num_experts=1, num_experts_per_tok=1),
-            "parallel.expert_parallel_size=2: a dense model (model.num_experts=1) has no experts to share",
+            "parallel.expert_parallel_size=2: a dense model (model.num_experts=1) has no experts to distribute",
         ),
         (
             "parallel",
@@ -127,7 +128,7 @@ def test_a_good_config_has_neither_errors_nor_warnings(prepared: str) -> None:
         (
             "model",
             ModelConfig(vocab_size=1024, eos_token_id=0, max_position_embeddings=16),
-            "data.sequence_length=32: is beyond model.max_position_embeddings=16",
+            "data.sequence_length=32: is longer than model.max_position_embeddings=16; lower data.sequence_length",
         ),
         (
             "model",
@@ -137,7 +138,7 @@ def test_a_good_config_has_neither_errors_nor_warnings(prepared: str) -> None:
         (
             "checkpoint",
             CheckpointConfig(resume="nowhere"),
-            "checkpoint.resume=nowhere: give auto, never, or an existing checkpoint",
+            "checkpoint.resume=nowhere: must be auto, never, or an existing checkpoint directory",
         ),
         ("data", DataConfig(dir="nowhere", sequence_length=32), "olmoe prepare"),
         (
@@ -158,7 +159,7 @@ def test_a_good_config_has_neither_errors_nor_warnings(prepared: str) -> None:
         (
             "checkpoint",
             CheckpointConfig(allow_changes=["optimizer.rate"]),
-            "checkpoint.allow_changes=[optimizer.rate]: there is no such key or section",
+            "checkpoint.allow_changes=[optimizer.rate]: there is no such key or section; --help lists every key",
         ),
     ],
 )
@@ -167,6 +168,18 @@ def test_one_mistake_one_message(prepared: str, section: str, value: object, mes
     found = problems(good(prepared, **{"parallel": ParallelConfig(expert_parallel_size=2), section: value}))
     assert len(found) == 1, found
     assert message in found[0]
+
+
+def test_a_sequence_has_two_tokens_at_least(prepared: str) -> None:
+    [message] = problems(good(prepared, data=DataConfig(dir=prepared, sequence_length=1)))
+    assert message.startswith("data.sequence_length=1: must be at least 2")
+
+
+def test_cuda_without_a_gpu_is_refused(prepared: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    trainer = TrainerConfig(max_steps=4, global_batch_size=8, micro_batch_size=2, device=Device.cuda)
+    [message] = problems(good(prepared, trainer=trainer))
+    assert message == "trainer.device=cuda: torch finds no CUDA GPU on this machine; set trainer.device=auto"
 
 
 def test_a_mixture_by_weight_has_no_epochs(prepared: str) -> None:
@@ -216,8 +229,8 @@ def test_options_without_effect_warn(prepared: str, tmp_path: Path) -> None:
     write_prepared(tmp_path / "train_only", [[5] * 100])
     alone = DataConfig(dir=str(tmp_path), mixture=[MixtureSource("train_only", weight=1)], sequence_length=32)
     assert validate(good(prepared, data=alone), world_size=2) == [
-        "data.mixture has one source: its weight has no effect",
-        "data.mixture: train_only has no validation split and is not evaluated",
+        "data.mixture has only one source, so its weight has no effect",
+        "data.mixture: train_only has no validation split, so it is not evaluated",
     ]
     warnings = "\n".join(validate(cfg, world_size=2))
     assert "data.source.processes has no effect here" in warnings
@@ -253,10 +266,11 @@ def test_sonicmoe_is_refused_where_it_cannot_run(prepared: str) -> None:
     told = problems(good(prepared, model=sonic, parallel=ParallelConfig(expert_parallel_size=2)))
     for option in ("model.hidden_act=gelu", "parallel.expert_parallel_size=2"):
         assert any(
-            f"model.experts_backend=sonicmoe with {option}: it is for silu, in bf16" in each for each in told
+            f"model.experts_backend=sonicmoe with {option}: it supports only silu, in bf16" in each
+            for each in told
         )
     assert told[-1].startswith("model.experts_backend=sonicmoe: ")  # what this machine lacks
-    assert told[-1].endswith("; or use grouped_mm")
+    assert told[-1].endswith("; or set model.experts_backend=grouped_mm")
 
 
 @pytest.mark.parametrize("verb", ["train", "prepare", "evaluate", "export", "generate"])

@@ -114,7 +114,7 @@ def test_native_checkpoints_are_not_loaded(tmp_path: Path, file: str) -> None:
     (tmp_path / file).touch()
     cfg = replace(config(), checkpoint=CheckpointConfig(resume=str(tmp_path)))
     (error,) = configuration_errors(cfg, world_size=2)
-    assert f"checkpoint.resume={tmp_path}: a native checkpoint of DeepSpeed" in error
+    assert f"checkpoint.resume={tmp_path}: this is DeepSpeed's own checkpoint format" in error
     assert "model.init_from" in error
 
 
@@ -130,10 +130,13 @@ SELECTIVE = replace(TRAINER, activation_checkpointing=ActivationCheckpointing.se
         (config(zero_stage=0, offload=Offload.optimizer), "set zero_stage=2"),
         (config(zero_stage=2, offload=Offload.parameters), "set zero_stage=3"),
         (config(BF16, zero_stage=2, offload=Offload.optimizer), "set zero_stage=3, which sums in fp32"),
-        (config(replace(TRAINER, compile=True), zero_stage=3), "set zero_stage=2, or strategy=fsdp"),
-        (config(SELECTIVE, zero_stage=3), "set it to full"),
-        (config(replace(TRAINER, spike_sigmas=6.0)), "set it to null, or parallel.strategy=fsdp"),
-        (config(replicate_size=2), "use parallel.strategy=fsdp for HSDP"),
+        (config(replace(TRAINER, compile=True), zero_stage=3), "set zero_stage=2, or parallel.strategy=fsdp"),
+        (config(SELECTIVE, zero_stage=3), "set trainer.activation_checkpointing=full"),
+        (
+            config(replace(TRAINER, spike_sigmas=6.0)),
+            "set trainer.spike_sigmas=null, or parallel.strategy=fsdp",
+        ),
+        (config(replicate_size=2), "set parallel.strategy=fsdp for HSDP"),
         (config(expert_parallel_size=4), "parallel.expert_parallel_size=4: must divide the number of ranks"),
     ],
 )

@@ -1,14 +1,14 @@
-"""Checks of model.experts_backend: what the run asks of it, and what the machine has."""
+"""Checks of model.experts_backend: what the kernels support, and what this machine has."""
 
-import torch
-
-from olmoe_train.config.choices import Device, ExpertsBackend, Precision
+from olmoe_train.config.choices import ExpertsBackend, Precision
 from olmoe_train.config.train import TrainConfig
+from olmoe_train.distributed.mesh import resolve_device
 from olmoe_train.model.moe.sonicmoe import why_not_here
+from olmoe_train.utils.errors import UserError
 
 
 def backend_errors(cfg: TrainConfig) -> list[str]:
-    """What the backend does not compute; a message an error."""
+    """What the chosen backend cannot compute, one message per error."""
     return _grouped_mm_errors(cfg) + _sonicmoe_errors(cfg)
 
 
@@ -21,35 +21,40 @@ def _grouped_mm_errors(cfg: TrainConfig) -> list[str]:
         "model.intermediate_size": cfg.model.intermediate_size,
     }
     return [
-        f"{key}={size}: model.experts_backend=grouped_mm takes multiples of {multiple} (rows of whole 16 "
-        "bytes); change it, or use loop"
+        f"{key}={size}: model.experts_backend=grouped_mm needs a multiple of {multiple}, because a row must "
+        f"be a multiple of 16 bytes; change {key}, or set model.experts_backend=loop"
         for key, size in sizes.items()
         if size % multiple
     ]
 
 
 def _sonicmoe_errors(cfg: TrainConfig) -> list[str]:
-    """What the kernels of model.experts_backend=sonicmoe do not compute."""
+    """What the kernels of model.experts_backend=sonicmoe cannot compute."""
     if cfg.model.experts_backend is not ExpertsBackend.sonicmoe:
         return []
     parallel = cfg.parallel.expert_parallel_size
-    right = {
+    supported = {
         f"model.hidden_act={cfg.model.hidden_act}": cfg.model.hidden_act in ("silu", "swish"),
         f"trainer.precision={cfg.trainer.precision.value}": cfg.trainer.precision is Precision.bf16,
-        # A rank may then receive no row, and these kernels were not seen to take that.
+        # With expert parallelism a rank may receive no row, which these kernels are not known to support.
         f"parallel.expert_parallel_size={parallel}": parallel <= 1,
     }
-    supported = "silu, in bf16, without expert parallelism; use grouped_mm"
     return [
-        f"model.experts_backend=sonicmoe with {option}: it is for {supported}"
-        for option, possible in right.items()
-        if not possible
+        f"model.experts_backend=sonicmoe with {option}: it supports only silu, in bf16, without expert "
+        "parallelism; set model.experts_backend=grouped_mm"
+        for option, is_supported in supported.items()
+        if not is_supported
     ]
 
 
 def machine_errors(cfg: TrainConfig) -> list[str]:
-    """What this machine lacks for it."""
-    cuda = torch.cuda.is_available() and cfg.trainer.device is not Device.cpu
-    wanted = cfg.model.experts_backend is ExpertsBackend.sonicmoe
-    reason = why_not_here(cuda) if wanted else None
-    return [f"model.experts_backend=sonicmoe: {reason}; or use grouped_mm"] if reason else []
+    """What this machine lacks for the run, one message per error."""
+    try:
+        device = resolve_device(cfg.trainer.device)
+    except UserError as error:
+        return [str(error)]
+    if cfg.model.experts_backend is not ExpertsBackend.sonicmoe:
+        return []
+    reason = why_not_here(device.type == "cuda")
+    fix = "or set model.experts_backend=grouped_mm"
+    return [f"model.experts_backend=sonicmoe: {reason}; {fix}"] if reason else []

@@ -1,4 +1,4 @@
-"""Checks of the model, its first weights, and the data it is to be trained on."""
+"""Checks of the model, its initial weights, and the training data."""
 
 import math
 from pathlib import Path
@@ -9,11 +9,13 @@ from olmoe_train.config.model import olmoe_config
 from olmoe_train.config.reference import documented_keys
 from olmoe_train.config.train import TrainConfig
 from olmoe_train.data.mixture import mixture_components, mixture_errors, read_manifests, verify
+from olmoe_train.data.tokens import Manifest
 from olmoe_train.model.hf.special_tokens import special_token_errors
 from olmoe_train.utils.errors import UserError
 
 
-def _model_errors(cfg: TrainConfig) -> list[str]:
+def model_errors(cfg: TrainConfig) -> list[str]:
+    """What is wrong with the model and its initial weights, one message per error."""
     errors: list[str] = []
     try:
         olmoe_config(cfg.model)
@@ -21,8 +23,8 @@ def _model_errors(cfg: TrainConfig) -> list[str]:
         errors += [f"model: {line.removeprefix('- ')}" for line in str(error).splitlines()]
     if cfg.data.sequence_length > cfg.model.max_position_embeddings:
         errors.append(
-            f"data.sequence_length={cfg.data.sequence_length}: is beyond model.max_position_embeddings="
-            f"{cfg.model.max_position_embeddings}; lower the one or raise the other"
+            f"data.sequence_length={cfg.data.sequence_length}: is longer than model.max_position_embeddings="
+            f"{cfg.model.max_position_embeddings}; lower data.sequence_length or raise the other"
         )
     init_from = cfg.model.init_from
     if init_from is not None:
@@ -33,7 +35,9 @@ def _model_errors(cfg: TrainConfig) -> list[str]:
     known |= set(ALIASES)
     known |= {key.split(".")[0] for key in known}
     for key in set(cfg.checkpoint.allow_changes) - known:
-        errors.append(f"checkpoint.allow_changes=[{key}]: there is no such key or section")
+        errors.append(
+            f"checkpoint.allow_changes=[{key}]: there is no such key or section; --help lists every key"
+        )
     return errors
 
 
@@ -47,13 +51,14 @@ def _init_from_errors(cfg: TrainConfig, init_from: str, check_tokens: bool) -> l
 
 def _resume_errors(resume: Path) -> list[str]:
     if not resume.is_dir():
-        return [f"checkpoint.resume={resume}: give auto, never, or an existing checkpoint"]
+        return [f"checkpoint.resume={resume}: must be auto, never, or an existing checkpoint directory"]
     if any(resume.glob("*_optim_states.pt")) or any(resume.glob("global_step*")):
         return [
             (
-                f"checkpoint.resume={resume}: a native checkpoint of DeepSpeed, whose pickles run code when "
-                "they are loaded; where you trust it, make an HF directory of it (its zero_to_fp32.py with "
-                "--safe_serialization, and a config.json), and start with model.init_from"
+                f"checkpoint.resume={resume}: this is DeepSpeed's own checkpoint format, whose pickles can "
+                "run code when they are loaded; if you trust it, convert it to an HF directory (its "
+                "zero_to_fp32.py with --safe_serialization, and a config.json), and set model.init_from to "
+                "that directory"
             )
         ]
     return []
@@ -66,7 +71,18 @@ def _special_token_errors(cfg: TrainConfig, tokenizer: Path) -> list[str]:
         return [str(error)]
 
 
-def _data_errors(cfg: TrainConfig) -> list[str]:
+def data_errors(cfg: TrainConfig, check_tokens: bool) -> tuple[list[str], dict[str, Manifest]]:
+    """Check that the prepared data exists and that the model is for its tokenizer.
+
+    Args:
+        cfg: The config of the run.
+        check_tokens: Whether to compare the model's special tokens with the tokenizer's, too. This needs a
+            valid model.
+
+    Returns:
+        One message per error, and the manifests of the data by the name of their source. There are no
+        manifests if they cannot be read.
+    """
     errors = mixture_errors(cfg.data)
     if (
         not errors
@@ -75,27 +91,28 @@ def _data_errors(cfg: TrainConfig) -> list[str]:
     ):
         errors.append(
             f"trainer.max_epochs={cfg.trainer.max_epochs}: a mixture by weight has no end; give its sources "
-            "token budgets (tokens in place of weight), or set trainer.max_steps or trainer.max_tokens"
+            "token budgets (tokens instead of weight), or set trainer.max_steps or trainer.max_tokens"
         )
     if errors:
-        return errors
+        return errors, {}
     try:
-        manifest = next(iter(read_manifests(cfg.data).values()))  # their tokenizers are all the same
+        manifests = read_manifests(cfg.data)
         verify(cfg.data)
     except UserError as error:
-        return [str(error)]
+        return [str(error)], {}
+    manifest = next(iter(manifests.values()))  # all of them have the same tokenizer
     if manifest.vocab_size > cfg.model.vocab_size:
         errors.append(
             f"model.vocab_size={cfg.model.vocab_size}: the data in data.dir={cfg.data.dir} has token "
             f"ids up to {manifest.vocab_size - 1}; "
-            f"set model.vocab_size={math.ceil(manifest.vocab_size / 64) * 64} or prepare it anew"
+            f"set model.vocab_size={math.ceil(manifest.vocab_size / 64) * 64} or prepare the data again"
         )
     if cfg.model.eos_token_id != manifest.eos_token_id:
         errors.append(
             f"model.eos_token_id={cfg.model.eos_token_id}: documents in data.dir={cfg.data.dir} end with "
             f"token {manifest.eos_token_id}; set model.eos_token_id={manifest.eos_token_id}"
         )
-    elif not _model_errors(cfg):
-        # Exports carry this tokenizer; and the padding token's embedding learns nothing.
+    elif check_tokens:
+        # Exports carry this tokenizer, and the embedding of the padding token is not trained.
         errors += _special_token_errors(cfg, mixture_components(cfg.data)[0].directory / "tokenizer")
-    return errors
+    return errors, manifests

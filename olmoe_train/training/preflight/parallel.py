@@ -1,28 +1,28 @@
-"""Checks of the parallel layout: ranks, copies, expert parallelism, and what DeepSpeed cannot do."""
+"""Checks of the parallel layout: ranks, model replicas, expert parallelism, and the limits of DeepSpeed."""
 
 import math
 
-import torch
 import torch.distributed as dist
 
 from olmoe_train.config.choices import (
     ActivationCheckpointing,
-    Device,
     Offload,
     Precision,
     Strategy,
 )
 from olmoe_train.config.train import TrainConfig
 from olmoe_train.distributed.deepspeed_config import deepspeed_config
+from olmoe_train.distributed.mesh import resolve_device
 from olmoe_train.utils.errors import UserError
 
 
-def _parallel_errors(cfg: TrainConfig, world_size: int) -> list[str]:
+def parallel_errors(cfg: TrainConfig, world_size: int) -> list[str]:
+    """What is wrong with the parallel layout on `world_size` ranks, one message per error."""
     parallel, errors = cfg.parallel, []
     if parallel.strategy is not Strategy.fsdp and parallel.replicate_size != 1:
         errors.append(
             f"parallel.replicate_size={parallel.replicate_size}: has no meaning with parallel.strategy="
-            f"{parallel.strategy.value}; use parallel.strategy=fsdp for HSDP, or leave replicate_size=1"
+            f"{parallel.strategy.value}; set parallel.strategy=fsdp for HSDP, or parallel.replicate_size=1"
         )
     elif parallel.replicate_size > 0 and world_size % parallel.replicate_size:
         errors.append(
@@ -43,16 +43,16 @@ def _expert_parallel_errors(cfg: TrainConfig, world_size: int) -> list[str]:
         return [
             (
                 f"parallel.expert_parallel_size={size}: a dense model (model.num_experts=1) has no experts "
-                "to share; set it to 1"
+                "to distribute; set parallel.expert_parallel_size=1"
             )
         ]
     errors = []
     if experts % size:
         errors.append(
             f"parallel.expert_parallel_size={size}: must divide model.num_experts={experts}, "
-            "since each rank of the group holds as many experts"
+            "because each rank of a group holds the same number of experts"
         )
-    # The ranks that hold one copy of the experts between them.
+    # The ranks that together hold one copy of the experts.
     group = world_size // parallel.replicate_size if parallel.strategy is Strategy.fsdp else world_size
     if group % size:
         errors.append(
@@ -60,7 +60,7 @@ def _expert_parallel_errors(cfg: TrainConfig, world_size: int) -> list[str]:
             f"model, which is {group}; try {math.gcd(size, group)}"
         )
     elif parallel.strategy is Strategy.fsdp:
-        # FSDP2 cuts these experts on the second dimension of their weights, and cuts it evenly or not at all.
+        # FSDP2 shards these experts on the second dimension of their weights, which must divide evenly.
         shards = group // size
         for name, width in (
             ("model.hidden_size", cfg.model.hidden_size),
@@ -69,59 +69,65 @@ def _expert_parallel_errors(cfg: TrainConfig, world_size: int) -> list[str]:
             if width % shards:
                 errors.append(
                     f"parallel.expert_parallel_size={size}: {name}={width} must be a multiple of the "
-                    f"{shards} ranks that share these experts; raise expert_parallel_size or replicate_size"
+                    f"{shards} ranks that hold the same experts; raise expert_parallel_size or replicate_size"
                 )
     return errors
 
 
 def _deepspeed_errors(cfg: TrainConfig, world_size: int) -> list[str]:
-    """What DeepSpeed 0.19 cannot do, each with the nearest that works."""
+    """What DeepSpeed 0.19 cannot do. Each message names the nearest setting that works."""
     parallel, trainer, errors = cfg.parallel, cfg.trainer, []
     stage = f"parallel.zero_stage={parallel.zero_stage}"
     if not 0 <= parallel.zero_stage <= 3:
         return [f"{stage}: must be 0, 1, 2 or 3"]
     if parallel.zero_stage == 0 and trainer.precision is Precision.bf16:
         errors.append(
-            f"{stage} with trainer.precision=bf16: DeepSpeed accumulates gradients in fp32 from ZeRO-1 on; "
-            "set parallel.zero_stage=1, or parallel.strategy=ddp"
+            f"{stage} with trainer.precision=bf16: DeepSpeed accumulates gradients in fp32 only from "
+            "ZeRO-1 on; set parallel.zero_stage=1, or parallel.strategy=ddp"
         )
     if trainer.spike_sigmas is not None:
         errors.append(
-            f"trainer.spike_sigmas={trainer.spike_sigmas}: DeepSpeed tells the gradient norm when weights "
-            "have changed already; set it to null, or parallel.strategy=fsdp"
+            f"trainer.spike_sigmas={trainer.spike_sigmas}: DeepSpeed reports the gradient norm only after "
+            "the weights have changed; set trainer.spike_sigmas=null, or parallel.strategy=fsdp"
         )
     if parallel.offload is Offload.optimizer and parallel.zero_stage == 0:
-        errors.append(f"{stage} with parallel.offload=optimizer: nothing is partitioned; set zero_stage=2")
+        errors.append(
+            f"{stage} with parallel.offload=optimizer: ZeRO-0 shards nothing to offload; set zero_stage=2"
+        )
     if parallel.offload is Offload.parameters and parallel.zero_stage != 3:
-        errors.append(f"{stage} with parallel.offload=parameters: only ZeRO-3 moves them; set zero_stage=3")
+        errors.append(
+            f"{stage} with parallel.offload=parameters: only ZeRO-3 offloads those; set zero_stage=3"
+        )
     sums_in_bf16 = parallel.zero_stage in (1, 2) and trainer.precision is Precision.bf16
     if sums_in_bf16 and parallel.offload is Offload.optimizer and _micro_batches(cfg, world_size) > 1:
         errors.append(
-            f"{stage} with parallel.offload=optimizer and trainer.precision=bf16: DeepSpeed sums gradients "
-            "of several micro-batches in bf16 there; set zero_stage=3, which sums in fp32, or raise "
-            "trainer.micro_batch_size until a step is one micro-batch"
+            f"{stage} with parallel.offload=optimizer and trainer.precision=bf16: DeepSpeed then sums the "
+            "gradients of several micro-batches in bf16; set zero_stage=3, which sums in fp32, or raise "
+            "trainer.micro_batch_size until a step has only one micro-batch"
         )
     if parallel.zero_stage == 3 and trainer.compile:
         errors.append(
-            f"{stage} with trainer.compile=true: ZeRO-3 gathers weights in hooks inside of what is compiled, "
-            "which is compiled anew for every layer until torch gives up; set zero_stage=2, or strategy=fsdp"
+            f"{stage} with trainer.compile=true: the hooks with which ZeRO-3 gathers weights are inside the "
+            "compiled code, which torch recompiles for every layer until it gives up; set zero_stage=2, or "
+            "parallel.strategy=fsdp"
         )
     if parallel.zero_stage == 3 and trainer.activation_checkpointing is ActivationCheckpointing.selective:
         errors.append(
-            f"{stage} with trainer.activation_checkpointing=selective: its recomputation meets gathers of "
-            "weights that the first pass did not have; set it to full, or parallel.strategy=fsdp"
+            f"{stage} with trainer.activation_checkpointing=selective: the recomputation gathers weights "
+            "at points where the first pass did not; set trainer.activation_checkpointing=full, or "
+            "parallel.strategy=fsdp"
         )
     return errors
 
 
 def _micro_batches(cfg: TrainConfig, world_size: int) -> int:
-    """Of a rank, a step; 0 where that is an error of its own."""
-    a_pass = cfg.trainer.micro_batch_size * world_size
-    return cfg.trainer.global_batch_size // a_pass if a_pass > 0 else 0
+    """Micro-batches per rank and step; 0 if the batch sizes are invalid, which is reported elsewhere."""
+    sequences_per_pass = cfg.trainer.micro_batch_size * world_size
+    return cfg.trainer.global_batch_size // sequences_per_pass if sequences_per_pass > 0 else 0
 
 
-def _deepspeed_file_errors(cfg: TrainConfig, world_size: int) -> list[str]:
-    """A user's own DeepSpeed JSON, merged and, where there are ranks to parse it for, read by DeepSpeed."""
+def deepspeed_file_errors(cfg: TrainConfig, world_size: int) -> list[str]:
+    """What is wrong with the user's DeepSpeed JSON. DeepSpeed itself parses it if a process group exists."""
     path = cfg.parallel.deepspeed_config
     if cfg.parallel.strategy is not Strategy.deepspeed or path is None:
         return []
@@ -130,8 +136,7 @@ def _deepspeed_file_errors(cfg: TrainConfig, world_size: int) -> list[str]:
         if dist.is_initialized():
             from olmoe_train.training.engine.deepspeed import import_deepspeed, parse_config  # takes seconds
 
-            cuda = torch.cuda.is_available() and cfg.trainer.device is not Device.cpu
-            import_deepspeed(torch.device("cuda" if cuda else "cpu"))
+            import_deepspeed(resolve_device(cfg.trainer.device))
             parse_config(config, path)
     except UserError as error:
         return [str(error)]
