@@ -1,5 +1,4 @@
-"""From a command line to a checked config: Hydra composition, help made of the config's own docs, exit
-codes."""
+"""What every verb does with its command line: compose the config, print the help, choose the exit code."""
 
 import os
 import sys
@@ -15,25 +14,33 @@ from omegaconf.errors import OmegaConfBaseException
 
 from olmoe_train.config.aliases import current_overrides
 from olmoe_train.config.compose import explain, register_schema, to_config
-from olmoe_train.config.reference import config_directory, help_text
+from olmoe_train.config.keys import config_directory, help_text
 from olmoe_train.utils.errors import UserError
 from olmoe_train.utils.exit_codes import BAD_INPUT, FAILED, OK
 from olmoe_train.utils.redaction import redact_text
 
-SECONDS_TO_SPEAK = 3.0
+SECONDS_FOR_RANK_0 = 3.0  # to print its message before the other ranks exit
 
 
 def run_verb(
     verb: str, schema: type, main: Callable[[Any], int | None], description: str | None = None
 ) -> int:
-    """Compose configs/<verb>.yaml with the command line, call main(config), and return the process's exit
-    code.
+    """Compose configs/<verb>.yaml with the command line, and call main(config).
 
-    Exit codes: 0 done, 1 failed, 2 bad configuration or input (one message, no traceback), 75 stopped by a
-    signal after saving. `--help` prints the options' own documentation; Hydra's flags (`--cfg job`,
-    `--config-dir`, `-m`, `--hydra-help`) work as everywhere.
+    `--help` prints the documentation of every key. Hydra's own flags (`--cfg job`, `--config-dir`, `-m`,
+    `--hydra-help`) work, too.
+
+    Args:
+        verb: Name of the verb.
+        schema: Its config dataclass.
+        main: What the verb does; returns an exit code, or None for 0.
+        description: First paragraph of the help.
+
+    Returns:
+        The exit code of the process: 0 done, 1 failed, 2 bad configuration or input (one message, no
+        traceback), 75 stopped by a signal after saving, 130 interrupted from the keyboard.
     """
-    # The deepspeed launcher says it here, where Hydra would stumble, and in LOCAL_RANK like every other.
+    # The deepspeed launcher passes --local_rank, which Hydra would reject. LOCAL_RANK has the same value.
     sys.argv = [argument for argument in sys.argv if not argument.startswith("--local_rank=")]
     if any(argument in ("--help", "-h") for argument in sys.argv[1:]):
         print(help_text(verb, schema, description))
@@ -45,7 +52,7 @@ def run_verb(
         nonlocal exit_code, failure
         try:
             exit_code = main(to_config(composed)) or OK
-        except BaseException as error:  # Hydra would print a line of its own over it
+        except BaseException as error:  # raised again below: Hydra would print an extra line for it
             failure = error
 
     register_schema(verb, schema)
@@ -54,8 +61,7 @@ def run_verb(
     except UserError as error:
         _print_once(f"error: {error}")
         return BAD_INPUT
-    # Hydra's own handler turns every exception into exit code 1; this makes it raise, so that we can tell
-    # them apart.
+    # Without this, Hydra turns every exception into exit code 1. With it, Hydra raises the exception.
     os.environ["HYDRA_FULL_ERROR"] = "1"
     try:
         hydra.main(config_path=str(config_directory()), config_name=verb, version_base="1.3")(job)()
@@ -74,9 +80,11 @@ def run_verb(
 
 
 def _print_once(message: str) -> None:
-    """Every rank of a torchrun meets the same error; rank 0 says it. The others leave it the time: torchrun
-    ends all ranks as soon as one has failed."""
+    """Print a message on rank 0 only, because every rank meets the same error.
+
+    The other ranks wait, because torchrun ends all ranks as soon as one of them has failed.
+    """
     if os.environ.get("RANK", "0") == "0":
         print(redact_text(message), file=sys.stderr, flush=True)
     else:
-        time.sleep(SECONDS_TO_SPEAK)
+        time.sleep(SECONDS_FOR_RANK_0)

@@ -1,4 +1,4 @@
-"""Every option of every verb: frozen dataclasses, checked before anything is allocated."""
+"""The schemas of every option of every verb, and `compose`, which makes a config from overrides."""
 
 from olmoe_train.config.adapter import AdapterConfig, NoAdapterConfig
 from olmoe_train.config.balancing import AuxiliaryLossConfig, BalancingConfig

@@ -1,4 +1,4 @@
-"""The options that are one of a few words, by the words that YAML and the command line use."""
+"""The options that have a fixed set of choices, by the names that YAML and the command line use."""
 
 from enum import Enum
 

@@ -1,4 +1,4 @@
-"""From overrides to dataclasses: Hydra composes YAML onto the schemas, OmegaConf makes the objects."""
+"""From overrides to dataclasses: Hydra composes YAML onto the schemas, OmegaConf creates the objects."""
 
 import copy
 import difflib
@@ -13,23 +13,24 @@ from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from olmoe_train.config.aliases import accept_aliases, current_overrides, move_aliases
-from olmoe_train.config.reference import config_directory, documented_keys
+from olmoe_train.config.keys import config_directory, documented_keys
 from olmoe_train.config.train import TrainConfig
 from olmoe_train.config.variants import VARIANTS, variant_groups, writable
 from olmoe_train.utils.errors import UserError
 
 
 def compose(*overrides: str) -> TrainConfig:
-    """The configuration of `olmoe train` with these overrides, as from the command line.
+    """Make the configuration of `olmoe train` from overrides, in the same way as the command line.
 
     Args:
         overrides: Hydra overrides, for example "experiment=quickstart", "data.dir=prepared/python_stdlib".
 
     Returns:
-        Frozen dataclasses, to be passed to olmoe_train.train.train.
+        Frozen dataclasses. Pass them to olmoe_train.train.train.
 
     Raises:
-        UserError: an override names no key or preset, a value has the wrong type, or a key has no value.
+        UserError: an override names a key or preset that does not exist, a value has the wrong type, or a
+            mandatory key has no value.
     """
     register_schema("train", TrainConfig)
     try:
@@ -73,7 +74,7 @@ def to_config(composed: DictConfig) -> Any:
         return OmegaConf.to_object(composed)
     except FrozenInstanceError as error:  # added with +key=...
         key = str(error).split("'")[1]
-        raise UserError(f"there is no key {key!r}: + adds none here; --help lists every key") from error
+        raise UserError(f"there is no key {key!r}, and + cannot add one; --help lists every key") from error
 
 
 def _fill_variants(composed: DictConfig) -> None:
@@ -96,7 +97,15 @@ def _values(section: DictConfig) -> dict[str, Any]:
 
 
 def explain(error: BaseException, schema: type) -> str:
-    """One readable message out of the chain of exceptions that Hydra and OmegaConf raise."""
+    """Make one readable message from the chain of exceptions that Hydra and OmegaConf raise.
+
+    Args:
+        error: The exception that was caught.
+        schema: The config dataclass, to suggest keys from.
+
+    Returns:
+        The message: what is wrong, and for an unknown key the nearest key.
+    """
     if isinstance(error, UserError):
         return str(error)
     lines: list[str] = []
@@ -113,7 +122,7 @@ def explain(error: BaseException, schema: type) -> str:
 
 
 def _did_you_mean(message: str, schema: type) -> str:
-    """For an unknown key: the known keys nearest to it."""
+    """The fix for an unknown key: the nearest key, or the form of a preset of a group of variants."""
     known = [key for key, _, _ in documented_keys(schema)]
     match = re.search(r"Could not override '([^']+)'|full_key: (\S+)", message)
     unknown = (match[1] or match[2]) if match else ""

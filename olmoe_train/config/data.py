@@ -1,4 +1,4 @@
-"""The options of `data` and `tokenizer`, as olmoe_train/config/train.py has those of the other groups."""
+"""The options of `data` and `tokenizer`."""
 
 from dataclasses import dataclass, field
 from typing import Any
@@ -8,30 +8,32 @@ from omegaconf import MISSING
 from olmoe_train.config.choices import DataFormat, OnBadRecord, Packing, Records, SourceKind, TokenDtype
 
 
-@dataclass  # not frozen, as MixtureSource
+@dataclass  # not frozen, for the same reason as MixtureSource
 class FieldFilter:
     field: str = MISSING
-    """Name of a field or column."""
+    """Name of a field or column; a dot reaches into an object."""
     values: list[Any] = MISSING
-    """Records whose field equals one of them are kept."""
+    """Keep the records whose field equals one of these; null stands for a missing field."""
 
 
 @dataclass(frozen=True)
 class SourceConfig:
     kind: SourceKind = SourceKind.python_stdlib
-    """Where documents come from: python_stdlib; files (JSON lines, text, parquet, arrow); datasets (what the
-    `datasets` library streams, or parquet and arrow). `olmoe prepare` alone reads data.source."""
+    """Where documents come from. python_stdlib: the source code of Python's standard library. files: JSON
+    lines, text, parquet and arrow files. datasets: what the `datasets` library streams, or parquet and arrow
+    files. Only `olmoe prepare` reads data.source."""
     paths: list[str] = field(default_factory=list)
-    """Files, globs (** for any depth) and folders. *.jsonl and *.json, also .gz and .zst: a JSON object a
-    line; *.parquet, *.arrow: rows; all else: a file is a document, .gz and .zst decompressed. A folder stands
-    for the .jsonl, .json.gz, .json.zst, .txt, .parquet and .arrow files in it, at any depth."""
+    """Files, globs (** matches any depth) and folders. *.jsonl and *.json, also compressed as .gz or .zst:
+    one JSON object per line. *.parquet and *.arrow: one record per row. Every other file is one document,
+    after decompression if it ends in .gz or .zst. A folder stands for all .jsonl, .json.gz, .json.zst, .txt,
+    .parquet and .arrow files in it, at any depth."""
     validation_paths: list[str] = field(default_factory=list)
-    """Files, globs and folders that are the validation split, even where `paths` matches them too; []: hold
-    out validation_fraction."""
+    """Files, globs and folders of the validation split, even if `paths` matches them, too. []: hold out
+    validation_fraction."""
     name: str | None = None
-    """Dataset to stream: its name on the Hugging Face hub, or a local directory laid out like one."""
+    """Dataset to stream: its name on the Hugging Face hub, or a local directory with the same layout."""
     subset: str | None = None
-    """Configuration of the dataset `name`, where it has several."""
+    """Configuration of the dataset `name`, if it has several."""
     revision: str | None = None
     """Branch, tag or commit of the dataset `name`; null: its main branch."""
     split: str = "train"
@@ -39,111 +41,117 @@ class SourceConfig:
     validation_split: str | None = None
     """Split of the dataset `name` to validate on; null: hold out validation_fraction."""
     records: Records = Records.text
-    """What a record holds: text (text_field; all of it is learnt), messages (messages_field: a conversation,
-    rendered by the tokenizer's chat template; the assistant's turns are learnt), prompt_completion
-    (prompt_field and completion_field; the completion is learnt)."""
+    """What a record contains. text: text_field; all of it contributes to the loss. messages: messages_field,
+    a conversation that the tokenizer's chat template renders; only the assistant's turns contribute to the
+    loss. prompt_completion: prompt_field and completion_field; only the completion contributes to the
+    loss."""
     text_field: str = "text"
-    """Field or column that holds a document's text."""
+    """Field or column with the text of a document."""
     messages_field: str = "messages"
-    """Field or column that holds a conversation: a list of {"role": ..., "content": ...}."""
+    """Field or column with a conversation: a list of {"role": ..., "content": ...}."""
     prompt_field: str = "prompt"
-    """Field or column that holds a prompt, a string."""
+    """Field or column with a prompt, a string."""
     completion_field: str = "completion"
-    """Field or column that holds its completion, a string."""
+    """Field or column with the completion of the prompt, a string."""
     id_field: str | None = "id"
-    """Field or column that identifies a document, for the choice of validation documents; where a document
-    has none, and with null, its file and line do."""
+    """Field or column that identifies a document; the choice of validation documents depends on it. null, or
+    a document without this field: its file and line identify it."""
     keep: list[FieldFilter] = field(default_factory=list)
-    """Filters: only records whose fields have these values, e.g. [{field: metadata.language, values: [en,
-    fr]}, {field: source, values: [wiki]}]. A dot reaches into an object; null stands for a field that is
-    missing. Text files have no fields."""
+    """Filters: keep only the records whose fields have these values, for example [{field: metadata.language,
+    values: [en, fr]}, {field: source, values: [wiki]}]. A dot reaches into an object; null stands for a
+    missing field. Text files have no fields."""
     min_characters: int = 0
-    """Filter: fewest characters of a document's text."""
+    """Filter: least number of characters in the text of a document."""
     max_characters: int | None = None
-    """Filter: most characters of a document's text; null: any number."""
+    """Filter: greatest number of characters in the text of a document; null: no limit."""
     max_record_bytes: int = 16 * 1024 * 1024
-    """Longest record (a line of JSON, a row's text, a file of text), in bytes; a longer one is a bad record.
-    Memory grows with it: some 150 times as much in a tokenising process."""
+    """Longest record (a line of JSON, the text of a row, or a text file), in bytes. A longer one is a bad
+    record. Memory grows with it: a tokenizing process needs about 150 times as much."""
     on_bad_record: OnBadRecord = OnBadRecord.strict
-    """A record that cannot be read: strict stops with path:line; quarantine writes it with the reason to
-    quarantine.jsonl and goes on."""
+    """What to do with a record that cannot be read. strict: stop, and name path:line. quarantine: write it
+    and the reason to quarantine.jsonl, and continue."""
     max_bad_fraction: float = 0.001
-    """Share of all records that may be quarantined; more stops the run."""
+    """Greatest fraction of the records that may be quarantined. `olmoe prepare` stops if there are more."""
     validation_fraction: float = 0.05
-    """Share of documents held out for validation, chosen by a hash of the document's identity."""
+    """Fraction of the documents to hold out for validation. A hash of a document's identity decides whether
+    it is held out."""
     shard_tokens: int = 100_000_000
-    """Most tokens a shard file holds."""
+    """Greatest number of tokens in a shard file."""
     processes: int = 0
-    """Tokenising processes; 0: one a core."""
+    """Number of tokenizing processes; 0: one per CPU core."""
 
 
 @dataclass(frozen=True)
 class OlmoFilesConfig:
     dtype: TokenDtype = TokenDtype.uint16
-    """Data type of the token files, which does not stand in them."""
+    """Data type of the token files, which they do not state themselves."""
     eos_token_id: int | None = None
-    """Token that ends documents; null: that of the tokenizer (tokenizer.path)."""
+    """Token at the end of each document; null: that of the tokenizer (tokenizer.path)."""
     vocab_size: int | None = None
-    """Every token id is below it; null: the tokenizer's."""
+    """Every token id is smaller than this; null: the size of the tokenizer's vocabulary."""
 
 
-@dataclass  # frozen, data.mixture.0.weight=2 could not change what a preset gave
+@dataclass  # not frozen: data.mixture.0.weight=2 could not change what a preset sets
 class MixtureSource:
     dir: str = MISSING
-    """Prepared directory; a relative one is inside of data.dir."""
+    """Prepared directory. A relative path is relative to data.dir."""
     name: str | None = None
-    """What metrics call it: eval/NAME/loss, data/NAME/share; null: the last part of dir."""
+    """Name in metrics: eval/NAME/loss, data/NAME/share; null: the last part of dir."""
     weight: float | None = None
-    """Share of the training tokens, relative to the other sources' weights."""
+    """Share of the training tokens, relative to the weights of the other sources."""
     tokens: int | None = None
-    """Budget of training tokens, in place of weight; more than the source has repeats it."""
+    """Number of training tokens, instead of weight. A source with fewer tokens is repeated."""
 
 
 @dataclass(frozen=True)
 class DataConfig:
     dir: str = MISSING
-    """Directory of prepared tokens (`olmoe prepare` writes it); with data.mixture, where its sources are."""
+    """Directory of prepared tokens, which `olmoe prepare` writes. With data.mixture: the directory that the
+    sources' directories are relative to."""
     format: DataFormat = DataFormat.prepared
-    """olmo: token files that dolma or OLMo wrote (data.source.paths: raw .npy, no header) are trained on
-    where they are; `olmoe prepare` reads them once for data.dir's index of documents. prepared: data.dir has
-    the tokens."""
+    """prepared: data.dir contains the tokens. olmo: token files that dolma or OLMo wrote (data.source.paths:
+    raw .npy files without a header) are used in place; `olmoe prepare` reads them once and writes an index of
+    their documents to data.dir."""
     olmo: OlmoFilesConfig = field(default_factory=OlmoFilesConfig)
     mixture: list[MixtureSource] = field(default_factory=list)
-    """Several prepared directories to train on together: [{dir: web, weight: 7}, {dir: code, weight: 3}], or
-    with token budgets, {dir: web, tokens: 700000000}; `name` is for the metrics. []: data.dir alone."""
+    """Several prepared directories to train on together, with weights ([{dir: web, weight: 7}, {dir: code,
+    weight: 3}]) or with numbers of tokens ([{dir: web, tokens: 700000000}, ...]). []: train on data.dir
+    itself."""
     sequence_length: int = 512
-    """Tokens a training sequence."""
+    """Tokens per training sequence."""
     packing: Packing = Packing.concat
-    """What a sequence is. concat: consecutive tokens, whatever the documents (as released). best_fit: whole
-    documents, as many as fit, and padding; only a document longer than the sequence is cut."""
+    """How documents form sequences. concat: consecutive tokens, cut anywhere (as in the released model's
+    training). best_fit: as many whole documents as fit, then padding; only a document longer than the
+    sequence is cut."""
     mask_documents: bool = False
-    """Each document of a sequence by itself: attention stays inside, positions start at 0, its first token is
-    not predicted. The released model did without."""
+    """Separate the documents in a sequence: attention does not cross documents, positions start at 0 in each
+    document, and the first token of a document is not predicted. The released model was trained without
+    this."""
     repetition_filter: bool = False
-    """Leave a training sequence in which 1 to 13 tokens repeat 32 times or more out of the loss, as released;
-    its tokens still route."""
+    """Exclude a training sequence from the loss if a group of 1 to 13 tokens repeats at least 32 times in it
+    (as in the released model's training). The experts still process its tokens."""
     verify_hashes: bool = False
-    """Compare every file of data.dir with its hash before anything else; reads all of them."""
+    """Before training, compare the hash of every file in data.dir. This reads all files."""
     num_workers: int = 0
-    """Loader worker processes a rank; 0: load in the training process."""
+    """Loader worker processes per rank; 0: the training process loads the data."""
     source: SourceConfig = field(default_factory=SourceConfig)
 
 
 @dataclass(frozen=True)
 class TokenizerConfig:
     path: str | None = None
-    """Tokenizer to use: a tokenizer.json, an HF directory, or a model's name on the Hugging Face hub (whose
-    cache serves without a network). null: train a byte-level BPE on the training split."""
+    """Tokenizer to use: a tokenizer.json, an HF directory, or the name of a model on the Hugging Face hub
+    (without a network, the hub's local cache is used). null: train a byte-level BPE on the training split."""
     revision: str | None = None
-    """Branch, tag or commit of a tokenizer of the hub; null: its main branch."""
+    """Branch, tag or commit of a tokenizer on the hub; null: the main branch."""
     chat_template: str | None = None
-    """Chat template in place of the tokenizer's own: a Jinja file, or the name of one in
-    configs/chat_templates (tulu). It is copied into data.dir and exports. null: the tokenizer's."""
+    """Chat template to use instead of the tokenizer's own: a Jinja file, or the name of one in
+    configs/chat_templates (tulu). It is copied into data.dir and exports. null: the tokenizer's own."""
     template_date: str | None = None
-    """Day (YYYY-MM-DD) for a chat template that asks for today's, so that the same command always makes the
-    same tokens."""
+    """Date (YYYY-MM-DD) for a chat template that contains the current date, so that the same command always
+    produces the same tokens."""
     vocab_size: int = 4096
-    """Vocabulary of the tokenizer to train, special tokens included."""
+    """Vocabulary size of the tokenizer to train, special tokens included."""
     train_bytes: int = 1_000_000_000
-    """Train it on the first so many bytes of the training split's text; memory grows with their different
-    words."""
+    """Number of bytes of text, from the start of the training split, to train the tokenizer on. Memory grows
+    with the number of different words in them."""

@@ -1,103 +1,113 @@
-"""Every key and its documentation, from the schemas' own source: for --help, error messages and docs/."""
+"""The reference of every key and every preset as Markdown, for docs/.
 
-import ast
+`python -m olmoe_train.config.reference` prints it.
+"""
+
 import inspect
-import textwrap
-from dataclasses import MISSING as NO_DEFAULT
-from dataclasses import Field, fields, is_dataclass
-from enum import Enum
+import re
 from pathlib import Path
 from typing import Any
 
-from omegaconf import MISSING as MANDATORY
+from omegaconf import OmegaConf
 
-from olmoe_train.config.aliases import ALIASES
-from olmoe_train.config.variants import VARIANTS, VariantConfig, variant_groups
+from olmoe_train.config.keys import (
+    Key,
+    config_directory,
+    documented_keys,
+    help_text,
+    key_sections,
+    older_spellings,
+    preset_groups,
+)
+from olmoe_train.config.verbs import VERBS
+
+__all__ = ["config_directory", "documented_keys", "help_text", "markdown_reference"]
 
 
-def config_directory() -> Path:
-    """configs/ beside the package in a checkout, inside the package in a wheel."""
-    package = Path(__file__).resolve().parent.parent
-    inside = package / "configs"
-    return inside if inside.is_dir() else package.parent / "configs"
+def markdown_reference() -> dict[str, str]:
+    """Write the reference pages.
 
-
-def documented_keys(schema: type, prefix: str = "") -> list[tuple[str, str, str]]:
-    """(dotted key, default, documentation) of every option of a config dataclass, in order.
-
-    A group of typed variants lists the keys of each variant; keys that several share come once.
+    Returns:
+        Page name -> Markdown: one page per verb with every key (type or choices, default, documentation), and
+        the page "presets" with every preset and the values that it sets.
     """
-    rows = [row for _, section in key_sections(schema, prefix) for row in section]
-    return list(dict.fromkeys(rows))
+    pages = {verb: _verb_page(verb, schema) for verb, schema in VERBS.items()}
+    return pages | {"presets": _presets_page()}
 
 
-def key_sections(schema: type, prefix: str = "") -> list[tuple[str, list[tuple[str, str, str]]]]:
-    """The rows of `documented_keys` in sections: ("", rows) for plain keys, and for each variant of a group
-    (its choice, such as "optimizer=adamw", the rows of all its keys)."""
-    docs = _field_docs(schema)
-    sections: list[tuple[str, list[tuple[str, str, str]]]] = [("", [])]
-    for item in fields(schema):
-        if not is_dataclass(item.type):
-            sections[-1][1].append((prefix + item.name, _default_text(item), docs.get(item.name, "")))
-            continue
-        assert isinstance(item.type, type)
-        if issubclass(item.type, VariantConfig):
-            for name, variant in VARIANTS[item.name].items():
-                sections.append((f"{item.name}={name}", documented_keys(variant, f"{prefix}{item.name}.")))
-        else:
-            sections += key_sections(item.type, f"{prefix}{item.name}.")
-        sections.append(("", []))
-    return [section for section in sections if section[1]]
+def _verb_page(verb: str, schema: type) -> str:
+    lines = [f"# `olmoe {verb}`", "", inspect.cleandoc(schema.__doc__ or ""), ""]
+    if presets := preset_groups(schema):
+        choices = ", ".join(f"`{group}`" for group in presets)
+        lines += [f"Groups of presets: {choices}. The [presets](presets.md) page lists them.", ""]
+    section = None
+    for choice, keys in key_sections(schema):
+        for key in keys:
+            heading = f"Keys with `{choice}`" if choice else _section_of(key)
+            if heading != section:
+                lines += [""] if section else []
+                section = heading
+                lines += [f"## {heading}", "", "| Key | Type | Default | Meaning |", "|---|---|---|---|"]
+            lines.append(_row(key))
+    if spellings := older_spellings(schema):
+        lines += ["", "## Older spellings", "", "These keys are still accepted:", ""]
+        lines += [f"- `{old}` is now `{new}`" for old, new in spellings.items()]
+    return "\n".join(lines) + "\n"
 
 
-def _field_docs(schema: type) -> dict[str, str]:
-    """The string literal under each field, own or inherited; Python keeps it in the source only."""
-    docs = {}
-    for ancestor in reversed([cls for cls in schema.__mro__ if is_dataclass(cls)]):
-        body = ast.parse(textwrap.dedent(inspect.getsource(ancestor))).body[0]
-        assert isinstance(body, ast.ClassDef)
-        for statement, following in zip(body.body, body.body[1:], strict=False):
-            if isinstance(statement, ast.AnnAssign) and isinstance(following, ast.Expr):
-                assert isinstance(statement.target, ast.Name)
-                docs[statement.target.id] = " ".join(ast.literal_eval(following.value).split())
-    return docs
+def _section_of(key: Key) -> str:
+    return f"`{key.name.split('.')[0]}`" if "." in key.name else "General"
 
 
-def _default_text(item: Field[Any]) -> str:
-    value = item.default_factory() if item.default_factory is not NO_DEFAULT else item.default
-    if isinstance(value, Enum):
-        return "|".join([value.name, *(other.name for other in type(value) if other is not value)])
-    if value is None or isinstance(value, bool):
-        return {None: "null", True: "true", False: "false"}[value]
-    return "required" if value == MANDATORY else str(value)
+def _row(key: Key) -> str:
+    default = key.default if key.default == "required" else f"`{key.default}`"
+    kind = ", ".join(f"`{choice}`" for choice in key.type.split("|")) if "|" in key.type else key.type
+    return f"| `{key.name}` | {kind} | {default} | {_escaped(key.doc)} |"
 
 
-def help_text(verb: str, schema: type, description: str | None = None) -> str:
-    """What `olmoe VERB --help` prints: usage, the presets there are, and every key with its schema
-    default."""
+def _escaped(text: str) -> str:
+    """Text for a cell of a Markdown table: only what is in backticks is markup."""
+    parts = text.split("`")
+    parts[::2] = [re.sub(r"([\\*_<>\[\]])", r"\\\1", part) for part in parts[::2]]
+    return "`".join(parts).replace("|", "\\|")
+
+
+def _presets_page() -> str:
+    verbs: dict[str, list[str]] = {}
+    files: dict[str, list[Path]] = {}
+    for verb, schema in VERBS.items():
+        for group, paths in preset_groups(schema).items():
+            verbs.setdefault(group, []).append(verb)
+            files[group] = paths
     lines = [
-        f"usage: olmoe {verb} [key=value ...] [group=preset ...]     (or python -m olmoe_train {verb})",
+        "# Presets",
         "",
-        inspect.cleandoc(description or "").split("\n\n")[0],
-        "",
-        "presets (group=preset):",
+        "A preset is a YAML file in `configs/`, selected with `group=preset` on the command line.",
+        "It sets only the keys shown here. All other keys keep their defaults.",
     ]
-    groups = {key.split(".")[0] for key, _, _ in documented_keys(schema) if "." in key} | {"experiment"}
-    for directory in sorted(p for p in config_directory().iterdir() if p.is_dir()):
-        if directory.name in groups and (directory.name != "experiment" or verb in ("train", "plan")):
-            lines.append(f"  {directory.name}={'|'.join(sorted(p.stem for p in directory.glob('*.yaml')))}")
-    lines += ["", "keys, with the schema's default (presets change many: --cfg job prints what you get):"]
-    for choice, rows in key_sections(schema):
-        lines += [f"  with {choice}:"] if choice else []
-        for key, default, doc in rows:
-            lines.append(f"  {key} = {default}")
-            lines += textwrap.wrap(doc, 106, initial_indent="      ", subsequent_indent="      ")
-    if set(variant_groups(schema)) & {new.split(".")[0] for new in ALIASES.values()}:
-        spellings = ", ".join(f"{old} (now {new})" for old, new in ALIASES.items())
-        lines += ["", f"older spellings, still accepted: {spellings}"]
-    lines += [
-        "",
-        "flags: --cfg job (print the resolved config), --config-dir DIR (your own presets), --hydra-help",
-        "exit codes: 0 done, 1 failed, 2 bad configuration or input, 75 stopped by a signal after saving",
-    ]
-    return "\n".join(lines)
+    for group in sorted(files):
+        users = ", ".join(f"`olmoe {verb}`" for verb in verbs[group])
+        lines += ["", f"## {group}", "", f"Accepted by {users}."]
+        for path in files[group]:
+            description, body = _preset(path)
+            lines += ["", f"### `{group}={path.stem}`", "", description]
+            lines += ["", "```yaml", body, "```"] if body else ["", "It keeps every default."]
+    return "\n".join(lines) + "\n"
+
+
+def _preset(path: Path) -> tuple[str, str]:
+    """The description of a preset, which is the comment at its top, and the YAML that it sets."""
+    text = path.read_text()
+    lines = text.splitlines()
+    count = next((n for n, line in enumerate(lines) if not line.startswith("#")), len(lines))
+    comments = [line.lstrip("# ") for line in lines[:count] if not line.startswith("# @package")]
+    values: Any = OmegaConf.to_container(OmegaConf.load(path))
+    only_schema = not set(values) - {"defaults"} and all(
+        entry == "_self_" or str(entry).endswith("_schema") for entry in values.get("defaults", [])
+    )
+    return " ".join(comments), "" if only_schema else "\n".join(lines[count:]).strip()
+
+
+if __name__ == "__main__":
+    for page in markdown_reference().values():
+        print(page)

@@ -1,8 +1,8 @@
-"""Every option of every verb: frozen dataclasses, checked before anything is allocated.
+"""Every option of `olmoe train`, as frozen dataclasses.
 
-Hydra composes YAML from configs/ onto these schemas (cli.py), `OmegaConf.to_object` turns the result into the
-dataclasses once at start-up, and `validate()` (validation.py) reports all cross-field errors at once. The
-string under a field is its documentation: meaning, then unit; `olmoe VERB --help` prints it.
+Hydra composes the YAML files of configs/ onto these schemas, `compose.to_config` converts the result into
+the dataclasses once at start-up, and training/preflight/ checks it and reports all errors together. The
+string under a field is its documentation, with the unit; `olmoe VERB --help` and docs/ print it.
 """
 
 from dataclasses import dataclass, field
@@ -28,162 +28,180 @@ from olmoe_train.config.optimizer import AdamWConfig, OptimizerConfig
 @dataclass(frozen=True)
 class TrainerConfig:
     max_steps: int | None = None
-    """Optimizer steps in the whole run, which ends at max_steps, max_tokens or max_epochs, whichever comes
+    """Optimizer steps in the whole run. The run ends at max_steps, max_tokens or max_epochs, whichever comes
     first."""
     max_tokens: int | None = None
     """Training tokens in the whole run."""
     max_epochs: float | None = None
-    """Passes over the training data in the whole run, rounded up to whole steps: the last step is filled with
-    the next epoch's first sequences. With a mixture, its sources' token budgets together are an epoch."""
+    """Passes over the training data in the whole run, rounded up to whole steps: the first sequences of the
+    next epoch fill the last step. An epoch of a mixture is the sum of the token budgets of its sources."""
     stop_at_step: int | None = None
-    """Stop here with a checkpoint, the schedule untouched; run again without it to continue."""
+    """Save a checkpoint and stop at this step. The learning-rate schedule does not change; run again without
+    this key to continue."""
     global_batch_size: int = 16
-    """Sequences an optimizer step, over all ranks and micro-batches."""
+    """Sequences per optimizer step, over all ranks and micro-batches."""
     micro_batch_size: int = 8
-    """Sequences a forward pass of one rank."""
+    """Sequences per forward pass of one rank."""
     precision: Precision = Precision.bf16
-    """bf16: compute in bfloat16 with fp32 master weights and fp32 gradient reduction. fp32: everything
+    """bf16: compute in bfloat16, with fp32 master weights and fp32 gradient reduction. fp32: everything in
     fp32."""
     device: Device = Device.auto
-    """auto: cuda where there is one, else cpu."""
+    """auto: cuda if there is a GPU, otherwise cpu."""
     log_every: int = 10
     """Steps between logged metrics."""
     timeout: float = 600.0
-    """Seconds for a step or a save, after which every rank tells where it stands and the run ends."""
+    """Longest time for one step or one save, in seconds. After that, every rank reports where it is, and the
+    run ends."""
     max_skipped_steps: int = 10
-    """How many of the last 128 steps may be skipped (gradient not finite) before the run stops."""
+    """The run stops if more than this many of the last 128 steps were skipped (for example because the
+    gradient was not finite)."""
     spike_sigmas: float | None = None
-    """Skip a step whose loss or gradient norm is so many deviations above the last 128's mean; null: off."""
+    """Skip a step whose loss or gradient norm is more than this many standard deviations above the mean of
+    the last 128 steps; null: off."""
     compile: bool = False
-    """torch.compile each decoder layer."""
+    """Compile each decoder layer with torch.compile."""
     activation_checkpointing: ActivationCheckpointing = ActivationCheckpointing.none
-    """Recompute activations in backward: none, selective (keep matmul outputs), full (keep layer inputs
-    only)."""
+    """Which activations are recomputed in the backward pass. none: none of them. selective: all but the
+    outputs of matrix products. full: all but the input of each layer."""
 
 
 @dataclass(frozen=True)
 class ParallelConfig:
     strategy: Strategy = Strategy.fsdp
-    """fsdp: shard parameters, gradients and optimizer (FSDP2). ddp: a whole copy on every rank. deepspeed:
-    ZeRO, whose stage is zero_stage."""
+    """fsdp: FSDP2 shards parameters, gradients and optimizer state. ddp: every rank has a whole copy of the
+    model. deepspeed: ZeRO, with the stage of zero_stage."""
     expert_parallel_size: int = 1
-    """Ranks that share the experts of a layer, each holding num_experts / expert_parallel_size of them and
-    seeing its own data; tokens travel by all-to-all. Divides the experts, and the ranks of a model copy."""
+    """Ranks among which the experts of a layer are distributed. Each rank holds num_experts /
+    expert_parallel_size of them and has its own data; an all-to-all sends tokens to their experts. Must
+    divide both the number of experts and the number of ranks that share a copy of the model."""
     replicate_size: int = 1
-    """HSDP: number of model copies; each is sharded over world_size / replicate_size ranks. fsdp only."""
+    """Hybrid sharding (HSDP): number of copies of the model, each sharded over world_size / replicate_size
+    ranks. Only for strategy=fsdp."""
     reshard_after_forward: bool = True
-    """Free a layer's gathered weights after its forward, and gather them again in its backward. false: keep
-    them, one all-gather less a layer and micro-batch for the memory of the whole model. fsdp only."""
+    """Free the gathered weights of a layer after its forward pass, and gather them again for its backward
+    pass. false keeps them, which saves one all-gather per layer and micro-batch and costs the memory of the
+    whole model. Only for strategy=fsdp."""
     prefetch: int = 1
-    """Layers whose weights are asked for ahead of the one that computes, in forward and in backward; each
-    takes the memory of one layer. 0: in their turn. fsdp only."""
+    """Number of layers whose weights are gathered ahead of the layer that computes, in forward and in
+    backward; each takes the memory of one layer. 0: each layer gathers its weights when it needs them. Only
+    for strategy=fsdp."""
     zero_stage: int = 2
-    """What DeepSpeed shards over the ranks: 0 nothing, 1 the optimizer, 2 gradients too, 3 parameters too.
-    deepspeed only."""
+    """What DeepSpeed shards over the ranks. 0: nothing; 1: optimizer state; 2: gradients, too; 3: parameters,
+    too. Only for strategy=deepspeed."""
     offload: Offload = Offload.none
-    """What DeepSpeed keeps in CPU memory: none, optimizer (with the fp32 weights; the update is made there),
-    parameters (zero_stage 3: they too). deepspeed only."""
+    """What DeepSpeed keeps in CPU memory. none: nothing. optimizer: optimizer state and fp32 weights, which
+    are also updated on the CPU. parameters: the parameters, too (needs zero_stage=3). Only for
+    strategy=deepspeed."""
     deepspeed_config: str | None = None
-    """JSON file of DeepSpeed options to add to those that this run generates, which are written to
-    run_dir/deepspeed.json. deepspeed only."""
+    """JSON file with DeepSpeed options. They are added to the generated ones, and the result is written to
+    run_dir/deepspeed.json. Only for strategy=deepspeed."""
 
 
 @dataclass(frozen=True)
 class LossConfig:
     router_aux_loss_coef: float = 0.01
-    """Weight of the load-balancing loss in the total; none in a dense model's (model.num_experts=1)."""
+    """Weight of the load-balancing loss in the total loss. A dense model (model.num_experts=1) has none."""
     router_z_loss_coef: float = 0.001
-    """Weight of the router z-loss in the total; none in a dense model's."""
+    """Weight of the router z-loss in the total loss. A dense model has none."""
     convention: Convention = Convention.olmoe
-    """How both router losses are normalised: olmoe (paper), olmoe_0924 (as released), hf (pooled),
-    megatron (summed)."""
+    """How the router losses are normalized. olmoe: as in the paper. olmoe_0924: as in the released model's
+    training. hf: pooled over layers, as in Transformers. megatron: summed over layers."""
 
 
 @dataclass(frozen=True)
 class SchedulerConfig:
     kind: Schedule = Schedule.cosine
-    """Shape after warm-up."""
+    """Shape of the learning rate after the warm-up."""
     warmup_steps: int | None = None
-    """Linear warm-up in optimizer steps. Set at most one of warmup_steps, warmup_tokens and
+    """Length of the linear warm-up in optimizer steps. Set at most one of warmup_steps, warmup_tokens and
     warmup_fraction."""
     warmup_tokens: int | None = None
-    """Linear warm-up in tokens."""
+    """Length of the linear warm-up in tokens."""
     warmup_fraction: float | None = None
-    """Linear warm-up as a share of the decay horizon, 0 to 1."""
+    """Length of the linear warm-up as a fraction, 0 to 1, of the step at which the decay ends."""
     warmup_start_factor: float = 0.1
-    """Learning rate at step 0, as a share of the peak."""
+    """Learning rate at step 0, as a fraction of the peak."""
     decay_steps: int | None = None
-    """Step at which the decay ends. Null here and in decay_tokens: the end of the run."""
+    """Step at which the decay ends. If decay_steps and decay_tokens are null, the decay ends with the run."""
     decay_tokens: int | None = None
-    """Tokens at which the decay ends."""
+    """Number of tokens at which the decay ends."""
     final_factor: float = 0.1
-    """Learning rate at the end of the decay and after, as a share of the peak."""
+    """Learning rate at the end of the decay and after it, as a fraction of the peak."""
 
 
 @dataclass(frozen=True)
 class CheckpointConfig:
     every: int = 1000
-    """Steps between checkpoints; 0: only at the end."""
+    """Steps between checkpoints; 0: save only at the end."""
     keep: int = 2
-    """Newest complete checkpoints to keep; 0: all. Older ones are deleted once the newest is verified."""
+    """Number of newest complete checkpoints to keep; 0: keep all. Older ones are deleted after the newest is
+    verified."""
     keep_every: int = 0
-    """Keep for good the checkpoints of steps that this divides; 0: none."""
+    """Never delete the checkpoints of steps that are a multiple of this; 0: off."""
     export_every: int = 0
-    """Steps between exports to run_dir/hf, each of a checkpoint that is saved for it; 0: none."""
+    """Steps between exports to run_dir/hf. A checkpoint is saved for each of them. 0: no exports."""
     async_save: bool = False
-    """Write in the background, from a copy in the host's memory (12 bytes a parameter, over all ranks)."""
+    """Write checkpoints in the background, from a copy in host memory (12 bytes per parameter, over all
+    ranks)."""
     max_failures: int = 3
-    """Saves that may fail in a row before the run ends; it goes on after fewer."""
+    """The run ends after this many saves in a row have failed. After fewer, it continues."""
     resume: str = "auto"
-    """auto: continue from the newest complete checkpoint of run_dir, if any; never: start anew in an empty
-    run_dir; a path: continue from that checkpoint directory."""
+    """auto: continue from the newest complete checkpoint in run_dir, if there is one. never: start a new run
+    in an empty run_dir. A path: continue from that checkpoint directory."""
     allow_changes: list[str] = field(default_factory=list)
-    """Keys or sections ([optimizer.lr]) whose change resuming accepts although it alters the mathematics."""
+    """Keys or sections, such as [optimizer.lr], that may differ from the checkpoint's although they change
+    the result of the run."""
 
 
 @dataclass(frozen=True)
 class WandbConfig:
     mode: WandbMode = WandbMode.offline
-    """online (needs an API key; falls back to offline without one), offline (files under run_dir/wandb),
-    disabled."""
+    """online: send to the server; needs an API key, and is offline without one. offline: write files under
+    run_dir/wandb. disabled: off."""
     project: str = "olmoe-train"
-    """Project the run is filed under."""
+    """Weights & Biases project of the run."""
     name: str | None = None
-    """Display name; null: the name of run_dir."""
+    """Display name of the run; null: the name of run_dir."""
 
 
 @dataclass(frozen=True)
 class LoggingConfig:
     dead_expert_steps: int = 100
-    """An expert without a token for so many steps counts as dead, in router/dead_experts and a warning."""
+    """An expert that received no token for this many steps is dead: router/dead_experts counts it, and a
+    warning names it."""
     wandb: WandbConfig = field(default_factory=WandbConfig)
 
 
 @dataclass(frozen=True)
 class EvaluationConfig:
     every: int = 0
-    """Steps between validations; 0: only before the first and after the last step."""
+    """Steps between validations; 0: validate only before the first step and after the last one."""
     at_start: bool = True
     """Validate before the first step."""
     micro_batch_size: int = 8
-    """Sequences a validation forward pass of one rank."""
+    """Sequences per forward pass of one rank in validation."""
     max_sequences: int | None = None
-    """Validate on the first so many sequences; null: the whole validation split."""
+    """Validate on at most this many sequences, from the start of the validation split; null: on all of it."""
 
 
 @dataclass(frozen=True)
 class TrainConfig:
+    """Train a model: pretraining, continued pretraining or fine-tuning.
+
+    Run it with `torchrun --nproc-per-node RANKS -m olmoe_train.train`, or as `olmoe train` on one rank.
+    """
+
     run_dir: str = "runs/train"
-    """Where config, metrics, checkpoints, exports and logs of this run go; relative to the working
+    """Directory for the config, metrics, checkpoints, exports and logs of this run, relative to the working
     directory."""
     seed: int = 0
-    """Seed of the initial weights, the data order and dropout."""
+    """Seed of the initial weights, of the order of the data, and of dropout."""
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
-    loss: LossConfig = field(default_factory=LossConfig)
     objective: ObjectiveConfig = field(default_factory=NextTokenConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
     balancing: BalancingConfig = field(default_factory=AuxiliaryLossConfig)
     adapter: AdapterConfig = field(default_factory=NoAdapterConfig)
     optimizer: OptimizerConfig = field(default_factory=AdamWConfig)

@@ -1,139 +1,173 @@
-"""The options of every verb but `olmoe train`."""
+"""The options of every verb other than `olmoe train`."""
 
 from dataclasses import dataclass, field
 
 from omegaconf import MISSING
 
-from olmoe_train.config.choices import (
-    ExportFormat,
-    Precision,
-)
+from olmoe_train.config.choices import ExportFormat, Precision
 from olmoe_train.config.data import DataConfig, TokenizerConfig
 from olmoe_train.config.train import EvaluationConfig, TrainConfig
 
 
 @dataclass(frozen=True)
 class PrepareConfig:
+    """Turn a corpus into tokens on disk: tokenizer, training and validation shards, and a manifest."""
+
     seed: int = 0
-    """Salt of the split into training and validation documents."""
+    """Decides, together with the documents' identities, which documents are held out for validation."""
     data: DataConfig = field(default_factory=DataConfig)
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
 
 
 @dataclass(frozen=True)
 class ExportConfig:
+    """Write a checkpoint of a run as a Hugging Face directory, or convert between formats and precisions."""
+
     source: str = MISSING
-    """Run directory whose checkpoint is exported; or an HF directory or original OLMo checkpoint (config.yaml
-    with model.safetensors or model.pt) to convert."""
+    """Run directory whose checkpoint is exported; or an HF directory or an original OLMo checkpoint
+    (config.yaml with model.safetensors or model.pt) to convert."""
     step: str = "latest"
-    """Step of a run to export: a number, or latest."""
+    """Step of the run to export: a number, or latest."""
     out: str | None = None
     """Directory to write; null: hf/step-XXXXXXXX (olmo/step-XXXXXXXX) in the run directory."""
     max_shard_size: str = "5GB"
-    """Largest safetensors file, e.g. 5GB or 200MB. format=hf only: OLMo reads one file."""
-    precision: Precision | None = None
-    """Data type of the exported weights: bf16, fp32; null: as stored, which in a run is fp32."""
-    format: ExportFormat = ExportFormat.hf
-    """hf: what Transformers reads. olmo: the original OLMo MoE branch's layout (megablocks experts), in one
+    """Size limit of a safetensors file, such as 5GB or 200MB. Only for format=hf: OLMo reads a single
     file."""
+    precision: Precision | None = None
+    """Data type of the exported weights; null: as stored, which is fp32 in a run."""
+    format: ExportFormat = ExportFormat.hf
+    """hf: the format of Transformers. olmo: the layout of the original OLMo MoE branch (megablocks experts),
+    in one file."""
     trust_pickle: bool = False
-    """Read weights that are a pickle (pytorch_model.bin, OLMo's model.pt): torch.load(weights_only=True)."""
+    """Read weights from a pickle (pytorch_model.bin, or OLMo's model.pt) with
+    torch.load(weights_only=True)."""
     tokenizer: str | None = None
-    """Directory of tokenizer files, or a tokenizer.json, to put beside the model; null: the source's own."""
+    """Directory of tokenizer files, or a tokenizer.json, to export with the model; null: those of the
+    source."""
     eos_token_id: int | None = None
-    """End-of-text token of the exported model; null: the source's."""
+    """End-of-text token of the exported model; null: that of the source."""
     pad_token_id: int | None = None
-    """Padding token of the exported model; null: the source's."""
+    """Padding token of the exported model; null: that of the source."""
 
 
 @dataclass(frozen=True)
 class GenerateConfig:
+    """Continue a prompt with a Hugging Face directory or the newest checkpoint of a run."""
+
     source: str = MISSING
     """HF directory, run directory (its newest checkpoint), or original OLMo checkpoint."""
     prompt: str = MISSING
     """Text to continue."""
     max_new_tokens: int = 64
-    """Most tokens to add."""
+    """Greatest number of tokens to generate."""
     temperature: float = 0.0
-    """0: greedy; else softmax temperature."""
+    """Temperature of the softmax to sample from; 0: always take the most probable token."""
     top_k: int | None = None
-    """Sample among the k likeliest tokens."""
+    """Sample only from the k most probable tokens; null: no limit."""
     top_p: float | None = None
-    """Sample among the fewest tokens whose probabilities sum to top_p."""
+    """Sample only from the smallest set of tokens whose probabilities sum to top_p; null: no limit."""
     seed: int = 0
     """Seed of the sampling."""
     trust_pickle: bool = False
-    """Read weights that are a pickle (pytorch_model.bin, OLMo's model.pt): torch.load(weights_only=True)."""
+    """Read weights from a pickle (pytorch_model.bin, or OLMo's model.pt) with
+    torch.load(weights_only=True)."""
 
 
 @dataclass(frozen=True)
 class EvaluateConfig:
+    """Compute the validation loss and perplexity of the newest checkpoint of a run or of an HF directory."""
+
     source: str = MISSING
     """HF directory, run directory (its newest checkpoint), or original OLMo checkpoint."""
     data: DataConfig = field(default_factory=DataConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     trust_pickle: bool = False
-    """Read weights that are a pickle (pytorch_model.bin, OLMo's model.pt): torch.load(weights_only=True)."""
+    """Read weights from a pickle (pytorch_model.bin, or OLMo's model.pt) with
+    torch.load(weights_only=True)."""
 
 
 @dataclass(frozen=True)
 class UpcycleConfig:
+    """Make an OLMoE from a dense model (sparse upcycling). The result is a Hugging Face directory."""
+
     source: str = MISSING
     """Dense model: a run or HF directory of this package with model.num_experts=1 (model=olmo_dense_*), or an
     HF directory with model_type olmo (OLMo 1)."""
     out: str = MISSING
     """HF directory to write."""
     num_experts: int = MISSING
-    """Experts a layer (E)."""
+    """Experts per layer (E)."""
     num_experts_per_tok: int = MISSING
-    """Experts a token is sent to (K)."""
+    """Experts per token (K)."""
     intermediate_size: int | None = None
-    """Width of one expert (F); null: the dense MLP's. A divisor of it cuts the MLP into slices, each an
-    expert: num_experts and num_experts_per_tok are then multiples of their number."""
+    """Hidden width of one expert (F); null: that of the dense MLP. A divisor of the dense width cuts the MLP
+    into slices, and each slice becomes an expert: num_experts and num_experts_per_tok must then be multiples
+    of the number of slices."""
     norm_topk_prob: bool = True
-    """Renormalise the top-k probabilities to sum to 1: the new model starts with the dense one's outputs.
-    false, as OLMoE-1B-7B has it: the MLPs' outputs start multiplied by the sum of the probabilities."""
+    """Normalize the top-k probabilities so that they sum to 1; the new model then starts with the outputs of
+    the dense one. false, as in OLMoE-1B-7B: the outputs of the MLPs start multiplied by the sum of the
+    probabilities."""
     noise_fraction: float = 0.0
-    """Share of each copy's weights, 0 to 1, that are drawn anew; the noise in OLMoE's script has 0.5."""
+    """Fraction of the weights of each copy, 0 to 1, that are replaced by random ones. The noise in OLMoE's
+    script has 0.5."""
     noise_std: float = 0.02
-    """Standard deviation of what is drawn anew (truncated normal)."""
+    """Standard deviation of the random weights (truncated normal)."""
     seed: int = 0
-    """Seed of the router and of the noise."""
+    """Seed of the router's weights and of the noise."""
     step: str = "latest"
-    """Step of a run to upcycle: a number, or latest."""
+    """Step of the run to upcycle: a number, or latest."""
     data_dir: str | None = None
-    """Prepared data (data.dir) whose first tokens both models are run on, to compare them, and to measure the
-    size of queries and keys where source is an OLMo 1; null: random tokens."""
+    """Prepared data (data.dir). Its first tokens are given to both models, to compare their outputs and, if
+    the source is an OLMo 1, to measure the size of queries and keys. null: random tokens."""
     precision: Precision | None = None
-    """Data type of the weights written: bf16, fp32; null: as stored, which in a run is fp32."""
+    """Data type of the weights written; null: as stored, which is fp32 in a run."""
     max_shard_size: str = ExportConfig.max_shard_size
-    """Largest safetensors file, e.g. 5GB or 200MB."""
+    """Size limit of a safetensors file, such as 5GB or 200MB."""
     trust_pickle: bool = False
-    """Read weights that are a pickle (pytorch_model.bin): torch.load(weights_only=True)."""
+    """Read weights from a pickle (pytorch_model.bin) with torch.load(weights_only=True)."""
     tokenizer: str | None = None
-    """Directory of tokenizer files, or a tokenizer.json, to put beside the model; null: the source's own."""
+    """Directory of tokenizer files, or a tokenizer.json, to write with the model; null: those of the
+    source."""
     eos_token_id: int | None = None
-    """End-of-text token of the new model; null: the source's."""
+    """End-of-text token of the new model; null: that of the source."""
     pad_token_id: int | None = None
-    """Padding token of the new model; null: the source's."""
+    """Padding token of the new model; null: that of the source."""
 
 
 @dataclass(frozen=True)
 class PlanConfig(TrainConfig):
+    """Calculate what a training run would need: memory per rank, layouts that fit, speed and days.
+
+    It accepts every key of `olmoe train`. It allocates nothing and needs neither data nor a GPU.
+    """
+
     run_dir: str = "none"
-    """No effect: nothing is written."""
+    """No effect: `olmoe plan` writes nothing."""
     seed: int = 0
-    """No effect: no weight is drawn."""
+    """No effect: `olmoe plan` creates no weights."""
     gpus: int = 8
-    """GPUs of the run, one a rank."""
+    """Number of GPUs of the run, one per rank."""
     gpu_memory_gib: float = 80.0
-    """Memory of one GPU, GiB."""
+    """Memory of one GPU, in GiB."""
     reserve_gib: float = 6.0
-    """Part of it that tensors cannot have, GiB: CUDA context and libraries 1, NCCL buffers 0.5 for each of
-    up to four groups of ranks, the allocator's fragments 5% of 60."""
+    """Part of this memory that is not available for tensors, in GiB: 1 for the CUDA context and libraries,
+    0.5 for the NCCL buffers of each of up to four groups of ranks, and 5% of 60 for fragmentation in the
+    allocator."""
     mfu: float = 0.188
-    """Model FLOPs utilisation, a share of the GPU's peak. Default: OLMoE-1B-7B's own pretraining, 23,600
-    tokens/s a GPU on H100s (arXiv 2409.02060, section 4.1.1)."""
+    """Model FLOPs utilization, as a fraction of the GPU's peak. The default is that of OLMoE-1B-7B's
+    pretraining: 23,600 tokens/s per GPU on H100s (arXiv 2409.02060, section 4.1.1)."""
     gpu_tflops: float | None = None
-    """Dense peak of one GPU in trainer.precision, TFLOP/s; null: an H100's (SXM), 989.5 in bf16 and 67 in
-    fp32."""
+    """Dense peak of one GPU in trainer.precision, in TFLOP/s; null: that of an H100 (SXM), 989.5 in bf16 and
+    67 in fp32."""
+
+
+VERBS: dict[str, type] = {
+    "prepare": PrepareConfig,
+    "train": TrainConfig,
+    "evaluate": EvaluateConfig,
+    "generate": GenerateConfig,
+    "export": ExportConfig,
+    "upcycle": UpcycleConfig,
+    "plan": PlanConfig,
+}
+"""The config dataclass of each verb."""

@@ -21,7 +21,7 @@ import jinja2.nodes
 import jinja2.parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from olmoe_train.config.reference import config_directory
+from olmoe_train.config.keys import config_directory
 from olmoe_train.utils.errors import UserError
 
 ASSISTANT = "assistant"

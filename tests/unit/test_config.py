@@ -306,7 +306,7 @@ def test_commands_exit_with_2_and_leave_nothing(tmp_path: Path) -> None:
     ("arguments", "message"),
     [
         (["data.dir=x", "trainer.max_step=3"], "did you mean trainer.max_steps?"),
-        (["data.dir=x", "+trainer.foo=3"], "there is no key 'foo'"),
+        (["data.dir=x", "+trainer.foo=3"], "there is no key 'foo', and + cannot add one"),
         (["trainer.max_steps=3"], "data.dir=..."),
         (["data.dir=x", "trainer.precision=fp8"], "expected one of [bf16, fp32]"),
         (["data.dir=x", "trainer.max_steps=many"], "could not be converted to Integer"),

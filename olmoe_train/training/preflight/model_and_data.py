@@ -5,8 +5,8 @@ from pathlib import Path
 
 from olmoe_train.checkpoint.convert.source import tokenizer_directory
 from olmoe_train.config.aliases import ALIASES
+from olmoe_train.config.keys import documented_keys
 from olmoe_train.config.model import olmoe_config
-from olmoe_train.config.reference import documented_keys
 from olmoe_train.config.train import TrainConfig
 from olmoe_train.data.mixture import mixture_components, mixture_errors, read_manifests, verify
 from olmoe_train.data.tokens import Manifest
