@@ -170,6 +170,11 @@ def test_one_mistake_one_message(prepared: str, section: str, value: object, mes
     assert message in found[0]
 
 
+def test_changes_may_be_allowed_by_the_older_spelling_of_a_key(prepared: str) -> None:
+    checkpoint = CheckpointConfig(allow_changes=["loss.balance_scope", "balancing.scope", "optimizer"])
+    assert validate(good(prepared, checkpoint=checkpoint), world_size=2) == []
+
+
 def test_a_sequence_has_two_tokens_at_least(prepared: str) -> None:
     [message] = problems(good(prepared, data=DataConfig(dir=prepared, sequence_length=1)))
     assert message.startswith("data.sequence_length=1: must be at least 2")

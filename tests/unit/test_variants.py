@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from hydra.core.config_store import ConfigStore
+from omegaconf import OmegaConf
 
 from olmoe_train.cli.app import run_verb
 from olmoe_train.config import AdamWConfig, OptimizerConfig, TrainConfig, compose, register_variant
@@ -15,6 +16,7 @@ from olmoe_train.config.balancing import AuxiliaryLossConfig
 from olmoe_train.config.choices import BalanceScope
 from olmoe_train.config.reference import documented_keys, help_text
 from olmoe_train.config.variants import VARIANTS, variant_errors
+from olmoe_train.training.compatibility import changes
 from olmoe_train.utils.errors import UserError
 
 
@@ -60,6 +62,13 @@ def test_the_default_variants_are_named_in_the_config() -> None:
 def test_an_unknown_key_of_a_variant_names_the_nearest() -> None:
     with pytest.raises(UserError, match=r"not in 'AdamWConfig'(.|\n)*did you mean optimizer\.betas\?"):
         compose("data.dir=x", "optimizer.beta=[0.9,0.95]")
+
+
+def test_an_unknown_variant_lists_those_there_are() -> None:
+    with pytest.raises(UserError) as caught:
+        compose("data.dir=x", "optimizer=adam")
+    assert str(caught.value).splitlines()[-1].strip() == "adamw"
+    assert "Available options in 'optimizer'" in str(caught.value)
 
 
 def test_a_third_party_adds_a_variant(sgd: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -177,3 +186,19 @@ def test_the_config_of_an_older_run_is_that_of_the_first_variants() -> None:
     assert (now["objective"], now["adapter"]) == ({"name": "next_token"}, {"name": "none"})
     assert current_saved_config(now) == now
     assert "balancing" not in old
+
+
+def test_the_checkpoint_of_an_older_run_differs_in_nothing() -> None:
+    cfg = TrainConfig(balancing=AuxiliaryLossConfig(scope=BalanceScope.micro_batch))
+    now = OmegaConf.to_container(OmegaConf.structured(cfg), enum_to_str=True)
+    old = OmegaConf.to_container(OmegaConf.structured(cfg), enum_to_str=True)
+    assert isinstance(now, dict)
+    assert isinstance(old, dict)
+    for group in ("objective", "balancing", "adapter"):
+        del old[group]
+    del old["optimizer"]["name"]
+    old["loss"]["balance_scope"] = "micro_batch"
+    before, after = ({"config": config, "schedule": {}, "fingerprint": {}} for config in (old, now))
+    assert changes(before, after) == []
+    old["loss"]["balance_scope"] = "global_batch"
+    assert [change.key for change in changes(before, after)] == ["balancing.scope"]
