@@ -56,14 +56,10 @@ def run_verb(
             failure = error
 
     register_schema(verb, schema)
-    try:
-        sys.argv[1:] = current_overrides(sys.argv[1:])
-    except UserError as error:
-        _print_once(f"error: {error}")
-        return BAD_INPUT
     # Without this, Hydra turns every exception into exit code 1. With it, Hydra raises the exception.
     os.environ["HYDRA_FULL_ERROR"] = "1"
     try:
+        sys.argv[1:] = current_overrides(sys.argv[1:])
         hydra.main(config_path=str(config_directory()), config_name=verb, version_base="1.3")(job)()
         if failure is not None:
             raise failure

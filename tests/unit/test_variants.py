@@ -154,6 +154,14 @@ def test_older_and_newer_spelling_must_agree() -> None:
     assert "keep balancing.scope and remove the other" in str(caught.value)
 
 
+def test_a_command_line_with_both_spellings_exits_with_2(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    both = ("loss.balance_scope=micro_batch", "balancing.scope=global_batch")
+    assert command_line(monkeypatch, tmp_path, *both) == (2, [])
+    assert "error: loss.balance_scope=micro_batch and balancing.scope=global_batch" in capsys.readouterr().err
+
+
 def test_older_and_newer_spelling_must_agree_in_yaml(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
