@@ -1,4 +1,4 @@
-"""torchrun that keeps the workers' exit codes: see olmoe_train/cli/launch.py."""
+"""torchrun that keeps the exit codes of the workers; the same as `python -m olmoe_train.cli.launch`."""
 
 import sys
 

@@ -1,12 +1,13 @@
-"""Write a run's checkpoint as a Hugging Face directory, which Transformers, vLLM, SGLang and llama.cpp
-read; or convert between that, original OLMo checkpoints and precisions.
+"""Write a run's checkpoint as a Hugging Face directory, which Transformers, vLLM, SGLang and llama.cpp read.
+Also convert Hugging Face directories and original OLMo checkpoints into each other, and change the data type
+of the weights.
 """
 
 import sys
 from pathlib import Path
 
-from olmoe_train.checkpoint.convert.export import DTYPES, as_asked, write_export
-from olmoe_train.checkpoint.convert.source import open_source
+from olmoe_train.checkpoint.convert.export import DTYPES, with_overrides, write_export
+from olmoe_train.checkpoint.convert.stored_model import StoredModel, open_stored_model
 from olmoe_train.cli.app import run_verb
 from olmoe_train.config.choices import ExportFormat
 from olmoe_train.config.verbs import ExportConfig
@@ -14,26 +15,36 @@ from olmoe_train.utils.errors import UserError
 
 
 def main(cfg: ExportConfig) -> None:
+    """Export the model, and print where it is and how large."""
     if cfg.format is ExportFormat.olmo and cfg.max_shard_size != ExportConfig.max_shard_size:
-        print(f"warning: max_shard_size={cfg.max_shard_size} has no effect: format=olmo is one file")
-    source = open_source(cfg.source, cfg.step, cfg.trust_pickle)
-    dtype = source.config.dtype if cfg.precision is None else DTYPES[cfg.precision]
+        print(f"warning: max_shard_size={cfg.max_shard_size} has no effect: format=olmo writes a single file")
+    stored = open_stored_model(cfg.source, cfg.step, cfg.trust_pickle)
+    dtype = stored.config.dtype if cfg.precision is None else DTYPES[cfg.precision]
     assert dtype is not None
-    if cfg.out is not None:
-        out = Path(cfg.out).expanduser()
-    elif source.checkpoint is not None:
-        out = Path(cfg.source).expanduser() / cfg.format.value / source.checkpoint.name
-    else:
-        raise UserError(f"out=...: say where to write the conversion of source={cfg.source}")
-    source = as_asked(source, cfg.tokenizer, cfg.eos_token_id, cfg.pad_token_id)
-    if not write_export(source, out, dtype, cfg.max_shard_size, cfg.format):
-        print(f"already exported, nothing to do: {out} holds {source.name}")
+    out = output_directory(cfg, stored)
+    stored = with_overrides(stored, cfg.tokenizer, cfg.eos_token_id, cfg.pad_token_id)
+    if not write_export(stored, out, dtype, cfg.max_shard_size, cfg.format):
+        print(f"already exported, nothing to do: {out} holds {stored.name}")
         return
     size = sum(path.stat().st_size for path in out.iterdir())
-    print(f"exported {source.name} to {out} ({size / 10**6:,.1f} MB, {str(dtype).removeprefix('torch.')})")
+    print(f"exported {stored.name} to {out} ({size / 10**6:,.1f} MB, {str(dtype).removeprefix('torch.')})")
+
+
+def output_directory(cfg: ExportConfig, stored: StoredModel) -> Path:
+    """The directory to write: `out`, or by default a directory of the run that the model is from.
+
+    Raises:
+        UserError: `out` is not set, and the model is not from a run directory.
+    """
+    if cfg.out is not None:
+        return Path(cfg.out).expanduser()
+    if stored.checkpoint is None:
+        raise UserError(f"out is required: set out=DIR, where to write the conversion of source={cfg.source}")
+    return Path(cfg.source).expanduser() / cfg.format.value / stored.checkpoint.name
 
 
 def run() -> int:
+    """Run `olmoe export` with the command line; returns the exit code."""
     return run_verb("export", ExportConfig, main, __doc__)
 
 

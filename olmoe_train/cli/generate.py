@@ -1,4 +1,6 @@
-"""Continue a prompt with a Hugging Face directory or a run's newest checkpoint; the text is streamed."""
+"""Continue a prompt with a Hugging Face directory or a run's newest checkpoint. Text is printed as it is
+generated.
+"""
 
 import re
 import sys
@@ -7,7 +9,7 @@ import torch
 from hydra.core.override_parser.types import Quote, QuotedString
 from tokenizers.decoders import DecodeStream
 
-from olmoe_train.checkpoint.convert.source import load_source
+from olmoe_train.checkpoint.convert.stored_model import load_stored_model
 from olmoe_train.cli.app import run_verb
 from olmoe_train.config.verbs import GenerateConfig
 from olmoe_train.data.tokenizer import load_tokenizer
@@ -17,16 +19,17 @@ from olmoe_train.utils.errors import UserError
 
 
 def main(cfg: GenerateConfig) -> None:
+    """Print the prompt and, token by token, its continuation."""
     device = resolve_device()
-    model, directory = load_source(cfg.source, device, cfg.trust_pickle)
+    model, directory = load_stored_model(cfg.source, device, cfg.trust_pickle)
     tokenizer = load_tokenizer(directory)
     ids = tokenizer.encode(cfg.prompt).ids
     if not ids:
         raise UserError("prompt is empty: give some text to continue")
     if max(ids) >= model.config.vocab_size:
         raise UserError(
-            f"{directory}/tokenizer.json knows token {max(ids)}, the model {model.config.vocab_size} tokens: "
-            "they do not belong together"
+            f"{directory}/tokenizer.json gives token {max(ids)}, but the model has only "
+            f"{model.config.vocab_size} tokens: the tokenizer belongs to another model"
         )
     tokens = stream_tokens(
         model,
@@ -40,25 +43,34 @@ def main(cfg: GenerateConfig) -> None:
     print(cfg.prompt, end="", flush=True)
     decoder = DecodeStream(skip_special_tokens=True)
     for token_B in tokens:
-        # None while the bytes so far end inside a character.
+        # `step` returns None while the bytes so far end in the middle of a character.
         print(decoder.step(tokenizer, int(token_B)) or "", end="", flush=True)
     print()
 
 
 def quoted(argument: str) -> str:
-    """A `prompt=...` argument in Hydra's quoting, so that any text is taken as it is typed; others unchanged.
+    r"""Quote the value of a `prompt=...` argument for Hydra, so that the prompt may be any text.
 
-    Unquoted, Hydra's grammar would stop at the parenthesis of `prompt=def main(`, and read `${...}` as a
-    reference.
+    Hydra parses every argument with its own grammar, in which parentheses, commas, quotes and braces have a
+    meaning, and OmegaConf replaces `${...}` by the value of a key. Without quotes, `prompt=def main(` is a
+    syntax error, and `prompt=${HOME}` a missing key. The value is put in single quotes, with `\${` for `${`.
+
+    Args:
+        argument: One argument of the command line.
+
+    Returns:
+        The quoted argument; an argument that does not start with `prompt=` is returned unchanged.
     """
     key, equals, text = argument.partition("=")
     if key != "prompt" or not equals:
         return argument
+    # Backslashes directly before "${" are doubled, because OmegaConf reads them as escapes there.
     text = re.sub(r"(\\*)\$\{", lambda match: match[1] * 2 + r"\${", text)
     return f"prompt={QuotedString(text, Quote.single).with_quotes()}"
 
 
 def run() -> int:
+    """Run `olmoe generate` with the command line; returns the exit code."""
     sys.argv[1:] = [quoted(argument) for argument in sys.argv[1:]]
     return run_verb("generate", GenerateConfig, main, __doc__)
 

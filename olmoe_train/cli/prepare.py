@@ -1,6 +1,7 @@
-"""Turn a corpus into tokens on disk (data.dir): tokenizer, training and validation shards, manifest.json.
+"""Turn a corpus into tokens on disk (data.dir): tokenizer, training and validation shards, and manifest.json.
+If data.dir already holds data of the same settings, the data is verified.
 
-Run again with the same settings, it verifies what is there. data/README.md describes the format.
+data/README.md describes the file format.
 """
 
 import sys
@@ -13,6 +14,7 @@ from olmoe_train.data.prepare.pipeline import prepare
 
 
 def main(cfg: PrepareConfig) -> None:
+    """Prepare the corpus, or index token files of OLMo (data.format=olmo)."""
     if cfg.data.format is DataFormat.olmo:
         index_olmo_files(cfg)
     else:
@@ -20,6 +22,7 @@ def main(cfg: PrepareConfig) -> None:
 
 
 def run() -> int:
+    """Run `olmoe prepare` with the command line; returns the exit code."""
     return run_verb("prepare", PrepareConfig, main, __doc__)
 
 

@@ -1,6 +1,7 @@
-"""Validation loss and perplexity of a run's newest checkpoint or an HF directory.
+"""Validation loss and perplexity of a model on prepared data.
 
-The loss is the mean over all target tokens, however they fall into sequences, batches and ranks.
+The loss is the mean over all target tokens. It does not depend on how tokens are divided into sequences,
+batches and ranks.
 """
 
 import math
@@ -23,14 +24,16 @@ Batches = Iterable[dict[str, Tensor]]
 
 @dataclass(frozen=True)
 class Evaluation:
+    """Loss of a model on one set of tokens."""
+
     loss: float
-    """Mean cross-entropy, nats a target token."""
+    """Mean cross-entropy, in nats per target token. NaN: there is no target token."""
     tokens: int
-    """Target tokens: each has a label and a token before it."""
+    """Number of target tokens: tokens with a label that are not the first of their sequence."""
 
     @property
     def perplexity(self) -> float:
-        """exp(loss); infinite where that is beyond a float."""
+        """exp(loss); infinity if that exceeds the largest float."""
         return math.exp(self.loss) if self.loss < 700 else math.inf
 
 
@@ -39,19 +42,35 @@ def evaluate_data(
     data: DataConfig,
     cfg: EvaluationConfig,
     device: torch.device,
-    watched: Callable[[Batches], Batches] = iter,
+    with_heartbeat: Callable[[Batches], Batches] = iter,
 ) -> dict[str, Evaluation]:
-    """By name, each source of the mixture that has a validation split; last, as "validation", all its tokens
-    together. Collective where there are ranks. watched: passes batches on, and sees that there is progress.
+    """Evaluate a model on the validation split of every source of the data. Collective, if there are ranks.
+
+    Args:
+        model: The model, whole or sharded.
+        data: The prepared data, one directory or a mixture.
+        cfg: Batch size, and number of sequences per source.
+        device: The device of this rank.
+        with_heartbeat: Wraps the batches, to report progress to the watchdog.
+
+    Returns:
+        Name of the source -> result, for every source that has a validation split. The last one,
+        "validation", is the result over the tokens of all sources.
+
+    Raises:
+        UserError: No source has a validation split.
     """
     rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     manifests = read_manifests(data)
-    chosen = [source for source in mixture_components(data) if manifests[source.name].validation.tokens]
+    with_validation = [
+        source for source in mixture_components(data) if manifests[source.name].validation.tokens
+    ]
     results = {}
-    for source in chosen or mixture_components(data)[:1]:  # of which the loader then says that it is empty
+    # If no source has a validation split, the loader raises its error for the first one.
+    for source in with_validation or mixture_components(data)[:1]:
         one = replace(data, dir=str(source.directory), mixture=[])
         batches = build_eval_batches(one, rank, world_size, cfg.micro_batch_size, cfg.max_sequences)
-        results[source.name] = evaluate_model(model, watched(batches), device)
+        results[source.name] = evaluate_model(model, with_heartbeat(batches), device)
     parts = list(results.values())
     if len(parts) > 1:
         tokens = sum(part.tokens for part in parts)
@@ -61,14 +80,20 @@ def evaluate_data(
 
 
 def evaluate_model(model: OlmoeForCausalLM, batches: Batches, device: torch.device) -> Evaluation:
-    """Mean loss over every target token of all ranks' batches; leaves the model's mode as it was.
+    """Evaluate a model on batches. Collective, if there are ranks. The model's mode is restored.
 
-    batches: keyword arguments of training_forward, [B, S] on any device; as many on every rank,
-    because a sharded model's forward is a collective. Sums are fp64.
+    Args:
+        model: The model, whole or sharded.
+        batches: Keyword arguments of `training_forward`, tensors [B, S] on any device. Every rank must have
+            equally many, because the forward pass of a sharded model is a collective.
+        device: The device of this rank.
+
+    Returns:
+        The result over the target tokens of all ranks. Sums are fp64.
     """
     was_training = model.training
     model.eval()
-    sums = torch.zeros(2, dtype=torch.float64, device=device)  # of losses, of target tokens
+    sums = torch.zeros(2, dtype=torch.float64, device=device)  # sum of the losses, number of target tokens
     with torch.no_grad():
         for batch in batches:
             inputs = {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}

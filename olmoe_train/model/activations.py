@@ -1,6 +1,7 @@
-"""Activations of the gated expert MLP by the names that `hidden_act` has in Hugging Face configs.
+"""Activation functions of the gated expert MLP, by the names that `hidden_act` has in Hugging Face configs.
 
-Only those without weights of their own: `prelu` and `xielu` would need parameters no OLMoE checkpoint has.
+`prelu` and `xielu` are left out: they have trainable parameters, which no OLMoE checkpoint has. Every
+function here is elementwise: the result has the shape and the dtype of x.
 """
 
 import math
@@ -12,7 +13,7 @@ from torch import Tensor
 
 
 def _clipped_gelu(x: Tensor) -> Tensor:
-    """GELU cut to [-10, 10], for quantised networks (arXiv 2004.09602)."""
+    """GELU clipped to [-10, 10], for quantized networks (arXiv 2004.09602)."""
     return F.gelu(x).clamp(-10.0, 10.0)
 
 
@@ -22,12 +23,14 @@ def _quick_gelu(x: Tensor) -> Tensor:
 
 
 def _laplace(x: Tensor) -> Tensor:
-    """Mega's stand-in for squared ReLU (arXiv 2209.10655): mean sqrt(1/2), deviation sqrt(1/(4 pi))."""
+    """Mega's approximation of squared ReLU (arXiv 2209.10655): the CDF of a normal distribution with mean
+    sqrt(1/2) and standard deviation sqrt(1 / (4 pi))."""
     return 0.5 * (1.0 + ((x - 0.707107) / (0.282095 * math.sqrt(2.0))).erf())
 
 
 _tanh_gelu = partial(F.gelu, approximate="tanh")
 
+# OLMoE-1B-7B has silu. The other names are Transformers' (its activations.py), including its synonyms.
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu": F.gelu,
     "gelu_10": _clipped_gelu,

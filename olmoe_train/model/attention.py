@@ -1,8 +1,10 @@
-"""Causal self-attention as OLMoE has it: RMS-normalised queries and keys, rotary positions, grouped-query
-heads.
+"""Causal self-attention of OLMoE (arXiv 2409.02060; Transformers' `models/olmoe/modeling_olmoe.py`).
 
-Shapes: B batch, S new positions, C cached + new positions, T tokens (B x S), D hidden, N query heads, M
-key/value heads, H head width.
+The order is: project, RMSNorm of queries and keys (q_norm, k_norm), clip (clip_qkv), split into heads, rotate
+(RoPE), attend, project. Grouped-query attention is supported: several query heads may share a key/value head.
+
+Shapes: B batch, S new positions, C cached and new positions, T tokens (B S), D hidden size, N query heads,
+M key/value heads, H head width.
 """
 
 import torch
@@ -17,22 +19,28 @@ from olmoe_train.model.rope import apply_rotary
 
 
 class OlmoeAttention(nn.Module):
+    """The self-attention of one decoder layer.
+
+    Args:
+        config: Architecture of the model.
+        layer_idx: Index of the layer, by which the key/value cache is addressed.
+    """
+
     def __init__(self, config: OlmoeConfig, layer_idx: int) -> None:
         super().__init__()
         self.layer_idx = layer_idx
         self.head_dim = config.head_dim
         self.clip_qkv = config.clip_qkv
         self.dropout = config.attention_dropout
-        query_size = config.num_attention_heads * config.head_dim
-        key_value_size = config.num_key_value_heads * config.head_dim
+        query_width, key_value_width = config.query_width, config.key_value_width
         hidden, bias = config.hidden_size, config.attention_bias
-        self.q_proj = nn.Linear(hidden, query_size, bias=bias)
-        self.k_proj = nn.Linear(hidden, key_value_size, bias=bias)
-        self.v_proj = nn.Linear(hidden, key_value_size, bias=bias)
-        self.o_proj = nn.Linear(query_size, hidden, bias=bias)
+        self.q_proj = nn.Linear(hidden, query_width, bias=bias)
+        self.k_proj = nn.Linear(hidden, key_value_width, bias=bias)
+        self.v_proj = nn.Linear(hidden, key_value_width, bias=bias)
+        self.o_proj = nn.Linear(query_width, hidden, bias=bias)
         # Over the whole projected width, before the split into heads.
-        self.q_norm = OlmoeRMSNorm(query_size, config.rms_norm_eps)
-        self.k_norm = OlmoeRMSNorm(key_value_size, config.rms_norm_eps)
+        self.q_norm = OlmoeRMSNorm(query_width, config.rms_norm_eps)
+        self.k_norm = OlmoeRMSNorm(key_value_width, config.rms_norm_eps)
 
     def forward(
         self,
@@ -43,10 +51,21 @@ class OlmoeAttention(nn.Module):
         output_attentions: bool = False,
         document_offsets: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None]:
-        """(output [B, S, D], attention probabilities [B, N, S, C] if asked for).
+        """Attend from the new positions to the cached and the new ones.
 
-        rotary: cos and sin. mask_B1SC: True where a query may look; None means causal over the new positions.
-        document_offsets: where documents start in the T tokens, for attention within each; int32.
+        Args:
+            x_BSD: Input, [B, S, D].
+            rotary: Cosines and sines of the new positions, each [B or 1, S, H] in x's dtype.
+            mask_B1SC: Boolean, True where query s may attend to key c. None: causal over the new positions;
+                a single new position attends to everything.
+            cache: Key/value cache, to which the new positions are appended. None: no cache.
+            output_attentions: Return the attention probabilities; they are then all in memory.
+            document_offsets: int32 [documents + 1], the token at which each document starts in the T tokens
+                of the batch laid end to end. Attention stays within a document. Needs
+                `has_document_kernel`, and no mask and no cache.
+
+        Returns:
+            Output [B, S, D]; attention probabilities [B, N, S, C], or None if they were not asked for.
         """
         q, k, v = self.q_norm(self.q_proj(x_BSD)), self.k_norm(self.k_proj(x_BSD)), self.v_proj(x_BSD)
         if self.clip_qkv is not None:
@@ -63,7 +82,7 @@ class OlmoeAttention(nn.Module):
         elif document_offsets is not None:
             out_BNSH = _document_attention(q_BNSH, k_BMSH, v_BMSH, document_offsets)
         else:
-            # One new position attends to everything cached; is_causal would align it with the first key.
+            # A single new position attends to all cached ones. is_causal would align it with the first key.
             causal = mask_B1SC is None and q_BNSH.shape[2] > 1
             grouped = q_BNSH.shape[1] != k_BMSH.shape[1]
             out_BNSH = F.scaled_dot_product_attention(
@@ -75,7 +94,11 @@ class OlmoeAttention(nn.Module):
 def _explicit_attention(
     q_BNSH: Tensor, k_BMCH: Tensor, v_BMCH: Tensor, mask_B1SC: Tensor | None, dropout: float
 ) -> tuple[Tensor, Tensor]:
-    """The same attention with its probabilities in memory, softmax in fp32."""
+    """The same attention with its probabilities in memory; the softmax is computed in fp32.
+
+    Returns:
+        Values before the output projection, [B, N, S, H]; probabilities, [B, N, S, C].
+    """
     groups = q_BNSH.shape[1] // k_BMCH.shape[1]
     k, v = (t.repeat_interleave(groups, dim=1) for t in (k_BMCH, v_BMCH))
     scores_BNSC = q_BNSH @ k.transpose(2, 3) * q_BNSH.shape[-1] ** -0.5
@@ -89,30 +112,49 @@ def _explicit_attention(
 
 
 def has_document_kernel(x: Tensor, dropout: float) -> bool:
-    """Whether `_document_attention` takes x's device and dtype: flash attention, of half precision on GPUs.
+    """Whether `_document_attention` supports this input: its kernel is flash attention, which needs a GPU and
+    bf16 or fp16, and is used here without dropout.
 
-    The host decides, from what it knows: nothing here waits for the GPU.
+    Args:
+        x: Input of the attention; only its device and dtype are read, so the host does not wait for the GPU.
+        dropout: Dropout probability of the attention.
     """
     return x.is_cuda and x.dtype in (torch.bfloat16, torch.float16) and dropout == 0
 
 
 def _document_attention(q_BNSH: Tensor, k_BMSH: Tensor, v_BMSH: Tensor, offsets: Tensor) -> Tensor:
-    """Causal attention within each document of the batch laid end to end; work and memory follow the
-    documents' lengths. [B, N, S, H]."""
+    """Causal attention within each document of the batch laid end to end.
+
+    Time is proportional to the sum of the squared document lengths, and memory to the number of tokens.
+
+    Args:
+        offsets: int32 [documents + 1], the token at which each document starts in the T tokens.
+
+    Returns:
+        Values before the output projection, [B, N, S, H].
+    """
     groups = q_BNSH.shape[1] // k_BMSH.shape[1]
     if groups > 1:
         k_BMSH, v_BMSH = (t.repeat_interleave(groups, dim=1) for t in (k_BMSH, v_BMSH))
     q_TNH, k_TNH, v_TNH = (t.transpose(1, 2).flatten(0, 1) for t in (q_BNSH, k_BMSH, v_BMSH))
-    longest = q_BNSH.shape[2]  # the true one would have to be read from the GPU
+    # An upper bound of the longest document: reading its true length from the GPU would make the host wait.
+    longest = q_BNSH.shape[2]
     out_TNH = varlen_attn(q_TNH, k_TNH, v_TNH, offsets, offsets, longest, longest, window_size=(-1, 0))
-    assert isinstance(out_TNH, Tensor)  # more is returned only on request
+    assert isinstance(out_TNH, Tensor)  # a tuple is returned only if auxiliary outputs are requested
     return out_TNH.unflatten(0, (-1, longest)).transpose(1, 2)
 
 
 def documents_and_positions(offsets: Tensor, batch: int, length: int) -> tuple[Tensor, Tensor]:
-    """(number of its document, place in it) of each token, both int64 [B, S]; no host sync.
+    """The document of each token, and the token's position in it; the host does not wait for the GPU.
 
-    offsets: int32 [documents + 1] into the B * S tokens laid end to end.
+    Args:
+        offsets: int32 [documents + 1], the token at which each document starts in the B * S tokens laid end
+            to end.
+        batch: B.
+        length: S.
+
+    Returns:
+        Index of the document, and position within the document, both int64 [B, S].
     """
     tokens_T = torch.arange(batch * length, dtype=offsets.dtype, device=offsets.device)
     documents_T = torch.searchsorted(offsets, tokens_T, right=True) - 1
@@ -121,7 +163,14 @@ def documents_and_positions(offsets: Tensor, batch: int, length: int) -> tuple[T
 
 
 def document_mask(documents_BS: Tensor) -> Tensor:
-    """Boolean [B, 1, S, S], True where a query may look: at its own document, up to itself."""
+    """The attention mask for attention within documents.
+
+    Args:
+        documents_BS: Index of each token's document, [B, S].
+
+    Returns:
+        Boolean [B, 1, S, S], True where the key is in the query's document and not after the query.
+    """
     same_BSS = documents_BS[:, :, None] == documents_BS[:, None, :]
     return same_BSS.tril()[:, None]
 
@@ -129,23 +178,33 @@ def document_mask(documents_BS: Tensor) -> Tensor:
 def attention_mask(
     padding_mask_BC: Tensor | None, new: int, total: int, device: torch.device
 ) -> Tensor | None:
-    """Boolean [B, 1, S, C], True where query s may look at key c; None where plain causal attention does the
-    same.
+    """The attention mask for causal attention that ignores padding.
 
-    padding_mask_BC: 1 at tokens, 0 at padding, over cached and new positions (ValueError if its width is not
-    `total`).
+    Args:
+        padding_mask_BC: 1 at tokens and 0 at padding, over cached and new positions. None: no padding.
+        new: S.
+        total: C.
+        device: Device of the mask.
+
+    Returns:
+        Boolean [B or 1, 1, S, C], True where query s may attend to key c. None: plain causal attention does
+        the same.
+
+    Raises:
+        ValueError: `padding_mask_BC` does not have `total` columns.
     """
     if padding_mask_BC is None and (new == total or new == 1):
         return None
     if padding_mask_BC is not None and padding_mask_BC.shape[-1] != total:
         raise ValueError(
-            f"attention_mask covers {padding_mask_BC.shape[-1]} positions, cached and new tokens are {total}"
+            f"attention_mask has {padding_mask_BC.shape[-1]} positions, but there are {total} cached and new "
+            "tokens; give one value for each of them"
         )
-    if padding_mask_BC is not None and new == 1:  # decoding: everything cached lies behind it
+    if padding_mask_BC is not None and new == 1:  # decoding: all cached positions come before the new one
         return padding_mask_BC.bool()[:, None, None, :]
     causal_SC = torch.ones(new, total, dtype=torch.bool, device=device).tril(total - new)
     if padding_mask_BC is None:
         return causal_SC[None, None]
-    # A padding query in front of every token may look at nothing: scaled_dot_product_attention then gives 0,
-    # not NaN.
+    # A padding query before the first token may attend to nothing. scaled_dot_product_attention returns 0 for
+    # such a row, and not NaN.
     return causal_SC & padding_mask_BC.bool()[:, None, None, :]

@@ -1,7 +1,10 @@
-"""OlmoeConfig: one model's architecture, field for field what the config.json of an OLMoE checkpoint says.
+"""OlmoeConfig: the architecture of a model, with the fields that the config.json of an OLMoE checkpoint has.
 
-Names and defaults are those of Transformers 5.23 (`models/olmoe/configuration_olmoe.py`). Older spellings on
-the hub are read; what this package does not know is kept and written back.
+Names and defaults are those of Transformers 5.23 (`models/olmoe/configuration_olmoe.py`). Older spellings
+that occur on the hub are read, too. Fields that this package does not know are kept and written back.
+
+Sizes: vocab_size V, hidden_size D, intermediate_size F (of one expert), num_hidden_layers L, num_experts E,
+num_experts_per_tok K, num_attention_heads N, num_key_value_heads M, head_dim H = D / N.
 """
 
 import copy
@@ -46,12 +49,19 @@ _FLAGS = (
 
 @dataclass(init=False)
 class OlmoeConfig:
-    """Every documented field of Transformers' OlmoeConfig, by keyword; one UserError lists all bad values.
+    """The architecture of an OLMoE, with every documented field of Transformers' OlmoeConfig.
 
-    The default `intermediate_size` of 2048 is Transformers' and is not the released model's, whose experts
-    are 1024 wide. `num_key_value_heads=None` becomes `num_attention_heads`, and `rope_parameters=None` plain
-    RoPE with theta 10,000. Also read: `num_local_experts`, and the hub's older `rope_theta`, `rope_scaling`
-    (with `type`) and `torch_dtype`. Unknown arguments become attributes, and `to_dict` writes them back.
+    The default `intermediate_size` of 2048 is Transformers' default. The experts of the released
+    OLMoE-1B-7B are 1024 wide.
+
+    Args:
+        **values: Fields by name. `num_key_value_heads=None` means `num_attention_heads`, and
+            `rope_parameters=None` means plain RoPE with theta 10,000. `num_local_experts` and the hub's
+            older `rope_theta`, `rope_scaling` (with `type`) and `torch_dtype` are accepted, too. Unknown
+            names become attributes, and `to_dict` writes them back.
+
+    Raises:
+        UserError: Values are invalid; the message lists all of them, with the fix.
     """
 
     model_type: ClassVar[str] = "olmoe"
@@ -80,17 +90,17 @@ class OlmoeConfig:
     output_router_logits: bool = False
     router_aux_loss_coef: float = 0.01
     norm_topk_prob: bool = False
-    # Fields that Transformers gives every model
+    # Fields that every configuration of Transformers has:
     architectures: list[str] | None = None
     dtype: torch.dtype | None = None
     output_hidden_states: bool = False
     output_attentions: bool = False
     return_dict: bool = True
-    # Not a field of the file: what the file said beyond the fields above
+    # Not a field of the file: everything in the file that is not one of the fields above.
     extra: dict[str, Any] = field(default_factory=dict)
 
     def __init__(self, **values: Any) -> None:
-        values = _in_todays_spelling(values)
+        values = _with_current_names(values)
         if values.get("num_key_value_heads") is None:
             values["num_key_value_heads"] = values.get("num_attention_heads", OlmoeConfig.num_attention_heads)
         _complete_rope(values)
@@ -108,12 +118,22 @@ class OlmoeConfig:
 
     @property
     def head_dim(self) -> int:
-        """Width of one attention head."""
+        """Width of one attention head (H)."""
         return self.hidden_size // self.num_attention_heads
 
     @property
+    def query_width(self) -> int:
+        """Width of all query heads together, and of the attention's output."""
+        return self.num_attention_heads * self.head_dim
+
+    @property
+    def key_value_width(self) -> int:
+        """Width of all key heads together, and of all value heads together."""
+        return self.num_key_value_heads * self.head_dim
+
+    @property
     def num_local_experts(self) -> int:
-        """Transformers' second name for num_experts."""
+        """Another name of num_experts in Transformers."""
         return self.num_experts
 
     @num_local_experts.setter
@@ -122,31 +142,56 @@ class OlmoeConfig:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any], **overrides: Any) -> Self:
-        """The configuration that a config.json's content describes; `overrides` win."""
+        """Build a configuration from the content of a config.json.
+
+        Args:
+            values: Fields by name.
+            **overrides: Fields that replace those in `values`.
+
+        Raises:
+            UserError: Values are invalid; the message lists all of them.
+        """
         return cls(**{**values, **overrides})
 
     @classmethod
     def from_pretrained(cls, directory: str | Path, **overrides: Any) -> Self:
-        """Read `directory`/config.json, or that file itself. UserError names the file and what is wrong."""
+        """Read a config.json.
+
+        Args:
+            directory: A directory with a config.json, or the path of such a file.
+            **overrides: Fields that replace those in the file.
+
+        Raises:
+            UserError: The file cannot be read, or values are invalid; the message names the file.
+        """
         path = Path(directory)
         path = path / "config.json" if path.is_dir() else path
         try:
             values = read_json_object(path)
         except OSError as error:
-            raise UserError(f"{path}: cannot be read ({error.strerror}); name an HF directory") from None
+            raise UserError(
+                f"{path}: cannot be read ({error.strerror}); give a directory that has a config.json"
+            ) from None
         try:
             return cls.from_dict(values, **overrides)
         except UserError as error:
             raise UserError(f"{path}: {error}") from None
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-ready content of config.json in Transformers 5's spelling, unknown fields included."""
-        own = {item.name: getattr(self, item.name) for item in fields(self) if item.name != "extra"}
-        own["dtype"] = None if self.dtype is None else str(self.dtype).removeprefix("torch.")
-        return copy.deepcopy({**self.extra, **own, "model_type": self.model_type})
+        """The content of config.json, in JSON types: names of Transformers 5, unknown fields included."""
+        known = {item.name: getattr(self, item.name) for item in fields(self) if item.name != "extra"}
+        known["dtype"] = None if self.dtype is None else str(self.dtype).removeprefix("torch.")
+        return copy.deepcopy({**self.extra, **known, "model_type": self.model_type})
 
     def save_pretrained(self, directory: str | Path) -> None:
-        """Write `directory`/config.json, with spellings that older readers look for beside today's."""
+        """Write a config.json.
+
+        The fields `rope_theta` and `torch_dtype`, which older readers look for, are written beside the
+        current ones.
+
+        Args:
+            directory: The directory to write to, which is created if it does not exist.
+        """
         path = Path(directory)
         path.mkdir(parents=True, exist_ok=True)
         values = self.to_dict()
@@ -157,20 +202,24 @@ class OlmoeConfig:
         (path / "config.json").write_text(text, encoding="utf-8")
 
     def validate(self) -> None:
-        """Raise one UserError that lists every field whose value cannot work, with the fix."""
+        """Check all fields.
+
+        Raises:
+            UserError: Values are invalid; the message lists all of them, with the fix.
+        """
         problems = _field_problems(self)
-        # Relations between fields only make sense between fields that are right on their own.
+        # Relations between fields are checked only if each field is valid by itself.
         problems = problems or _relation_problems(self) + rope_problems(self.rope_parameters, self.head_dim)
         if problems:
             raise UserError("invalid OlmoeConfig: " + "; ".join(problems))
 
 
-def _in_todays_spelling(values: dict[str, Any]) -> dict[str, Any]:
-    """A copy of `values` with hub spellings that predate Transformers 5 translated."""
+def _with_current_names(values: dict[str, Any]) -> dict[str, Any]:
+    """A copy of `values` in which names from before Transformers 5 are replaced by the current ones."""
     values = copy.deepcopy(values)
     model_type = values.pop("model_type", None)
     if model_type not in (None, OlmoeConfig.model_type):
-        raise UserError(f"model_type is {model_type!r}; only {OlmoeConfig.model_type!r} can be read")
+        raise UserError(f"model_type is {model_type!r}, but only {OlmoeConfig.model_type!r} is supported")
     old_dtype = values.pop("torch_dtype", None)
     values["dtype"] = _dtype(values.get("dtype") or old_dtype)
     if "num_local_experts" in values:
@@ -189,17 +238,18 @@ def _in_todays_spelling(values: dict[str, Any]) -> dict[str, Any]:
 
 
 def _dtype(value: Any) -> torch.dtype | None:
-    """torch.bfloat16 from "bfloat16", "torch.bfloat16" or itself."""
+    """A torch dtype from its name ("bfloat16", "torch.bfloat16") or from itself."""
     if value is None or isinstance(value, torch.dtype):
         return value
     dtype = getattr(torch, str(value).removeprefix("torch."), None)
     if not isinstance(dtype, torch.dtype):
-        raise UserError(f"dtype={value!r} is no torch dtype; write float32, bfloat16 or float16")
+        raise UserError(f"dtype={value!r} is not a torch dtype; write float32, bfloat16 or float16")
     return dtype
 
 
 def _complete_rope(values: dict[str, Any]) -> None:
-    """Give rope_parameters a type, a theta and, where the type needs it, the pretraining length, in place."""
+    """Add the missing keys of rope_parameters, in place: type, theta and, for types that need it, the
+    pretraining length."""
     rope = values["rope_parameters"]
     old_type = rope.pop("type", None)
     if rope.get("rope_type") is None:
@@ -209,12 +259,12 @@ def _complete_rope(values: dict[str, Any]) -> None:
     if rope["rope_type"] in ROPE_TYPES_WITH_ORIGINAL_LENGTH:
         name = "original_max_position_embeddings"
         longest = values.get("max_position_embeddings", OlmoeConfig.max_position_embeddings)
-        # A value beside rope_parameters wins over one inside: Transformers' rule, made for Phi-3's files.
+        # A value beside rope_parameters takes precedence over one inside: Transformers' rule, for Phi-3.
         rope[name] = values.get(name) or rope.get(name) or longest
 
 
 def _field_problems(config: OlmoeConfig) -> list[str]:
-    """What is wrong with fields taken one at a time."""
+    """One message for each field whose value is invalid by itself."""
     problems = []
     for name in _POSITIVE_INTEGERS:
         value = getattr(config, name)
@@ -239,25 +289,27 @@ def _field_problems(config: OlmoeConfig) -> list[str]:
 
 
 def _relation_problems(config: OlmoeConfig) -> list[str]:
-    """What is wrong between fields."""
+    """One message for each contradiction between two fields."""
     problems = []
     heads, width = config.num_attention_heads, config.hidden_size
-    groups, top_k = config.num_key_value_heads, config.num_experts_per_tok
+    key_value_heads, top_k = config.num_key_value_heads, config.num_experts_per_tok
     if width % heads:
         problems.append(f"hidden_size={width} is not divisible by num_attention_heads={heads}; change either")
     elif config.head_dim % 2:
         problems.append(
             f"hidden_size={width} / num_attention_heads={heads} gives heads of width {config.head_dim}, and "
-            "RoPE rotates pairs; make it even"
+            "RoPE rotates pairs of channels; make the width even"
         )
     stated = config.extra.get("head_dim")
     if stated is not None and stated * heads != width:
         problems.append(
-            f"head_dim={stated} is not hidden_size={width} / num_attention_heads={heads}; OLMoE has no other"
+            f"head_dim={stated} must be hidden_size={width} / num_attention_heads={heads}: OLMoE supports no "
+            "other head width; remove head_dim"
         )
-    if heads % groups:
+    if heads % key_value_heads:
         problems.append(
-            f"num_attention_heads={heads} is not divisible by num_key_value_heads={groups}; change either"
+            f"num_attention_heads={heads} is not divisible by num_key_value_heads={key_value_heads}; change "
+            "either"
         )
     if top_k > config.num_experts:
         problems.append(

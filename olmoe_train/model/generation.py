@@ -1,4 +1,4 @@
-"""Decoding: continue token sequences with any model that returns logits and keeps a key/value cache.
+"""Decoding: continue token sequences with any model that returns logits and has a key/value cache.
 
 Shapes: B batch, S prompt length, C cached and new tokens, V vocabulary.
 """
@@ -15,18 +15,18 @@ from olmoe_train.model.hf.special_tokens import generation_defaults
 from olmoe_train.model.kv_cache import KVCache
 from olmoe_train.utils.errors import UserError
 
-# Transformers' default, where neither max_new_tokens nor max_length is given.
 DEFAULT_NEW_TOKENS = 20
+"""Tokens to add if neither max_new_tokens nor max_length is given; the default of Transformers."""
 
 
 class LanguageModel(Protocol):
-    """What decoding needs of a model: OlmoeForCausalLM is one."""
+    """What decoding needs from a model. OlmoeForCausalLM has it."""
 
     config: OlmoeConfig
     generation_config: dict[str, Any] | None
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Returns an output with `logits` [B, S, V]; arguments as OlmoeForCausalLM.forward."""
+        """Takes the arguments of OlmoeForCausalLM.forward; returns an output with `logits` [B, S, V]."""
 
 
 def generate(
@@ -43,15 +43,33 @@ def generate(
     pad_token_id: int | None = None,
     generator: torch.Generator | None = None,
 ) -> Tensor:
-    """Continue each row of input_ids [B, S] int64; returns prompt and continuation, [B, up to S +
-    max_new_tokens].
+    """Continue each row of a batch of prompts.
 
-    Greedy, token for token as Transformers' generate, unless `temperature` is above 0 or `do_sample` is
-    true; then the softmax at that temperature (default 1), cut to the `top_k` likeliest tokens and then to
-    the fewest whose probabilities reach `top_p`. A row ends with an `eos_token_id` (one or several; default
-    generation_config.json's, without such a file the config's; []: none) and is then filled with
-    `pad_token_id`. attention_mask [B, S]: 0 at padding, which must be on the left; by default the pad tokens
-    of input_ids, where padding is no eos. UserError for arguments that make no sense.
+    Greedy decoding gives the same tokens as Transformers' generate. Sampling draws from the softmax at the
+    given temperature, restricted first to the `top_k` most likely tokens, and then to the fewest tokens whose
+    probabilities reach `top_p`.
+
+    Args:
+        model: The model, usually an OlmoeForCausalLM.
+        input_ids: Prompts, int64 [B, S].
+        max_new_tokens: Most tokens to add to a row.
+        max_length: Most tokens of a row, prompt included; used if `max_new_tokens` is None.
+        attention_mask: [B, S], 0 at padding, which must be on the left. None: padding is wherever `input_ids`
+            is `pad_token_id`, provided that `pad_token_id` is not an end-of-text token.
+        do_sample: Sample instead of decoding greedily. None: sample if `temperature` is above 0.
+        temperature: Temperature of the softmax. None: 1 for sampling.
+        top_k: Number of most likely tokens to sample from. None: all.
+        top_p: Probability that the tokens to sample from must reach. None: 1.
+        eos_token_id: End-of-text tokens, one or several, after which a row ends; []: none. None: those of
+            generation_config.json, or of the model's configuration if there is no such file.
+        pad_token_id: Token that fills a row that has ended. None: as for `eos_token_id`.
+        generator: Random generator for sampling. None: torch's default generator.
+
+    Returns:
+        Prompts and continuations, int64 [B, up to S + max_new_tokens].
+
+    Raises:
+        UserError: An argument is invalid, or a row ends with padding.
     """
     if max_new_tokens is None:
         max_new_tokens = DEFAULT_NEW_TOKENS if max_length is None else max_length - input_ids.shape[1]
@@ -71,7 +89,7 @@ def generate(
 
 
 def sampling_temperature(do_sample: bool | None, temperature: float | None) -> float:
-    """0 for greedy decoding."""
+    """The temperature that generate's arguments mean; 0: greedy decoding."""
     if do_sample is None:
         return temperature or 0.0
     return (temperature or 1.0) if do_sample else 0.0
@@ -90,12 +108,21 @@ def stream_tokens(
     pad_token_id: int | None = None,
     generator: torch.Generator | None = None,
 ) -> Iterator[Tensor]:
-    """The next token of every row, [B] int64, as it is decided, until all rows have ended. Arguments as
-    generate()."""
-    _check(input_ids, max_new_tokens, temperature, top_k, top_p)
-    # Where there is a generation_config.json, it alone speaks, as in Transformers.
+    """Decode one token per row at a time, until all rows have ended.
+
+    Args:
+        temperature: Temperature of the softmax; 0: greedy decoding. All others are those of `generate`.
+
+    Yields:
+        The next token of every row, int64 [B]; the padding token for rows that have ended.
+
+    Raises:
+        UserError: As `generate`.
+    """
+    _check_arguments(input_ids, max_new_tokens, temperature, top_k, top_p)
+    # If there is a generation_config.json, the model's configuration is not consulted, as in Transformers.
     defaults = model.generation_config or generation_defaults(model.config)
-    stops = _ids(defaults.get("eos_token_id") if eos_token_id is None else eos_token_id)
+    stops = _as_list(defaults.get("eos_token_id") if eos_token_id is None else eos_token_id)
     pad = defaults.get("pad_token_id") if pad_token_id is None else pad_token_id
     mask_BC = _padding_mask(input_ids, attention_mask, pad, stops)
     filler = pad if pad is not None else (stops or [0])[0]
@@ -104,7 +131,7 @@ def stream_tokens(
     position_BS = None
     if mask_BC is not None:
         position_BS = (mask_BC.cumsum(1) - 1).clamp(min=0)
-        mask_BC = F.pad(mask_BC, (0, max_new_tokens), value=1)  # made once, not grown by every token
+        mask_BC = F.pad(mask_BC, (0, max_new_tokens), value=1)  # for all tokens at once; the loop slices it
     cache, new_BS = KVCache(), input_ids
     for length in range(input_ids.shape[1], input_ids.shape[1] + max_new_tokens):
         output = model(
@@ -117,7 +144,7 @@ def stream_tokens(
             logits_to_keep=1,
             return_dict=True,
         )
-        token_B = choose(output.logits[:, -1].float(), temperature, top_k, top_p, generator)
+        token_B = sample_token(output.logits[:, -1].float(), temperature, top_k, top_p, generator)
         if stops:
             token_B = token_B.masked_fill(ended_B, filler)
             ended_B |= torch.isin(token_B, stop_ids)
@@ -129,14 +156,23 @@ def stream_tokens(
             position_BS = position_BS[:, -1:] + 1
 
 
-def choose(
+def sample_token(
     logits_BV: Tensor,
     temperature: float,
     top_k: int | None = None,
     top_p: float | None = None,
     generator: torch.Generator | None = None,
 ) -> Tensor:
-    """One token a row, [B] int64, from fp32 logits: the likeliest (temperature 0), or a draw."""
+    """Choose the next token of each row.
+
+    Args:
+        logits_BV: Logits of the next token, fp32 [B, V].
+        temperature: Temperature of the softmax. 0: take the most likely token.
+        top_k, top_p, generator: As for `generate`.
+
+    Returns:
+        Token ids, int64 [B].
+    """
     if temperature == 0:
         return logits_BV.argmax(-1)
     logits_BV = logits_BV / temperature
@@ -146,47 +182,54 @@ def choose(
     if top_p is not None:
         sorted_BV, order_BV = logits_BV.sort(-1, descending=True)
         probability_BV = sorted_BV.softmax(-1)
-        # Kept: every token before which the likelier ones do not yet reach top_p.
-        enough_BV = probability_BV.cumsum(-1) - probability_BV >= top_p
-        logits_BV = logits_BV.masked_fill(enough_BV.scatter(-1, order_BV, enough_BV), -torch.inf)
+        # A token is dropped if the more likely ones already reach top_p, so the first token is always kept.
+        dropped_BV = probability_BV.cumsum(-1) - probability_BV >= top_p
+        logits_BV = logits_BV.masked_fill(dropped_BV.scatter(-1, order_BV, dropped_BV), -torch.inf)
     return torch.multinomial(logits_BV.softmax(-1), 1, generator=generator).squeeze(-1)
 
 
-def _check(
+def _check_arguments(
     input_ids: Tensor, max_new_tokens: int, temperature: float, top_k: int | None, top_p: float | None
 ) -> None:
     if input_ids.dim() != 2 or input_ids.shape[1] == 0:
-        raise UserError(f"input_ids has shape {list(input_ids.shape)}: give [batch, at least one token]")
+        raise UserError(
+            f"input_ids has shape {list(input_ids.shape)}; it must have two dimensions, [batch, tokens], and "
+            "at least one token"
+        )
     if max_new_tokens < 1:
         raise UserError(
-            f"max_new_tokens={max_new_tokens} must be at least 1 (max_length counts the prompt too)"
+            f"max_new_tokens={max_new_tokens} must be at least 1 (max_length counts the prompt, too)"
         )
     if temperature < 0:
-        raise UserError(f"temperature={temperature} must not be negative; 0 is greedy")
+        raise UserError(f"temperature={temperature} must not be negative; 0 means greedy decoding")
     if top_k is not None and top_k < 1:
         raise UserError(f"top_k={top_k} must be at least 1, or null")
     if top_p is not None and not 0 < top_p <= 1:
         raise UserError(f"top_p={top_p} must be above 0 and at most 1, or null")
 
 
-def _ids(ids: int | Sequence[int] | None) -> list[int]:
+def _as_list(ids: int | Sequence[int] | None) -> list[int]:
     return [] if ids is None else [ids] if isinstance(ids, int) else list(ids)
 
 
 def _padding_mask(
     input_ids: Tensor, attention_mask: Tensor | None, pad: int | None, stops: list[int]
 ) -> Tensor | None:
-    """int64 [B, S], 0 at padding; None where there is none. UserError where a row ends with padding."""
+    """The padding mask, int64 [B, S], 0 at padding. None: there is no padding.
+
+    Raises:
+        UserError: A row ends with padding, or the mask has another shape than `input_ids`.
+    """
     if attention_mask is None:
         if pad is None or pad in stops:
             return None
         attention_mask = input_ids != pad
     if attention_mask.shape != input_ids.shape:
         raise UserError(
-            f"attention_mask has shape {list(attention_mask.shape)}, input_ids {list(input_ids.shape)}: give "
-            "one value a token"
+            f"attention_mask has shape {list(attention_mask.shape)}, and input_ids {list(input_ids.shape)}; "
+            "give one value per token"
         )
     mask_BS = attention_mask.long()
     if not mask_BS[:, -1].all():
-        raise UserError("a row of input_ids ends with padding: pad on the left, so that every row goes on")
+        raise UserError("a row of input_ids ends with padding; pad on the left, so that every row continues")
     return None if mask_BS.all() else mask_BS

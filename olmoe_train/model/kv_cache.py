@@ -1,6 +1,6 @@
-"""Keys and values of the tokens seen so far, so that decoding computes only the new ones.
+"""The key/value cache: keys and values of the tokens seen so far, so that decoding computes only new ones.
 
-Shapes: B batch, N key/value heads, S sequence, H head_dim.
+Shapes: B batch, M key/value heads, S new positions, C cached and new positions, H head width.
 """
 
 import torch
@@ -8,10 +8,11 @@ from torch import Tensor
 
 
 class KVCache:
-    """One growing key and value tensor [B, N, S, H] a layer; `past_key_values` of the model's forward.
+    """Keys and values [B, M, C, H] per layer; the `past_key_values` of the model's forward.
 
-    The first `update` of a layer keeps the tensors it is given; later ones write into a buffer with room to
-    spare, so that a token costs its own copy and not one of the whole past. Under autograd they concatenate.
+    The first `update` of a layer keeps the tensors it is given. Later updates write into a buffer that is
+    longer than needed, so that adding a token copies that token, and not the whole past. If a tensor requires
+    gradients, updates concatenate instead, because writing into a buffer would break autograd.
     """
 
     def __init__(self) -> None:
@@ -20,7 +21,16 @@ class KVCache:
         self._length: list[int] = []
 
     def update(self, key: Tensor, value: Tensor, layer_idx: int) -> tuple[Tensor, Tensor]:
-        """Append [B, N, S_new, H] to layer `layer_idx` (layers come in order); all its keys and values."""
+        """Append keys and values to one layer.
+
+        Args:
+            key: Keys of the new positions, [B, M, S, H].
+            value: Values of the new positions, [B, M, S, H].
+            layer_idx: The layer. The first updates must come in the order of the layers.
+
+        Returns:
+            All keys and all values of the layer, each [B, M, C, H].
+        """
         if layer_idx == len(self._length):
             self._keys.append(key)
             self._values.append(value)
@@ -34,20 +44,25 @@ class KVCache:
         return self._keys[layer_idx][:, :, :total], self._values[layer_idx][:, :, :total]
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
-        """Tokens seen, padding included; 0 while empty."""
+        """Number of positions in the cache, padding included. 0: the cache is empty."""
         return self._length[layer_idx] if layer_idx < len(self._length) else 0
 
     def __len__(self) -> int:
+        """Number of layers in the cache."""
         return len(self._length)
 
     def __getitem__(self, layer_idx: int) -> tuple[Tensor, Tensor]:
-        """Keys and values of one layer, each [B, N, S, H]."""
+        """Keys and values of one layer, each [B, M, C, H]."""
         length = self._length[layer_idx]
         return self._keys[layer_idx][:, :, :length], self._values[layer_idx][:, :, :length]
 
 
 def _append(buffer: Tensor, used: int, new: Tensor) -> Tensor:
-    """A buffer with `buffer`'s first `used` positions, then `new`; `buffer` itself where it has the room."""
+    """Append `new` after the first `used` positions of a buffer.
+
+    Returns:
+        The same buffer if `new` fits, else a new one of twice the length; [B, M, at least C, H].
+    """
     if new.requires_grad or buffer.requires_grad:
         return torch.cat((buffer[:, :, :used], new), dim=2)
     total = used + new.shape[2]

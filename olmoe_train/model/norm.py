@@ -1,4 +1,4 @@
-"""RMSNorm as Transformers computes it for OLMoE."""
+"""RMSNorm with the order of casts that Transformers has for OLMoE."""
 
 import torch
 import torch.nn.functional as F
@@ -6,8 +6,12 @@ from torch import Tensor, nn
 
 
 class OlmoeRMSNorm(nn.Module):
-    """x / rms(x) in fp32, cast back to x's dtype, then scaled by the weight (transformers' order of
-    casts)."""
+    """x / sqrt(mean(x^2) + eps) over the last dimension in fp32, cast to x's dtype, then times the weight.
+
+    Args:
+        size: Width of the last dimension.
+        eps: Added to the mean square (`OlmoeConfig.rms_norm_eps`).
+    """
 
     def __init__(self, size: int, eps: float) -> None:
         super().__init__()
@@ -15,5 +19,6 @@ class OlmoeRMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        # fp32 inside, whatever x is; on CUDA in one kernel.
+        """x [..., size] of any floating-point dtype; the result has the same shape."""
+        # F.rms_norm computes in fp32 for every dtype of x, in one kernel on CUDA.
         return self.weight * F.rms_norm(x, (x.shape[-1],), eps=self.eps)

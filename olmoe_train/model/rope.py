@@ -1,9 +1,15 @@
-"""Rotary position embeddings (arXiv 2104.09864) and every scaled form that Transformers 5.23 gives OLMoE.
+"""Rotary position embeddings (RoPE, arXiv 2104.09864), with the scaled forms that Transformers gives OLMoE.
 
-Shapes: B batch, S sequence, H head_dim, P = H/2 frequency pairs.
+RoPE turns the pair of channels (i, i + P) of every query and key head by the angle position * f_i. The
+frequency f_i, in radians per token, is base^(-2i/H); base is `rope_theta`, 10,000 in OLMoE-1B-7B. A token's
+query and key are turned alike, so their product depends only on the distance between two tokens.
 
-A frequency f_i (radians a token) turns the pair (i, i + P) of a head by position * f_i. The scaled forms
-change the frequencies to reach beyond the pretraining length; two (yarn, longrope) also scale cos and sin.
+To follow the default form, read `rotary_cos_sin`, `apply_rotary` and `_default_frequencies`. The second half
+of this file holds the six scaled forms. They change the frequencies so that a model reaches beyond the length
+that it was pretrained with; two of them (yarn, longrope) also scale cos and sin. No released OLMoE uses them.
+Formulas are those of Transformers 5.23 (`modeling_rope_utils.py`). The default form agrees with it bitwise.
+
+Shapes: B batch, S sequence, N query heads, M key/value heads, H head width, P = H/2 frequencies.
 """
 
 import math
@@ -18,9 +24,16 @@ _TYPES_THAT_DEPEND_ON_LENGTH = ("dynamic", "longrope")
 
 
 def rotary_cos_sin(config: OlmoeConfig, position_ids_BS: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """cos and sin of every position and channel, each [B, S, H] of `dtype`; computed in fp32.
+    """Cosines and sines of the angles of all positions and channels, computed in fp32.
 
-    For `dynamic` and `longrope` the frequencies follow the largest position of this call, read on the host.
+    Args:
+        config: Architecture of the model.
+        position_ids_BS: Position of each token, an integer tensor [B, S]. For the RoPE types `dynamic` and
+            `longrope` the frequencies depend on the largest position, for which the host waits.
+        dtype: Data type of the results.
+
+    Returns:
+        cos and sin, each [B, S, H] of `dtype`. Channels i and i + P have the same value.
     """
     length = None
     if config.rope_parameters["rope_type"] in _TYPES_THAT_DEPEND_ON_LENGTH:
@@ -32,13 +45,23 @@ def rotary_cos_sin(config: OlmoeConfig, position_ids_BS: Tensor, dtype: torch.dt
 
 
 def apply_rotary(q: Tensor, k: Tensor, cos_BSH: Tensor, sin_BSH: Tensor) -> tuple[Tensor, Tensor]:
-    """Rotate queries and keys, each [B, heads, S, H]; their numbers of heads may differ."""
+    """Rotate queries and keys.
+
+    Args:
+        q: Queries, [B, N, S, H].
+        k: Keys, [B, M, S, H].
+        cos_BSH: Cosines from `rotary_cos_sin`.
+        sin_BSH: Sines from `rotary_cos_sin`.
+
+    Returns:
+        The rotated queries and keys, of the same shapes.
+    """
     cos, sin = cos_BSH.unsqueeze(1), sin_BSH.unsqueeze(1)
     return q * cos + _quarter_turn(q) * sin, k * cos + _quarter_turn(k) * sin
 
 
 def _quarter_turn(x: Tensor) -> Tensor:
-    """Each pair (a, b), a from the first half of the channels and b from the second, becomes (-b, a)."""
+    """Turn each pair (a, b) into (-b, a); a is in the first half of the channels, b in the second."""
     first, second = x.chunk(2, dim=-1)
     return torch.cat((-second, first), dim=-1)
 
@@ -46,55 +69,62 @@ def _quarter_turn(x: Tensor) -> Tensor:
 def rope_frequencies(
     config: OlmoeConfig, sequence_length: int | None, device: torch.device | str | None
 ) -> tuple[Tensor, float]:
-    """Frequencies in radians a token, fp32 [head_dim / 2], and the factor that multiplies cos and sin.
+    """Frequencies of a RoPE type.
 
-    `sequence_length` (largest position + 1) matters to `dynamic` and `longrope` only; None: a short one.
-    Formulas as in Transformers 5.23 `modeling_rope_utils.py`; the default type agrees to the last bit.
+    Args:
+        config: Architecture of the model.
+        sequence_length: Largest position + 1, which matters to the types `dynamic` and `longrope` only.
+            None: at most the pretraining length.
+        device: Device of the frequencies.
+
+    Returns:
+        Frequencies in radians per token, fp32 [P]; and the factor by which cos and sin are multiplied.
     """
     rope = config.rope_parameters
-    width, base = config.head_dim, rope["rope_theta"]
+    frequency_P = _default_frequencies(rope["rope_theta"], config.head_dim, device)
     match rope["rope_type"]:
         case "default":
-            return _powers(base, width, device), 1.0
+            return frequency_P, 1.0
         case "linear":
-            return _powers(base, width, device) / rope["factor"], 1.0
+            return frequency_P / rope["factor"], 1.0
         case "dynamic":
-            length = max(sequence_length or 0, config.max_position_embeddings)
-            stretched = _dynamic_base(base, width, rope["factor"], length / config.max_position_embeddings)
-            return _powers(stretched, width, device), 1.0
+            return _dynamic(config, sequence_length, device), 1.0
         case "yarn":
-            return _yarn(config, device)
+            return _yarn(config, frequency_P)
         case "longrope":
-            return _longrope(config, sequence_length, device)
+            return _longrope(config, frequency_P, sequence_length)
         case "llama3":
-            return _llama3(_powers(base, width, device), rope), 1.0
+            return _llama3(frequency_P, rope), 1.0
         case "proportional":
-            return _proportional(_powers(base, width, device), rope), 1.0
+            return _proportional(frequency_P, rope), 1.0
         case unknown:
-            raise AssertionError(f"validate() lets no rope_type {unknown!r} pass")
+            raise AssertionError(f"OlmoeConfig.validate should have refused rope_type {unknown!r}")
 
 
-def _powers(base: float, width: int, device: torch.device | str | None) -> Tensor:
-    """base^(-2i/H) for i in 0..P-1, fp32 [P]."""
+def _default_frequencies(base: float, width: int, device: torch.device | str | None) -> Tensor:
+    """base^(-2i/H) for i in 0..P-1, fp32 [P]; width is H."""
     exponent = torch.arange(0, width, 2, dtype=torch.float32, device=device) / width
     return 1.0 / base**exponent
 
 
-def _dynamic_base(base: float, width: int, factor: float, overlength: float) -> float:
-    """NTK-aware base for a sequence `overlength` (at least 1) times as long as the pretraining length.
+# --- scaled forms -----------------------------------------------------------------------------------------
 
-    The exponent H / (H - 2) keeps the fastest frequency and makes the slowest cover the longer range.
+
+def _dynamic(config: OlmoeConfig, sequence_length: int | None, device: torch.device | str | None) -> Tensor:
+    """Dynamic NTK scaling: the base grows with the sequence once it is longer than the pretraining length.
+
+    The exponent H / (H - 2) keeps the fastest frequency, and makes the slowest one cover the longer range.
     """
-    return base * (factor * overlength - (factor - 1)) ** (width / (width - 2))
+    rope, width, original = config.rope_parameters, config.head_dim, config.max_position_embeddings
+    factor, overlength = rope["factor"], max(sequence_length or 0, original) / original
+    base = rope["rope_theta"] * (factor * overlength - (factor - 1)) ** (width / (width - 2))
+    return _default_frequencies(base, width, device)
 
 
-def _yarn(config: OlmoeConfig, device: torch.device | str | None) -> tuple[Tensor, float]:
-    """YaRN (arXiv 2309.00071, section 3): slow frequencies are divided by the factor, fast ones kept."""
-    rope, width = config.rope_parameters, config.head_dim
-    original = rope["original_max_position_embeddings"]
-    factor = _extension(config)
-    keep_P = _yarn_kept_share(rope, width, original, device)
-    frequency_P = _powers(rope["rope_theta"], width, device)
+def _yarn(config: OlmoeConfig, frequency_P: Tensor) -> tuple[Tensor, float]:
+    """YaRN (arXiv 2309.00071, section 3): slow frequencies are divided by the factor, fast ones are kept."""
+    rope, factor = config.rope_parameters, _extension(config)
+    keep_P = _yarn_kept_share(rope, config.head_dim, frequency_P.device)
     frequency_P = frequency_P / factor * (1 - keep_P) + frequency_P * keep_P
 
     scale = rope.get("attention_factor")
@@ -107,45 +137,45 @@ def _yarn(config: OlmoeConfig, device: torch.device | str | None) -> tuple[Tenso
     return frequency_P, scale
 
 
-def _yarn_kept_share(
-    rope: dict[str, Any], width: int, original: int, device: torch.device | str | None
-) -> Tensor:
-    """fp32 [P]: 1 for pairs of beta_fast turns or more in the pretraining length, 0 from beta_slow down."""
+def _yarn_kept_share(rope: dict[str, Any], width: int, device: torch.device) -> Tensor:
+    """Share of each frequency that is kept, fp32 [P]: 1 for pairs that make at least beta_fast turns within
+    the pretraining length, 0 for those that make at most beta_slow, and linear between; width is H."""
+    original = rope["original_max_position_embeddings"]
 
-    def pair_that_turns(times: float) -> float:
-        return width * math.log(original / (times * 2 * math.pi)) / (2 * math.log(rope["rope_theta"]))
+    def pair_with_turns(turns: float) -> float:
+        return width * math.log(original / (turns * 2 * math.pi)) / (2 * math.log(rope["rope_theta"]))
 
-    low, high = pair_that_turns(rope.get("beta_fast") or 32), pair_that_turns(rope.get("beta_slow") or 1)
+    low, high = pair_with_turns(rope.get("beta_fast") or 32), pair_with_turns(rope.get("beta_slow") or 1)
     if rope.get("truncate", True):
         low, high = math.floor(low), math.ceil(high)
-    # Transformers cuts at H - 1 although there are only P pairs: kept, because trained models rely on it.
+    # Transformers clips at H - 1 although there are only P pairs. Kept, because models were trained with it.
     low, high = max(low, 0), min(high, width - 1)
     ramp = (torch.arange(width // 2, dtype=torch.float32, device=device) - low) / ((high - low) or 0.001)
     return 1 - ramp.clamp(0, 1)
 
 
 def _yarn_scale(factor: float, weight: float) -> float:
-    """The YaRN paper's 1/sqrt(t), against flatter attention over a context `factor` times as long."""
+    """1/sqrt(t) of the YaRN paper, which makes up for attention that is flatter over a context `factor` times
+    as long."""
     return 1.0 if factor <= 1 else 0.1 * weight * math.log(factor) + 1.0
 
 
-def _longrope(
-    config: OlmoeConfig, sequence_length: int | None, device: torch.device | str | None
-) -> tuple[Tensor, float]:
-    """LongRoPE (arXiv 2402.13753): searched divisors of each pair, for short and for long inputs."""
+def _longrope(config: OlmoeConfig, frequency_P: Tensor, sequence_length: int | None) -> tuple[Tensor, float]:
+    """LongRoPE (arXiv 2402.13753): each frequency has a divisor, found by search, for short inputs and
+    another one for inputs beyond the pretraining length."""
     rope = config.rope_parameters
     original = rope["original_max_position_embeddings"]
     is_long = sequence_length is not None and sequence_length > original
     divisors = rope["long_factor"] if is_long else rope["short_factor"]
-    divisor_P = torch.tensor(divisors, dtype=torch.float32, device=device)
+    divisor_P = torch.tensor(divisors, dtype=torch.float32, device=frequency_P.device)
     scale, factor = rope.get("attention_factor"), _extension(config)
     if scale is None:
         scale = math.sqrt(1 + math.log(factor) / math.log(original)) if factor > 1 else 1.0
-    return _powers(rope["rope_theta"], config.head_dim, device) / divisor_P, scale
+    return frequency_P / divisor_P, scale
 
 
 def _extension(config: OlmoeConfig) -> float:
-    """How many times longer the context is than in pretraining: `factor`, or the ratio of the two lengths."""
+    """Context length divided by pretraining length: `factor`, or the quotient of the two lengths."""
     rope = config.rope_parameters
     if rope.get("factor") is not None:
         return float(rope["factor"])
@@ -153,7 +183,8 @@ def _extension(config: OlmoeConfig) -> float:
 
 
 def _llama3(frequency_P: Tensor, rope: dict[str, Any]) -> Tensor:
-    """Llama 3.1: slow frequencies are divided by the factor, fast ones kept, those between interpolated."""
+    """Llama 3.1: slow frequencies are divided by the factor, fast ones are kept, those between are
+    interpolated."""
     turns_P = rope["original_max_position_embeddings"] * frequency_P / (2 * math.pi)
     low, high = rope["low_freq_factor"], rope["high_freq_factor"]
     keep_P = ((turns_P - low) / (high - low)).clamp(0, 1)
@@ -161,8 +192,8 @@ def _llama3(frequency_P: Tensor, rope: dict[str, Any]) -> Tensor:
 
 
 def _proportional(frequency_P: Tensor, rope: dict[str, Any]) -> Tensor:
-    """Only the first share of the pairs turns; the others carry no position."""
+    """Only the first share of the pairs is rotated. The other pairs carry no position."""
     pairs = len(frequency_P)
-    turning = int(rope.get("partial_rotary_factor", 1.0) * 2 * pairs // 2)
-    turns_P = torch.arange(pairs, device=frequency_P.device) < turning
-    return frequency_P * turns_P / rope.get("factor", 1.0)
+    rotated = int(rope.get("partial_rotary_factor", 1.0) * 2 * pairs // 2)
+    is_rotated_P = torch.arange(pairs, device=frequency_P.device) < rotated
+    return frequency_P * is_rotated_P / rope.get("factor", 1.0)

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 import torch
 import torch.distributed as dist
 
-from olmoe_train.checkpoint.convert.source import load_into
+from olmoe_train.checkpoint.convert.stored_model import load_into
 from olmoe_train.config.model import olmoe_config
 from olmoe_train.config.train import TrainConfig
 from olmoe_train.data.loader import build_train_loader

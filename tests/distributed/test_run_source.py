@@ -8,7 +8,12 @@ import torch
 from omegaconf import OmegaConf
 from torch import Tensor
 
-from olmoe_train.checkpoint.convert.source import load_into, load_source, run_checkpoint, tokenizer_directory
+from olmoe_train.checkpoint.convert.stored_model import (
+    load_into,
+    load_stored_model,
+    run_checkpoint,
+    tokenizer_directory,
+)
 from olmoe_train.checkpoint.sharded import save_checkpoint
 from olmoe_train.cli.export import main as export
 from olmoe_train.cli.generate import main as generate
@@ -20,8 +25,8 @@ from olmoe_train.evaluation.perplexity import evaluate_model
 from olmoe_train.model import OlmoeConfig, OlmoeForCausalLM
 from olmoe_train.training.preflight.model_and_data import _init_from_errors
 from olmoe_train.utils.errors import UserError
-from tests.support.ranks import run_ranks
-from tests.support.tiny import SIZES, build, global_batch, train_step, whole
+from tests.distributed.tiny import SIZES, build, global_batch, train_step, whole
+from tests.spawn import run_ranks
 
 VOCABULARY = 300  # 256 bytes, eos, padding, and some merges
 STEPS = (3, 7)
@@ -95,12 +100,12 @@ def test_export_does_not_touch_what_is_something_else(run_dir: Path, tmp_path: P
     export(cfg)
     before = (out / "model.safetensors").read_bytes()
     for other in (replace(cfg, step="3"), replace(cfg, precision=Precision.bf16)):
-        with pytest.raises(UserError, match="not empty, and not this export"):
+        with pytest.raises(UserError, match="not empty, and does not hold this export"):
             export(other)
     assert (out / "model.safetensors").read_bytes() == before
     (tmp_path / "notes").mkdir()
     (tmp_path / "notes" / "thesis.txt").write_text("years of work")
-    with pytest.raises(UserError, match="not empty, and not this export"):
+    with pytest.raises(UserError, match="not empty, and does not hold this export"):
         export(replace(cfg, out=str(tmp_path / "notes")))
 
 
@@ -112,17 +117,17 @@ def test_export_in_bf16(run_dir: Path, saved: dict[int, dict[str, Tensor]], tmp_
 
 def test_sources_that_are_none(run_dir: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"neither an HF directory .config.json. nor a run directory"):
-        load_source(str(tmp_path), CPU)
-    with pytest.raises(UserError, match="there are steps 7, 3"):
+        load_stored_model(str(tmp_path), CPU)
+    with pytest.raises(UserError, match="complete steps: 7, 3"):
         run_checkpoint(run_dir, "5")
     with pytest.raises(UserError, match="step=last: give a number, or latest"):
         run_checkpoint(run_dir, "last")
     (tmp_path / "config.yaml").write_text("seed: 1\n")
     with pytest.raises(UserError, match=r"config\.yaml: not the configuration of a run"):
-        load_source(str(tmp_path), CPU)
+        load_stored_model(str(tmp_path), CPU)
     OmegaConf.save({"model": SIZES}, tmp_path / "config.yaml")
     with pytest.raises(UserError, match="no complete checkpoint in"):
-        load_source(str(tmp_path), CPU)
+        load_stored_model(str(tmp_path), CPU)
 
 
 def test_training_starts_from_a_run(
@@ -143,7 +148,7 @@ def test_a_run_is_a_source_as_good_as_its_export(
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    model, tokenizer_dir = load_source(str(run_dir), CPU)
+    model, tokenizer_dir = load_stored_model(str(run_dir), CPU)
     assert not model.training
     assert_weights(model, saved[7])
     export(ExportConfig(str(run_dir), out=str(tmp_path / "hf")))
@@ -170,7 +175,7 @@ def test_generate_needs_text_and_its_own_tokenizer(run_dir: Path, tmp_path: Path
     (tmp_path / "hf" / "tokenizer.json").unlink(missing_ok=True)
     longer = train_tokenizer(iter([chr(65 + i % 26) * (i + 2) for i in range(99)]), VOCABULARY + 80)
     (tmp_path / "hf" / "tokenizer.json").write_bytes(longer.files["tokenizer.json"])
-    with pytest.raises(UserError, match="they do not belong together"):
+    with pytest.raises(UserError, match="the tokenizer belongs to another model"):
         generate(GenerateConfig(str(tmp_path / "hf"), "".join(chr(65 + i % 26) * (i + 2) for i in range(99))))
 
 

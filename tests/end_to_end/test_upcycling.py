@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
+from tests.end_to_end.commands import olmoe, run, train_command
 from tests.end_to_end.conftest import Quickstart
-from tests.support.commands import olmoe, run, train_command
 
 DENSE = ["model.num_experts=1", "model.num_experts_per_tok=1", "model.intermediate_size=32"]
 
@@ -50,5 +50,5 @@ def test_an_upcycled_model_starts_where_the_dense_one_ended(quickstart: Quicksta
         "upcycle", "source=moe", "out=more", "num_experts=16", "num_experts_per_tok=4", cwd=tmp_path
     )
     assert again.returncode == 2
-    assert "not a dense model, it has 8 experts a layer" in again.stderr
+    assert "not a dense model: it has 8 experts per layer" in again.stderr
     assert not (tmp_path / "more").exists()

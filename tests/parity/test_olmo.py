@@ -19,13 +19,13 @@ import yaml
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from olmoe_train.checkpoint.convert.source import load_into, load_source, open_source
+from olmoe_train.checkpoint.convert.stored_model import load_into, load_stored_model, open_stored_model
 from olmoe_train.cli.export import main as export
 from olmoe_train.config.choices import ExportFormat, Precision
 from olmoe_train.config.verbs import ExportConfig
 from olmoe_train.model import OlmoeForCausalLM
 from olmoe_train.utils.errors import UserError
-from tests.support.pair import TINY, make_pair
+from tests.parity.pair import TINY, make_pair
 
 V, D, WIDTH, E, K, HEADS, KV_HEADS, LAYERS = 80, 32, 24, 6, 2, 4, 2, 2
 # As allenai/OLMoE/configs and a saved config.yaml have it, sizes apart.
@@ -160,14 +160,14 @@ def test_import_computes_what_olmo_computes(tmp_path: Path, kind: str, tied: boo
     assert isinstance(theirs, transformers.OlmoeForCausalLM)
     expected = olmo_logits(olmo_tensors(tied), IDS[0])
     torch.testing.assert_close(theirs(IDS).logits[0], expected, rtol=1e-4, atol=1e-5)
-    ours, _ = load_source(str(source), torch.device("cpu"), trust_pickle=kind == "pt")
+    ours, _ = load_stored_model(str(source), torch.device("cpu"), trust_pickle=kind == "pt")
     torch.testing.assert_close(ours(IDS).logits[0], expected, rtol=1e-4, atol=1e-5)
     assert torch.equal(ours(IDS).logits, OlmoeForCausalLM.from_pretrained(tmp_path / "hf")(IDS).logits)
 
 
 def test_training_starts_from_an_olmo_checkpoint(tmp_path: Path) -> None:
     source = write_olmo(tmp_path / "olmo")
-    model = OlmoeForCausalLM(open_source(source).config).eval()
+    model = OlmoeForCausalLM(open_stored_model(source).config).eval()
     load_into(model, source)
     expected = olmo_logits(olmo_tensors(tied=False), IDS[0])
     torch.testing.assert_close(model(IDS).logits[0], expected, rtol=1e-4, atol=1e-5)
@@ -179,7 +179,7 @@ def test_shards_are_not_for_olmo_and_it_is_said(tmp_path: Path, capsys: pytest.C
     export(cfg)
     assert "warning" not in capsys.readouterr().out
     export(replace(cfg, out=str(tmp_path / "b"), max_shard_size="20KB"))
-    assert "max_shard_size=20KB has no effect: format=olmo is one file" in capsys.readouterr().out
+    assert "max_shard_size=20KB has no effect: format=olmo writes a single file" in capsys.readouterr().out
     assert len(list((tmp_path / "b").glob("*.safetensors"))) == 1
 
 
@@ -220,10 +220,10 @@ def test_an_export_is_not_repeated_and_nothing_else_is_touched(
     export(cfg)
     assert "already exported, nothing to do" in capsys.readouterr().out
     export(ExportConfig(str(source), out=str(tmp_path / "hf"), precision=Precision.bf16))
-    assert open_source(tmp_path / "hf").config.dtype is torch.bfloat16
-    with pytest.raises(UserError, match="not this export"):
+    assert open_stored_model(tmp_path / "hf").config.dtype is torch.bfloat16
+    with pytest.raises(UserError, match="does not hold this export"):
         export(ExportConfig(str(source), out=str(tmp_path / "hf"), format=ExportFormat.olmo))
-    with pytest.raises(UserError, match=r"out=\.\.\.: say where"):
+    with pytest.raises(UserError, match=r"out is required: set out=DIR"):
         export(ExportConfig(str(source)))
     with pytest.raises(UserError, match=r"step=3: .* has no steps"):
         export(ExportConfig(str(source), step="3", out=str(tmp_path / "other")))
@@ -232,7 +232,7 @@ def test_an_export_is_not_repeated_and_nothing_else_is_touched(
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"block_type": "sequential"}, "block_type is 'sequential', OLMoE has 'moe'"),
+        ({"block_type": "sequential"}, "block_type is 'sequential', an OLMoE has 'moe'"),
         ({"attention_layer_norm": False}, "attention_layer_norm is False"),
         ({"clip_qkv": 8.0}, "clip_qkv is 8.0"),
         ({"norm_after": True, "moe_shared_expert": True}, "moe_shared_expert is True"),
@@ -249,7 +249,7 @@ def test_an_export_is_not_repeated_and_nothing_else_is_touched(
 )
 def test_other_models_of_olmo_are_refused(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
-        open_source(write_olmo(tmp_path / "olmo", **changes))
+        open_stored_model(write_olmo(tmp_path / "olmo", **changes))
 
 
 @pytest.mark.parametrize(
@@ -264,7 +264,7 @@ def test_other_models_of_olmo_are_refused(tmp_path: Path, changes: dict[str, Any
 def test_what_olmo_cannot_express_is_refused(tmp_path: Path, changes: dict[str, Any]) -> None:
     ours, _ = make_pair(TINY | changes)
     ours.save_pretrained(tmp_path / "hf")
-    with pytest.raises(UserError, match=f"OLMo's MoE has no {next(iter(changes))}"):
+    with pytest.raises(UserError, match=f"OLMo's MoE does not support {next(iter(changes))}"):
         export(ExportConfig(str(tmp_path / "hf"), out=str(tmp_path / "olmo"), format=ExportFormat.olmo))
     assert not (tmp_path / "olmo").exists()
 
@@ -282,5 +282,5 @@ def test_a_key_that_is_a_hostile_pickle_is_only_a_name(tmp_path: Path) -> None:
     key = base64.urlsafe_b64encode(content).decode()
     save_file(tensors | {key: torch.zeros(1)}, source / "model.safetensors")
     with pytest.raises(UserError, match="tensors unexpected"):
-        open_source(source)
+        open_stored_model(source)
     assert not (tmp_path / "mark").exists()

@@ -10,7 +10,7 @@ import pytest
 import torch
 import transformers
 
-from olmoe_train.checkpoint.convert.source import open_source
+from olmoe_train.checkpoint.convert.stored_model import open_stored_model
 from olmoe_train.cli.export import main as export
 from olmoe_train.config.choices import ExportFormat
 from olmoe_train.config.model import ModelConfig
@@ -18,9 +18,9 @@ from olmoe_train.config.verbs import ExportConfig
 from olmoe_train.model import OlmoeForCausalLM
 from olmoe_train.training.preflight.checks import validate
 from olmoe_train.utils.errors import UserError
-from tests.support.faults import config as train_config
-from tests.support.faults import write_data
-from tests.support.pair import TINY, make_pair
+from tests.faults.training import config as train_config
+from tests.faults.training import write_data
+from tests.parity.pair import TINY, make_pair
 
 NEW = 30
 
@@ -60,15 +60,18 @@ def test_export_refuses_another_tokenizer_and_says_which(hf: Path, tmp_path: Pat
     write_tokenizer(hf, eos=7, pad=4, as_objects=as_objects)
     with pytest.raises(UserError) as caught:
         export(cfg)
-    assert "eos_token_id=2: the tokenizer in" in str(caught.value)
-    assert "says eos_token is '<end>', which is token 7" in str(caught.value)
-    assert "pad_token_id=1: the tokenizer in" in str(caught.value)
+    assert "eos_token_id=2, but the eos_token of the tokenizer in" in str(caught.value)
+    assert "is '<end>', which is token 7" in str(caught.value)
+    assert "pad_token_id=1, but the pad_token of the tokenizer in" in str(caught.value)
     assert not (tmp_path / "out").exists()
 
     for kind in ExportFormat:
         out = tmp_path / f"as_{kind.value}"
         export(replace(cfg, out=str(out), format=kind, eos_token_id=7, pad_token_id=4))
-        assert (open_source(out).config.eos_token_id, open_source(out).config.pad_token_id) == (7, 4)
+        assert (open_stored_model(out).config.eos_token_id, open_stored_model(out).config.pad_token_id) == (
+            7,
+            4,
+        )
 
 
 def test_what_is_not_stated_is_no_contradiction(hf: Path, tmp_path: Path) -> None:
@@ -86,7 +89,7 @@ def test_the_right_tokenizer_can_be_given(hf: Path, tmp_path: Path) -> None:
     model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert (tokenizer.eos_token_id, tokenizer.pad_token_id) == (2, 1)
     assert (model.config.eos_token_id, model.config.pad_token_id) == (2, 1)
-    with pytest.raises(UserError, match="tokenizer=nowhere: not there"):
+    with pytest.raises(UserError, match="tokenizer=nowhere: does not exist"):
         export(ExportConfig(str(hf), out=str(tmp_path / "other"), tokenizer="nowhere"))
 
 
@@ -94,7 +97,9 @@ def test_training_refuses_another_tokenizer(hf: Path, tmp_path: Path) -> None:
     cfg = train_config(write_data(tmp_path / "data"), tmp_path / "run", parallel={"expert_parallel_size": 1})
     validate(cfg, 1)
     write_tokenizer(hf, eos=7)
-    with pytest.raises(UserError, match=r"model\.eos_token_id=0: the tokenizer in .*hf says .* token 7"):
+    with pytest.raises(
+        UserError, match=r"model\.eos_token_id=0, but the eos_token of the tokenizer in .*hf is .* token 7"
+    ):
         validate(replace(cfg, model=replace(cfg.model, init_from=str(hf))), 1)
     # The data's own, which the run's exports carry.
     write_tokenizer(tmp_path / "data" / "tokenizer", eos=0, pad=5)
@@ -102,7 +107,9 @@ def test_training_refuses_another_tokenizer(hf: Path, tmp_path: Path) -> None:
     tokenizer = (tmp_path / "data" / "tokenizer" / "tokenizer.json").read_bytes()
     values = json.loads(manifest.read_text()) | {"tokenizer_sha256": hashlib.sha256(tokenizer).hexdigest()}
     manifest.write_text(json.dumps(values))
-    with pytest.raises(UserError, match=r"model\.pad_token_id=1: .*tokenizer says pad_token is '<pad>'"):
+    with pytest.raises(
+        UserError, match=r"model\.pad_token_id=1, but the pad_token of the tokenizer in .* is '<pad>'"
+    ):
         validate(cfg, 1)
     validate(replace(cfg, model=replace(cfg.model, pad_token_id=5)), 1)
     assert ModelConfig().pad_token_id == 1

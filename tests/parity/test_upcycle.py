@@ -18,8 +18,8 @@ from olmoe_train.config.choices import Precision
 from olmoe_train.config.verbs import UpcycleConfig
 from olmoe_train.model import OlmoeConfig, OlmoeForCausalLM
 from olmoe_train.utils.errors import UserError
+from tests.parity.pair import TINY, make_pair
 from tests.parity.test_special_tokens import write_tokenizer
-from tests.support.pair import TINY, make_pair
 
 IDS = torch.randint(3, TINY["vocab_size"], (2, 13), generator=torch.Generator().manual_seed(1))
 DENSE = TINY | {"num_experts": 1, "num_experts_per_tok": 1}  # an MLP of width 24
@@ -152,7 +152,7 @@ def test_what_older_files_have_besides(tmp_path: Path) -> None:
         tensors["lm_head.weight"] = tensors["lm_head.weight"] + 1
     source = open_dense_olmo(tmp_path / "same")
     assert_same_logits(streamed_logits(olmo_model(source.config), source.read, IDS), theirs(IDS).logits)
-    with pytest.raises(UserError, match=r"lm_head\.weight is not the embedding"):
+    with pytest.raises(UserError, match=r"lm_head\.weight differs from the embedding"):
         open_dense_olmo(tmp_path / "other")
 
 
@@ -221,5 +221,5 @@ def test_olmo_2_is_refused_with_the_reason(tmp_path: Path) -> None:
     values = {key: value for key, value in TINY.items() if "experts" not in key}
     theirs = transformers.Olmo2ForCausalLM(transformers.Olmo2Config(**values))
     theirs.save_pretrained(tmp_path / "olmo2")
-    with pytest.raises(UserError, match=r"norm\(f\(x\)\)(.|\n)*no weights make one the other"):
+    with pytest.raises(UserError, match=r"norm\(f\(x\)\)(.|\n)*no choice of weights makes them equal"):
         upcycle(UpcycleConfig(str(tmp_path / "olmo2"), str(tmp_path / "moe"), 8, 2))

@@ -1,5 +1,6 @@
-"""Write a run's checkpoint as a Hugging Face directory, which Transformers, vLLM, SGLang and llama.cpp
-read; or convert between that, original OLMo checkpoints and precisions."""
+"""Export a stored model: a training checkpoint, a Hugging Face directory or an original OLMo checkpoint is
+written as a Hugging Face directory (for Transformers, vLLM, SGLang and llama.cpp) or as an OLMo checkpoint.
+"""
 
 from dataclasses import replace
 from pathlib import Path
@@ -8,7 +9,7 @@ import torch
 
 from olmoe_train.checkpoint.convert.model_card import model_card
 from olmoe_train.checkpoint.convert.olmo import holds_olmo_model, write_olmo_directory
-from olmoe_train.checkpoint.convert.source import Source, open_source
+from olmoe_train.checkpoint.convert.stored_model import StoredModel, open_stored_model
 from olmoe_train.checkpoint.directory import step_of
 from olmoe_train.config.choices import ExportFormat, Precision
 from olmoe_train.config.verbs import ExportConfig
@@ -22,44 +23,72 @@ DTYPES = {Precision.fp32: torch.float32, Precision.bf16: torch.bfloat16}
 
 
 def hf_directory(run_dir: Path, checkpoint: Path) -> Path:
-    """Where a run's own exports are."""
+    """The directory of a run in which the export of one of its checkpoints is written."""
     return run_dir / "hf" / checkpoint.name
 
 
 def export_checkpoint(run_dir: Path, checkpoint: Path, out: Path) -> bool:
-    """A run's checkpoint as an HF directory; False where `out` holds it already."""
-    return write_export(open_source(run_dir, str(step_of(checkpoint))), out, torch.float32)
+    """Export a training checkpoint as a Hugging Face directory in fp32.
+
+    Args:
+        run_dir: The run directory that the checkpoint belongs to.
+        checkpoint: The checkpoint directory.
+        out: The directory to write.
+
+    Returns:
+        True if `out` was written, False if it already holds this export.
+
+    Raises:
+        UserError: As `write_export`.
+    """
+    return write_export(open_stored_model(run_dir, str(step_of(checkpoint))), out, torch.float32)
 
 
 def write_export(
-    source: Source,
+    stored: StoredModel,
     out: Path,
     dtype: torch.dtype,
     max_shard_size: str = ExportConfig.max_shard_size,
-    format: ExportFormat = ExportFormat.hf,  # noqa: A002  the key's name
+    format: ExportFormat = ExportFormat.hf,  # noqa: A002  the name of the key
     card: str | None = None,
 ) -> bool:
-    """Write `out` and read it back; False where it holds this export already. card: README.md, by default
-    the source's.
+    """Write a stored model to a directory, then read the directory back and compare it.
 
-    UserError where it holds anything else, or the tokenizer names other special tokens than the model.
+    Args:
+        stored: The model to write.
+        out: The directory to write.
+        dtype: Data type of the weights in `out`.
+        max_shard_size: Largest safetensors file, such as "5GB". Used by `ExportFormat.hf` only.
+        format: The file format of `out`.
+        card: Text of README.md. None: the card of `stored` (`model_card_of`).
+
+    Returns:
+        True if `out` was written, False if it already holds this export.
+
+    Raises:
+        UserError: `out` holds anything else, or the tokenizer files name other special tokens than the
+            model's configuration.
     """
-    config, read = source.config, source.read
-    if errors := special_token_errors(config, source.tokenizer):
+    config, read = stored.config, stored.read
+    if errors := special_token_errors(config, stored.tokenizer):
         fix = (
-            "set the right one with eos_token_id=... or pad_token_id=..., or give its own with tokenizer=..."
+            "set the right token with eos_token_id=... or pad_token_id=..., or give the model's own "
+            "tokenizer with tokenizer=..."
         )
-        raise UserError("\n  ".join([f"{source.name} does not fit its tokenizer:", *errors, fix]))
+        raise UserError("\n  ".join([f"{stored.name} does not fit its tokenizer:", *errors, fix]))
     if out.is_dir() and any(out.iterdir()):
         if format is ExportFormat.olmo:
             same = holds_olmo_model(out, config, read, dtype)
         else:
             same = holds_model(OlmoeForCausalLM, out, config, read, dtype)
         if not same:
-            raise UserError(f"out={out} is not empty, and not this export: choose another, or delete it")
+            raise UserError(
+                f"out={out} is not empty, and does not hold this export: choose another directory, or delete "
+                "it"
+            )
         return False
     if format is ExportFormat.olmo:
-        write_olmo_directory(config, out, read, dtype, source.tokenizer)
+        write_olmo_directory(config, out, read, dtype, stored.tokenizer)
         return True
     write_directory(
         OlmoeForCausalLM,
@@ -68,31 +97,44 @@ def write_export(
         read,
         dtype,
         max_shard_size,
-        tokenizer=source.tokenizer,
-        card=card or card_of(source),
-        generation=source.generation,
+        tokenizer=stored.tokenizer,
+        card=card or model_card_of(stored),
+        generation=stored.generation,
         verify=True,
     )
     return True
 
 
-def as_asked(
-    source: Source, tokenizer: str | None, eos_token_id: int | None, pad_token_id: int | None
-) -> Source:
-    """With the tokenizer and special tokens of the command line, where it names them."""
+def with_overrides(
+    stored: StoredModel, tokenizer: str | None, eos_token_id: int | None, pad_token_id: int | None
+) -> StoredModel:
+    """A stored model with another tokenizer or other special tokens.
+
+    Args:
+        stored: The model.
+        tokenizer: A directory with tokenizer files, or a tokenizer.json. None: the tokenizer of `stored`.
+        eos_token_id: End-of-text token. None: the token of `stored`.
+        pad_token_id: Padding token. None: the token of `stored`.
+
+    Returns:
+        A copy of `stored`; the ids are set in its configuration and in its generation_config.json.
+
+    Raises:
+        UserError: `tokenizer` does not exist, or an id is invalid.
+    """
     ids = {"eos_token_id": eos_token_id, "pad_token_id": pad_token_id}
-    asked = {name: value for name, value in ids.items() if value is not None}
-    config = OlmoeConfig.from_dict(source.config.to_dict(), **asked)
-    generation = None if source.generation is None else source.generation | asked
-    path = source.tokenizer if tokenizer is None else Path(tokenizer).expanduser()
+    overrides = {name: value for name, value in ids.items() if value is not None}
+    config = OlmoeConfig.from_dict(stored.config.to_dict(), **overrides)
+    generation = None if stored.generation is None else stored.generation | overrides
+    path = stored.tokenizer if tokenizer is None else Path(tokenizer).expanduser()
     if tokenizer is not None and not path.exists():
-        raise UserError(f"tokenizer={tokenizer}: not there; give a directory or a tokenizer.json")
-    return replace(source, config=config, generation=generation, tokenizer=path)
+        raise UserError(f"tokenizer={tokenizer}: does not exist; give a directory or a tokenizer.json")
+    return replace(stored, config=config, generation=generation, tokenizer=path)
 
 
-def card_of(source: Source) -> str | None:
-    """Of a run, its own; a converted model keeps the one it has."""
-    if source.checkpoint is not None:
-        return model_card(source.checkpoint.parent.parent, source.checkpoint)
-    readme = source.tokenizer / "README.md"
+def model_card_of(stored: StoredModel) -> str | None:
+    """The README.md of a stored model: made from the run for a training checkpoint, else its own file."""
+    if stored.checkpoint is not None:
+        return model_card(stored.checkpoint.parent.parent, stored.checkpoint)
+    readme = stored.tokenizer / "README.md"
     return readme.read_text(encoding="utf-8") if readme.is_file() else None

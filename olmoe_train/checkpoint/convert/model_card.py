@@ -1,4 +1,4 @@
-"""README.md of an export: what the model is, what it was trained on and how well, and how to load it."""
+"""The README.md of an export: model, training data, losses, configuration, and how to load the weights."""
 
 import json
 import re
@@ -70,7 +70,16 @@ tokenizer = AutoTokenizer.from_pretrained("PATH_OF_THIS_DIRECTORY")
 
 
 def model_card(run_dir: Path, checkpoint: Path) -> str:
-    """From the run's config.yaml, metrics.jsonl and data, as far as they are there."""
+    """The README.md for a training checkpoint.
+
+    Args:
+        run_dir: The run directory. Its config.yaml is required. metrics.jsonl and the prepared data that the
+            configuration names are used if they exist.
+        checkpoint: The checkpoint directory.
+
+    Returns:
+        Markdown with secrets redacted.
+    """
     config: Any = OmegaConf.to_container(OmegaConf.load(run_dir / "config.yaml"))
     state = {"step": 0, "tokens": 0} | saved_state(checkpoint)
     model = olmoe_config(ModelConfig(**config["model"]))
@@ -90,8 +99,17 @@ def model_card(run_dir: Path, checkpoint: Path) -> str:
 
 
 def upcycled_card(config: OlmoeConfig, source: str, notes: list[str], dense_card: str | None) -> str:
-    """Of an upcycled model: what was made of what, `notes` on how far it computes the same, and the dense
-    model's own card."""
+    """The README.md for an upcycled model.
+
+    Args:
+        config: Architecture of the upcycled model.
+        source: Name of the dense model.
+        notes: One line each: what was made, and how the outputs compare with the dense model's.
+        dense_card: README.md of the dense model, which is appended without its metadata block.
+
+    Returns:
+        Markdown with secrets redacted.
+    """
     lines = [f"- {note}" for note in notes]
     if dense_card is not None:
         lines += ["", "## The dense model", "", re.sub(r"\A---\n.*?\n---\n", "", dense_card, flags=re.DOTALL)]
@@ -103,7 +121,7 @@ def upcycled_card(config: OlmoeConfig, source: str, notes: list[str], dense_card
 
 
 def _what(model: OlmoeConfig) -> str:
-    """A sentence with the model's kind and sizes."""
+    """One sentence with the kind and the sizes of the model."""
     counts = parameter_counts(model)
     if model.num_experts == 1:
         return (
@@ -118,7 +136,7 @@ def _what(model: OlmoeConfig) -> str:
 
 
 def _losses(metrics: Path, step: int) -> str:
-    """A table of the last values up to `step`."""
+    """A table of the last value of each loss, up to and including `step`."""
     records = map(json.loads, metrics.read_text().splitlines()) if metrics.is_file() else ()
     last: dict[str, tuple[int, float]] = {}
     for record in records:
@@ -131,7 +149,7 @@ def _losses(metrics: Path, step: int) -> str:
 
 
 def _data(data: dict[str, Any]) -> str:
-    """A line for each source: its share of the training tokens, and how much there is of it."""
+    """One line per source: its share of the training tokens, and its number of tokens and documents."""
     if "dir" not in data:
         return "Not recorded."
     root, lines = Path(data["dir"]).expanduser(), []

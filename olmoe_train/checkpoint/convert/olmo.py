@@ -1,19 +1,19 @@
-"""Checkpoints of allenai/OLMo's MoE branch, which trained OLMoE-1B-7B: config.yaml, and model.safetensors or
-model.pt (unsharded).
+"""Checkpoints of the MoE branch of allenai/OLMo, the code that trained OLMoE-1B-7B: config.yaml, and the
+weights in model.safetensors or model.pt (unsharded).
 
     this package, model.layers.N.            OLMo, transformer.blocks.N.
-    self_attn.{q,k,v}_proj.weight            att_proj.weight, the three on top of each other
+    self_attn.{q,k,v}_proj.weight            att_proj.weight, the three concatenated along dimension 0
     self_attn.o_proj.weight                  attn_out.weight
     self_attn.{q,k}_norm.weight              {q,k}_norm.weight
     input_layernorm.weight                   attn_norm.weight
     post_attention_layernorm.weight          ff_norm.weight
     mlp.gate.weight [E, D]                   ffn.router.layer.weight
     mlp.experts.gate_up_proj [E, 2F, D]      ffn.experts.mlp.w1 (gate) and v1 (up), each [E F, D] (megablocks)
-    mlp.experts.down_proj [E, D, F]          ffn.experts.mlp.w2 [E F, D]: every expert's transposed
+    mlp.experts.down_proj [E, D, F]          ffn.experts.mlp.w2 [E F, D], the transpose of each expert
 
-Outside of blocks: transformer.wte (embedding), transformer.ln_f, transformer.ff_out (head).
+Outside the blocks: transformer.wte (embedding), transformer.ln_f (final norm), transformer.ff_out (head).
 
-Shapes: E experts, F expert width, D hidden.
+Shapes: E experts, F expert width, D hidden size.
 """
 
 import base64
@@ -51,7 +51,7 @@ _IN_BLOCK = {
     "post_attention_layernorm.weight": "ff_norm.weight",
     "mlp.gate.weight": "ffn.router.layer.weight",
 }
-# Options of OLMo that change the function, with the value at which it is this model, and OLMo's default.
+# Options of OLMo that change what the model computes: (the value that makes it an OLMoE, OLMo's default).
 _REQUIRED: dict[str, tuple[Any, Any]] = {
     "block_type": ("moe", "sequential"),
     "activation_type": ("swiglu", "swiglu"),
@@ -68,7 +68,7 @@ _REQUIRED: dict[str, tuple[Any, Any]] = {
     "moe_interleave": (False, False),
     "scale_logits": (False, False),
     "embedding_layer_norm": (False, False),
-    # OLMo clips before q_norm and k_norm, OLMoE in Transformers and here after them.
+    # OLMo clips before q_norm and k_norm. OLMoE, in Transformers and in this package, clips after them.
     "clip_qkv": (None, None),
 }
 
@@ -77,22 +77,33 @@ _REQUIRED: dict[str, tuple[Any, Any]] = {
 
 
 def is_olmo_directory(directory: Path) -> bool:
-    """Whether config.yaml there has OLMo's keys; a run directory of this package has one with its own."""
+    """Whether a directory has a config.yaml of OLMo; the config.yaml of a run directory has other keys."""
     path = directory / CONFIG
     return path.is_file() and "d_model" in _model_section(path)
 
 
 def read_olmo_config(directory: Path) -> OlmoeConfig:
-    """UserError lists every option with which OLMo's model is another one than OLMoE."""
+    """Read the configuration of an OLMo checkpoint.
+
+    Args:
+        directory: Holds OLMo's config.yaml.
+
+    Returns:
+        The same architecture as an OlmoeConfig.
+
+    Raises:
+        UserError: The file cannot be read, lacks a key, or describes a model that is not an OLMoE; the
+            message lists every option that differs.
+    """
     path = directory / CONFIG
     theirs = _model_section(path)
     others = [
-        f"{key} is {theirs.get(key, default)!r}, OLMoE has {value!r}"
+        f"{key} is {theirs.get(key, default)!r}, an OLMoE has {value!r}"
         for key, (value, default) in _REQUIRED.items()
         if theirs.get(key, default) != value
     ]
     if others:
-        raise UserError("\n  ".join([f"{path}: not an OLMoE:", *others]))
+        raise UserError("\n  ".join([f"{path} does not describe an OLMoE:", *others]))
     try:
         heads = theirs["n_heads"]
         wide = theirs.get("mlp_hidden_size") or theirs["mlp_ratio"] * theirs["d_model"]
@@ -100,7 +111,7 @@ def read_olmo_config(directory: Path) -> OlmoeConfig:
         return OlmoeConfig(
             vocab_size=theirs.get("embedding_size") or theirs["vocab_size"],
             hidden_size=theirs["d_model"],
-            intermediate_size=wide // 2,  # OLMo counts gate and up
+            intermediate_size=wide // 2,  # OLMo's width is that of gate and up together
             num_hidden_layers=theirs["n_layers"],
             num_attention_heads=heads,
             num_key_value_heads=kv_heads,
@@ -125,7 +136,11 @@ def read_olmo_config(directory: Path) -> OlmoeConfig:
 
 
 def olmo_config(config: OlmoeConfig) -> dict[str, Any]:
-    """The `model` section of OLMo's config.yaml. UserError lists what OLMo's MoE cannot express."""
+    """The `model` section of OLMo's config.yaml for an architecture.
+
+    Raises:
+        UserError: The architecture has something that OLMo's MoE does not have; the message lists it.
+    """
     rope = {key: value for key, value in config.rope_parameters.items() if key != "rope_theta"}
     cannot = [
         f"{name}={getattr(config, name)!r}"
@@ -141,10 +156,11 @@ def olmo_config(config: OlmoeConfig) -> dict[str, Any]:
         cannot.append(f"rope_parameters={config.rope_parameters}")
     if not isinstance(config.eos_token_id, int) or config.pad_token_id is None:
         cannot.append(
-            f"eos_token_id={config.eos_token_id}, pad_token_id={config.pad_token_id} (needs one each)"
+            f"eos_token_id={config.eos_token_id}, pad_token_id={config.pad_token_id} (OLMo needs exactly one "
+            "of each)"
         )
     if cannot:
-        raise UserError(f"format=olmo: OLMo's MoE has no {', '.join(cannot)}; use format=hf")
+        raise UserError(f"format=olmo: OLMo's MoE does not support {', '.join(cannot)}; use format=hf")
     return {key: value for key, (value, _) in _REQUIRED.items()} | {
         "d_model": config.hidden_size,
         "n_heads": config.num_attention_heads,
@@ -174,9 +190,9 @@ def olmo_config(config: OlmoeConfig) -> dict[str, Any]:
 
 def _model_section(path: Path) -> dict[str, Any]:
     try:
-        # Not resolved: a checkpoint has no business with ${oc.env:...}.
+        # Not resolved: a checkpoint must not read environment variables through ${oc.env:...}.
         content = OmegaConf.to_container(OmegaConf.load(path), resolve=False)
-    except Exception as error:  # YAML and OmegaConf raise a dozen kinds
+    except Exception as error:  # YAML and OmegaConf raise a dozen exception types
         raise UserError(f"{path}: cannot be read: {error}") from error
     model = content.get("model") if isinstance(content, dict) else None
     return {str(key): value for key, value in model.items()} if isinstance(model, dict) else {}
@@ -186,8 +202,20 @@ def _model_section(path: Path) -> dict[str, Any]:
 
 
 def open_olmo(directory: Path, trust_pickle: bool = False) -> tuple[OlmoeConfig, Callable[[str], Tensor]]:
-    """(Configuration, with the dtype of the weights; a function that reads one whole parameter by its
-    in-memory name.) UserError names every tensor that is missing, unexpected or mis-shaped."""
+    """Open an OLMo checkpoint. Only file headers are read.
+
+    Args:
+        directory: Holds config.yaml and the weights.
+        trust_pickle: Accept weights in model.pt, a pickle, through torch.load(weights_only=True).
+
+    Returns:
+        The configuration, with the dtype of the weights; and a function that reads one whole parameter by
+        its in-memory name.
+
+    Raises:
+        UserError: As `read_olmo_config`, or the weights are a pickle and `trust_pickle` is false, or a tensor
+            is missing, unexpected or of the wrong shape; the message names every such tensor.
+    """
     config = read_olmo_config(directory)
     stored = StoredWeights(directory, trust_pickle, PICKLE)
     keys = {_decode(key): key for key in stored.tensors}
@@ -198,7 +226,7 @@ def open_olmo(directory: Path, trust_pickle: bool = False) -> tuple[OlmoeConfig,
 
 
 def olmo_shapes(config: OlmoeConfig) -> dict[str, tuple[int, ...]]:
-    """Every tensor of OLMo's state dict, in its order, and its shape."""
+    """Every tensor of OLMo's state dict with its shape, in the order of the state dict."""
     width, experts = config.hidden_size, config.num_experts
     head_width = width // config.num_attention_heads
     block = {
@@ -223,7 +251,7 @@ def olmo_shapes(config: OlmoeConfig) -> dict[str, tuple[int, ...]]:
 
 
 def _from_olmo(config: OlmoeConfig, name: str, read: Callable[[str], Tensor]) -> Tensor:
-    """Our parameter `name` out of their tensors."""
+    """This package's parameter `name`, made from OLMo's tensors; `read` returns one of those by name."""
     if name in _OUTSIDE:
         return read(_OUTSIDE[name])
     _, _, layer, part = name.split(".", 3)
@@ -243,7 +271,7 @@ def _from_olmo(config: OlmoeConfig, name: str, read: Callable[[str], Tensor]) ->
 
 
 def _to_olmo(config: OlmoeConfig, name: str, read: Callable[[str], Tensor]) -> Tensor:
-    """Their tensor `name` out of our parameters."""
+    """OLMo's tensor `name`, made from this package's parameters; `read` returns one of those by name."""
     outside = {theirs: ours for ours, theirs in _OUTSIDE.items()}
     if name in outside:
         return read(outside[name])
@@ -262,12 +290,15 @@ def _to_olmo(config: OlmoeConfig, name: str, read: Callable[[str], Tensor]) -> T
 
 
 def _encode(name: str) -> str:
-    """The key that OLMo gives a tensor in a safetensors file (olmo/safetensors_util.py)."""
+    """The key under which OLMo stores a tensor in a safetensors file (olmo/safetensors_util.py)."""
     return base64.urlsafe_b64encode(pickle.dumps(((name,), False))).decode()
 
 
 def _decode(key: str) -> str:
-    """The name in such a key, or a plain one. Read off the pickle's strings: nothing is unpickled."""
+    """The tensor name in such a key; any other key is returned unchanged.
+
+    The name is read from the pickle's string opcodes. Nothing is unpickled.
+    """
     try:
         content = base64.b64decode(key, altchars=b"-_", validate=True)
         return ".".join(str(value) for _, value, _ in pickletools.genops(content) if isinstance(value, str))
@@ -285,8 +316,21 @@ def write_olmo_directory(
     dtype: torch.dtype,
     tokenizer: Path | None = None,
 ) -> None:
-    """Write what OLMo loads, one tensor at a time in memory, and compare it to a second reading before it
-    appears; `read` gives whole parameters by their in-memory names."""
+    """Write a checkpoint that OLMo loads. One tensor at a time is in memory.
+
+    The files are written beside `directory`, read back and compared, and moved into place only then.
+
+    Args:
+        config: Architecture of the model.
+        directory: The directory to write.
+        read: Returns one whole parameter by its in-memory name.
+        dtype: Data type of the weights in the file.
+        tokenizer: Directory whose tokenizer files are copied, or a tokenizer.json. None: no tokenizer.
+
+    Raises:
+        UserError: OLMo's MoE cannot express `config`.
+        RuntimeError: What was read back is not what was written.
+    """
     section = olmo_config(config)
     names = {_encode(name): name for name in olmo_shapes(config)}
     shapes = {key: olmo_shapes(config)[name] for key, name in names.items()}
@@ -300,13 +344,15 @@ def write_olmo_directory(
         OmegaConf.save({"model": section}, temporary / CONFIG)
         copy_tokenizer(tokenizer, temporary)
         if not holds_olmo_model(temporary, config, read, dtype):
-            raise RuntimeError(f"{directory}: not what was written reads back; is the disk failing?")
+            raise RuntimeError(
+                f"{directory}: the files read back differ from what was written; is the disk failing?"
+            )
 
 
 def holds_olmo_model(
     directory: Path, config: OlmoeConfig, read: Callable[[str], Tensor], dtype: torch.dtype
 ) -> bool:
-    """Whether `directory` is what write_olmo_directory would write, bit for bit."""
+    """Whether `directory` holds, bit for bit, the model that `write_olmo_directory` would write."""
     if not is_olmo_directory(directory) or _model_section(directory / CONFIG) != olmo_config(config):
         return False
     there, stored = open_olmo(directory)

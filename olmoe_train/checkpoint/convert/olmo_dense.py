@@ -1,16 +1,18 @@
 """Dense OLMo checkpoints in Transformers' format (`model_type` olmo: OLMo 1, arXiv 2402.00838), read as an
-OLMoE with one expert, which they are but for two things.
+OLMoE with one expert. The two architectures are the same except for their norms.
 
-Norms. OLMo has LayerNorms without parameters, (x - mean(x)) / sqrt(var(x) + 1e-5), OLMoE has RMSNorms, x /
-sqrt(mean(x^2) + eps) x weight. Every LayerNorm ignores the mean of the residual stream x, and x is a sum of
-what embedding, o_proj and down_proj write to it. So take the mean out of all that they can write (`centred`):
-no LayerNorm notices; the stream then is free of a mean, and RMSNorm with weight 1 and the same eps computes
-the same. Nor does a tied head notice: it multiplies what the last norm gives, which has no mean either.
+Norms of the residual stream. OLMo has LayerNorms without parameters: (x - mean(x)) / sqrt(var(x) + 1e-5).
+OLMoE has RMSNorms: x / sqrt(mean(x^2) + eps) * weight. A LayerNorm ignores the mean of its input x, and x is
+the sum of the outputs of the embedding, o_proj and down_proj. `centered_writers` therefore subtracts the mean
+over D from these weights. This does not change any LayerNorm's output. The residual stream then has mean 0,
+and an RMSNorm with weight 1 and the same eps computes what the LayerNorm did. A tied head is not affected
+either: its input is the output of the last norm, which has mean 0.
 
-q_norm and k_norm. OLMo has none, and no weight makes one the identity: it divides each token's queries by
-their own size. `olmo_model` leaves them out; an OLMoE made of it can at best have the usual size as weight.
+q_norm and k_norm. OLMo does not have them, and no weight makes them the identity, because they divide each
+token's queries and keys by the root mean square of that token. `olmo_model` leaves them out. An OLMoE made
+from an OLMo can only approximate the identity, with the typical root mean square as the weight.
 
-Shapes: D hidden, F MLP width, H attention width.
+Shapes: B batch, S sequence, V vocabulary, D hidden size, F MLP width, H attention width.
 """
 
 import re
@@ -22,9 +24,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from olmoe_train.checkpoint.convert.source import Source
+from olmoe_train.checkpoint.convert.stored_model import StoredModel
 from olmoe_train.model import OlmoeConfig, OlmoeForCausalLM
-from olmoe_train.model.hf.directory import parameter_shapes, refuse_untied
+from olmoe_train.model.hf.directory import check_tied_head, ignored_tensors, parameter_shapes
 from olmoe_train.model.hf.special_tokens import read_generation_config
 from olmoe_train.model.transformer import OlmoeDecoderLayer
 from olmoe_train.utils.errors import UserError
@@ -32,12 +34,23 @@ from olmoe_train.utils.files import read_json_object
 from olmoe_train.utils.tensor_files import StoredWeights, check_tensor_shapes
 
 EPS = 1e-5
-"""Of OLMo's LayerNorms; no field of its config.json."""
+"""eps of OLMo's LayerNorms, a constant of its code: config.json has no field for it."""
 
 
-def open_dense_olmo(directory: Path, trust_pickle: bool = False) -> Source:
-    """`read` gives the parameters of the OLMoE with one expert, as stored: norm weights, which OLMo has not,
-    are 1, the router's is 0. UserError names every tensor that is missing, unexpected or mis-shaped.
+def open_dense_olmo(directory: Path, trust_pickle: bool = False) -> StoredModel:
+    """Open a dense OLMo as an OLMoE with one expert. Only file headers are read.
+
+    Args:
+        directory: Holds config.json and the weights.
+        trust_pickle: Accept weights in a pickle, through torch.load(weights_only=True).
+
+    Returns:
+        The stored model. `read` returns the weights as stored; the parameters that OLMo does not have are 1
+        for norms and 0 for the router.
+
+    Raises:
+        UserError: A file cannot be read, or a tensor is missing, unexpected or of the wrong shape; the
+            message names every such tensor.
     """
     path = directory / "config.json"
     values = read_json_object(path)
@@ -49,29 +62,24 @@ def open_dense_olmo(directory: Path, trust_pickle: bool = False) -> Source:
         raise UserError(f"{path}: {error}") from None
     stored = StoredWeights(directory, trust_pickle)
     shapes = {name: tuple(shape) for name, shape in parameter_shapes(OlmoeForCausalLM, config).items()}
-    expected = {part: shape for name in shapes for part, shape in _parts(name, shapes[name]).items()}
-    # A tied head may be in the file beside the embedding; older converters wrote a constant of RoPE.
-    ignored = {"lm_head.weight"} if config.tie_word_embeddings else set()
-    found = {
-        name: tensor.shape
-        for name, tensor in stored.tensors.items()
-        if name not in ignored and not name.endswith("rotary_emb.inv_freq")
-    }
+    expected = {part: shape for name in shapes for part, shape in _stored_parts(name, shapes[name]).items()}
+    ignored = ignored_tensors(config, stored.tensors)
+    found = {name: tensor.shape for name, tensor in stored.tensors.items() if name not in ignored}
     check_tensor_shapes(f"{directory} does not fit its config.json:", expected, found)
-    refuse_untied(config, stored, directory)
+    check_tied_head(config, stored, directory)
     dtype = config.dtype = config.dtype or next(iter(stored.tensors.values())).dtype
 
     def read(name: str) -> Tensor:
-        parts = [stored.read(part) for part in _parts(name, shapes[name])]
+        parts = [stored.read(part) for part in _stored_parts(name, shapes[name])]
         if not parts:
             return (torch.ones if name.endswith("norm.weight") else torch.zeros)(shapes[name], dtype=dtype)
         return torch.cat(parts)[None] if ".experts." in name else parts[0]
 
-    return Source(str(directory), config, read, directory, read_generation_config(directory))
+    return StoredModel(str(directory), config, read, directory, read_generation_config(directory))
 
 
-def _parts(name: str, shape: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
-    """OLMo's tensors that our parameter is made of, on top of each other, and their shapes."""
+def _stored_parts(name: str, shape: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
+    """OLMo's tensors, with their shapes, that make up one OLMoE parameter, concatenated along dimension 0."""
     if name.endswith(("norm.weight", "mlp.gate.weight")):
         return {}
     block, _, kind = name.rpartition(".experts.")
@@ -83,32 +91,43 @@ def _parts(name: str, shape: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
     return {name: shape}
 
 
-def centred(read: Callable[[str], Tensor]) -> Callable[[str], Tensor]:
-    """The same weights, with no mean over D in anything that they write to the residual stream; what is
-    changed is fp32."""
+def centered_writers(read: Callable[[str], Tensor]) -> Callable[[str], Tensor]:
+    """Subtract the mean over D from every weight that writes to the residual stream.
+
+    Args:
+        read: Returns one whole parameter by its in-memory name.
+
+    Returns:
+        The same kind of function. The weights it changes are fp32, the others are as `read` returns them.
+    """
     writers = re.compile(r"self_attn\.o_proj\.(weight|bias)$|mlp\.experts\.down_proj$")
 
-    def read_centred(name: str) -> Tensor:
+    def read_centered(name: str) -> Tensor:
         tensor = read(name)
         if name == "model.embed_tokens.weight":  # [V, D]
             return tensor.float() - tensor.float().mean(-1, keepdim=True)
-        if writers.search(name):  # [D, H], [D], [1, D, F]
+        if writers.search(name):  # [D, H], [D] or [1, D, F]
             dimension = 1 if tensor.dim() == 3 else 0
             return tensor.float() - tensor.float().mean(dimension, keepdim=True)
         return tensor
 
-    return read_centred
+    return read_centered
 
 
 class OlmoLayerNorm(nn.Module):
-    """LayerNorm without parameters, in fp32."""
+    """LayerNorm over the last dimension, without parameters, computed in fp32."""
 
     def forward(self, x: Tensor) -> Tensor:
+        """x of any shape and floating-point dtype; the result has the same shape and dtype."""
         return F.layer_norm(x.float(), x.shape[-1:], eps=EPS).to(x.dtype)
 
 
 def olmo_model(config: OlmoeConfig) -> OlmoeForCausalLM:
-    """OLMo 1 itself, on the meta device: our modules with its norms. config: open_dense_olmo's."""
+    """OLMo 1, built from this package's modules with OLMo's norms, on the meta device.
+
+    Args:
+        config: The configuration that `open_dense_olmo` returns.
+    """
     with torch.device("meta"):
         model = without_qk_norm(OlmoeForCausalLM(config))
     for layer in model.model.layers:
@@ -119,7 +138,7 @@ def olmo_model(config: OlmoeConfig) -> OlmoeForCausalLM:
 
 
 def without_qk_norm(model: OlmoeForCausalLM) -> OlmoeForCausalLM:
-    """Take q_norm and k_norm out of a model, in place."""
+    """Replace q_norm and k_norm of every layer by the identity, in place; returns the model."""
     for layer in model.model.layers:
         assert isinstance(layer, OlmoeDecoderLayer)
         layer.self_attn.register_module("q_norm", nn.Identity())
@@ -127,16 +146,23 @@ def without_qk_norm(model: OlmoeForCausalLM) -> OlmoeForCausalLM:
     return model
 
 
-def watch_sizes(model: OlmoeForCausalLM) -> dict[str, list[Tensor]]:
-    """Filled by the model's next forward passes: by q_norm's and k_norm's names, the root mean square over H
-    of every token's queries and keys, [B, S] a pass."""
-    sizes: dict[str, list[Tensor]] = {}
+def record_query_key_rms(model: OlmoeForCausalLM) -> dict[str, list[Tensor]]:
+    """Record the size of queries and keys in every following forward pass.
+
+    Args:
+        model: A model whose q_norm and k_norm are the identity (`without_qk_norm`).
+
+    Returns:
+        Parameter name of each q_norm and k_norm -> a list to which every pass appends the root mean square
+        over H of each token, [B, S].
+    """
+    recorded: dict[str, list[Tensor]] = {}
     for index, layer in enumerate(model.model.layers):
         for which in ("q_norm", "k_norm"):
-            of_this = sizes[f"model.layers.{index}.self_attn.{which}.weight"] = []
-            layer.get_submodule(f"self_attn.{which}").register_forward_hook(partial(_note_size, of_this))
-    return sizes
+            of_norm = recorded[f"model.layers.{index}.self_attn.{which}.weight"] = []
+            layer.get_submodule(f"self_attn.{which}").register_forward_hook(partial(_append_rms, of_norm))
+    return recorded
 
 
-def _note_size(sizes: list[Tensor], module: nn.Module, inputs: tuple[Tensor], output: Tensor) -> None:
-    sizes.append(output.square().mean(-1).sqrt())
+def _append_rms(recorded: list[Tensor], module: nn.Module, inputs: tuple[Tensor], output: Tensor) -> None:
+    recorded.append(output.square().mean(-1).sqrt())

@@ -1,5 +1,8 @@
-"""Make an OLMoE of a dense model: every expert starts as its MLP, or as a slice of it, the router as a new
-one (sparse upcycling). The result is a Hugging Face directory, for model.init_from and for Transformers.
+"""Sparse upcycling: an OLMoE is made from a dense model. Every expert starts as a copy of the dense MLP, or
+as a slice of a copy, and the router starts from random weights.
+
+The dense and the new model are run on the same tokens, so that the result comes with a statement of how far
+their outputs agree.
 
 Shapes: B batch, S sequence, V vocabulary.
 """
@@ -11,15 +14,15 @@ import torch
 from torch import Tensor
 
 from olmoe_train.checkpoint.convert.olmo_dense import (
-    centred,
+    centered_writers,
     olmo_model,
     open_dense_olmo,
-    watch_sizes,
+    record_query_key_rms,
     without_qk_norm,
 )
-from olmoe_train.checkpoint.convert.source import Source, open_source
+from olmoe_train.checkpoint.convert.stored_model import StoredModel, open_stored_model
 from olmoe_train.checkpoint.convert.streamed_forward import streamed_logits
-from olmoe_train.checkpoint.convert.upcycled_weights import Noise, upcycled
+from olmoe_train.checkpoint.convert.upcycled_weights import Reinitialization, upcycled_reader
 from olmoe_train.config.model import ModelConfig
 from olmoe_train.config.verbs import UpcycleConfig
 from olmoe_train.data.tokens import open_split, read_manifest
@@ -29,56 +32,69 @@ from olmoe_train.utils.errors import UserError
 from olmoe_train.utils.files import read_json_object
 
 SEQUENCES, LENGTH = 4, 128
-"""Of the tokens that both models are run on."""
+"""Number of sequences that both models are run on, and tokens per sequence."""
 LARGEST_DIFFERENCE = 1e-3
-"""Of fp32 logits that should be the same, as a share of the largest one."""
+"""Tolerance for fp32 logits that should be equal: largest absolute difference / largest logit."""
 
 
-# --- what is asked for ------------------------------------------------------------------------------------
+# --- input --------------------------------------------------------------------------------------------------
 
 
-def open_dense(cfg: UpcycleConfig) -> tuple[Source, bool]:
-    """(The dense model as an OLMoE with one expert, opened; whether it is an OLMo 1.) UserError where it is
-    none that can be upcycled."""
+def open_dense(cfg: UpcycleConfig) -> tuple[StoredModel, bool]:
+    """Open the dense model of `cfg.source` as an OLMoE with one expert.
+
+    Returns:
+        The stored model, and whether it is an OLMo 1, whose norms differ from OLMoE's (olmo_dense.py).
+
+    Raises:
+        UserError: The model cannot be upcycled; the message says why.
+    """
     directory = Path(cfg.source).expanduser()
     path = directory / "config.json"
     kind = read_json_object(path).get("model_type", "olmoe") if path.is_file() else "olmoe"
     if kind == "olmo":
         if cfg.step != "latest":
-            raise UserError(f"step={cfg.step}: source={directory} has no steps, it is not a run directory")
+            raise UserError(
+                f"step={cfg.step}: source={directory} is not a run directory and has no steps; omit step"
+            )
         return open_dense_olmo(directory, cfg.trust_pickle), True
     if kind in ("olmo2", "olmo3"):
         raise UserError(
-            f"source={directory}: model_type is {kind!r}, whose layers add norm(f(x)) to the residual "
-            "stream x, where OLMoE's add f(norm(x)). One divides by the size of what f gives, the other by "
-            "the size of what it takes, token by token: no weights make one the other"
+            f"source={directory}: model_type {kind!r} cannot be upcycled to an OLMoE. Its layers add "
+            "norm(f(x)) to the residual stream x, and OLMoE's add f(norm(x)). The first normalizes each "
+            "token's output of f, the second each token's input, and no choice of weights makes them equal"
         )
     if kind != "olmoe":
         raise UserError(
             f"source={directory}: model_type is {kind!r}; what can be upcycled is olmo (OLMo 1 in the format "
             "of Transformers) and olmoe with one expert (model=olmo_dense_*)"
         )
-    dense = open_source(directory, cfg.step, cfg.trust_pickle)
+    dense = open_stored_model(directory, cfg.step, cfg.trust_pickle)
     if dense.config.num_experts != 1:
         raise UserError(
-            f"source={directory}: not a dense model, it has {dense.config.num_experts} experts a layer"
+            f"source={directory} is not a dense model: it has {dense.config.num_experts} experts per layer"
         )
     return dense, False
 
 
 def upcycled_config(dense: OlmoeConfig, cfg: UpcycleConfig) -> OlmoeConfig:
-    """UserError lists what cannot be."""
-    wide = dense.intermediate_size
-    width = wide if cfg.intermediate_size is None else cfg.intermediate_size
+    """The architecture of the upcycled model.
+
+    Raises:
+        UserError: Options are invalid or do not fit the dense model; the message lists all of them.
+    """
+    dense_width = dense.intermediate_size
+    width = dense_width if cfg.intermediate_size is None else cfg.intermediate_size
     errors = []
-    if width < 1 or wide % width:
-        errors.append(f"intermediate_size={width}: must divide the dense MLP's, {wide}")
+    if width < 1 or dense_width % width:
+        errors.append(f"intermediate_size={width}: must divide the width of the dense MLP, {dense_width}")
     else:
+        slices = dense_width // width
         errors += [
-            f"{name}={getattr(cfg, name)}: must be a multiple of {wide // width}, the number of experts of "
-            f"intermediate_size={width} that one copy of the dense MLP ({wide}) is cut into"
+            f"{name}={getattr(cfg, name)}: must be a multiple of {slices}, the number of experts of "
+            f"intermediate_size={width} into which one copy of the dense MLP ({dense_width}) is cut"
             for name in ("num_experts", "num_experts_per_tok")
-            if getattr(cfg, name) % (wide // width)
+            if getattr(cfg, name) % slices
         ]
     if not 0 <= cfg.noise_fraction <= 1:
         errors.append(f"noise_fraction={cfg.noise_fraction}: must be from 0 to 1")
@@ -95,29 +111,40 @@ def upcycled_config(dense: OlmoeConfig, cfg: UpcycleConfig) -> OlmoeConfig:
     )
 
 
-def warnings(cfg: UpcycleConfig) -> list[str]:
-    """Of options that do nothing here, or harm."""
+def option_warnings(cfg: UpcycleConfig) -> list[str]:
+    """One message for each option that has no effect, and for each that harms the new model."""
     found = []
     if cfg.noise_fraction == 0 and cfg.noise_std != UpcycleConfig.noise_std:
         found.append(f"noise_std={cfg.noise_std} has no effect: noise_fraction is 0")
     if cfg.norm_topk_prob and cfg.num_experts > cfg.num_experts_per_tok == 1:
         found.append(
-            "num_experts_per_tok=1 with norm_topk_prob=true: the one weight is always 1, from which the "
-            "router learns nothing; take 2 experts a token, or norm_topk_prob=false"
+            "num_experts_per_tok=1 with norm_topk_prob=true: the weight of the chosen expert is always 1, so "
+            "the router gets no gradient; use 2 experts per token, or norm_topk_prob=false"
         )
     return found
 
 
 def tokens_to_compare(config: OlmoeConfig, data_dir: str | None) -> Tensor:
-    """int64 [B, S]: the first tokens of prepared data, or random ones."""
+    """The tokens that both models are run on.
+
+    Args:
+        config: Architecture of either model, for the vocabulary and the longest sequence.
+        data_dir: Prepared data, whose first training tokens are taken. None: random tokens.
+
+    Returns:
+        Token ids, int64 [SEQUENCES, up to LENGTH].
+
+    Raises:
+        UserError: The data has too few tokens, or token ids that the model does not have.
+    """
     length = min(LENGTH, config.max_position_embeddings)
     if data_dir is None:
         return torch.randint(config.vocab_size, (SEQUENCES, length), generator=generator_of("upcycle"))
     manifest = read_manifest(data_dir)
     if manifest.vocab_size > config.vocab_size:
         raise UserError(
-            f"data_dir={data_dir}: has token ids up to {manifest.vocab_size - 1}, the model's vocab_size is "
-            f"{config.vocab_size}; give data that was prepared with the model's tokenizer"
+            f"data_dir={data_dir}: has token ids up to {manifest.vocab_size - 1}, and the model's vocab_size "
+            f"is {config.vocab_size}; give data that was prepared with the model's tokenizer"
         )
     split = open_split(data_dir, "train")
     if len(split) < SEQUENCES * length:
@@ -125,47 +152,67 @@ def tokens_to_compare(config: OlmoeConfig, data_dir: str | None) -> Tensor:
     return torch.from_numpy(split.read(0, SEQUENCES * length).astype("int64")).view(SEQUENCES, length)
 
 
-# --- what comes of it -------------------------------------------------------------------------------------
+# --- result -------------------------------------------------------------------------------------------------
 
 Upcycled = tuple[Callable[[str], Tensor], list[str]]
-"""The new model's parameters by name; notes on how far it computes what the dense one does."""
+"""A function that returns the new model's parameters by name; and notes on how its outputs compare with those
+of the dense model."""
 
 
-def upcycle_dense(dense: Source, config: OlmoeConfig, cfg: UpcycleConfig, input_ids_BS: Tensor) -> Upcycled:
-    read = _experts_of(dense.read, dense.config, config, cfg)
+def upcycle_dense(
+    dense: StoredModel, config: OlmoeConfig, cfg: UpcycleConfig, input_ids_BS: Tensor
+) -> Upcycled:
+    """Upcycle an OLMoE with one expert.
+
+    Args:
+        dense: The dense model (`open_dense`).
+        config: Architecture of the new model (`upcycled_config`).
+        cfg: The options.
+        input_ids_BS: Token ids on which both models are run, int64 [B, S].
+
+    Raises:
+        RuntimeError: The new model's outputs should equal the dense model's, and they do not.
+    """
+    read = _upcycled_reader(dense.read, dense.config, config, cfg)
     expected = streamed_logits(_on_meta(dense.config), dense.read, input_ids_BS)
-    return read, compare(expected, streamed_logits(_on_meta(config), read, input_ids_BS), cfg)
+    return read, compare_logits(expected, streamed_logits(_on_meta(config), read, input_ids_BS), cfg)
 
 
-def upcycle_olmo(dense: Source, config: OlmoeConfig, cfg: UpcycleConfig, input_ids_BS: Tensor) -> Upcycled:
-    """Of an OLMo 1 (olmo_dense.py): equal but for q_norm and k_norm, with measured weights."""
+def upcycle_olmo(
+    dense: StoredModel, config: OlmoeConfig, cfg: UpcycleConfig, input_ids_BS: Tensor
+) -> Upcycled:
+    """Upcycle an OLMo 1 (olmo_dense.py). Arguments and errors are those of `upcycle_dense`.
+
+    The result equals the dense model except for q_norm and k_norm, whose weights are measured on
+    `input_ids_BS`: the typical root mean square of the dense model's queries and keys.
+    """
     model = olmo_model(dense.config)
-    sizes = watch_sizes(model)
+    recorded = record_query_key_rms(model)
     expected = streamed_logits(model, dense.read, input_ids_BS)
-    # The geometric mean over tokens: right on average for the factor by which each token is scaled.
-    usual = {name: torch.cat(of_tokens).log().mean().exp() for name, of_tokens in sizes.items()}
-    stored = centred(dense.read)
-    read = _experts_of(
-        lambda name: stored(name).float() * usual[name] if name in usual else stored(name),
+    # The norms multiply each token by a factor, so the geometric mean over tokens is the right average.
+    typical_rms = {name: torch.cat(of_tokens).log().mean().exp() for name, of_tokens in recorded.items()}
+    stored = centered_writers(dense.read)
+    read = _upcycled_reader(
+        lambda name: stored(name).float() * typical_rms[name] if name in typical_rms else stored(name),
         dense.config,
         config,
         cfg,
     )
-    bare = streamed_logits(without_qk_norm(_on_meta(config)), read, input_ids_BS)
-    notes = [f"without q_norm and k_norm, {note}" for note in compare(expected, bare, cfg)]
-    whole = streamed_logits(_on_meta(config), read, input_ids_BS)
+    without_norms = streamed_logits(without_qk_norm(_on_meta(config)), read, input_ids_BS)
+    notes = [f"without q_norm and k_norm, {note}" for note in compare_logits(expected, without_norms, cfg)]
+    complete = streamed_logits(_on_meta(config), read, input_ids_BS)
     notes.append(
-        f"with them, {difference(expected, whole)}: OLMo 1 has none, and nothing is equal to that; their "
+        f"with them, {difference(expected, complete)}: OLMo 1 has none, and nothing is equal to that; their "
         f"weights are the usual size of its queries and keys ({_tokens(cfg)})"
     )
     return read, notes
 
 
-def _experts_of(
+def _upcycled_reader(
     read: Callable[[str], Tensor], dense: OlmoeConfig, config: OlmoeConfig, cfg: UpcycleConfig
 ) -> Callable[[str], Tensor]:
-    noise = Noise(cfg.noise_fraction, cfg.noise_std)
-    return upcycled(read, dense.intermediate_size, config, cfg.seed, noise)
+    reinitialization = Reinitialization(cfg.noise_fraction, cfg.noise_std)
+    return upcycled_reader(read, dense.intermediate_size, config, cfg.seed, reinitialization)
 
 
 def _on_meta(config: OlmoeConfig) -> OlmoeForCausalLM:
@@ -173,10 +220,16 @@ def _on_meta(config: OlmoeConfig) -> OlmoeForCausalLM:
         return OlmoeForCausalLM(config)
 
 
-def compare(expected_BSV: Tensor, found_BSV: Tensor, cfg: UpcycleConfig) -> list[str]:
-    """Notes on the logits of the dense model and the new one. RuntimeError where they should be the same and
-    are not."""
-    reasons = []
+def compare_logits(expected_BSV: Tensor, found_BSV: Tensor, cfg: UpcycleConfig) -> list[str]:
+    """Compare the logits of the dense model and of the new model, each fp32 [B, S, V].
+
+    Returns:
+        One note for the user: whether the logits are equal, by how much they differ, and why they do.
+
+    Raises:
+        RuntimeError: No option makes the two differ, and they do.
+    """
+    reasons = []  # a model card shows these texts
     if cfg.noise_fraction > 0:
         reasons.append(f"{cfg.noise_fraction:.0%} of each copy's weights are drawn anew")
     if not cfg.norm_topk_prob and cfg.num_experts_per_tok < cfg.num_experts:
@@ -190,11 +243,12 @@ def compare(expected_BSV: Tensor, found_BSV: Tensor, cfg: UpcycleConfig) -> list
     largest, scale = (found_BSV - expected_BSV).abs().max(), expected_BSV.abs().max()
     seen = f"in fp32 logits up to {scale:.3g} differ by at most {largest:.2g} ({_tokens(cfg)})"
     if largest > LARGEST_DIFFERENCE * scale:
-        raise RuntimeError(f"the new model should compute what the dense one does, but {seen}")
+        raise RuntimeError(f"the new model's outputs should equal the dense model's, but {seen}")
     return [f"the dense model's outputs: {seen}"]
 
 
 def difference(expected_BSV: Tensor, found_BSV: Tensor) -> str:
+    """The largest difference of two sets of logits, fp32 [B, S, V], and their mean KL divergence, as text."""
     log_p, log_q = expected_BSV.log_softmax(-1), found_BSV.log_softmax(-1)
     divergence = (log_p.exp() * (log_p - log_q)).sum(-1).mean().clamp(min=0)
     largest, scale = (found_BSV - expected_BSV).abs().max(), expected_BSV.abs().max()
@@ -207,7 +261,8 @@ def _tokens(cfg: UpcycleConfig) -> str:
     return "random tokens" if cfg.data_dir is None else f"tokens of {Path(cfg.data_dir).resolve().name}"
 
 
-def what_was_made(dense: OlmoeConfig, config: OlmoeConfig) -> str:
+def summary(dense: OlmoeConfig, config: OlmoeConfig) -> str:
+    """One line for the user: number and kind of the experts that were made."""
     slices = dense.intermediate_size // config.intermediate_size
     cut = f", each cut into {slices} experts of width {config.intermediate_size}" if slices > 1 else ""
     return (
@@ -217,8 +272,12 @@ def what_was_made(dense: OlmoeConfig, config: OlmoeConfig) -> str:
 
 
 def model_overrides(config: OlmoeConfig) -> list[str]:
-    """What describes the model to `olmoe train`: whole numbers, which presets set, and what differs from its
-    defaults."""
+    """The overrides with which `olmoe train` builds this architecture.
+
+    Returns:
+        "model.KEY=VALUE" for every field that differs from its default, and for every integer, because the
+        presets set those.
+    """
     described = {name: value for name, value in vars(ModelConfig()).items() if hasattr(config, name)}
     return [
         f"model.{name}={_in_hydra(value)}"
@@ -228,7 +287,7 @@ def model_overrides(config: OlmoeConfig) -> list[str]:
 
 
 def _in_hydra(value: object) -> str:
-    """A value as a shell and Hydra read it."""
+    """A value as text that a shell passes on and Hydra parses."""
     if isinstance(value, dict):
         return "'{" + ",".join(f"{key}:{_in_hydra(item)}" for key, item in value.items()) + "}'"
     if isinstance(value, list):

@@ -1,11 +1,12 @@
-"""The weights of a mixture of experts out of a dense model's (sparse upcycling).
+"""Sparse upcycling: the weights of a mixture of experts, made from the weights of a dense model.
 
-As in arXiv 2212.05055, and in the script that OLMoE's own experiment ran (arXiv 2409.02060, section 4.1.5;
-scripts/sparsify_ckpt_unsharded.py in its repository): every expert is a copy of the MLP, with or without a
-share of its weights drawn anew, the router is drawn as a new model's, all else is kept. Experts that are
-slices of the copies: arXiv 2410.07524, "virtual groups".
+The method is that of arXiv 2212.05055, and of the script behind OLMoE's own upcycling experiment (arXiv
+2409.02060, section 4.1.5; scripts/sparsify_ckpt_unsharded.py in its repository). Every expert is a copy of
+the dense MLP, in which a fraction of the weights may be reinitialized. The router is initialized like that of
+a new model. All other weights are kept. An expert may also be a slice of a copy (arXiv 2410.07524, "virtual
+groups").
 
-Shapes: D hidden, F expert width, G slices that a copy of the MLP is cut into, so the dense one is G F wide.
+Shapes: D hidden size, F expert width, G slices per copy of the MLP. The dense MLP is G F wide.
 """
 
 from collections.abc import Callable
@@ -19,24 +20,38 @@ from olmoe_train.model.initialization import generator_of, initial_value, trunca
 
 
 @dataclass(frozen=True)
-class Noise:
+class Reinitialization:
+    """How much of each copy of the MLP is drawn at random instead of copied."""
+
     fraction: float = 0.0
-    """Share of each copy's weights that are drawn anew."""
+    """Fraction of each copy's weights that are reinitialized, from 0 to 1."""
     std: float = 0.02
-    """Standard deviation of these."""
+    """Standard deviation of the new values, a truncated normal."""
 
 
-def upcycled(
-    dense: Callable[[str], Tensor], dense_width: int, config: OlmoeConfig, seed: int, noise: Noise
+def upcycled_reader(
+    dense: Callable[[str], Tensor],
+    dense_width: int,
+    config: OlmoeConfig,
+    seed: int,
+    reinitialization: Reinitialization,
 ) -> Callable[[str], Tensor]:
-    """The parameters of the model that `config` describes by name, each made when it is asked for.
+    """Make the parameters of an upcycled model, each when it is read.
 
-    dense: the parameters of the same model with one expert, which is dense_width wide. Random values depend
-    on (seed, name, copy) alone.
+    Expert e is slice e % G of copy e // G. The slices of one copy have the same router row, so a token is
+    sent to all of them or to none, with equal weights. Each slice then has 1/G of the weight of the copy,
+    which multiplying down_proj by G makes up for.
 
-    Expert e is slice e % G of copy e // G. The slices of a copy have the same router row, so a token that
-    chooses one chooses them all, in equal parts: each has 1/G of the copy's weight, and down_proj is
-    multiplied by G.
+    Args:
+        dense: Returns one whole parameter of the dense model, which has the same architecture as `config`
+            except for its one expert, by in-memory name.
+        dense_width: MLP width of the dense model, a multiple of `config.intermediate_size`.
+        config: Architecture of the upcycled model.
+        seed: Seed of all random values. A value depends only on the seed, the parameter's name and the copy.
+        reinitialization: What fraction of each copy is drawn at random.
+
+    Returns:
+        A function that returns one whole parameter of the upcycled model by in-memory name.
     """
     slices = dense_width // config.intermediate_size
     copies = config.num_experts // slices
@@ -48,16 +63,18 @@ def upcycled(
         if ".mlp.experts." not in name:
             return dense(name)
         weight = dense(name)[0]
-        if noise.fraction == 0:
+        if reinitialization.fraction == 0:
             return _cut(name, weight, slices).repeat(copies, 1, 1)
         keys = [f"{seed}/{name}/noise/{copy}" for copy in range(copies)]
-        return torch.cat([_cut(name, _partly_anew(weight, key, noise), slices) for key in keys])
+        return torch.cat(
+            [_cut(name, _reinitialize_fraction(weight, key, reinitialization), slices) for key in keys]
+        )
 
     return read
 
 
 def _cut(name: str, weight: Tensor, slices: int) -> Tensor:
-    """A dense projection as that of `slices` experts: [2 G F, D] -> [G, 2 F, D], or [D, G F] -> [G, D, F]."""
+    """Cut a dense projection into `slices` experts: [2 G F, D] -> [G, 2 F, D], or [D, G F] -> [G, D, F]."""
     if slices == 1:
         return weight[None]
     if name.endswith("down_proj"):
@@ -65,7 +82,8 @@ def _cut(name: str, weight: Tensor, slices: int) -> Tensor:
     return weight.unflatten(0, (2, slices, -1)).transpose(0, 1).flatten(1, 2)
 
 
-def _partly_anew(weight: Tensor, key: str, noise: Noise) -> Tensor:
-    fresh = truncated_normal(key, weight.shape, noise.std).to(weight.dtype)
-    chosen = torch.rand(weight.shape, generator=generator_of(f"{key}/chosen")) < noise.fraction
+def _reinitialize_fraction(weight: Tensor, key: str, reinitialization: Reinitialization) -> Tensor:
+    """Replace a random fraction of the weights by values from a truncated normal; `key` seeds both draws."""
+    fresh = truncated_normal(key, weight.shape, reinitialization.std).to(weight.dtype)
+    chosen = torch.rand(weight.shape, generator=generator_of(f"{key}/chosen")) < reinitialization.fraction
     return torch.where(chosen, fresh, weight)

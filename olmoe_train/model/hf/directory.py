@@ -1,14 +1,17 @@
 """Hugging Face directories: config.json, generation_config.json, safetensors shards and tokenizer files.
 
-In memory the experts of a layer are stacked (`mlp.experts.gate_up_proj` [E, 2F, D], `down_proj` [E, D, F]);
-on disk each has the hub's own tensors (`mlp.experts.0.gate_proj.weight` [F, D], ...). Both namings are read,
-the hub's is written.
+In memory the experts of a layer are stacked (`mlp.experts.gate_up_proj` [E, 2F, D], `down_proj` [E, D, F]).
+On disk every expert has its own tensors, named as on the hub (`mlp.experts.0.gate_proj.weight` [F, D], ...).
+Both namings are read. The hub's is written.
 
-Shapes: E experts, F expert width, D hidden.
+Weights are passed around as a function `read`, which returns one whole parameter by its in-memory name, so
+that no more than a few parameters are in memory at a time.
+
+Shapes: E experts, F expert width, D hidden size.
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -26,10 +29,10 @@ from olmoe_train.model.hf.special_tokens import (
 )
 from olmoe_train.utils.errors import UserError
 from olmoe_train.utils.files import atomic_directory, write_json
-from olmoe_train.utils.tensor_files import INDEX, WEIGHTS, StoredWeights, byte_count, first_few
+from olmoe_train.utils.tensor_files import INDEX, WEIGHTS, StoredWeights, byte_count, check_tensor_shapes
 
-# Fields that may differ between a directory and the model that its weights go into: none changes what the
-# same weights compute for the same tokens, save attention_dropout, which is the training run's to choose.
+# Fields that may differ between a stored model and the model that its weights are loaded into. None of them
+# changes what the weights compute for given tokens, except attention_dropout, which each training run sets.
 _NOT_COMPARED = {
     "architectures",
     "attention_dropout",
@@ -52,7 +55,15 @@ Index = tuple[int | slice, ...]
 
 
 def hub_parts(name: str, shape: torch.Size) -> dict[str, Index]:
-    """The hub tensors that a parameter is stored as, each with the place it has in the parameter."""
+    """The hub tensors that a parameter is stored as.
+
+    Args:
+        name: In-memory name of the parameter.
+        shape: Shape of the whole parameter.
+
+    Returns:
+        Hub name -> index at which that tensor lies in the parameter.
+    """
     block, _, kind = name.rpartition(".")
     if not block.endswith("mlp.experts"):
         return {name: ()}
@@ -83,14 +94,26 @@ def write_directory(
     generation: dict[str, Any] | None = None,
     verify: bool = False,
 ) -> None:
-    """Write an HF directory from `read`, which gives each whole parameter by its in-memory name when it is
-    its turn.
+    """Write a Hugging Face directory, with about one shard in memory beyond what `read` returns.
 
-    Holds about one shard in memory beyond what `read` returns. The directory appears complete: files are
-    written and synced beside it, then moved, config.json last. tokenizer: a directory whose tokenizer files
-    are copied, or a tokenizer.json. card: README.md. generation: generation_config.json, by default made of
-    `config`. verify: compare what was written to a second reading before it appears. UserError where
-    `directory` already holds weights.
+    The directory never appears half written: files are written and synced beside it, then moved into place,
+    config.json last.
+
+    Args:
+        model_class: OlmoeForCausalLM or OlmoeModel.
+        config: Architecture of the model.
+        directory: The directory to write.
+        read: Returns one whole parameter by its in-memory name.
+        dtype: Data type of the weights in the files.
+        max_shard_size: Largest safetensors file, in bytes or as text such as "5GB".
+        tokenizer: Directory whose tokenizer files are copied, or a tokenizer.json. None: no tokenizer.
+        card: Text of README.md. None: no README.md.
+        generation: Content of generation_config.json. None: made from `config`.
+        verify: Read the files back and compare them with `read` before they are moved into place.
+
+    Raises:
+        UserError: `directory` already holds weights.
+        RuntimeError: `verify` is true, and what was read back is not what was written.
     """
     directory = Path(directory)
     if any(directory.glob("*.safetensors*")):
@@ -104,23 +127,25 @@ def write_directory(
         if card is not None:
             (temporary / "README.md").write_text(card, encoding="utf-8")
         if verify and not holds_model(model_class, temporary, config, read, dtype):
-            raise RuntimeError(f"{directory}: not what was written reads back; is the disk failing?")
+            raise RuntimeError(
+                f"{directory}: the files read back differ from what was written; is the disk failing?"
+            )
 
 
 def parameter_shapes(model_class: type[nn.Module], config: OlmoeConfig) -> dict[str, torch.Size]:
-    """Every parameter of a model and its shape, nothing allocated; a tied head is the embedding, and not
-    listed."""
+    """Every parameter of a model with its shape; nothing is allocated. A tied head is not listed, because it
+    is the same parameter as the embedding."""
     with torch.device("meta"):
         model = model_class(config)
     return {name: parameter.shape for name, parameter in model.named_parameters()}
 
 
 Shard = list[tuple[str, str, Index]]
-"""(hub name, parameter name, place in the parameter) of each tensor of one file."""
+"""(hub name, parameter name, index in the parameter) of each tensor of one file."""
 
 
 def plan_shards(shapes: dict[str, torch.Size], dtype: torch.dtype, max_bytes: int) -> list[Shard]:
-    """Deal tensors out to files in order, a new file where the next tensor would exceed `max_bytes`."""
+    """Assign tensors to files in order. A new file starts when the next tensor would exceed `max_bytes`."""
     shards: list[Shard] = []
     used = 0
     for name, shape in shapes.items():
@@ -149,7 +174,7 @@ def _write_shards(
             tensors[hub_name] = last[index].contiguous()
             parameters += tensors[hub_name].numel()
             total_bytes += tensors[hub_name].nbytes
-        # Readers of Transformers' files insist on this mark.
+        # Transformers refuses files without this mark.
         save_file(tensors, directory / file, metadata={"format": "pt"})
         weight_map |= dict.fromkeys(tensors, file)
     if len(shards) > 1:
@@ -164,8 +189,8 @@ def holds_model(
     read: Callable[[str], Tensor],
     dtype: torch.dtype,
 ) -> bool:
-    """Whether `directory` is what write_directory would write: the same configuration and tensors, bit for
-    bit."""
+    """Whether `directory` holds the configuration and, bit for bit, the tensors that `write_directory` would
+    write from the same arguments."""
     if not (directory / "config.json").is_file():
         return False
     stored = StoredWeights(directory)
@@ -191,8 +216,21 @@ def _as_written(config: OlmoeConfig, dtype: torch.dtype, model_class: type[nn.Mo
 def open_pretrained(
     model_class: type[nn.Module], directory: str | Path, trust_pickle: bool = False
 ) -> tuple[OlmoeConfig, Callable[[str], Tensor]]:
-    """(Configuration, with the dtype of the weights; a function that reads one whole parameter, in its stored
-    dtype, by its in-memory name.)"""
+    """Open a Hugging Face directory. Only file headers are read.
+
+    Args:
+        model_class: OlmoeForCausalLM or OlmoeModel; the directory may hold either.
+        directory: Holds config.json and the weights.
+        trust_pickle: Accept weights in pytorch_model.bin, through torch.load(weights_only=True).
+
+    Returns:
+        The configuration, with the dtype of the weights; and a function that returns one whole parameter by
+        its in-memory name, on the CPU, in its stored dtype.
+
+    Raises:
+        UserError: A file is missing, damaged or unsafe, or the tensors do not fit the configuration; the
+            message names every tensor that does not fit.
+    """
     directory = Path(directory)
     config = OlmoeConfig.from_pretrained(directory)
     stored = StoredWeights(directory, trust_pickle)
@@ -207,7 +245,7 @@ def _reader(
     model: nn.Module, config: OlmoeConfig, stored: StoredWeights, directory: Path
 ) -> Callable[[str], Tensor]:
     plan = _match_names(model, config, stored, directory)
-    refuse_untied(config, stored, directory)
+    check_tied_head(config, stored, directory)
     shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
 
     def read(name: str) -> Tensor:
@@ -221,9 +259,9 @@ def _reader(
 
 
 def assign(parameter: Tensor, whole: Tensor) -> None:
-    """Copy a whole tensor into a parameter, or into this rank's shard of it."""
+    """Copy a whole tensor into a parameter, or into this rank's shard of it (DTensor)."""
     if isinstance(parameter, DTensor):
-        # src_data_rank=None: every rank cuts its shard out of its own copy, nothing is sent.
+        # src_data_rank=None: every rank takes its shard from its own copy, so nothing is sent.
         whole = whole.to(parameter.device_mesh.device_type)
         whole = distribute_tensor(whole, parameter.device_mesh, parameter.placements, src_data_rank=None)
     parameter.copy_(whole)
@@ -232,56 +270,73 @@ def assign(parameter: Tensor, whole: Tensor) -> None:
 def _match_names(
     model: nn.Module, config: OlmoeConfig, stored: StoredWeights, directory: Path
 ) -> dict[str, dict[str, Index]]:
-    """For each parameter the stored tensors that make it up. UserError lists all that do not fit."""
-    prefix_there = any(name.startswith("model.") for name in stored.tensors)
-    prefix_here = any(name.startswith("model.") for name, _ in model.named_parameters())
+    """The stored tensors that make up each parameter, with their index in it.
+
+    Raises:
+        UserError: A tensor is missing, unexpected or of the wrong shape, which the message names.
+    """
+    # The files of a base model (OlmoeModel) have no "model." before each name. Either kind of model can be
+    # loaded from the files of the other, except that a base model's files have no head.
+    prefix_in_files = any(name.startswith("model.") for name in stored.tensors)
+    prefix_in_model = any(name.startswith("model.") for name, _ in model.named_parameters())
     plan: dict[str, dict[str, Index]] = {}
-    missing, misshaped = [], []
+    expected: dict[str, tuple[int, ...]] = {}
     for name, parameter in model.named_parameters():
-        # A base model's file has no `model.` in front, and a base model can be read from a whole one's.
-        there = f"model.{name}" if prefix_there and not prefix_here else name
-        there = there.removeprefix("model.") if not prefix_there else there
-        parts: dict[str, Index] = (
-            {there: ()} if there in stored.tensors else hub_parts(there, parameter.shape)
-        )
-        plan[name] = parts
-        for stored_name, index in parts.items():
-            expected = tuple(torch.empty(parameter.shape, device="meta")[index].shape)
-            if stored_name not in stored.tensors:
-                missing.append(stored_name)
-            elif (shape := stored.tensors[stored_name].shape) != expected:
-                misshaped.append(f"{stored_name} is {list(shape)}, the model's is {list(expected)}")
-    used = {stored_name for parts in plan.values() for stored_name in parts}
-    ignored = {"lm_head.weight"} if not prefix_here or config.tie_word_embeddings else set()
-    # A constant that older converters wrote with every layer.
-    ignored |= {name for name in stored.tensors if name.endswith("rotary_emb.inv_freq")}
-    unexpected = sorted(stored.tensors.keys() - used - ignored)
-    complaints = {"missing": missing, "unexpected": unexpected, "of another shape": misshaped}
-    if any(complaints.values()):
-        lines = [f"tensors {what}: {first_few(names)}" for what, names in complaints.items() if names]
-        raise UserError("\n  ".join([f"{directory} does not fit its config.json or the model:", *lines]))
+        in_files = f"model.{name}" if prefix_in_files and not prefix_in_model else name
+        in_files = in_files if prefix_in_files else in_files.removeprefix("model.")
+        fused = in_files in stored.tensors
+        plan[name] = {in_files: ()} if fused else hub_parts(in_files, parameter.shape)
+        empty = torch.empty(parameter.shape, device="meta")
+        expected |= {stored_name: tuple(empty[index].shape) for stored_name, index in plan[name].items()}
+    ignored = ignored_tensors(config, stored.tensors, has_head=prefix_in_model)
+    found = {name: tensor.shape for name, tensor in stored.tensors.items() if name not in ignored}
+    check_tensor_shapes(f"{directory} does not fit its config.json or the model:", expected, found)
     return plan
 
 
-def refuse_untied(config: OlmoeConfig, stored: StoredWeights, directory: Path) -> None:
-    """A file may hold a tied head beside the embedding; then it must be the same."""
+def ignored_tensors(config: OlmoeConfig, names: Iterable[str], has_head: bool = True) -> set[str]:
+    """Tensors that a file may hold although the model has no parameter of that name.
+
+    Args:
+        config: Architecture of the model.
+        names: Names of the tensors in the file.
+        has_head: Whether the model has a head (OlmoeForCausalLM).
+
+    Returns:
+        The head, where it is tied to the embedding or the model has none; and `rotary_emb.inv_freq`, a
+        constant that older converters wrote for every layer.
+    """
+    ignored = {name for name in names if name.endswith("rotary_emb.inv_freq")}
+    return ignored | ({"lm_head.weight"} if config.tie_word_embeddings or not has_head else set())
+
+
+def check_tied_head(config: OlmoeConfig, stored: StoredWeights, directory: Path) -> None:
+    """Raise a UserError if the head is tied, and the file has a head that differs from the embedding."""
     both = ("lm_head.weight", "model.embed_tokens.weight")
     if config.tie_word_embeddings and all(name in stored.tensors for name in both):
         head, embedding = (stored.read(name) for name in both)
         if not torch.equal(head, embedding):
             raise UserError(
-                f"{directory}: tie_word_embeddings is true, but lm_head.weight is not the embedding; to keep "
-                "both, set it to false in config.json"
+                f"{directory}: tie_word_embeddings is true, but lm_head.weight differs from the embedding; "
+                "to keep both, set tie_word_embeddings to false in config.json"
             )
 
 
-def refuse_other_function(model: OlmoeConfig, stored: OlmoeConfig, name: str) -> None:
-    """UserError names every field with which the weights of `stored`, called `name`, would mean another
-    function in a model of config `model`."""
+def check_same_architecture(model: OlmoeConfig, stored: OlmoeConfig, name: str) -> None:
+    """Check that stored weights compute the same in a model as where they come from.
+
+    Args:
+        model: Configuration of the model that the weights are loaded into.
+        stored: Configuration that the weights are stored with.
+        name: What to call the stored model in the message.
+
+    Raises:
+        UserError: Fields that change what the weights compute differ; the message names all of them.
+    """
     differences = [
         f"{item.name} is {getattr(stored, item.name)!r} there and {getattr(model, item.name)!r} in the model"
         for item in fields(OlmoeConfig)
         if item.name not in _NOT_COMPARED and getattr(stored, item.name) != getattr(model, item.name)
     ]
     if differences:
-        raise UserError("\n  ".join([f"{name} describes another model:", *differences]))
+        raise UserError("\n  ".join([f"{name} has another architecture than the model:", *differences]))

@@ -1,4 +1,4 @@
-"""The base class of both models: reading and writing Hugging Face directories (directory.py)."""
+"""The base class of OlmoeModel and OlmoeForCausalLM, which reads and writes Hugging Face directories."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -15,18 +15,20 @@ from olmoe_train.utils.errors import UserError
 
 
 class OlmoePreTrainedModel(nn.Module):
-    """What OlmoeModel and OlmoeForCausalLM share: Hugging Face directories."""
+    """Base class of OlmoeModel and OlmoeForCausalLM: loading and saving in the Hugging Face format."""
 
     config: OlmoeConfig
     generation_config: dict[str, Any] | None = None
-    """generation_config.json of the model's directory; generate() reads eos and pad from it."""
+    """Content of generation_config.json, from which generate() takes the end-of-text and padding tokens.
+    None: there was no such file."""
 
     def __init__(self, config: OlmoeConfig) -> None:
+        """config: the architecture."""
         super().__init__()
         self.config = config
 
     def tie_weights(self) -> None:
-        """Share parameters where the configuration says so; a model without a head shares none."""
+        """Share the parameters that the configuration ties. A model without a head has none to share."""
 
     @classmethod
     def from_pretrained(
@@ -36,23 +38,24 @@ class OlmoePreTrainedModel(nn.Module):
         device: torch.device | str = "cpu",
         trust_pickle: bool = False,
     ) -> Self:
-        """Load a Hugging Face directory (hub or fused tensor names) in eval mode.
+        """Load a Hugging Face directory.
 
         Args:
-            directory: holds config.json and the weights.
-            dtype: data type of the parameters; None: as stored.
-            device: where the parameters go.
-            trust_pickle: read a legacy pytorch_model.bin through torch.load(weights_only=True).
+            directory: Holds config.json and the weights, with one tensor per expert (the hub's names) or
+                with the experts of a layer stacked (the in-memory names).
+            dtype: Data type of the parameters. None: as stored.
+            device: Where the parameters go.
+            trust_pickle: Accept weights in pytorch_model.bin, through torch.load(weights_only=True).
 
         Returns:
             The model in eval mode.
 
         Raises:
-            UserError: a file is missing, damaged, or does not fit the configuration.
+            UserError: A file is missing, damaged, or does not fit the configuration.
         """
         config, read = open_pretrained(cls, directory, trust_pickle)
         config.dtype = dtype or config.dtype
-        model = model_of(cls, config, read, device)
+        model = load_model(cls, config, read, device)
         model.generation_config = read_generation_config(Path(directory))
         return model
 
@@ -65,9 +68,9 @@ class OlmoePreTrainedModel(nn.Module):
         """Write a whole (not sharded) model as a Hugging Face directory, with the hub's tensor names.
 
         Args:
-            directory: must not hold weights yet.
-            max_shard_size: largest safetensors file, in bytes or as text ("5GB").
-            dtype: data type of the weights; None: that of the parameters.
+            directory: The directory to write. It must not hold weights yet.
+            max_shard_size: Largest safetensors file, in bytes or as text such as "5GB".
+            dtype: Data type of the weights in the files. None: that of the parameters.
 
         Raises:
             UserError: `directory` already holds weights, or the parameters have several dtypes and `dtype`
@@ -75,12 +78,12 @@ class OlmoePreTrainedModel(nn.Module):
         """
         parameters = dict(self.named_parameters())
         assert not any(isinstance(p, DTensor) for p in parameters.values()), (
-            "sharded: save a checkpoint, export that"
+            "save_pretrained needs whole parameters: save a sharded model as a checkpoint, and export that"
         )
         dtypes = {parameter.dtype for parameter in parameters.values()}
         if dtype is None and len(dtypes) > 1:
             raise UserError(
-                f"the parameters have several dtypes ({', '.join(map(str, dtypes))}): say dtype=..."
+                f"the parameters have several dtypes ({', '.join(map(str, dtypes))}): give dtype=..."
             )
         write_directory(
             type(self),
@@ -96,13 +99,23 @@ class OlmoePreTrainedModel(nn.Module):
 AnyModel = TypeVar("AnyModel", bound=OlmoePreTrainedModel)
 
 
-def model_of(
+def load_model(
     model_class: type[AnyModel],
     config: OlmoeConfig,
     read: Callable[[str], Tensor],
     device: torch.device | str = "cpu",
 ) -> AnyModel:
-    """The model in eval mode on a device, in config.dtype; `read` gives each whole parameter by name."""
+    """Build a model and fill its parameters.
+
+    Args:
+        model_class: OlmoeForCausalLM or OlmoeModel.
+        config: Architecture of the model; `config.dtype` is the dtype of its parameters.
+        read: Returns one whole parameter by its in-memory name, in any dtype.
+        device: Where the parameters go.
+
+    Returns:
+        The model in eval mode.
+    """
     with torch.device("meta"):
         model = model_class(config)
     model = model.to(config.dtype).to_empty(device=device)

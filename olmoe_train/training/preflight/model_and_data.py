@@ -3,7 +3,7 @@
 import math
 from pathlib import Path
 
-from olmoe_train.checkpoint.convert.source import tokenizer_directory
+from olmoe_train.checkpoint.convert.stored_model import tokenizer_directory
 from olmoe_train.config.aliases import ALIASES
 from olmoe_train.config.keys import documented_keys
 from olmoe_train.config.model import olmoe_config

@@ -1,0 +1,182 @@
+"""Stored models, which a `source=` key names: a Hugging Face directory, an original OLMo checkpoint, or a run
+directory with its training checkpoints.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import OmegaConf
+from torch import Tensor
+
+from olmoe_train.checkpoint.convert.olmo import is_olmo_directory, open_olmo
+from olmoe_train.checkpoint.directory import (
+    checkpoint_path,
+    complete_checkpoints,
+    is_complete,
+    latest_checkpoint,
+    step_of,
+)
+from olmoe_train.checkpoint.sharded import open_model_tensors
+from olmoe_train.config.model import ModelConfig, olmoe_config
+from olmoe_train.model import OlmoeConfig, OlmoeForCausalLM
+from olmoe_train.model.hf.directory import assign, check_same_architecture, open_pretrained
+from olmoe_train.model.hf.pretrained import load_model
+from olmoe_train.model.hf.special_tokens import read_generation_config
+from olmoe_train.utils.errors import UserError
+
+RUN_CONFIG, RUN_TOKENIZER = "config.yaml", "tokenizer"
+
+
+@dataclass(frozen=True)
+class StoredModel:
+    """A stored model whose file headers have been read. Weights are read one parameter at a time."""
+
+    name: str
+    """What to call the model in messages."""
+    config: OlmoeConfig
+    """The architecture; `dtype` is that of the stored weights."""
+    read: Callable[[str], Tensor]
+    """Returns one whole parameter by its in-memory name, on the CPU, in its stored dtype."""
+    tokenizer: Path
+    """Directory of the tokenizer files. It may have none."""
+    generation: dict[str, Any] | None = None
+    """Content of generation_config.json. None: the model has no such file."""
+    checkpoint: Path | None = None
+    """The training checkpoint that the weights are in. None: the model is not from a run directory."""
+
+
+def open_stored_model(source: str | Path, step: str = "latest", trust_pickle: bool = False) -> StoredModel:
+    """Open the model that `source=` names.
+
+    Args:
+        source: A Hugging Face directory, an OLMo checkpoint, or a run directory.
+        step: Which checkpoint of a run directory: a step number, or "latest". All its files are verified.
+        trust_pickle: Accept weights in a pickle, through torch.load(weights_only=True).
+
+    Raises:
+        UserError: `source` is not such a directory, has no complete checkpoint of this step, is damaged, or
+            has its weights in a pickle and `trust_pickle` is false.
+    """
+    directory = Path(source).expanduser()
+    is_hf = (directory / "config.json").is_file()
+    if (is_hf or is_olmo_directory(directory)) and step != "latest":
+        raise UserError(f"step={step}: source={directory} is not a run directory and has no steps; omit step")
+    if is_hf:
+        config, read = open_pretrained(OlmoeForCausalLM, directory, trust_pickle)
+        return StoredModel(str(directory), config, read, directory, read_generation_config(directory))
+    if is_olmo_directory(directory):
+        config, read = open_olmo(directory, trust_pickle)
+        return StoredModel(str(directory), config, read, directory)
+    config = run_config(directory)
+    config.dtype = torch.float32  # training stores fp32 master weights, whatever trainer.precision is
+    checkpoint = run_checkpoint(directory, step)
+    read = open_model_tensors(checkpoint)
+    name = f"{checkpoint.name} of {directory}"
+    return StoredModel(name, config, read, directory / RUN_TOKENIZER, checkpoint=checkpoint)
+
+
+def load_stored_model(
+    source: str, device: torch.device, trust_pickle: bool = False
+) -> tuple[OlmoeForCausalLM, Path]:
+    """Load the model that `source=` names onto a device.
+
+    Args:
+        source: As for `open_stored_model`; the newest checkpoint of a run directory is taken.
+        device: Where the parameters go.
+        trust_pickle: As for `open_stored_model`.
+
+    Returns:
+        The model in eval mode, in the dtype it is stored in; and the directory of its tokenizer files.
+
+    Raises:
+        UserError: As `open_stored_model`.
+    """
+    stored = open_stored_model(source, trust_pickle=trust_pickle)
+    model = load_model(OlmoeForCausalLM, stored.config, stored.read, device)
+    model.generation_config = stored.generation
+    return model, stored.tokenizer
+
+
+def load_into(model: OlmoeForCausalLM, source: str | Path, trust_pickle: bool = False) -> None:
+    """Copy the weights of a stored model into a model, in place.
+
+    Every rank reads for itself, without communication, and holds one whole parameter in memory at a time.
+
+    Args:
+        model: Its parameters may be whole or sharded (DTensor). Values are cast to each parameter's dtype.
+        source: As for `open_stored_model`; the newest checkpoint of a run directory is taken.
+        trust_pickle: As for `open_stored_model`.
+
+    Raises:
+        UserError: As `open_stored_model`, or the architectures differ; the message names every such field.
+    """
+    stored = open_stored_model(source, trust_pickle=trust_pickle)
+    check_same_architecture(model.config, stored.config, stored.name)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            assign(parameter, stored.read(name).to(parameter.dtype))
+
+
+def tokenizer_directory(source: str | Path) -> Path:
+    """The directory of the tokenizer files of the model that `source=` names; it may have none.
+
+    Raises:
+        UserError: There is no model.
+    """
+    directory = Path(source).expanduser()
+    if (directory / "config.json").is_file() or is_olmo_directory(directory):
+        return directory
+    run_config(directory)
+    run_checkpoint(directory)
+    return directory / RUN_TOKENIZER
+
+
+def run_config(run_dir: Path) -> OlmoeConfig:
+    """The architecture of a run, read from its config.yaml.
+
+    Raises:
+        UserError: There is no such file, or it is not the configuration of a run.
+    """
+    path = run_dir / RUN_CONFIG
+    if not path.is_file():
+        raise UserError(
+            f"source={run_dir}: neither an HF directory (config.json) nor a run directory or OLMo checkpoint "
+            f"({RUN_CONFIG})"
+        )
+    try:
+        values = OmegaConf.to_container(OmegaConf.load(path))
+        assert isinstance(values, dict)
+        return olmoe_config(ModelConfig(**values["model"]))
+    except UserError:
+        raise
+    except Exception as error:  # YAML and OmegaConf raise a dozen exception types
+        raise UserError(f"{path}: not the configuration of a run: {error}") from error
+
+
+def run_checkpoint(run_dir: Path, step: str = "latest") -> Path:
+    """The complete checkpoint of a run at a step.
+
+    Args:
+        run_dir: The run directory.
+        step: A step number, or "latest".
+
+    Raises:
+        UserError: There is no complete checkpoint of this step; the message lists the steps that have one.
+    """
+    if step == "latest":
+        newest = latest_checkpoint(run_dir)
+        if newest is None:
+            raise UserError(f"source={run_dir}: no complete checkpoint in {run_dir / 'checkpoints'} yet")
+        return newest
+    if not step.isdecimal():
+        raise UserError(f"step={step}: give a number, or latest")
+    path = checkpoint_path(run_dir, int(step))
+    if not is_complete(path):
+        steps = ", ".join(str(step_of(path)) for path in complete_checkpoints(run_dir))
+        raise UserError(
+            f"step={step}: {path} is not a complete checkpoint; complete steps: {steps or 'none'}"
+        )
+    return path
