@@ -27,11 +27,12 @@ from olmoe_train.config.model import ModelConfig, olmoe_config
 from olmoe_train.config.train import ParallelConfig, TrainConfig, TrainerConfig
 from olmoe_train.distributed.mesh import build_mesh, init_distributed, local_tensor
 from olmoe_train.optim.build import build_optimizer
-from olmoe_train.planning.memory import Layout, MicroBatch, RankMemory, rank_memory
+from olmoe_train.planning.layout import ParallelLayout
+from olmoe_train.planning.memory import MicroBatch, RankMemory, rank_memory
 from olmoe_train.training.batch import count_tokens
 from olmoe_train.training.build import build_model
 from olmoe_train.training.objectives.next_token import step_losses
-from tests.support.ranks import run_ranks
+from tests.spawn import run_ranks
 
 MIB = 2**20
 
@@ -145,7 +146,7 @@ def example(
 def predict(cfg: TrainConfig, gpus: int) -> RankMemory:
     """What `olmoe plan` says of the same configuration, routed evenly."""
     parallel, trainer = cfg.parallel, cfg.trainer
-    layout = Layout(
+    layout = ParallelLayout(
         parallel.strategy,
         gpus,
         parallel.expert_parallel_size,

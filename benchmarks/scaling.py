@@ -8,7 +8,8 @@ Prints the tables of "Scaling on paper" in benchmarks/RESULTS.md. Nothing is mea
 from olmoe_train.config.choices import ActivationCheckpointing, Precision, Strategy
 from olmoe_train.model import OlmoeConfig
 from olmoe_train.planning.flops import train_flops_per_token
-from olmoe_train.planning.memory import FP32, Layout, MicroBatch, count_units, rank_memory
+from olmoe_train.planning.layout import ParallelLayout, count_units
+from olmoe_train.planning.memory import FP32, MicroBatch, rank_memory
 from olmoe_train.planning.traffic import Links, StepTraffic, step_traffic
 
 CONFIG = OlmoeConfig(intermediate_size=1024)  # the other defaults are the released model's
@@ -18,14 +19,16 @@ PEAK, MFU = 989.5e12, 0.36  # H100 SXM; 45,000 tokens/s a GPU, were there no com
 GB, GIB = 1e9, 2**30
 
 
-def layouts(gpus: int) -> dict[str, Layout]:
+def layouts(gpus: int) -> dict[str, ParallelLayout]:
     """By name; on one node HSDP is FSDP."""
     nodes = gpus // Links().gpus_per_node
     found = {
-        "FSDP": Layout(Strategy.fsdp, gpus),
-        "FSDP, EP 8": Layout(Strategy.fsdp, gpus, expert_parallel_size=8),
-        f"HSDP {nodes} x 8": Layout(Strategy.fsdp, gpus, replicate_size=nodes),
-        f"HSDP {nodes} x 8, EP 8": Layout(Strategy.fsdp, gpus, expert_parallel_size=8, replicate_size=nodes),
+        "FSDP": ParallelLayout(Strategy.fsdp, gpus),
+        "FSDP, EP 8": ParallelLayout(Strategy.fsdp, gpus, expert_parallel_size=8),
+        f"HSDP {nodes} x 8": ParallelLayout(Strategy.fsdp, gpus, replicate_size=nodes),
+        f"HSDP {nodes} x 8, EP 8": ParallelLayout(
+            Strategy.fsdp, gpus, expert_parallel_size=8, replicate_size=nodes
+        ),
     }
     return dict(list(found.items())[: 4 if nodes > 1 else 2])
 
@@ -41,11 +44,11 @@ def micro_batches(gpus: int) -> int:
     return GLOBAL_BATCH // (BATCH.sequences * gpus)
 
 
-def traffic(layout: Layout) -> StepTraffic:
+def traffic(layout: ParallelLayout) -> StepTraffic:
     return step_traffic(CONFIG, layout, BATCH, micro_batches(layout.gpus), Links())
 
 
-def hidden_from(layout: Layout) -> float:
+def hidden_from(layout: ParallelLayout) -> float:
     """Tokens that a rank's micro-batch needs for its computation to last as long as its weights and gradients
     travel."""
     step, computed = traffic(layout), compute_seconds(layout.gpus)

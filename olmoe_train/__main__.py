@@ -5,10 +5,10 @@ from importlib import import_module
 
 VERBS = {
     "prepare": "turn a corpus into tokens on disk",
-    "plan": "memory, layouts and days of a training run, on paper",
+    "plan": "memory, traffic, layouts and duration of a training run, without running it",
     "train": "pretrain or fine-tune",
     "evaluate": "validation loss and perplexity",
-    "upcycle": "make an OLMoE of a dense model",
+    "upcycle": "make an OLMoE from a dense model",
     "export": "write a run's checkpoint as a Hugging Face directory",
     "generate": "continue a prompt",
 }
@@ -24,7 +24,7 @@ def main() -> int:
         print(f"error: no verb {verb!r}; there are {', '.join(VERBS)}", file=sys.stderr)
         return 2
     del sys.argv[1]
-    # Only the verb that runs is imported: train imports much that generate does without.
+    # Only the verb that runs is imported, because train imports much that generate does not need.
     module = "olmoe_train.train" if verb == "train" else f"olmoe_train.cli.{verb}"
     return import_module(module).run()
 

@@ -1,8 +1,11 @@
-"""How much arithmetic a training step is, and how much the device could do: the two halves of `perf/mfu`.
+"""FLOPs of a training step, and peak FLOP/s of a device: the two quantities of `perf/mfu`.
 
-Model FLOPs utilisation (PaLM, arXiv 2204.02311, appendix B) divides the floating-point operations that the
-model itself needs by what the hardware could have done in the same time. Recomputation (activation
-checkpointing, the chunked head) is the trainer's choice and not the model's need, so it is never counted.
+Model FLOPs utilization (PaLM, arXiv 2204.02311, appendix B) divides the floating-point operations that the
+model needs by those that the hardware could have done in the same time. Recomputation (activation
+checkpointing, the chunked head) is a choice of the trainer and not a need of the model. It is never counted.
+
+Shapes: D hidden size, F expert width, E experts, K top-k, L layers, S sequence, V vocabulary, H width of all
+query heads, G width of all key heads.
 """
 
 from dataclasses import dataclass
@@ -14,7 +17,7 @@ from olmoe_train.model.configuration import OlmoeConfig
 
 @dataclass(frozen=True)
 class FlopsPerToken:
-    """Floating-point operations of one token's forward and backward pass; a multiply-add is two."""
+    """Floating-point operations of forward and backward per token. A multiply-add counts as two."""
 
     experts: float
     attention_projections: float
@@ -24,33 +27,38 @@ class FlopsPerToken:
 
     @property
     def total(self) -> float:
+        """Sum of all parts."""
         return self.experts + self.attention_projections + self.head + self.router + self.causal_attention
 
 
 def train_flops_per_token(config: OlmoeConfig, sequence_length: int) -> FlopsPerToken:
-    """Exact matmul FLOPs of one token's forward and backward pass in a sequence of `sequence_length` tokens.
+    """Exact FLOPs of all matmuls in forward and backward, per token.
 
-    A matmul of x (1, n) with W (n, m) is n*m multiply-adds: 2*n*m FLOPs forward, and backward as much again
-    for each of x's and W's gradient. So a weight costs 6 FLOPs for each token that meets it:
+    A matmul of x [1, n] with W [n, m] has n*m multiply-adds: 2*n*m FLOPs in forward, and the same in backward
+    for each of the gradients of x and W. So a weight costs 6 FLOPs per token that it is applied to:
 
-    - experts                6 * L * K * 3*D*F: gate, up and down of the K experts chosen
-    - attention projections  6 * L * (2*D*H + 2*D*G): q and o of width H = heads * head_dim, k and v of width
-                             G = kv_heads * head_dim
-    - head                   6 * D*V, tied or not; the embedding is a look-up and costs nothing
+    - experts                6 * L * K * 3*D*F: gate, up and down of the K chosen experts
+    - attention projections  6 * L * (2*D*H + 2*D*G): q and o, k and v
+    - head                   6 * D*V, tied or not. The embedding is a look-up and costs nothing.
     - router                 6 * L * D*E
-    - causal attention       token i (from 1) meets i keys, (S + 1) / 2 on average. Scores and weighted values
-                             are two matmuls of H multiply-adds a key, each with two operands that need
-                             gradients: 3 * 2 * 2 * L * H * (S + 1) / 2 = 6 * L * H * (S + 1)
+    - causal attention       token i (from 1) attends to i keys, (S + 1) / 2 on average. Scores and weighted
+                             values are two matmuls of H multiply-adds per key, each with two operands that
+                             need gradients: 3 * 2 * 2 * L * H * (S + 1) / 2 = 6 * L * H * (S + 1)
 
-    With data.mask_documents a token meets its own document's keys alone, and the last part is an upper bound,
-    as is perf/mfu then.
+    With data.mask_documents a token attends only to keys of its own document. The last part, and with it
+    perf/mfu, is then an upper bound.
 
-    Norms, activations, RoPE, softmax, the weighted sum of expert outputs and the optimizer are left out:
-    memory bounds them, not arithmetic. OLMoE-1B-7B at 4096 tokens, in GFLOP: experts 4.832, attention
-    projections 1.611, head 0.618, router 0.013, causal attention 0.806; 7.879 in all.
+    Norms, activations, RoPE, softmax, the weighted sum of expert outputs and the optimizer are left out,
+    because they are limited by memory bandwidth, not by arithmetic. OLMoE-1B-7B with 4096 tokens, in GFLOP:
+    experts 4.832, attention projections 1.611, head 0.618, router 0.013, causal attention 0.806; in all
+    7.879.
+
+    Args:
+        config: Architecture of the model.
+        sequence_length: Tokens per sequence (S).
     """
     layers, hidden = config.num_hidden_layers, config.hidden_size
-    query_width, key_value_width = _attention_widths(config)
+    query_width, key_value_width = config.query_width, config.key_value_width
     projections = 2 * hidden * query_width + 2 * hidden * key_value_width
     return FlopsPerToken(
         experts=6 * layers * config.num_experts_per_tok * 3 * hidden * config.intermediate_size,
@@ -63,15 +71,17 @@ def train_flops_per_token(config: OlmoeConfig, sequence_length: int) -> FlopsPer
 
 @dataclass(frozen=True)
 class ParameterCounts:
+    """Numbers of parameters of a model."""
+
     total: int
     active: int
-    """Parameters that act on a token: all but those of the experts it is not sent to."""
+    """Parameters that act on a token: all except those of the experts that the token is not sent to."""
 
 
 def parameter_counts(config: OlmoeConfig) -> ParameterCounts:
-    """Parameters in all and acting on one token. OLMoE-1B-7B: 6,919,161,856 and 1,282,017,280."""
+    """Count parameters from the configuration. OLMoE-1B-7B: 6,919,161,856 in all, 1,282,017,280 active."""
     hidden = config.hidden_size
-    query_width, key_value_width = _attention_widths(config)
+    query_width, key_value_width = config.query_width, config.key_value_width
     expert = 3 * hidden * config.intermediate_size
     attention = 2 * hidden * query_width + 2 * hidden * key_value_width
     if config.attention_bias:
@@ -84,15 +94,10 @@ def parameter_counts(config: OlmoeConfig) -> ParameterCounts:
     return ParameterCounts(total, total - config.num_hidden_layers * unused_experts * expert)
 
 
-def _attention_widths(config: OlmoeConfig) -> tuple[int, int]:
-    """Widths of the query (and output) and of the key (and value) projections."""
-    return config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
-
-
-# Dense peak of one device in TFLOP/s, by a part of the name that the driver reports: (part, bf16 on tensor
-# cores, fp32 on vector units, since torch leaves TF32 off). From the vendors' data sheets; figures that they
-# give "with sparsity" are halved. The first part found in the name counts, so the special comes before the
-# general.
+# Dense peak of one device in TFLOP/s, by a part of the name that the driver reports: (part of the name, bf16
+# on tensor cores, fp32 on vector units, because torch leaves TF32 off). Source: the vendors' data sheets;
+# figures that they give "with sparsity" are halved. The first entry that matches counts, so specific names
+# come before general ones.
 _PEAK_TFLOPS = (
     ("GB200", 2500.0, 80.0),
     ("B200", 2250.0, 75.0),  # HGX
@@ -109,11 +114,17 @@ _PEAK_TFLOPS = (
 
 
 def peak_flops(device_name: str, dtype: torch.dtype) -> float | None:
-    """FLOP/s that one device reaches at best in matmuls of `dtype`, or None where that is not known.
+    """Peak FLOP/s of one device in matmuls.
 
-    None for a CPU: its data sheet has no such number (it follows from instruction set, clock under load and
-    the share of cores that the container was given), so `perf/mfu` is null there and not a guess. None too
-    for a GPU that is not in the table above, and for a dtype other than bfloat16 and float32.
+    Args:
+        device_name: Name of the device, as the driver reports it.
+        dtype: Data type of the matmuls.
+
+    Returns:
+        FLOP/s. None: unknown, so that `perf/mfu` is null and not a guess. This is the case for GPUs that are
+        not in the table above, for other dtypes than bfloat16 and float32, and for CPUs, whose data sheets
+        have no such number: it depends on the instruction set, the clock under load and the cores that the
+        container may use.
     """
     for part, bf16, fp32 in _PEAK_TFLOPS:
         if part in device_name:

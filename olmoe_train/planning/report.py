@@ -1,8 +1,8 @@
-"""What a training run would need: memory of a rank and which layouts fit, speed and days, without allocating
-anything. Takes every key of `olmoe train` (experiment=olmoe_1b_7b_0924, ...) and those of the cluster: gpus,
-gpu_memory_gib, mfu. No data and no GPU are needed.
+"""What `olmoe plan` prints: the speed and duration of a run, the memory and traffic of one rank, and which
+layouts of the GPUs fit.
 
-The arithmetic is in memory.py (bytes) and flops.py; benchmarks/plan_memory.py holds it against real runs.
+The arithmetic is in memory.py and memory_deepspeed.py (bytes held), traffic.py (bytes sent) and flops.py.
+benchmarks/plan_memory.py compares the memory with real runs.
 """
 
 from collections.abc import Callable
@@ -16,40 +16,47 @@ from olmoe_train.config.train import ParallelConfig, TrainConfig
 from olmoe_train.config.verbs import PlanConfig
 from olmoe_train.planning.duration import tokens_per_step, total_steps
 from olmoe_train.planning.flops import FlopsPerToken, parameter_counts, peak_flops, train_flops_per_token
-from olmoe_train.planning.memory import Layout, MicroBatch, RankMemory, rank_memory
-from olmoe_train.planning.memory_deepspeed import host_memory, saved_memory, zero_memory
+from olmoe_train.planning.layout import ParallelLayout
+from olmoe_train.planning.memory import MicroBatch, RankMemory, rank_memory
+from olmoe_train.planning.memory_deepspeed import deepspeed_memory, host_memory, save_memory
+from olmoe_train.planning.traffic import Links, StepTraffic, step_traffic
 
 MIB, GIB = 2**20, 2**30
+MB, GB = 10**6, 10**9
 LOAD_FACTORS = (1.0, 2.0, 4.0)
-SECONDS_A_DAY = 86_400
+SECONDS_PER_DAY = 86_400
 
 
 @dataclass(frozen=True)
 class Speed:
-    """How long the run takes at the given model FLOPs utilisation."""
+    """Speed and duration of a run at the given model FLOPs utilization."""
 
     flops_per_token: FlopsPerToken
-    """Forward and backward."""
+    """FLOPs of forward and backward."""
     peak_flops: float
-    """FLOP/s of one GPU."""
+    """Peak FLOP/s of one GPU."""
     tokens_per_step: int
+    """Tokens per optimizer step over all GPUs."""
     micro_batches: int
-    """On each rank, a step."""
+    """Micro-batches per step and rank."""
     steps: int
+    """Optimizer steps of the run."""
     tokens_per_second: float
-    """Of all GPUs."""
+    """Tokens per second over all GPUs."""
 
     @property
     def seconds_per_step(self) -> float:
+        """Duration of one step in seconds."""
         return self.tokens_per_step / self.tokens_per_second
 
     @property
     def days(self) -> float:
-        return self.steps * self.seconds_per_step / SECONDS_A_DAY
+        """Duration of the run in days."""
+        return self.steps * self.seconds_per_step / SECONDS_PER_DAY
 
 
 def plan_speed(cfg: PlanConfig) -> Speed:
-    """tokens/s = gpus x peak x MFU / FLOPs a token; days = steps x tokens a step / (tokens/s) / 86,400."""
+    """The speed of a run: tokens/s = gpus x peak x MFU / FLOPs per token."""
     flops = train_flops_per_token(olmoe_config(cfg.model), cfg.data.sequence_length)
     peak = gpu_peak_flops(cfg)
     return Speed(
@@ -63,6 +70,7 @@ def plan_speed(cfg: PlanConfig) -> Speed:
 
 
 def gpu_peak_flops(cfg: PlanConfig) -> float:
+    """Peak FLOP/s of one GPU: gpu_tflops, or that of an H100 in trainer.precision."""
     if cfg.gpu_tflops is not None:
         return cfg.gpu_tflops * 1e12
     dtype = torch.bfloat16 if cfg.trainer.precision is Precision.bf16 else torch.float32
@@ -71,9 +79,10 @@ def gpu_peak_flops(cfg: PlanConfig) -> float:
     return peak
 
 
-def plan_layout(cfg: PlanConfig) -> Layout:
+def plan_layout(cfg: PlanConfig) -> ParallelLayout:
+    """The layout of the configuration's section `parallel`."""
     parallel = cfg.parallel
-    return Layout(
+    return ParallelLayout(
         parallel.strategy,
         cfg.gpus,
         parallel.expert_parallel_size,
@@ -86,6 +95,7 @@ def plan_layout(cfg: PlanConfig) -> Layout:
 
 
 def plan_micro_batch(cfg: TrainConfig) -> MicroBatch:
+    """The micro-batch of the configuration's sections `trainer` and `data`."""
     trainer = cfg.trainer
     return MicroBatch(
         trainer.micro_batch_size,
@@ -95,34 +105,41 @@ def plan_micro_batch(cfg: TrainConfig) -> MicroBatch:
     )
 
 
-def plan_memory(cfg: PlanConfig, layout: Layout, batch: MicroBatch) -> list[RankMemory]:
-    """The rank's memory at each load factor; a single one where rows stay at home (EP 1)."""
+def plan_memory(cfg: PlanConfig, layout: ParallelLayout, batch: MicroBatch) -> list[RankMemory]:
+    """The memory of one rank at each load factor; only at load factor 1 without expert parallelism."""
     config = olmoe_config(cfg.model)
     factors = LOAD_FACTORS if layout.expert_parallel_size > 1 else LOAD_FACTORS[:1]
-    memory = zero_memory if layout.strategy is Strategy.deepspeed else rank_memory
+    memory = deepspeed_memory if layout.strategy is Strategy.deepspeed else rank_memory
     return [memory(config, layout, replace(batch, load_factor=factor)) for factor in factors]
 
 
 IsValid = Callable[[PlanConfig], bool]
-"""Whether `olmoe train` would accept a configuration on plan.gpus ranks."""
+"""Whether `olmoe train` would accept a configuration on cfg.gpus ranks."""
 
 
-def possible_layouts(cfg: PlanConfig, is_valid: IsValid) -> list[Layout]:
-    """Layouts of these GPUs that `olmoe train` takes, by EP size: fsdp by number of copies, ddp, and
-    deepspeed by stage and, with ZeRO-3, what is offloaded."""
+def possible_layouts(cfg: PlanConfig, is_valid: IsValid) -> list[ParallelLayout]:
+    """The layouts of the GPUs that `olmoe train` accepts.
+
+    Every strategy is tried with every expert-parallel size: fsdp with every number of copies, ddp, and
+    deepspeed with every stage from 1, and with offloading for ZeRO-3.
+    """
     divisors = [n for n in range(1, cfg.gpus + 1) if cfg.gpus % n == 0]
     sizes = [n for n in divisors if cfg.model.num_experts % n == 0]
-    candidates = [Layout(Strategy.fsdp, cfg.gpus, size, copies) for copies in divisors for size in sizes]
-    candidates += [Layout(Strategy.ddp, cfg.gpus, size) for size in sizes]
+    candidates = [
+        ParallelLayout(Strategy.fsdp, cfg.gpus, size, copies) for copies in divisors for size in sizes
+    ]
+    candidates += [ParallelLayout(Strategy.ddp, cfg.gpus, size) for size in sizes]
     kinds = [(stage, Offload.none) for stage in (1, 2, 3)] + [(3, Offload.optimizer), (3, Offload.parameters)]
-    candidates += [Layout(Strategy.deepspeed, cfg.gpus, size, 1, *kind) for kind in kinds for size in sizes]
+    candidates += [
+        ParallelLayout(Strategy.deepspeed, cfg.gpus, size, 1, *kind) for kind in kinds for size in sizes
+    ]
     gathering = {name: getattr(cfg.parallel, name) for name in ("reshard_after_forward", "prefetch")}
-    return [replace(layout, **gathering) for layout in candidates if _works(cfg, layout, is_valid)]
+    return [replace(layout, **gathering) for layout in candidates if _is_accepted(cfg, layout, is_valid)]
 
 
-def _works(
+def _is_accepted(
     cfg: PlanConfig,
-    layout: Layout,
+    layout: ParallelLayout,
     is_valid: IsValid,
     mode: ActivationCheckpointing = ActivationCheckpointing.none,
 ) -> bool:
@@ -137,8 +154,9 @@ def _works(
     return is_valid(replace(cfg, parallel=parallel, trainer=trainer))
 
 
-def largest_micro_batch(cfg: PlanConfig, layout: Layout, batch: MicroBatch) -> int:
-    """Most sequences, doubling from 1, that fit and divide the batch; 0: not one. At load factor 1."""
+def largest_micro_batch(cfg: PlanConfig, layout: ParallelLayout, batch: MicroBatch) -> int:
+    """The most sequences per micro-batch that fit at load factor 1, a power of two that divides the batch; 0:
+    a single sequence does not fit."""
     most, sequences = 0, 1
     while cfg.trainer.global_batch_size % (sequences * cfg.gpus) == 0:
         if not fits(cfg, plan_memory(cfg, layout, replace(batch, sequences=sequences))[0]):
@@ -148,31 +166,32 @@ def largest_micro_batch(cfg: PlanConfig, layout: Layout, batch: MicroBatch) -> i
 
 
 def fits(cfg: PlanConfig, memory: RankMemory) -> bool:
+    """Whether the memory fits in a GPU, less the reserve."""
     return memory.total <= (cfg.gpu_memory_gib - cfg.reserve_gib) * GIB
 
 
 def run_lines(cfg: PlanConfig) -> list[str]:
-    """Model, step, and time."""
+    """Lines with model, step, speed and duration."""
     counts, speed, trainer = parameter_counts(olmoe_config(cfg.model)), plan_speed(cfg), cfg.trainer
     flops = speed.flops_per_token
     parts = ", ".join(f"{i.name.replace('_', ' ')} {getattr(flops, i.name) / 1e9:.4g}" for i in fields(flops))
-    length, tokens, a_second = cfg.data.sequence_length, speed.tokens_per_step, speed.tokens_per_second
+    length, tokens, rate = cfg.data.sequence_length, speed.tokens_per_step, speed.tokens_per_second
     time = f"{speed.days:,.1f} days" if speed.days >= 1 else f"{24 * speed.days:.2f} hours"
     rows = {
-        "parameters": f"{counts.total:,}; {counts.active:,} act on a token",
-        "a token": f"{flops.total / 1e9:.4g} GFLOP forward and backward: {parts}",
-        "a step": f"{trainer.global_batch_size:,} sequences x {length:,} = {tokens:,} tokens: on each of "
-        f"{cfg.gpus:,} GPUs {speed.micro_batches:,} x {trainer.micro_batch_size} sequences",
-        "speed": f"{a_second:,.0f} tokens/s ({a_second / cfg.gpus:,.0f} a GPU), "
-        f"{speed.seconds_per_step:.2f} s a step, at mfu {cfg.mfu:.1%} of "
-        f"{speed.peak_flops / 1e12:,.1f} TFLOP/s a GPU",
-        "the run": f"{speed.steps:,} steps, {speed.steps * tokens:,} tokens: {time}",
+        "parameters": f"{counts.total:,}; {counts.active:,} active per token",
+        "per token": f"{flops.total / 1e9:.4g} GFLOP in forward and backward: {parts}",
+        "per step": f"{trainer.global_batch_size:,} sequences x {length:,} = {tokens:,} tokens; GPUs x "
+        f"micro-batches x sequences: {cfg.gpus:,} x {speed.micro_batches:,} x {trainer.micro_batch_size}",
+        "speed": f"{rate:,.0f} tokens/s ({rate / cfg.gpus:,.0f} per GPU), "
+        f"{speed.seconds_per_step:.2f} s per step, at mfu {cfg.mfu:.1%} of "
+        f"{speed.peak_flops / 1e12:,.1f} TFLOP/s per GPU",
+        "run": f"{speed.steps:,} steps, {speed.steps * tokens:,} tokens: {time}",
     }
     return [f"{name:<12}{text}" for name, text in rows.items()]
 
 
 def memory_lines(cfg: PlanConfig) -> list[str]:
-    """The chosen layout, part by part."""
+    """Lines with the memory of the configured layout, part by part."""
     layout, batch = plan_layout(cfg), plan_micro_batch(cfg)
     memories = plan_memory(cfg, layout, batch)
     name, unit = _unit(memories[0])
@@ -180,7 +199,7 @@ def memory_lines(cfg: PlanConfig) -> list[str]:
     tokens = f"micro-batch {batch.sequences} x {batch.sequence_length:,}"
     lines = [f"{title}, {tokens}, activation checkpointing {batch.checkpointing.value}"]
     if len(memories) > 1:
-        lines.append("load: rows that the rank's experts receive, as a multiple of the mean over ranks")
+        lines.append("load: rows that the experts of the rank receive, as a multiple of the mean over ranks")
         lines.append(f"  {'':<16}" + "".join(f"{f'load {factor:.0f}x':>10}" for factor in LOAD_FACTORS))
     for part in [item.name for item in fields(RankMemory)] + ["total"]:
         values = "".join(f"{getattr(memory, part) / unit:10.2f}" for memory in memories)
@@ -188,29 +207,64 @@ def memory_lines(cfg: PlanConfig) -> list[str]:
     fitting = "".join(f"{'yes' if fits(cfg, memory) else 'no':>10}" for memory in memories)
     lines.append(f"  {'fits ' + _room(cfg):<16}{fitting}")
     if host := host_memory(olmoe_config(cfg.model), layout, batch):
-        lines.append(f"  offloaded to the CPU: {host / unit:.2f} {name} a GPU")
+        lines.append(f"  offloaded to the CPU: {host / unit:.2f} {name} per GPU")
     if cfg.checkpoint.async_save and layout.strategy is not Strategy.deepspeed:
         copied = memories[0].parameters + memories[0].optimizer
-        lines.append(f"  copied to the CPU for checkpoint.async_save: {copied / unit:.2f} {name} a GPU")
+        lines.append(f"  copied to the CPU for checkpoint.async_save: {copied / unit:.2f} {name} per GPU")
     if layout.strategy is Strategy.deepspeed:
-        copied = saved_memory(olmoe_config(cfg.model), layout)
-        lines.append(f"  copied to the CPU for every save: {copied / unit:.2f} {name} a GPU")
+        copied = save_memory(olmoe_config(cfg.model), layout)
+        lines.append(f"  copied to the CPU for every save: {copied / unit:.2f} {name} per GPU")
     most = [
         f"{mode.value} {largest_micro_batch(cfg, layout, replace(batch, checkpointing=mode))}"
         for mode in ActivationCheckpointing
     ]
-    lines.append(f"  most sequences a micro-batch that fit, by activation checkpointing: {', '.join(most)}")
+    lines.append(f"  most sequences per micro-batch, by activation checkpointing: {', '.join(most)}")
+    return lines
+
+
+def traffic_lines(cfg: PlanConfig) -> list[str]:
+    """Lines with the traffic of the configured layout per step and rank, by collective and link."""
+    layout, links = plan_layout(cfg), Links()
+    if layout.strategy is Strategy.deepspeed:
+        return ["traffic between GPUs: not estimated for parallel.strategy=deepspeed"]
+    if cfg.gpus == 1:
+        return ["traffic between GPUs: none, with one GPU"]
+    speed = plan_speed(cfg)
+    step = step_traffic(olmoe_config(cfg.model), layout, plan_micro_batch(cfg), speed.micro_batches, links)
+    rows = {item.name.replace("_", "-"): getattr(step, item.name) for item in fields(StepTraffic)}
+    largest = max(traffic.bytes_sent for traffic in rows.values())
+    name, unit = ("GB", GB) if largest >= GB else ("MB", MB)
+    lines = [
+        f"traffic of one GPU per step in {name}: {describe(layout)}, {links.gpus_per_node} per node",
+        "sent: to other GPUs; NVLink: over the GPU's link inside its node; network: over its network card",
+        "(a node receives weights once and passes them on to its GPUs: both may carry the same bytes)",
+        f"  {'':<16}{'sent':>10}{'NVLink':>10}{'network':>10}{'seconds >=':>12}",
+    ]
+    for kind, traffic in rows.items():
+        sizes = (traffic.bytes_sent, traffic.node_bytes, traffic.network_bytes)
+        lines.append(
+            f"  {kind:<16}{''.join(f'{size / unit:10.2f}' for size in sizes)}{traffic.seconds:12.3g}"
+        )
+    bandwidths = f"{links.nvlink / GB:g} GB/s (NVLink) and {links.network / GB:g} GB/s (network)"
+    lines.append(f"  links, per GPU and direction: {bandwidths}, those of a DGX H100")
+    lines.append(
+        f"  a step takes {speed.seconds_per_step:.3g} s at mfu {cfg.mfu:.1%}; the links need at least"
+    )
+    lines.append(
+        f"  {step.weights_seconds:.3g} s for weights and gradients, overlapping with computation, and"
+    )
+    lines.append(f"  {step.all_to_all.seconds:.3g} s for the all-to-all, during which computation waits")
     return lines
 
 
 def layout_lines(cfg: PlanConfig, is_valid: IsValid) -> list[str]:
-    """Every layout's total."""
+    """Lines with the total memory of every layout that `olmoe train` accepts."""
     batch = plan_micro_batch(cfg)
     name, unit = _unit(plan_memory(cfg, plan_layout(cfg), batch)[0])
     modes = "".join(f"{mode.value:>17}" for mode in ActivationCheckpointing)
     lines = [
-        f"all layouts of {cfg.gpus:,} GPUs: {name} at load 1x by activation checkpointing; does it fit?",
-        "(to 2x: up to that load; state: parameters, gradients and optimizer)",
+        f"all layouts of {cfg.gpus:,} GPUs: {name} at load 1x by activation checkpointing; whether they fit",
+        "(to 2x: they fit up to this load; state: parameters, gradients and optimizer)",
         f"  {'strategy':<20}{'expert_parallel_size':>21}{'replicate_size':>15}{'state':>9}{modes}",
     ]
     for layout in possible_layouts(cfg, is_valid):
@@ -218,7 +272,7 @@ def layout_lines(cfg: PlanConfig, is_valid: IsValid) -> list[str]:
         for mode in ActivationCheckpointing:
             memories = plan_memory(cfg, layout, replace(batch, checkpointing=mode))
             state = memories[0].state
-            if not _works(cfg, layout, is_valid, mode):
+            if not _is_accepted(cfg, layout, is_valid, mode):
                 cells += f"{'refused':>9}{'':8}"
                 continue
             cells += f"{memories[0].total / unit:9.1f} {_fits_to(cfg, memories):<7}"
@@ -230,13 +284,14 @@ def layout_lines(cfg: PlanConfig, is_valid: IsValid) -> list[str]:
     return lines
 
 
-def describe(layout: Layout) -> str:
+def describe(layout: ParallelLayout) -> str:
+    """A layout in words, for a title."""
     copies = f", {layout.replicate_size} copies" if layout.replicate_size > 1 else ""
     expert_parallel = f"expert parallel {layout.expert_parallel_size}"
     return f"{_strategy(layout)}{copies}, {expert_parallel}, {layout.gpus:,} GPUs"
 
 
-def _strategy(layout: Layout) -> str:
+def _strategy(layout: ParallelLayout) -> str:
     if layout.strategy is not Strategy.deepspeed:
         return layout.strategy.value
     offloaded = "" if layout.offload is Offload.none else f", {layout.offload.value} off"
@@ -244,16 +299,17 @@ def _strategy(layout: Layout) -> str:
 
 
 def _unit(memory: RankMemory) -> tuple[str, int]:
-    """What to print bytes in."""
+    """The unit in which a memory's bytes are printed: its name, and its bytes."""
     return ("GiB", GIB) if memory.total >= GIB else ("MiB", MIB)
 
 
 def _room(cfg: PlanConfig) -> str:
+    """Memory of a GPU less the reserve, in GiB, as text."""
     return f"{cfg.gpu_memory_gib:g} - {cfg.reserve_gib:g}"
 
 
 def _fits_to(cfg: PlanConfig, memories: list[RankMemory]) -> str:
-    """yes, no, or the load factor up to which it fits."""
+    """Whether the memories fit: yes, no, or the load factor up to which they do."""
     fitting = [factor for factor, memory in zip(LOAD_FACTORS, memories, strict=False) if fits(cfg, memory)]
     if len(fitting) == len(memories):
         return "yes"

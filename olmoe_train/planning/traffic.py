@@ -1,116 +1,181 @@
-"""Bytes that a training step sends between ranks, and the least time the links need for them: on paper.
+"""Bytes that a training step sends between ranks, and the least time that the links need for them.
 
-Over n ranks, each sends (n-1)/n of what an all-gather or reduce-scatter holds in all, twice that for an
-all-reduce, and (n-1)/n of its own rows in an all-to-all. Latency, protocol and congestion are left out, so
-times are lower bounds. Shapes as in memory.py.
+With n ranks, an all-gather or reduce-scatter sends (n-1)/n of the gathered size from each rank, an all-reduce
+twice that, and an all-to-all (n-1)/n of the rank's rows. Latency, protocol overhead and congestion are left
+out, so the times are lower bounds. tests/distributed/test_communication.py compares the bytes with the
+collectives of real steps. Shapes as in memory.py.
 """
 
+import math
 from dataclasses import dataclass
 
 from olmoe_train.config.choices import ActivationCheckpointing, Strategy
 from olmoe_train.model import OlmoeConfig
-from olmoe_train.planning.memory import FP32, Layout, MicroBatch, Unit, count_units
+from olmoe_train.planning.layout import ParallelLayout, Unit, count_units
+from olmoe_train.planning.memory import FP32, MicroBatch
 
 
 @dataclass(frozen=True)
 class Links:
-    """Speeds of one GPU in one direction, bytes a second. Default: a DGX H100."""
+    """Bandwidth of one GPU in one direction, in bytes per second. Default: a DGX H100."""
 
     gpus_per_node: int = 8
     nvlink: float = 450e9
-    """18 NVLink 4 links of 25 GB/s a direction, "900 GB/s" in NVIDIA's H100 data sheet, which counts both."""
+    """18 NVLink 4 links of 25 GB/s per direction; the "900 GB/s" in NVIDIA's H100 data sheet counts both."""
     network: float = 50e9
-    """One 400 Gb/s ConnectX-7 a GPU (DGX H100 user guide). A step's all-gather uses all of a node's, an
-    all-to-all each GPU its own; 48 to 49 GB/s arrive (NVIDIA/nccl-tests#267)."""
+    """One 400 Gb/s ConnectX-7 per GPU (DGX H100 user guide). An all-gather uses all network cards of a node,
+    an all-to-all uses each GPU's card for that GPU. 48 to 49 GB/s are reached (NVIDIA/nccl-tests#267)."""
 
 
 @dataclass(frozen=True)
-class Group:
-    """Ranks that take part in a collective: equally many, `on_node`, on each of size / on_node nodes."""
+class RankGroup:
+    """The ranks that take part in a collective, equally many on each node."""
 
     size: int
+    """Number of ranks."""
     on_node: int
+    """Number of these ranks per node, a divisor of `size`."""
 
 
 @dataclass(frozen=True)
 class Traffic:
-    """One kind of collective over one step, on one rank."""
+    """The collectives of one kind in one step, on one rank."""
 
     bytes_sent: int = 0
+    """Bytes that the rank sends to other ranks."""
+    node_bytes: float = 0.0
+    """Bytes over the rank's link inside the node (NVLink)."""
+    network_bytes: float = 0.0
+    """Bytes over the rank's link to other nodes (its network card)."""
     seconds: float = 0.0
+    """Least time."""
 
     def __add__(self, other: "Traffic") -> "Traffic":
-        return Traffic(self.bytes_sent + other.bytes_sent, self.seconds + other.seconds)
+        return Traffic(
+            self.bytes_sent + other.bytes_sent,
+            self.node_bytes + other.node_bytes,
+            self.network_bytes + other.network_bytes,
+            self.seconds + other.seconds,
+        )
 
     def times(self, count: int) -> "Traffic":
-        return Traffic(self.bytes_sent * count, self.seconds * count)
+        """The traffic of `count` repetitions."""
+        return Traffic(
+            self.bytes_sent * count,
+            self.node_bytes * count,
+            self.network_bytes * count,
+            self.seconds * count,
+        )
 
 
 @dataclass(frozen=True)
 class StepTraffic:
+    """The collectives of one step, on one rank."""
+
     all_gather: Traffic
     """Weights, in the computation's precision."""
     reduce_scatter: Traffic
     """Gradients, in fp32."""
     all_reduce: Traffic
-    """Gradient shards over model copies, in fp32, once a step."""
+    """Gradient shards, in fp32, summed over the copies of the model once per step."""
     all_to_all: Traffic
-    """Token rows, there and back, in the computation's precision."""
+    """Rows sent to the experts and back, in the computation's precision."""
 
     @property
     def weights_seconds(self) -> float:
-        """What can run beside computation: FSDP2 fetches weights ahead, and sums gradients behind."""
+        """Least time of weights and gradients. FSDP2 prefetches weights and reduces gradients in the
+        background, so this can overlap with computation."""
         return self.all_gather.seconds + self.reduce_scatter.seconds + self.all_reduce.seconds
 
     def step_seconds(self, compute: float) -> float:
-        """Computation, or weights where they take longer; and the tokens' exchange: a layer waits for it."""
+        """Least time of a step whose computation takes `compute` seconds.
+
+        Weights and gradients overlap with computation. The all-to-all does not, because a layer waits for it.
+        """
         return max(compute, self.weights_seconds) + self.all_to_all.seconds
 
 
-def group(first_stride: int, size: int, links: Links) -> Group:
-    """`size` ranks, each `first_stride` after the one before; nodes hold consecutive ranks."""
-    return Group(size, min(size, max(1, links.gpus_per_node // first_stride)))
+def rank_group(stride: int, size: int, links: Links) -> RankGroup:
+    """The group of `size` ranks, each `stride` after the previous one; nodes hold consecutive ranks.
+
+    If the ranks do not fill the nodes evenly, as many ranks per node are assumed as divide both. The bytes
+    between nodes are then an upper bound.
+    """
+    return RankGroup(size, math.gcd(size, max(1, links.gpus_per_node // stride)))
 
 
-def ring(whole: int, members: Group, links: Links) -> Traffic:
-    """All-gather or reduce-scatter of `whole` bytes (of the gathered side).
+def ring(whole: int, members: RankGroup, links: Links) -> Traffic:
+    """An all-gather or reduce-scatter.
 
-    Each rank takes in whole x (n-1)/n over NVLink. Each of m nodes takes in the others': whole x (m-1)/m,
-    through the network cards of its `on_node` ranks. The slower of the two sets the time.
+    Each rank receives whole (n-1)/n bytes over NVLink. Each of m nodes receives the parts of the other nodes,
+    whole (m-1)/m bytes, over the network cards of its ranks in the group. The slower of the two determines
+    the time.
+
+    Args:
+        whole: Bytes of the gathered tensor.
+        members: The ranks that take part.
+        links: Bandwidths.
     """
     nodes = members.size // members.on_node
     sent = whole * (members.size - 1) // members.size
-    inside = sent / links.nvlink if members.on_node > 1 else 0.0
-    between = whole * (nodes - 1) / nodes / (members.on_node * links.network)
-    return Traffic(sent, max(inside, between))
+    node_bytes = float(sent) if members.on_node > 1 else 0.0
+    network_bytes = whole * (nodes - 1) / nodes / members.on_node
+    return Traffic(
+        sent, node_bytes, network_bytes, max(node_bytes / links.nvlink, network_bytes / links.network)
+    )
 
 
-def exchange(rows: int, members: Group, links: Links) -> Traffic:
-    """All-to-all of `rows` bytes a rank, evenly routed: 1/n stays; what goes to ranks on the node takes
-    NVLink, the rest the rank's own network card, both at once."""
-    inside = rows * (members.on_node - 1) / members.size / links.nvlink
-    between = rows * (members.size - members.on_node) / members.size / links.network
-    return Traffic(rows * (members.size - 1) // members.size, max(inside, between))
+def exchange(rows: int, members: RankGroup, links: Links) -> Traffic:
+    """An all-to-all with even routing.
+
+    Of each rank's rows, 1/n stay. Rows for ranks on the same node take NVLink, and all others the rank's own
+    network card, both at the same time.
+
+    Args:
+        rows: Bytes of one rank's rows.
+        members: The ranks that take part.
+        links: Bandwidths.
+    """
+    node_bytes = rows * (members.on_node - 1) / members.size
+    network_bytes = rows * (members.size - members.on_node) / members.size
+    return Traffic(
+        rows * (members.size - 1) // members.size,
+        node_bytes,
+        network_bytes,
+        max(node_bytes / links.nvlink, network_bytes / links.network),
+    )
 
 
 def step_traffic(
-    config: OlmoeConfig, layout: Layout, batch: MicroBatch, micro_batches: int, links: Links
+    config: OlmoeConfig, layout: ParallelLayout, batch: MicroBatch, micro_batches: int, links: Links
 ) -> StepTraffic:
-    """What one rank sends in a step of `micro_batches`, and the time it takes at least.
+    """What one rank sends in a step, with fsdp or ddp.
 
-    Per micro-batch and layer: weights are gathered twice (forward and backward; the root's once, and without
-    reshard_after_forward the layers', too), b bytes an element; gradients are reduced once, 4 bytes an
-    element; tokens make four all-to-alls of T x K rows of b x D bytes (dispatch and combine, each forward and
-    backward), six with full recomputation. Copies add up gradients once a step: an all-reduce of the rank's
-    shards, which is a reduce-scatter and an all-gather.
-    Ranks lie as (copy, shard, expert parallel), the last one fastest: EP groups are neighbours.
+    Per micro-batch and layer:
+    - Weights are gathered in forward and in backward, b bytes per element. The root is gathered once, and
+      without reshard_after_forward the layers are, too.
+    - Gradients are reduced once, 4 bytes per element.
+    - Rows of b D bytes, T K of them, are exchanged four times (dispatch and combine, each in forward and in
+      backward), with full recomputation six times.
+    Once per step, the gradient shards are summed over the copies of the model.
+
+    Ranks are ordered as (copy, shard, expert parallel), the last index fastest, so an EP group is made of
+    neighbors.
+
+    Args:
+        config: Architecture of the model.
+        layout: How the ranks share the model.
+        batch: What one rank computes at a time.
+        micro_batches: Micro-batches per step and rank.
+        links: Bandwidths.
     """
     units = count_units(config, layout)
     ep, shard = layout.expert_parallel_size, layout.shard_size
-    stride = ep if layout.strategy is Strategy.ddp else shard  # between copies of the same experts
-    dense_copies = group(shard, layout.gpus // shard, links)
-    expert_copies = group(stride, layout.gpus // (ep * layout.expert_shard_size), links)
-    dense_group, expert_group = group(1, shard, links), group(ep, layout.expert_shard_size, links)
+    stride = ep if layout.strategy is Strategy.ddp else shard  # between ranks with copies of the same experts
+    dense_copies = rank_group(shard, layout.gpus // shard, links)
+    expert_copies = rank_group(stride, layout.gpus // (ep * layout.expert_shard_size), links)
+    dense_group = rank_group(1, shard, links)
+    expert_group = rank_group(ep, layout.expert_shard_size, links)
 
     def over_layers(root: int, dense: int, experts: int) -> Traffic:
         layers = ring(dense, dense_group, links) + ring(experts, expert_group, links)
@@ -131,10 +196,10 @@ def step_traffic(
     copies += ring(FP32 * units.layers * units.experts.sharded, expert_copies, links)
     rows = batch.tokens * config.num_experts_per_tok * config.hidden_size * b
     exchanges = 6 if batch.checkpointing is ActivationCheckpointing.full else 4
-    tokens = exchange(rows, group(1, ep, links), links).times(exchanges * units.layers)
+    tokens = exchange(rows, rank_group(1, ep, links), links).times(exchanges * units.layers)
     return StepTraffic(
         weights.times(micro_batches),
         gradients.times(micro_batches),
-        copies.times(2),
+        copies.times(2),  # an all-reduce is a reduce-scatter and an all-gather
         tokens.times(micro_batches),
     )

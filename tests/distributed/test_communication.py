@@ -1,4 +1,4 @@
-"""What real steps on gloo ranks send, against communication.py: bytes, their order, and waits of the host."""
+"""What real steps on gloo ranks send, against traffic.py: bytes, their order, and waits of the host."""
 
 from collections import Counter
 from typing import Any
@@ -13,10 +13,11 @@ from olmoe_train.config.choices import ActivationCheckpointing, Precision, Strat
 from olmoe_train.config.train import ParallelConfig
 from olmoe_train.model import OlmoeConfig, OlmoeForCausalLM
 from olmoe_train.model.outputs import TrainingOutput
-from olmoe_train.planning.memory import Layout, MicroBatch
+from olmoe_train.planning.layout import ParallelLayout
+from olmoe_train.planning.memory import MicroBatch
 from olmoe_train.planning.traffic import Links, step_traffic
-from tests.support.ranks import run_ranks
-from tests.support.tiny import LENGTH, SEQUENCES, SIZES, build, global_batch
+from tests.distributed.tiny import LENGTH, SEQUENCES, SIZES, build, global_batch
+from tests.spawn import run_ranks
 
 LAYERS, EXPERTS, TOP_K, HIDDEN = (
     int(SIZES[name]) for name in ("num_hidden_layers", "num_experts", "num_experts_per_tok", "hidden_size")
@@ -131,7 +132,7 @@ def test_a_step_sends_what_the_formulas_say(ranks: int) -> None:
     of_ranks = run_ranks(ranks, all_traced, ranks)
     for number, (parallel, checkpointing, precision) in enumerate(STEPS[ranks]):
         message = (parallel, checkpointing, precision)
-        layout = Layout(
+        layout = ParallelLayout(
             parallel.strategy,
             ranks,
             parallel.expert_parallel_size,

@@ -17,11 +17,12 @@ from olmoe_train.config.optimizer import AdamWConfig
 from olmoe_train.config.train import ParallelConfig, TrainConfig, TrainerConfig
 from olmoe_train.distributed.mesh import build_mesh, init_distributed, local_tensor
 from olmoe_train.optim.build import build_optimizer
-from olmoe_train.planning.memory import Layout, MicroBatch
-from olmoe_train.planning.memory_deepspeed import host_memory, saved_memory, zero_memory
+from olmoe_train.planning.layout import ParallelLayout
+from olmoe_train.planning.memory import MicroBatch
+from olmoe_train.planning.memory_deepspeed import deepspeed_memory, host_memory, save_memory
 from olmoe_train.training.build import build_model
 from olmoe_train.training.engine.deepspeed import start_engine
-from tests.support.ranks import run_ranks
+from tests.spawn import run_ranks
 
 RANKS = 2
 # 2.1 million parameters, a third of them experts'.
@@ -109,11 +110,11 @@ def measured(tmp_path_factory: pytest.TempPathFactory) -> dict[str, int]:
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_state_is_what_the_plan_says(measured: dict[str, int], name: str) -> None:
     parallel, precision = LAYOUTS[name]
-    layout = Layout(
+    layout = ParallelLayout(
         parallel.strategy, RANKS, parallel.expert_parallel_size, 1, parallel.zero_stage, parallel.offload
     )
     batch = MicroBatch(1, 16, precision, ActivationCheckpointing.none)
     config = olmoe_config(MODEL)
-    planned = zero_memory(config, layout, batch).state + host_memory(config, layout, batch)
+    planned = deepspeed_memory(config, layout, batch).state + host_memory(config, layout, batch)
     assert planned == pytest.approx(measured[name], rel=0.001)
-    assert saved_memory(config, layout) == measured[f"save of {name}"]
+    assert save_memory(config, layout) == measured[f"save of {name}"]
