@@ -29,7 +29,7 @@ from olmoe_train.model import OlmoeForCausalLM
 from olmoe_train.optim.build import build_optimizer
 from olmoe_train.training.build import build_model
 from olmoe_train.training.engine.deepspeed import start_engine
-from tests.spawn import run_ranks
+from tests.support.ranks import run_ranks
 
 RANKS, STEPS, WARM_UP = 2, 12, 3
 MODEL = ModelConfig(

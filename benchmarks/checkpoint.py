@@ -23,8 +23,8 @@ from torch.distributed.checkpoint.state_dict_saver import async_save
 from olmoe_train.checkpoint.saver import Saver
 from olmoe_train.checkpoint.sharded import _training_tensors
 from olmoe_train.config.train import CheckpointConfig
-from tests.distributed.tiny import build, train_step
-from tests.spawn import run_ranks
+from tests.support.ranks import run_ranks
+from tests.support.tiny import build, train_step
 
 SIZES: dict[str, Any] = {
     "vocab_size": 8192,

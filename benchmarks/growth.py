@@ -30,7 +30,7 @@ from olmoe_train.planning.flops import train_flops_per_token
 from olmoe_train.training.batch import count_tokens
 from olmoe_train.training.build import build_model
 from olmoe_train.training.objectives.next_token import step_losses
-from tests.spawn import run_ranks
+from tests.support.ranks import run_ranks
 
 WARM_UP = 2
 TOKENS = 8192

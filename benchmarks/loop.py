@@ -38,7 +38,7 @@ from olmoe_train.training.batch import Batch, count_tokens
 from olmoe_train.training.build import build_model, train_batches
 from olmoe_train.training.objectives.next_token import step_losses
 from olmoe_train.training.state import Progress
-from tests.prepared_data import write_prepared
+from tests.support.data import write_prepared
 
 VOCABULARY, SEQUENCES = 4096, 4
 # Steps of each way that are not counted: the first ones choose kernels and allocate.

@@ -20,8 +20,8 @@ import sys
 from pathlib import Path
 
 from benchmarks.growth import seconds_a_step
-from tests.distributed.runs import compose
-from tests.spawn import run_ranks
+from tests.support.ranks import run_ranks
+from tests.support.runs import compose
 
 MIXTURE, DENSE = "olmoe_quickstart", "olmo_dense_quickstart"
 # On one rank; and a step in one forward pass, since several would cost a mixture a second one each.

@@ -32,7 +32,7 @@ from olmoe_train.planning.memory import MicroBatch, RankMemory, rank_memory
 from olmoe_train.training.batch import count_tokens
 from olmoe_train.training.build import build_model
 from olmoe_train.training.objectives.next_token import step_losses
-from tests.spawn import run_ranks
+from tests.support.ranks import run_ranks
 
 MIB = 2**20
 

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Installs what the tests need into .venv and runs all of them: linters, import contract, type checker, then pytest.
-# Arguments go to pytest:  ./launch/test.sh tests/unit -k losses
+# Arguments go to pytest:  ./launch/test.sh tests/model -k losses
 set -euo pipefail
 
 repo=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)

@@ -13,8 +13,8 @@ from olmoe_train.checkpoint.sharded import load_checkpoint, save_checkpoint
 from olmoe_train.config.choices import Strategy
 from olmoe_train.config.train import ParallelConfig
 from olmoe_train.utils.errors import UserError
-from tests.distributed.tiny import build, train_step, whole, whole_state
-from tests.spawn import run_ranks
+from tests.support.ranks import run_ranks
+from tests.support.tiny import build, train_step, whole, whole_state
 
 # 6 over 4 ranks is 2, 2, 2 and nothing; 97 over 4 is 25, 25, 25, 22.
 UNEVEN = {"hidden_size": 6, "num_attention_heads": 1, "vocab_size": 97}

@@ -7,8 +7,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from olmoe_train.config.train import ParallelConfig
-from tests.distributed.tiny import LENGTH, backward, build, global_batch, train_step, whole
-from tests.spawn import run_ranks
+from tests.support.ranks import run_ranks
+from tests.support.tiny import LENGTH, backward, build, global_batch, train_step, whole
 
 # Two layers share one compilation; one more would only take longer.
 SIZES = {"num_hidden_layers": 2}

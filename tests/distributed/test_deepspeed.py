@@ -21,10 +21,10 @@ from olmoe_train.training.build import build_model
 from olmoe_train.training.engine.deepspeed import start_engine
 from olmoe_train.training.preflight.checks import validate
 from olmoe_train.utils.errors import UserError
-from tests.distributed.runs import TINY, Layout, compose, real_tokens
-from tests.distributed.tiny import whole_state
-from tests.prepared_data import write_prepared
-from tests.spawn import run_ranks
+from tests.support.data import write_prepared
+from tests.support.ranks import run_ranks
+from tests.support.runs import TINY, Layout, compose, real_tokens
+from tests.support.tiny import whole_state
 
 Steps = dict[int, tuple[float, float]]
 """Loss and gradient norm by step."""

@@ -14,10 +14,10 @@ from olmoe_train.distributed.mesh import local_tensor
 from olmoe_train.model import OlmoeConfig
 from olmoe_train.model.moe.block import OlmoeSparseMoeBlock
 from olmoe_train.train import train
-from tests.distributed.runs import TINY, Layout, compose, real_tokens
-from tests.distributed.tiny import build
-from tests.prepared_data import write_prepared
-from tests.spawn import run_ranks
+from tests.support.data import write_prepared
+from tests.support.ranks import run_ranks
+from tests.support.runs import TINY, Layout, compose, real_tokens
+from tests.support.tiny import build
 
 DENSE = {"model.num_experts": 1, "model.num_experts_per_tok": 1, "model.intermediate_size": 32}
 LAYOUTS = {

@@ -20,7 +20,9 @@ from olmoe_train.config.train import TrainConfig
 from olmoe_train.distributed.mesh import build_mesh, init_distributed
 from olmoe_train.train import train
 from olmoe_train.training.build import build_model
-from tests.distributed.runs import (
+from tests.support.data import PAD, write_prepared
+from tests.support.ranks import run_ranks
+from tests.support.runs import (
     LENGTH,
     SEQUENCES,
     STEPS,
@@ -30,9 +32,7 @@ from tests.distributed.runs import (
     real_tokens,
     write_lines,
 )
-from tests.distributed.tiny import whole
-from tests.prepared_data import PAD, write_prepared
-from tests.spawn import run_ranks
+from tests.support.tiny import whole
 
 LOSSES = ("train/loss", "train/ce_loss", "train/load_balancing_loss", "train/router_z_loss")
 PLAIN = {

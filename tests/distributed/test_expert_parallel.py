@@ -13,8 +13,8 @@ from olmoe_train.distributed import expert_parallel
 from olmoe_train.model import OlmoeConfig
 from olmoe_train.model.moe.block import OlmoeSparseMoeBlock, combine_local, dispatch_local
 from olmoe_train.model.moe.experts import OlmoeExperts
-from tests.distributed.tiny import SIZES, build, global_batch
-from tests.spawn import run_ranks
+from tests.support.ranks import run_ranks
+from tests.support.tiny import SIZES, build, global_batch
 
 EXPERTS, HIDDEN = 8, 32
 

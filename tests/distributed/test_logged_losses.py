@@ -8,9 +8,9 @@ import pytest
 
 from olmoe_train.config.train import LossConfig, TrainConfig
 from olmoe_train.train import train
-from tests.distributed.runs import TINY, Layout, compose, real_tokens
-from tests.prepared_data import write_prepared
-from tests.spawn import run_ranks
+from tests.support.data import write_prepared
+from tests.support.ranks import run_ranks
+from tests.support.runs import TINY, Layout, compose, real_tokens
 
 ROUTER_LOSSES = ("train/load_balancing_loss", "train/router_z_loss")
 

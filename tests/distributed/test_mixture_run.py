@@ -15,8 +15,8 @@ from olmoe_train.config.train import EvaluationConfig, LoggingConfig, TrainConfi
 from olmoe_train.data.loader import TrainSamples
 from olmoe_train.train import train
 from olmoe_train.utils.errors import UserError
-from tests.prepared_data import add_loss_mask, write_prepared
-from tests.spawn import run_ranks
+from tests.support.data import add_loss_mask, write_prepared
+from tests.support.ranks import run_ranks
 
 S = 32
 

@@ -6,8 +6,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from olmoe_train.config.train import ParallelConfig, Strategy
-from tests.distributed.tiny import backward, build, global_batch, whole
-from tests.spawn import run_ranks
+from tests.support.ranks import run_ranks
+from tests.support.tiny import backward, build, global_batch, whole
 
 EXPERTS = ParallelConfig(expert_parallel_size=2)
 DDP = ParallelConfig(strategy=Strategy.ddp)

@@ -12,8 +12,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from olmoe_train.config.train import ParallelConfig
 from olmoe_train.model import OlmoeForCausalLM
-from tests.distributed.tiny import backward, build, global_batch, whole
-from tests.spawn import run_ranks
+from tests.support.ranks import run_ranks
+from tests.support.tiny import backward, build, global_batch, whole
 
 LAYOUTS = [(1, 1), (2, 2)]  # ranks, expert_parallel_size
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from tests.spawn import RankError, run_ranks
+from tests.support.ranks import RankError, run_ranks
 
 
 def sum_and_rank(offset: float) -> tuple[torch.Tensor, int]:

@@ -22,7 +22,7 @@ from olmoe_train.planning.memory import MicroBatch
 from olmoe_train.planning.memory_deepspeed import deepspeed_memory, host_memory, save_memory
 from olmoe_train.training.build import build_model
 from olmoe_train.training.engine.deepspeed import start_engine
-from tests.spawn import run_ranks
+from tests.support.ranks import run_ranks
 
 RANKS = 2
 # 2.1 million parameters, a third of them experts'.

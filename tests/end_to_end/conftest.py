@@ -3,7 +3,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.end_to_end.commands import REPO, TINY, run
+from tests.support.commands import REPO, TINY, run
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,8 @@ from pathlib import Path
 
 from omegaconf import OmegaConf
 
-from tests.end_to_end.commands import TINY, command_environment, olmoe, run, train_command
 from tests.end_to_end.conftest import Quickstart
+from tests.support.commands import TINY, command_environment, olmoe, run, train_command
 
 
 def status(run_dir: Path) -> dict[str, object]:

@@ -7,9 +7,9 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from olmoe_train.model import OlmoeConfig, OlmoeForCausalLM
-from tests.chat_templates import TULU_3, turn, write_tokenizer
-from tests.end_to_end.commands import olmoe
-from tests.prepared_data import read_documents
+from tests.support.chat_templates import TULU_3, turn, write_tokenizer
+from tests.support.commands import olmoe
+from tests.support.data import read_documents
 
 MODEL = {
     "vocab_size": 320,

@@ -14,8 +14,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from olmoe_train.config.data import DataConfig
 from olmoe_train.data.loader import build_eval_batches
-from tests.end_to_end.commands import REPO, olmoe, run
 from tests.end_to_end.conftest import Quickstart
+from tests.support.commands import REPO, olmoe, run
 
 STEP_KEYS = {
     "step",

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from tests.end_to_end.commands import olmoe, run, train_command
 from tests.end_to_end.conftest import Quickstart
+from tests.support.commands import olmoe, run, train_command
 
 DENSE = ["model.num_experts=1", "model.num_experts_per_tok=1", "model.intermediate_size=32"]
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from olmoe_train import __version__
-from tests.end_to_end.commands import REPO, run
+from tests.support.commands import REPO, run
 
 
 @pytest.fixture(scope="module")

@@ -2,8 +2,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.faults.training import config, run, write_data
-from tests.spawn import run_ranks
+from tests.support.faults import config, run, write_data
+from tests.support.ranks import run_ranks
 
 
 @pytest.fixture(scope="session")

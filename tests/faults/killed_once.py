@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from olmoe_train.train import main
-from tests.faults.training import at_step, config
+from tests.support.faults import at_step, config
 
 if __name__ == "__main__":
     torch.set_num_threads(1)

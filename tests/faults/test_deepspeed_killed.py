@@ -17,9 +17,9 @@ from olmoe_train.checkpoint.directory import latest_checkpoint
 from olmoe_train.checkpoint.sharded import open_model_tensors
 from olmoe_train.config.train import TrainConfig
 from olmoe_train.train import train
-from tests.distributed.runs import TINY, Layout, compose, real_tokens
-from tests.prepared_data import write_prepared
-from tests.spawn import RankError, run_ranks
+from tests.support.data import write_prepared
+from tests.support.ranks import RankError, run_ranks
+from tests.support.runs import TINY, Layout, compose, real_tokens
 
 STEPS = 12
 

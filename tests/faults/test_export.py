@@ -17,8 +17,8 @@ from olmoe_train.cli.export import main as export
 from olmoe_train.config.verbs import ExportConfig
 from olmoe_train.model import OlmoeForCausalLM
 from olmoe_train.model.hf import directory as hf
-from tests.faults.training import config, metrics, run, saved_steps
-from tests.spawn import RankError, run_ranks
+from tests.support.faults import config, metrics, run, saved_steps
+from tests.support.ranks import RankError, run_ranks
 
 
 def assert_exported(run_dir: Path, out: Path) -> None:

@@ -13,7 +13,7 @@ from olmoe_train.config.choices import Precision, Strategy
 from olmoe_train.config.train import ParallelConfig
 from olmoe_train.distributed.mesh import local_tensor
 from olmoe_train.model import OlmoeForCausalLM
-from tests.faults.training import (
+from tests.support.faults import (
     at_step,
     config,
     metrics,
@@ -24,7 +24,7 @@ from tests.faults.training import (
     spoil_activations,
     status,
 )
-from tests.spawn import RankError, run_ranks
+from tests.support.ranks import RankError, run_ranks
 
 
 def test_nan_on_one_rank_is_skipped_by_all_and_endless_nan_ends_the_run(data: Path, tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ from olmoe_train.data.prepare.limits import Limits
 from olmoe_train.data.prepare.pipeline import prepare
 from olmoe_train.data.prepare.progress import OutputWriter
 from olmoe_train.utils.errors import UserError
-from tests.prepared_data import contents, prepare_config
+from tests.support.data import contents, prepare_config
 
 DEADLINE = 120.0  # seconds
 LIMITS = Limits(batch_bytes=4000)  # many batches

@@ -21,8 +21,8 @@ from olmoe_train import train as train_module
 from olmoe_train.checkpoint.directory import checkpoint_path
 from olmoe_train.distributed.mesh import init_distributed
 from olmoe_train.utils.errors import UserError
-from tests.faults.training import assert_same_end, at_step, config, run, saved_steps, status
-from tests.spawn import RankError, run_ranks
+from tests.support.faults import assert_same_end, at_step, config, run, saved_steps, status
+from tests.support.ranks import RankError, run_ranks
 
 TIMEOUT = 3.0
 

@@ -23,7 +23,7 @@ from olmoe_train.config.choices import Schedule
 from olmoe_train.config.train import TrainConfig
 from olmoe_train.train import train
 from olmoe_train.utils.errors import UserError
-from tests.faults.training import (
+from tests.support.faults import (
     assert_same_end,
     at_step,
     config,
@@ -33,7 +33,7 @@ from tests.faults.training import (
     status,
     write_data,
 )
-from tests.spawn import RankError, run_ranks
+from tests.support.ranks import RankError, run_ranks
 
 
 def kill() -> None:

@@ -15,7 +15,7 @@ from olmoe_train.checkpoint import directory, saver
 from olmoe_train.checkpoint import sharded as training
 from olmoe_train.checkpoint.directory import checkpoint_path, verify
 from olmoe_train.config.train import TrainConfig
-from tests.faults.training import (
+from tests.support.faults import (
     assert_same_end,
     at_step,
     config,
@@ -25,7 +25,7 @@ from tests.faults.training import (
     saved_tensors,
     status,
 )
-from tests.spawn import RankError, run_ranks
+from tests.support.ranks import RankError, run_ranks
 
 
 def kill_at(function: str, part: str) -> None:

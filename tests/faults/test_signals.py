@@ -14,8 +14,8 @@ from olmoe_train.checkpoint import sharded as training
 from olmoe_train.checkpoint.directory import checkpoint_path, verify
 from olmoe_train.run.signals import SECONDS_BETWEEN_INTERRUPTS
 from olmoe_train.utils.exit_codes import STOPPED_BY_SIGNAL
-from tests.faults.training import assert_same_end, at_step, config, run, saved_steps, status
-from tests.spawn import RankError, run_ranks
+from tests.support.faults import assert_same_end, at_step, config, run, saved_steps, status
+from tests.support.ranks import RankError, run_ranks
 
 STOPPED = [STOPPED_BY_SIGNAL] * 2
 ONLY_AT_THE_END = {"every": 0, "keep": 0}

@@ -15,8 +15,8 @@ import pytest
 from olmoe_train.config.choices import WandbMode
 from olmoe_train.config.train import LoggingConfig, WandbConfig
 from olmoe_train.run import loggers
-from tests.faults.training import assert_same_end, config, run
-from tests.spawn import run_ranks
+from tests.support.faults import assert_same_end, config, run
+from tests.support.ranks import run_ranks
 
 ONLINE = LoggingConfig(wandb=WandbConfig(mode=WandbMode.online))
 

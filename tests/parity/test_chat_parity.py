@@ -12,7 +12,7 @@ from olmoe_train.config.data import TokenizerConfig
 from olmoe_train.data.chat_template import ChatTemplate, TemplateError
 from olmoe_train.data.prepare.loss_mask import align_spans, mark_targets
 from olmoe_train.data.tokenizer import chat_template_from_config, load_for_encoding, tokenizer_from_config
-from tests.chat_templates import EOS, LLAMA, TEMPLATES, turn, write_tokenizer
+from tests.support.chat_templates import EOS, LLAMA, TEMPLATES, turn, write_tokenizer
 
 CONVERSATIONS: list[list[dict[str, Any]]] = [
     [turn("user", "What is it?"), turn("assistant", "It is nothing.")],

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.parity.pair import ROPES, TINY, make_batch, make_pair, random_config
+from tests.support.pair import ROPES, TINY, make_batch, make_pair, random_config
 
 CONFIGS: dict[str, dict[str, Any]] = {
     "plain": TINY,

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from olmoe_train.model import OlmoeForCausalLM, OlmoeModel
-from tests.parity.pair import TINY, make_pair
+from tests.support.pair import TINY, make_pair
 
 CONFIGS: dict[str, dict[str, Any]] = {
     "plain": TINY,

@@ -10,7 +10,7 @@ from transformers.models.olmoe.modeling_olmoe import OlmoeRMSNorm as Transformer
 
 from olmoe_train.model import OlmoeForCausalLM, OlmoeModel
 from olmoe_train.model.norm import OlmoeRMSNorm
-from tests.parity.pair import ROPES, TINY, make_batch, make_pair, random_config
+from tests.support.pair import ROPES, TINY, make_batch, make_pair, random_config
 
 LOGITS, LOSS, GRADIENT = 2e-4, 1e-5, 1e-4  # max abs, relative, relative to the gradient's norm
 

@@ -25,7 +25,7 @@ from olmoe_train.config.choices import ExportFormat, Precision
 from olmoe_train.config.verbs import ExportConfig
 from olmoe_train.model import OlmoeForCausalLM
 from olmoe_train.utils.errors import UserError
-from tests.parity.pair import TINY, make_pair
+from tests.support.pair import TINY, make_pair
 
 V, D, WIDTH, E, K, HEADS, KV_HEADS, LAYERS = 80, 32, 24, 6, 2, 4, 2, 2
 # As allenai/OLMoE/configs and a saved config.yaml have it, sizes apart.

@@ -11,8 +11,8 @@ from olmoe_train.cli.export import main as export
 from olmoe_train.config.verbs import ExportConfig
 from olmoe_train.data.tokenizer import load_tokenizer
 from olmoe_train.model import OlmoeForCausalLM
-from tests.parity.pair import TINY, make_pair
 from tests.parity.test_special_tokens import write_tokenizer
+from tests.support.pair import TINY, make_pair
 
 PROMPT = "w5 w17 w33"
 

@@ -18,9 +18,9 @@ from olmoe_train.config.verbs import ExportConfig
 from olmoe_train.model import OlmoeForCausalLM
 from olmoe_train.training.preflight.checks import validate
 from olmoe_train.utils.errors import UserError
-from tests.faults.training import config as train_config
-from tests.faults.training import write_data
-from tests.parity.pair import TINY, make_pair
+from tests.support.faults import config as train_config
+from tests.support.faults import write_data
+from tests.support.pair import TINY, make_pair
 
 NEW = 30
 

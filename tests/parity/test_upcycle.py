@@ -18,8 +18,8 @@ from olmoe_train.config.choices import Precision
 from olmoe_train.config.verbs import UpcycleConfig
 from olmoe_train.model import OlmoeConfig, OlmoeForCausalLM
 from olmoe_train.utils.errors import UserError
-from tests.parity.pair import TINY, make_pair
 from tests.parity.test_special_tokens import write_tokenizer
+from tests.support.pair import TINY, make_pair
 
 IDS = torch.randint(3, TINY["vocab_size"], (2, 13), generator=torch.Generator().manual_seed(1))
 DENSE = TINY | {"num_experts": 1, "num_experts_per_tok": 1}  # an MLP of width 24

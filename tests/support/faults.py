@@ -1,0 +1,185 @@
+"""Tiny real runs of `train` on spawned ranks, with a fault planted in some of them."""
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from safetensors import safe_open
+from torch import Tensor, nn
+
+from olmoe_train import train as train_module
+from olmoe_train.checkpoint.directory import checkpoint_path, complete_checkpoints
+from olmoe_train.config.choices import Device, Precision, Schedule, WandbMode
+from olmoe_train.config.data import DataConfig
+from olmoe_train.config.model import ModelConfig
+from olmoe_train.config.optimizer import AdamWConfig
+from olmoe_train.config.train import (
+    CheckpointConfig,
+    EvaluationConfig,
+    LoggingConfig,
+    ParallelConfig,
+    SchedulerConfig,
+    TrainConfig,
+    TrainerConfig,
+    WandbConfig,
+)
+from olmoe_train.model import OlmoeForCausalLM
+from olmoe_train.run.directory import record_failure
+from olmoe_train.training.engine.deepspeed import ZeroEngine
+from tests.support.data import write_prepared
+
+LENGTH = 16
+Fault = Callable[[], None]
+
+
+def write_data(directory: Path, first: int = 2) -> Path:
+    """Prepared tokens that a model can learn something of; first: the first one of all."""
+    documents = [[2 + (start * 7 + i * i) % 60 for i in range(200)] for start in range(40)]
+    documents[0][0] = first
+    return write_prepared(directory, documents, documents[:2], vocab_size=64)
+
+
+def config(data: Path, run_dir: Path, /, **changes: Any) -> TrainConfig:
+    """A run of six steps, saved after each. changes: by section, its fields; or a field of the whole."""
+    sections = {
+        "model": ModelConfig(
+            vocab_size=64,
+            hidden_size=16,
+            intermediate_size=8,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            num_experts=4,
+            num_experts_per_tok=2,
+            max_position_embeddings=LENGTH,
+            eos_token_id=0,
+        ),
+        "data": DataConfig(dir=str(data), sequence_length=LENGTH),
+        "trainer": TrainerConfig(
+            max_steps=6,
+            global_batch_size=4,
+            micro_batch_size=2,
+            precision=Precision.fp32,
+            device=Device.cpu,
+            log_every=1,
+        ),
+        "parallel": ParallelConfig(expert_parallel_size=2),
+        "optimizer": AdamWConfig(lr=1e-2),
+        "scheduler": SchedulerConfig(kind=Schedule.constant),
+        "checkpoint": CheckpointConfig(every=1, keep=0),
+        "logging": LoggingConfig(wandb=WandbConfig(mode=WandbMode.disabled)),
+        "evaluation": EvaluationConfig(at_start=False, max_sequences=8),
+    }
+    cfg = TrainConfig(run_dir=str(run_dir), **sections)  # type: ignore[arg-type]
+    fields = {
+        name: replace(getattr(cfg, name), **change) if isinstance(change, dict) else change
+        for name, change in changes.items()
+    }
+    return replace(cfg, **fields)
+
+
+def run(cfg: TrainConfig, *faults: Fault) -> int:
+    """On a rank: plant the faults, train; the exit code. A failure is recorded as the command records it."""
+    for fault in faults:
+        fault()
+    try:
+        return train_module.train(cfg)
+    except Exception as error:
+        record_failure(cfg.run_dir, error)
+        raise
+
+
+# --- faults: partials of these are planted in every rank ----------------------------------------------------
+
+
+def at_step(rank: int, step: int, act: Callable[[], None]) -> None:
+    """Call `act` on `rank` as `step` begins."""
+    original = train_module.learning_rate
+
+    def acting(number: int, *arguments: Any) -> float:
+        if number == step and dist.get_rank() == rank:
+            act()
+        return original(number, *arguments)
+
+    train_module.learning_rate = acting
+
+
+def spoil_activations(rank: int, steps: range, factor: float, gradients: bool = False) -> None:
+    """Multiply what the final norm gives by `factor` in these steps, on one rank; or its gradient alone."""
+    original_rate, original_build = train_module.learning_rate, train_module.build_model
+    now = [0]
+
+    def noting(step: int, *arguments: Any) -> float:
+        now[0] = step
+        return original_rate(step, *arguments)
+
+    def spoil(_module: nn.Module, _inputs: object, output: Tensor) -> Tensor | None:
+        if now[0] not in steps or dist.get_rank() != rank:
+            return None
+        if not gradients:
+            return output * factor
+        output.register_hook(lambda gradient: gradient * factor)
+        return None
+
+    def building(*arguments: Any) -> OlmoeForCausalLM:
+        model = original_build(*arguments)
+        model.model.norm.register_forward_hook(spoil)
+        return model
+
+    def starting(*arguments: Any) -> ZeroEngine | None:
+        engine = original_start(*arguments)
+        if engine is not None:
+            engine.model.model.norm.register_forward_hook(spoil)
+        return engine
+
+    original_start = train_module.start_engine
+    train_module.start_engine = starting
+    train_module.learning_rate, train_module.build_model = noting, building
+
+
+# --- what a run leaves behind -------------------------------------------------------------------------------
+
+
+def status(run_dir: Path) -> dict[str, Any]:
+    return json.loads((run_dir / "status.json").read_text())  # type: ignore[no-any-return]
+
+
+def metrics(run_dir: Path) -> list[dict[str, Any]]:
+    records = map(json.loads, (run_dir / "metrics.jsonl").read_text().splitlines())
+    return [record for record in records if "train/loss" in record]
+
+
+def saved_steps(run_dir: Path) -> list[int]:
+    return sorted(int(path.name.removeprefix("step-")) for path in complete_checkpoints(run_dir))
+
+
+def saved_tensors(run_dir: Path, step: int) -> dict[str, Tensor]:
+    """Every shard of parameters and moments in the checkpoint of `step`, and AdamW's step counts."""
+    directory = checkpoint_path(run_dir, step)
+    steps = json.loads((directory / "state.json").read_text())["adam_steps"]
+    tensors = {f"step/{name}": torch.tensor(count) for name, count in steps.items()}
+    for path in directory.glob("*.safetensors"):
+        with safe_open(path, framework="pt") as file:
+            tensors |= {f"{path.name}/{key}": file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+    return tensors
+
+
+def same(left: dict[str, Tensor], right: dict[str, Tensor]) -> bool:
+    """Bit for bit."""
+    return left.keys() == right.keys() and all(torch.equal(left[name], right[name]) for name in left)
+
+
+def assert_same_end(run_dir: Path, twin: Path) -> None:
+    """Both runs ended at the same step with the same tensors, and logged the same on the way: losses, norms,
+    and the router's health with what it remembers."""
+    last = saved_steps(twin)[-1]
+    assert saved_steps(run_dir)[-1] == last
+    assert same(saved_tensors(run_dir, last), saved_tensors(twin, last))
+    mine, others = (
+        [{key: record[key] for key in record if not key.startswith("perf/")} for record in metrics(directory)]
+        for directory in (run_dir, twin)
+    )
+    assert mine == others

@@ -1,0 +1,117 @@
+"""Whole runs of a tiny model through the real train(), in any layout."""
+
+import os
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import hydra
+from hydra.core.config_store import ConfigStore
+from omegaconf import OmegaConf
+
+from olmoe_train.config.choices import ActivationCheckpointing, Offload, Packing, Precision, Strategy
+from olmoe_train.config.compose import to_config
+from olmoe_train.config.data import MixtureSource
+from olmoe_train.config.reference import config_directory
+from olmoe_train.config.train import ParallelConfig, TrainConfig
+from olmoe_train.config.variants import writable
+from tests.support.data import write_prepared
+
+STEPS, SEQUENCES, LENGTH = 6, 16, 32
+TINY = {
+    "model.vocab_size": 320,
+    "model.hidden_size": 32,
+    "model.intermediate_size": 16,
+    "model.num_hidden_layers": 3,
+    "model.num_attention_heads": 4,
+    "model.num_experts": 8,
+    "model.num_experts_per_tok": 2,
+    "model.max_position_embeddings": LENGTH,
+    "model.eos_token_id": 0,
+    "data.sequence_length": LENGTH,
+    # Wide enough that experts have a share in the gradient norm.
+    "model.initializer_range": 0.15,
+    "trainer.max_steps": STEPS,
+    "trainer.global_batch_size": SEQUENCES,
+    "trainer.precision": "fp32",
+    "trainer.device": "cpu",
+    "trainer.log_every": 1,
+    "optimizer.lr": 1e-3,
+    # Far below the norms that occur: every step is clipped, and a wrong norm is a wrong step.
+    "optimizer.max_grad_norm": 0.1,
+    "scheduler": "constant",
+    "checkpoint.every": 0,
+    "evaluation.at_start": False,
+    "evaluation.max_sequences": 8,
+    "logging.wandb.mode": "disabled",
+}
+
+
+DOCUMENTS: dict[str, Any] = {
+    "mixture": [MixtureSource("../lines", weight=2), MixtureSource("../others", weight=1)],
+    "packing": Packing.best_fit,
+    "mask_documents": True,
+    "repetition_filter": True,
+}
+# ZeRO-3 keeps parameters of up to 100,000 elements whole, by default: all that there are here.
+PARTITION_ALL = Path(__file__).with_name("partition_all.json")
+
+
+@dataclass(frozen=True)
+class Layout:
+    ranks: int
+    micro_batch: int
+    strategy: str = "fsdp"
+    experts: int = 1
+    copies: int = 1
+    checkpointing: str = "none"
+    padded: bool = False
+    precision: str = "fp32"
+    zero_stage: int = 2
+    offload: str = "none"
+    documents: bool = False
+    """Two sources of short documents, packed, each by itself."""
+    kept: bool = False
+    """parallel.reshard_after_forward=false."""
+    prefetch: int = 1
+
+    def config(self, tiny: TrainConfig, run_dir: Path) -> TrainConfig:
+        trainer = replace(
+            tiny.trainer,
+            micro_batch_size=self.micro_batch,
+            activation_checkpointing=ActivationCheckpointing(self.checkpointing),
+            precision=Precision(self.precision),
+        )
+        parallel = ParallelConfig(
+            strategy=Strategy(self.strategy),
+            expert_parallel_size=self.experts,
+            replicate_size=self.copies,
+            reshard_after_forward=not self.kept,
+            prefetch=self.prefetch,
+            zero_stage=self.zero_stage,
+            offload=Offload(self.offload),
+            deepspeed_config=str(PARTITION_ALL) if self.strategy == "deepspeed" else None,
+        )
+        data = replace(tiny.data, **DOCUMENTS) if self.documents else tiny.data
+        return replace(tiny, run_dir=str(run_dir), trainer=trainer, parallel=parallel, data=data)
+
+
+def compose(overrides: dict[str, Any]) -> TrainConfig:
+    ConfigStore.instance().store("train_schema", node=writable(OmegaConf.structured(TrainConfig)))
+    arguments = [f"{key}={'null' if value is None else value}" for key, value in overrides.items()]
+    with hydra.initialize_config_dir(str(config_directory()), version_base="1.3"):
+        return to_config(hydra.compose("train", arguments))
+
+
+def real_tokens() -> list[list[int]]:
+    """The standard library's source, a file a document, a byte a token; 0 and 1 stay eos and padding."""
+    files = sorted(Path(os.__file__).parent.glob("a*.py"))
+    return [[2 + byte for byte in path.read_bytes()[:4000]] for path in files]
+
+
+def write_lines(directory: Path, pattern: str) -> None:
+    """Prepared data of the standard library's files, a line a document, the longest beyond a sequence."""
+    files = sorted(Path(os.__file__).parent.glob(pattern))
+    lines = [line for path in files for line in path.read_bytes()[:9000].splitlines() if line.strip()]
+    documents = [[2 + byte for byte in line[: LENGTH + 8]] for line in lines]
+    write_prepared(directory, documents, documents[:5], vocab_size=258)
