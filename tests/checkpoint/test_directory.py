@@ -27,6 +27,7 @@ from olmoe_train.utils.errors import UserError
 from tests.support.ranks import RankError, run_ranks
 from tests.support.tiny import build, train_step, whole
 
+pytestmark = pytest.mark.ranks  # a fixture starts two
 SHARD_1 = "shard-00001-model-00001-of-00001.safetensors"
 SHARD_2 = "shard-00002-model-00001-of-00001.safetensors"
 ALL_FILES = {SHARD_1, SHARD_2, "state.json", "manifest.json"}

@@ -294,6 +294,7 @@ def olmoe(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=120)
 
 
+@pytest.mark.slow
 def test_commands_exit_with_2_and_leave_nothing(tmp_path: Path) -> None:
     result = olmoe("trian", cwd=tmp_path)
     assert result.returncode == 2

@@ -72,6 +72,7 @@ def test_older_spellings_are_listed(pages: dict[str, str]) -> None:
     assert "balance_scope" not in pages["evaluate"]
 
 
+@pytest.mark.slow
 def test_it_runs_as_a_module() -> None:
     result = subprocess.run(
         [sys.executable, "-W", "error", "-m", "olmoe_train.config.reference"],

@@ -32,6 +32,7 @@ def run_prepare(tmp_path: Path, *overrides: str, **environment: str) -> subproce
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("offline", ["0", "1"])
 def test_what_was_downloaded_once_serves_without_a_network(tmp_path: Path, offline: str) -> None:
     tokenizer = write_tokenizer(tmp_path / "hf", TULU_3)
@@ -44,6 +45,7 @@ def test_what_was_downloaded_once_serves_without_a_network(tmp_path: Path, offli
     assert contents(tmp_path / "data/tokenizer") == contents(tokenizer)
 
 
+@pytest.mark.slow
 def test_a_name_that_cannot_be_had(tmp_path: Path) -> None:
     result = run_prepare(tmp_path, "tokenizer.path=allenai/OLMoE-1B-7B-0924")
     assert result.returncode == 2

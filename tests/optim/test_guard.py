@@ -101,6 +101,7 @@ def decide_on_two_ranks() -> list[float]:
     return skipped
 
 
+@pytest.mark.ranks
 def test_ranks_decide_alike() -> None:
     expected = [0.0] * ENOUGH + [1.0]
     assert run_ranks(2, decide_on_two_ranks) == [expected, expected]

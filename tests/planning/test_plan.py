@@ -210,6 +210,7 @@ def _measure_all() -> list[tuple[int, int, int, int]]:
     return [(m.parameters, m.gradients, m.optimizer, m.peak) for m in results]
 
 
+@pytest.mark.ranks
 def test_real_ranks_hold_what_was_planned() -> None:
     """Sums of real storages after two real steps on two ranks: state to 1%, the peak to 20%."""
     for cfg, measured in zip(REAL_CONFIGS, run_ranks(RANKS, _measure_all)[0], strict=True):
@@ -409,6 +410,7 @@ def olmoe(directory: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, cwd=directory, capture_output=True, text=True, check=False, timeout=100)
 
 
+@pytest.mark.slow
 def test_the_verb_needs_no_data_and_works_anywhere(tmp_path: Path) -> None:
     # The epochs' length is in the data; the recipe's max_tokens will do.
     options = ("gpus=8", "gpu_memory_gib=80", "trainer.max_epochs=2")

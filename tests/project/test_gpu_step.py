@@ -48,6 +48,7 @@ def imports_of_the_package() -> list[str]:
     return [*sorted(name.replace("hydra-core", "hydra") for name in names), "transformers"]
 
 
+@pytest.mark.slow
 def test_it_needs_torch_numpy_and_safetensors_alone(tmp_path: Path) -> None:
     program = [sys.executable, "-c", ALONE, ",".join(imports_of_the_package())]
     command = [*program, str(ROOT / "benchmarks" / "gpu_step.py"), *SHAPE]

@@ -83,6 +83,7 @@ def save(run_dir: Path) -> None:
     save_checkpoint(run_dir, 1, model, optimizer, {})
 
 
+@pytest.mark.ranks
 @pytest.mark.parametrize("name", [".metadata", "shard-00001-model-00001-of-00001.safetensors", "state.json"])
 def test_pickles_in_a_checkpoint(tmp_path: Path, pickled: bytes, mark: Path, name: str) -> None:
     run_ranks(1, save, tmp_path / "run")
@@ -222,6 +223,7 @@ def leave_secrets_everywhere(cfg: TrainConfig) -> None:
         run(cfg, partial(at_step, 0, 3, fail))
 
 
+@pytest.mark.ranks
 def test_no_secret_is_written_to_a_run_directory(tmp_path: Path) -> None:
     data = write_data(tmp_path / "data")
     manifest = json.loads((data / "manifest.json").read_text())

@@ -24,6 +24,10 @@ PRELOAD = ["torch", "torch._dynamo", "torch.distributed.tensor", "olmoe_train.tr
 GRACE = 1.0
 
 
+# Set by tests/conftest.py before each test: only tests with the marker `ranks` may start ranks.
+allowed = True
+
+
 class RankError(AssertionError):
     """A rank raised, died or hung; the message holds what every rank had to say."""
 
@@ -34,6 +38,7 @@ def run_ranks(world_size: int, fn: Callable[..., Any], *args: Any, timeout: floa
     `fn`, its arguments and its result are pickled, so `fn` lives at the top of a module. The first rank to
     fail ends the others; past `timeout` seconds every rank tells its stack and dies. Raises RankError.
     """
+    assert allowed, "a test that starts ranks needs @pytest.mark.ranks"
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOAD)
     ranks, readers = [], []

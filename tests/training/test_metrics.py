@@ -181,6 +181,7 @@ def log_after_wandb_died(tmp_path: Path) -> None:
     observed.close()
 
 
+@pytest.mark.ranks
 def test_a_wandb_service_that_dies_does_not_stop_the_run(tmp_path: Path) -> None:
     run_ranks(1, log_after_wandb_died, tmp_path)  # a process of its own: wandb does not recover in this one
     assert [record["step"] for record in records(tmp_path)] == [1, 2]

@@ -246,6 +246,7 @@ def test_word_that_the_tokenizer_lacks(tmp_path: Path) -> None:
     assert (manifest.train.documents, manifest.quarantined_records) == (3, 1)
 
 
+@pytest.mark.slow
 def test_command_exits_with_2(tmp_path: Path) -> None:
     corpus = write_lines(tmp_path / "bad.jsonl", b"{")
     command = [sys.executable, "-m", "olmoe_train", "prepare", "data=jsonl", "tokenizer.vocab_size=300"]

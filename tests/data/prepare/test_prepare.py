@@ -109,6 +109,7 @@ def test_same_bytes_from_one_process_and_from_three(stdlib: Path, tmp_path: Path
     assert contents(tmp_path / "one") == contents(tmp_path / "three")
 
 
+@pytest.mark.slow
 def test_tokenizer_does_not_depend_on_threads_or_the_process() -> None:
     program = (
         "from olmoe_train.data.tokenizer import train_tokenizer\n"
