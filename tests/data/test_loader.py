@@ -107,6 +107,7 @@ def everything(tmp_path_factory: pytest.TempPathFactory) -> DataConfig:
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize(("world", "micro"), [(1, 8), (1, 2), (2, 2), (4, 1), (4, 2)])
 def test_one_global_stream_of_packed_masked_mixtures(

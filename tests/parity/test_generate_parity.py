@@ -19,6 +19,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
 NEW = 30
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("padding", ["none", "left"])
 @pytest.mark.parametrize("name", CONFIGS)
 def test_greedy(name: str, padding: str) -> None:

@@ -66,6 +66,7 @@ def run(monkeypatch: pytest.MonkeyPatch, *options: str) -> int:
     return gpu_step.main()
 
 
+@pytest.mark.slow
 def test_it_compares_with_transformers(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
