@@ -31,7 +31,7 @@ def write_prepared(
     """`train` and `validation` are documents as token ids, without their ends. Returns the directory."""
     (directory / TOKENIZER).mkdir(parents=True)
     (directory / TOKENIZER / "tokenizer.json").write_bytes(b"{}")
-    splits = {}
+    splits: dict[str, Split] = {}
     for name, documents in (("train", train), ("validation", validation)):
         writer = SplitWriter(directory, name, shard_tokens, vocab_size=1 << 17, dtype=DTYPES[dtype])
         for document in documents:
@@ -50,7 +50,8 @@ def write_prepared(
         pad_token_id=pad_token_id,
         bytes_per_token=1.0,
         unigram_entropy=None,
-        **splits,
+        train=splits["train"],
+        validation=splits["validation"],
     )
     write_manifest(directory, manifest)
     return directory
@@ -64,7 +65,8 @@ def add_loss_mask(directory: Path, name: str, mask: Sequence[int]) -> None:
     split: Split = getattr(manifest, name)
     (shard,) = split.shards
     masked = replace(shard, mask_path=path, mask_sha256=hashlib.sha256(bytes(mask)).hexdigest())
-    write_manifest(directory, replace(manifest, **{name: replace(split, shards=(masked,))}))
+    change: dict[str, Any] = {name: replace(split, shards=(masked,))}
+    write_manifest(directory, replace(manifest, **change))
 
 
 def prepare_config(

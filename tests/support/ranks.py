@@ -10,6 +10,7 @@ import traceback
 from collections.abc import Callable
 from datetime import timedelta
 from multiprocessing.connection import Connection, wait
+from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from typing import Any
 
@@ -60,13 +61,19 @@ def run_ranks(world_size: int, fn: Callable[..., Any], *args: Any, timeout: floa
 
 
 def _rank_main(
-    rank: int, world_size: int, scratch: Path, timeout: float, writer: Connection, fn: Callable, args: tuple
+    rank: int,
+    world_size: int,
+    scratch: Path,
+    timeout: float,
+    writer: Connection,
+    fn: Callable[..., Any],
+    args: tuple[Any, ...],
 ) -> None:
     faulthandler.dump_traceback_later(timeout, exit=True, file=(scratch / f"stack-{rank}").open("w"))
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size)}
     torch.set_num_threads(1)  # ranks share the cores
     try:
-        files = dist.FileStore(str(scratch / "store"), world_size)
+        files = dist.FileStore(str(scratch / "store"), world_size)  # type: ignore[attr-defined]
         limit = timedelta(seconds=timeout)
         dist.init_process_group("gloo", store=files, rank=rank, world_size=world_size, timeout=limit)
         result = fn(*args)
@@ -79,7 +86,9 @@ def _rank_main(
     writer.send_bytes(message)
 
 
-def _collect(ranks: list, readers: list[Connection], scratch: Path, deadline: float) -> list[Any]:
+def _collect(
+    ranks: list[ForkServerProcess], readers: list[Connection], scratch: Path, deadline: float
+) -> list[Any]:
     results: dict[int, Any] = {}
     errors: dict[int, str] = {}
     while len(results) + len(errors) < len(ranks):
@@ -88,6 +97,7 @@ def _collect(ranks: list, readers: list[Connection], scratch: Path, deadline: fl
         if not ready:
             break
         for reader in ready:
+            assert isinstance(reader, Connection)  # wait() also takes sockets
             rank = rank_of[reader]
             try:
                 succeeded, value = pickle.loads(reader.recv_bytes())  # noqa: S301  what this test's ranks sent
