@@ -1,11 +1,12 @@
 """One model under every layout: the real train(), six optimizer steps, the same losses, norms and weights.
 
-The reference is one rank with one micro-batch. Each world size is spawned once and trains all of its layouts.
+The reference is one rank with one micro-batch. Each world size is spawned once and trains those of its
+layouts that the selected tests need: `-k "zero-3"` trains the layouts with this name and their references.
 """
 
 import json
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from olmoe_train.distributed.mesh import build_mesh, init_distributed
 from olmoe_train.train import train
 from olmoe_train.training.build import build_model
 from tests.support.data import PAD, write_prepared
-from tests.support.ranks import run_ranks
+from tests.support.ranks import RankError, run_ranks
 from tests.support.runs import (
     LENGTH,
     SEQUENCES,
@@ -35,67 +36,100 @@ from tests.support.runs import (
 from tests.support.tiny import whole
 
 LOSSES = ("train/loss", "train/ce_loss", "train/load_balancing_loss", "train/router_z_loss")
-PLAIN = {
-    "1 rank": Layout(1, 16),
-    "1 rank, 2 micro-batches": Layout(1, 8),
-    "1 rank, 4 micro-batches": Layout(1, 4),
-    "1 rank, 16 micro-batches": Layout(1, 1),
-    "ddp 2": Layout(2, 8, "ddp"),
-    "fsdp 2": Layout(2, 8),
-    "fsdp 2, experts 2": Layout(2, 4, experts=2),
-    "ddp 2, experts 2": Layout(2, 8, "ddp", experts=2),
-    "fsdp 4": Layout(4, 4),
-    "fsdp 4, experts 2": Layout(4, 4, experts=2),
-    "fsdp 4, experts 4": Layout(4, 4, experts=4),
-    "hsdp 2x2, experts 2": Layout(4, 2, experts=2, copies=2),
-    "ddp 4, experts 2": Layout(4, 2, "ddp", experts=2),
-}
-PLAIN |= {
-    # Of two ranks with two micro-batches a step, of four with one.
-    f"zero-{stage} {ranks}, experts {experts}": Layout(ranks, 4, "deepspeed", experts, zero_stage=stage)
-    for ranks in (2, 4)
-    for stage in range(4)
-    for experts in (1, 2)
-}
-HARDEST = ("fsdp 4, experts 2", "fsdp 4, experts 4", "hsdp 2x2, experts 2")
-LAYOUTS = (
-    PLAIN
-    | {f"{name}, full": replace(PLAIN[name], checkpointing="full") for name in HARDEST}
-    | {f"{name}, selective": replace(PLAIN[name], checkpointing="selective") for name in HARDEST[:1]}
-    | {f"{name}, padded": replace(PLAIN[name], padded=True) for name in (*list(PLAIN)[:3], *HARDEST)}
-    | {f"{name}, bf16": replace(PLAIN[name], precision="bf16") for name in ("1 rank", "fsdp 2", *HARDEST)}
-)
-LAYOUTS |= {
-    "fsdp 2, prefetch 0": replace(PLAIN["fsdp 2"], prefetch=0),
-    "fsdp 4, experts 2, full, kept, prefetch 2": Layout(
-        4, 4, experts=2, checkpointing="full", kept=True, prefetch=2
+
+
+@dataclass(frozen=True)
+class Case:
+    name: str
+    layout: Layout
+
+
+def zero(ranks: int, stage: int, experts: int = 1, **changes: Any) -> Layout:
+    """DeepSpeed: two micro-batches per step on two ranks, one on four."""
+    return Layout(ranks, 4, "deepspeed", experts, zero_stage=stage, **changes)
+
+
+CASES = [
+    Case("1 rank", Layout(1, 16)),
+    Case("1 rank, 2 micro-batches", Layout(1, 8)),
+    Case("1 rank, 4 micro-batches", Layout(1, 4)),
+    Case("1 rank, 16 micro-batches", Layout(1, 1)),
+    Case("1 rank, padded", Layout(1, 16, padded=True)),
+    Case("1 rank, 2 micro-batches, padded", Layout(1, 8, padded=True)),
+    Case("1 rank, 4 micro-batches, padded", Layout(1, 4, padded=True)),
+    Case("1 rank, bf16", Layout(1, 16, precision="bf16")),
+    Case("1 rank, documents", Layout(1, 16, documents=True)),
+    Case("ddp 2", Layout(2, 8, "ddp")),
+    Case("fsdp 2", Layout(2, 8)),
+    Case("fsdp 2, experts 2", Layout(2, 4, experts=2)),
+    Case("ddp 2, experts 2", Layout(2, 8, "ddp", experts=2)),
+    Case("zero-0 2, experts 1", zero(2, stage=0)),
+    Case("zero-0 2, experts 2", zero(2, stage=0, experts=2)),
+    Case("zero-1 2, experts 1", zero(2, stage=1)),
+    Case("zero-1 2, experts 2", zero(2, stage=1, experts=2)),
+    Case("zero-2 2, experts 1", zero(2, stage=2)),
+    Case("zero-2 2, experts 2", zero(2, stage=2, experts=2)),
+    Case("zero-3 2, experts 1", zero(2, stage=3)),
+    Case("zero-3 2, experts 2", zero(2, stage=3, experts=2)),
+    Case("fsdp 2, bf16", Layout(2, 8, precision="bf16")),
+    Case("fsdp 2, prefetch 0", Layout(2, 8, prefetch=0)),
+    Case("zero-1 2, experts 2, bf16", zero(2, stage=1, experts=2, precision="bf16")),
+    Case("zero-2 2, experts 2, bf16", zero(2, stage=2, experts=2, precision="bf16")),
+    Case("zero-3 2, experts 2, bf16", zero(2, stage=3, experts=2, precision="bf16")),
+    Case("zero-3 2, experts 2, full", zero(2, stage=3, experts=2, checkpointing="full")),
+    Case("zero-2 2, experts 2, selective", zero(2, stage=2, experts=2, checkpointing="selective")),
+    Case("zero-3 2, experts 2, padded", zero(2, stage=3, experts=2, padded=True)),
+    Case("zero-2 2, experts 2, optimizer offloaded", zero(2, stage=2, experts=2, offload="optimizer")),
+    Case("zero-3 2, experts 2, parameters offloaded", zero(2, stage=3, experts=2, offload="parameters")),
+    Case("zero-3 2, experts 2, documents", zero(2, stage=3, experts=2, documents=True)),
+    Case("fsdp 4", Layout(4, 4)),
+    Case("fsdp 4, experts 2", Layout(4, 4, experts=2)),
+    Case("fsdp 4, experts 4", Layout(4, 4, experts=4)),
+    Case("hsdp 2x2, experts 2", Layout(4, 2, experts=2, copies=2)),
+    Case("ddp 4, experts 2", Layout(4, 2, "ddp", experts=2)),
+    Case("zero-0 4, experts 1", zero(4, stage=0)),
+    Case("zero-0 4, experts 2", zero(4, stage=0, experts=2)),
+    Case("zero-1 4, experts 1", zero(4, stage=1)),
+    Case("zero-1 4, experts 2", zero(4, stage=1, experts=2)),
+    Case("zero-2 4, experts 1", zero(4, stage=2)),
+    Case("zero-2 4, experts 2", zero(4, stage=2, experts=2)),
+    Case("zero-3 4, experts 1", zero(4, stage=3)),
+    Case("zero-3 4, experts 2", zero(4, stage=3, experts=2)),
+    Case("fsdp 4, experts 2, full", Layout(4, 4, experts=2, checkpointing="full")),
+    Case("fsdp 4, experts 4, full", Layout(4, 4, experts=4, checkpointing="full")),
+    Case("hsdp 2x2, experts 2, full", Layout(4, 2, experts=2, copies=2, checkpointing="full")),
+    Case("fsdp 4, experts 2, selective", Layout(4, 4, experts=2, checkpointing="selective")),
+    Case("fsdp 4, experts 2, padded", Layout(4, 4, experts=2, padded=True)),
+    Case("fsdp 4, experts 4, padded", Layout(4, 4, experts=4, padded=True)),
+    Case("hsdp 2x2, experts 2, padded", Layout(4, 2, experts=2, copies=2, padded=True)),
+    Case("fsdp 4, experts 2, bf16", Layout(4, 4, experts=2, precision="bf16")),
+    Case("fsdp 4, experts 4, bf16", Layout(4, 4, experts=4, precision="bf16")),
+    Case("hsdp 2x2, experts 2, bf16", Layout(4, 2, experts=2, copies=2, precision="bf16")),
+    Case(
+        "fsdp 4, experts 2, full, kept, prefetch 2",
+        Layout(4, 4, experts=2, checkpointing="full", kept=True, prefetch=2),
     ),
-}
-ZERO = {stage: PLAIN[f"zero-{stage} 2, experts 2"] for stage in range(4)}
-LAYOUTS |= {f"zero-{stage} 2, experts 2, bf16": replace(ZERO[stage], precision="bf16") for stage in (1, 2, 3)}
-LAYOUTS |= {
-    "zero-3 4, experts 4": replace(PLAIN["zero-3 4, experts 2"], experts=4),
-    "zero-3 2, experts 2, full": replace(ZERO[3], checkpointing="full"),
-    "zero-2 2, experts 2, selective": replace(ZERO[2], checkpointing="selective"),
-    "zero-3 2, experts 2, padded": replace(ZERO[3], padded=True),
-    "zero-2 2, experts 2, optimizer offloaded": replace(ZERO[2], offload="optimizer"),
-    "zero-3 2, experts 2, parameters offloaded": replace(ZERO[3], offload="parameters"),
-}
-LAYOUTS |= {f"{name}, documents": replace(PLAIN[name], documents=True) for name in ("1 rank", *HARDEST)}
-LAYOUTS |= {
-    f"{HARDEST[0]}, documents, full": replace(PLAIN[HARDEST[0]], documents=True, checkpointing="full"),
-    f"{HARDEST[0]}, documents, selective": replace(
-        PLAIN[HARDEST[0]], documents=True, checkpointing="selective"
+    Case("zero-3 4, experts 4", zero(4, stage=3, experts=4)),
+    Case("fsdp 4, experts 2, documents", Layout(4, 4, experts=2, documents=True)),
+    Case("fsdp 4, experts 4, documents", Layout(4, 4, experts=4, documents=True)),
+    Case("hsdp 2x2, experts 2, documents", Layout(4, 2, experts=2, copies=2, documents=True)),
+    Case("fsdp 4, experts 2, documents, full", Layout(4, 4, experts=2, checkpointing="full", documents=True)),
+    Case(
+        "fsdp 4, experts 2, documents, selective",
+        Layout(4, 4, experts=2, checkpointing="selective", documents=True),
     ),
-    "zero-3 2, experts 2, documents": replace(ZERO[3], documents=True),
-}
-LAYOUTS |= {f"{HARDEST[-1]}, padded, full": replace(PLAIN[HARDEST[-1]], padded=True, checkpointing="full")}
+    Case(
+        "hsdp 2x2, experts 2, padded, full",
+        Layout(4, 2, experts=2, copies=2, checkpointing="full", padded=True),
+    ),
+]
+LAYOUTS = {case.name: case.layout for case in CASES}
 
 
 @dataclass(frozen=True)
 class Result:
     metrics: list[dict[str, Any]]
-    """One entry a step, as in metrics.jsonl."""
+    """One entry per step, as in metrics.jsonl."""
     initial: dict[str, Tensor]
     final: dict[str, Tensor]
 
@@ -134,7 +168,9 @@ def train_layouts(tiny: TrainConfig, layouts: dict[str, Layout], directory: Path
         if dist.get_rank() == 0:
             lines = (run_dir / "metrics.jsonl").read_text().splitlines()
             metrics = [line for line in map(json.loads, lines) if "train/loss" in line]
-            read = open_model_tensors(latest_checkpoint(run_dir))
+            checkpoint = latest_checkpoint(run_dir)
+            assert checkpoint is not None
+            read = open_model_tensors(checkpoint)
             results[name] = Result(metrics, initial, {parameter: read(parameter) for parameter in initial})
         dist.barrier()
     return results
@@ -145,18 +181,63 @@ def initial_weights(cfg: TrainConfig) -> dict[str, Tensor]:
     return {name: whole(parameter) for name, parameter in model.named_parameters()}
 
 
+def selected_layouts(items: list[pytest.Item]) -> set[str]:
+    """The layouts of the tests that will run, and those that their results are compared with."""
+    here = [item for item in items if isinstance(item, pytest.Function) and item.path == Path(__file__)]
+    named = {str(item.callspec.params["name"]) for item in here if hasattr(item, "callspec")}
+    return named | {reference_of(name) for name in named} | {"1 rank"}
+
+
+def train_each(
+    ranks: int, tiny: TrainConfig, layouts: dict[str, Layout], directory: Path
+) -> dict[str, Result | RankError]:
+    """The result of each layout, or why it has none.
+
+    All share one spawn. When a layout ends the spawn, each trains in a spawn of its own, and the error
+    belongs to the layout that raised it.
+    """
+    outcomes: dict[str, Result | RankError] = {}
+    try:
+        return outcomes | run_ranks(ranks, train_layouts, tiny, layouts, directory / "shared", timeout=600)[0]
+    except RankError as error:
+        shared_error = error
+    for name, layout in layouts.items():
+        arguments = (tiny, {name: layout}, directory / "separate")
+        try:
+            outcomes |= run_ranks(ranks, train_layouts, *arguments, timeout=600)[0]
+        except RankError as error:
+            outcomes[name] = error
+    if not any(isinstance(outcome, RankError) for outcome in outcomes.values()):
+        raise shared_error  # it needs several layouts in one process, or chance: not to be hidden
+    return outcomes
+
+
 @pytest.fixture(scope="module")
-def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Result]:
+def trained(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[str], Result]:
+    """A function from a layout's name to its result; it fails the test where the layout did not train."""
     directory = tmp_path_factory.mktemp("equivalence")
     write_prepared(directory / "data", real_tokens(), real_tokens()[:1], vocab_size=258)
     write_lines(directory / "lines", "a*.py")
     write_lines(directory / "others", "b*.py")
     tiny = compose(TINY | {"data.dir": directory / "data"})
-    found = {}
+    selected = selected_layouts(request.session.items)
+    outcomes: dict[str, Result | RankError] = {}
     for ranks in (1, 2, 4):
-        layouts = {name: layout for name, layout in LAYOUTS.items() if layout.ranks == ranks}
-        found |= run_ranks(ranks, train_layouts, tiny, layouts, directory, timeout=600)[0]
-    return found
+        layouts = {
+            case.name: case.layout for case in CASES if case.name in selected and case.layout.ranks == ranks
+        }
+        if layouts:
+            outcomes |= train_each(ranks, tiny, layouts, directory)
+
+    def result_of(name: str) -> Result:
+        outcome = outcomes[name]
+        if isinstance(outcome, RankError):
+            pytest.fail(f"the layout {name!r} did not train: {outcome}", pytrace=False)
+        return outcome
+
+    return result_of
 
 
 # --- the comparisons --------------------------------------------------------------------------------------
@@ -179,8 +260,8 @@ IN_BF16 = [name for name, layout in LAYOUTS.items() if layout.precision == "bf16
 
 
 @pytest.mark.parametrize("name", IN_FP32)
-def test_losses_and_gradient_norms_are_the_same(results: dict[str, Result], name: str) -> None:
-    found, reference = results[name].metrics, results[reference_of(name)].metrics
+def test_losses_and_gradient_norms_are_the_same(trained: Callable[[str], Result], name: str) -> None:
+    found, reference = trained(name).metrics, trained(reference_of(name)).metrics
     assert len(found) == len(reference) == STEPS
     for step, expected in zip(found, reference, strict=True):
         assert step["tokens"] == expected["tokens"]
@@ -191,43 +272,44 @@ def test_losses_and_gradient_norms_are_the_same(results: dict[str, Result], name
 
 
 @pytest.mark.parametrize("name", IN_FP32)
-def test_final_weights_are_the_same(results: dict[str, Result], name: str) -> None:
-    found, reference = results[name].final, results[reference_of(name)].final
+def test_final_weights_are_the_same(trained: Callable[[str], Result], name: str) -> None:
+    found, reference = trained(name).final, trained(reference_of(name)).final
     assert found.keys() == reference.keys()
     for parameter, expected in reference.items():
-        moved = (expected - results[name].initial[parameter]).norm()
+        moved = (expected - trained(name).initial[parameter]).norm()
         assert moved > 1e-3 * expected.norm(), f"{parameter} was not trained"
         error = (found[parameter] - expected).norm() / expected.norm()
         assert error < 1e-5, (parameter, error.item())
 
 
 @pytest.mark.parametrize("name", [name for name in LAYOUTS if name != "1 rank"])
-def test_every_layout_starts_from_the_same_weights(results: dict[str, Result], name: str) -> None:
-    for parameter, expected in results["1 rank"].initial.items():
-        assert torch.equal(results[name].initial[parameter], expected), parameter
+def test_every_layout_starts_from_the_same_weights(trained: Callable[[str], Result], name: str) -> None:
+    for parameter, expected in trained("1 rank").initial.items():
+        assert torch.equal(trained(name).initial[parameter], expected), parameter
 
 
 @pytest.mark.parametrize("name", IN_FP32)
-def test_router_load_is_of_the_global_batch(results: dict[str, Result], name: str) -> None:
-    last, expected = results[name].metrics[-1], results[reference_of(name)].metrics[-1]
+def test_router_load_is_of_the_global_batch(trained: Callable[[str], Result], name: str) -> None:
+    last, expected = trained(name).metrics[-1], trained(reference_of(name)).metrics[-1]
     for layer in range(3):
         key = f"router/layer_{layer:02d}/load"
         assert last[key] == pytest.approx(expected[key], abs=1e-6)
 
 
 @pytest.mark.parametrize("name", IN_BF16)
-def test_bf16_does_not_drift(results: dict[str, Result], name: str) -> None:
-    for step, expected in zip(results[name].metrics, results["1 rank"].metrics, strict=True):
+def test_bf16_does_not_drift(trained: Callable[[str], Result], name: str) -> None:
+    for step, expected in zip(trained(name).metrics, trained("1 rank").metrics, strict=True):
         for loss in LOSSES:
             assert relative(step[loss], expected[loss]) < 0.01, (step["step"], loss)
 
 
-def test_documents_were_packed_and_mixed(results: dict[str, Result]) -> None:
-    last = results["1 rank, documents"].metrics[-1]
+@pytest.mark.parametrize("name", ["1 rank, documents"])
+def test_documents_were_packed_and_mixed(trained: Callable[[str], Result], name: str) -> None:
+    last = trained(name).metrics[-1]
     assert 0 < last["data/padding"] < 0.2
     assert last["data/lines/share"] == pytest.approx(last["data/lines/requested_share"], abs=0.02)
 
 
-def test_the_layouts_trained_something(results: dict[str, Result]) -> None:
-    first, *_, last = (step["train/ce_loss"] for step in results["1 rank"].metrics)
+def test_the_layouts_trained_something(trained: Callable[[str], Result]) -> None:
+    first, *_, last = (step["train/ce_loss"] for step in trained("1 rank").metrics)
     assert last < first - 0.1

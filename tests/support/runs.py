@@ -18,7 +18,7 @@ from olmoe_train.config.variants import writable
 from tests.support.data import write_prepared
 
 STEPS, SEQUENCES, LENGTH = 6, 16, 32
-TINY = {
+TINY: dict[str, Any] = {
     "model.vocab_size": 320,
     "model.hidden_size": 32,
     "model.intermediate_size": 16,
