@@ -28,8 +28,7 @@ from olmoe_train.optim.build import build_optimizer
 from olmoe_train.optim.clipping import clip_gradients
 from olmoe_train.planning.flops import train_flops_per_token
 from olmoe_train.training.batch import count_tokens
-from olmoe_train.training.build import build_model
-from olmoe_train.training.objectives.next_token import step_losses
+from olmoe_train.training.build import build_model, build_objective
 from tests.support.ranks import run_ranks
 
 WARM_UP = 2
@@ -90,14 +89,14 @@ def build_step(cfg: TrainConfig) -> Callable[[], None]:
     device = init_distributed("cpu")
     model = build_model(cfg, build_mesh(cfg.parallel, device))
     optimizer = build_optimizer(model.parameters(), cfg.optimizer)
+    objective = build_objective(cfg, model.config, device)
     shape = (cfg.trainer.micro_batch_size, cfg.data.sequence_length)
 
     def step() -> None:
         ids_BS = torch.randint(cfg.model.vocab_size, shape)
         batch = {"input_ids": ids_BS, "labels": ids_BS}
         totals = count_tokens([batch], False, device)
-        output = model.training_forward(**batch)
-        step_losses(cfg.loss, cfg.balancing, model, output, None, totals, None).total.backward()
+        objective(model, batch, totals)[0].backward()
         clip_gradients(model.parameters(), cfg.optimizer.max_grad_norm)
         optimizer.step()
         optimizer.zero_grad()

@@ -30,14 +30,13 @@ from olmoe_train.config.train import (
     TrainerConfig,
     WandbConfig,
 )
+from olmoe_train.data.loader import TrainingData
 from olmoe_train.distributed.mesh import build_mesh
 from olmoe_train.optim.build import build_optimizer
 from olmoe_train.optim.clipping import clip_gradients
 from olmoe_train.train import train
 from olmoe_train.training.batch import Batch, count_tokens
-from olmoe_train.training.build import build_model, train_batches
-from olmoe_train.training.objectives.next_token import step_losses
-from olmoe_train.training.state import Progress
+from olmoe_train.training.build import build_model, build_objective, train_batches
 from tests.support.data import write_prepared
 
 VOCABULARY, SEQUENCES = 4096, 4
@@ -84,12 +83,11 @@ class BareStep:
         self.cfg, device = cfg, torch.device("cpu")
         self.model = build_model(cfg, build_mesh(cfg.parallel, device))
         self.optimizer = build_optimizer(self.model.parameters(), cfg.optimizer)
+        self.objective = build_objective(cfg, self.model.config, device)
         self.totals = count_tokens([dict(batch)], False, device)
 
     def __call__(self, batch: Batch) -> None:
-        output = self.model.training_forward(**batch)
-        losses = step_losses(self.cfg.loss, self.cfg.balancing, self.model, output, None, self.totals, None)
-        losses.total.backward()
+        self.objective(self.model, batch, self.totals)[0].backward()
         clip_gradients(self.model.parameters(), self.cfg.optimizer.max_grad_norm)
         self.optimizer.step()
         self.optimizer.zero_grad()
@@ -111,7 +109,7 @@ def since(began: tuple[float, float]) -> tuple[float, float]:
 def batches_with_bare_steps(cfg: TrainConfig, block: int, loop_s: Times, bare_s: Times) -> Iterator[Batch]:
     """The loop's own batches; between two blocks of them, a block of bare steps. Fills in the seconds of
     both."""
-    bare, began, batches = None, (0.0, 0.0), train_batches(cfg, Progress())
+    bare, began, batches = None, (0.0, 0.0), iter(train_batches(cfg, TrainingData(cfg.data, cfg.seed), 0))
     while ready := list(itertools.islice(batches, block)):
         if bare is not None:
             loop_s.append(since(began))

@@ -30,8 +30,7 @@ from olmoe_train.optim.build import build_optimizer
 from olmoe_train.planning.layout import ParallelLayout
 from olmoe_train.planning.memory import MicroBatch, RankMemory, rank_memory
 from olmoe_train.training.batch import count_tokens
-from olmoe_train.training.build import build_model
-from olmoe_train.training.objectives.next_token import step_losses
+from olmoe_train.training.build import build_model, build_objective
 from tests.support.ranks import run_ranks
 
 MIB = 2**20
@@ -86,6 +85,7 @@ def measure(cfg: TrainConfig) -> Measured:
     mesh = build_mesh(cfg.parallel, device)
     model = build_model(cfg, mesh)
     optimizer = build_optimizer(model.parameters(), cfg.optimizer)
+    objective = build_objective(cfg, model.config, device)
     live = LiveBytes(list(model.parameters()))
     shape = (cfg.trainer.micro_batch_size, cfg.data.sequence_length)
     with live:
@@ -98,9 +98,7 @@ def measure(cfg: TrainConfig) -> Measured:
             totals = count_tokens(micro_batches, False, device)
             for index, batch in enumerate(micro_batches):
                 model.set_requires_all_reduce(index == 1)  # type: ignore[operator]
-                output = model.training_forward(**batch)
-                losses = step_losses(cfg.loss, cfg.balancing, model, output, None, totals, None)
-                losses.total.backward()
+                objective(model, batch, totals)[0].backward()
             if step == 0:
                 optimizer.step()
                 optimizer.zero_grad()

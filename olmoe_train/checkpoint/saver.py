@@ -12,14 +12,13 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.checkpoint.staging import BlockingAsyncStager
 
-from olmoe_train.checkpoint.convert.export import export_checkpoint, hf_directory
 from olmoe_train.checkpoint.directory import CheckpointError, delete, set_aside, superseded
 from olmoe_train.checkpoint.sharded import Snapshot, take_snapshot, verify_together, write_checkpoint
 from olmoe_train.config.train import CheckpointConfig
 from olmoe_train.distributed.collectives import on_any_rank, on_rank_0
 from olmoe_train.utils.errors import UserError
 
-log = logging.getLogger("olmoe")
+log = logging.getLogger(__name__)
 
 
 class Saver:
@@ -36,9 +35,15 @@ class Saver:
         run_dir: Path,
         stored: Callable[[], tuple[nn.Module, torch.optim.Optimizer]],
         saved_step: int,
+        on_save: Callable[[Path], None] = lambda checkpoint: None,
     ) -> None:
-        """stored: gives the model and its optimizer as a checkpoint has them; collective."""
-        self.cfg, self.run_dir, self._stored = cfg, run_dir, stored
+        """
+        Args:
+            stored: gives the model and its optimizer with sharded tensors; collective.
+            saved_step: newest step that is saved already; 0: none.
+            on_save: called on rank 0 with each complete checkpoint, in the thread that saved it.
+        """
+        self.cfg, self.run_dir, self._stored, self._on_save = cfg, run_dir, stored, on_save
         self.group = dist.new_group(backend="gloo") if cfg.async_save else None
         # Cached, the copy is in pinned memory, which CUDA writes to several times as fast.
         stager = BlockingAsyncStager(cache_staged_state_dict=torch.cuda.is_available())
@@ -50,7 +55,7 @@ class Saver:
         """Of the last save; None: it succeeded."""
         self.failures = 0
         """Failed saves in a row."""
-        self._told = 0
+        self._reported = 0
 
     def due(self, step: int) -> bool:
         return any(every and step % every == 0 for every in (self.cfg.every, self.cfg.export_every))
@@ -80,9 +85,9 @@ class Saver:
             self.thread.join()
             self.thread = None
         self.report()
-        if self.given_up:
+        if self.failed_too_often:
             assert self.failure is not None
-            if self._for_the_user:
+            if self._needs_user:
                 raise self.failure
             raise RuntimeError(f"{self.failures} saves failed in a row, the last one with: {self.failure}")
 
@@ -92,18 +97,18 @@ class Saver:
         if self.failure is not None:
             raise self.failure
 
-    def must_end(self) -> bool:
+    def must_abort(self) -> bool:
         """Tell of a save that has failed in the background, and whether the run has to end; every step."""
         self.report()
-        return self.given_up
+        return self.failed_too_often
 
     @property
-    def given_up(self) -> bool:
+    def failed_too_often(self) -> bool:
         """Whether the run has to end. Ranks may learn it at different steps, but by `wait` they all have."""
-        return self._for_the_user or self.failures >= self.cfg.max_failures
+        return self._needs_user or self.failures >= self.cfg.max_failures
 
     @property
-    def _for_the_user(self) -> bool:
+    def _needs_user(self) -> bool:
         """Whether the last save failed for a reason that stays until somebody does something."""
         return isinstance(self.failure, UserError) and not isinstance(self.failure, CheckpointError)
 
@@ -113,14 +118,14 @@ class Saver:
 
     def report(self) -> None:
         """Tell of a save that has failed since the last call."""
-        if self.failures > self._told and not self.given_up:
+        if self.failures > self._reported and not self.failed_too_often:
             log.warning(
                 "WARNING: saving failed, %d of at most %d times in a row; training goes on: %s",
                 self.failures,
                 self.cfg.max_failures,
                 self.failure,
             )
-        self._told = self.failures
+        self._reported = self.failures
 
     def _save(self, step: int, snapshot: Snapshot, state: dict[str, Any]) -> None:
         try:
@@ -130,16 +135,8 @@ class Saver:
         except Exception as error:
             self.failure, self.failures = error, self.failures + 1
         else:
-            if self.cfg.export_every and step % self.cfg.export_every == 0 and dist.get_rank() == 0:
-                self._export(checkpoint)
-
-    def _export(self, checkpoint: Path) -> None:
-        try:
-            out = hf_directory(self.run_dir, checkpoint)
-            export_checkpoint(self.run_dir, checkpoint, out)
-            log.info("exported to %s", out)
-        except Exception as error:  # the checkpoint is there, and can be exported at any time
-            log.warning("WARNING: exporting %s failed: %s", checkpoint, error)
+            if dist.get_rank() == 0:
+                self._on_save(checkpoint)
 
     def _retire(self, newest: Path) -> None:
         """Delete what retention gives up, if the newest checkpoint reads back as it was written; else set

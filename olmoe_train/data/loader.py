@@ -9,6 +9,7 @@ import itertools
 import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -27,28 +28,64 @@ from olmoe_train.utils.errors import UserError
 Sample = dict[str, np.ndarray]
 
 
+class TrainingData:
+    """The training data of a run, opened once: its manifests, its samples, and what decides their order."""
+
+    def __init__(self, cfg: DataConfig, seed: int) -> None:
+        """Reads the manifests. Raises UserError where one is missing or damaged, or where the sources were
+        made with different tokenizers."""
+        self.cfg, self.seed = cfg, seed
+        self.manifests = read_manifests(cfg)
+
+    @cached_property
+    def samples(self) -> "TrainSamples":
+        """Every sample by its global index; opening them reads the index of every shard, once."""
+        return TrainSamples(self.cfg, self.seed)
+
+    def fingerprint(self) -> dict[str, Any]:
+        """What decides the stream of samples, as flat JSON values: a run may continue from a sample index
+        only where this is equal."""
+        manifests = self.manifests
+        common = {
+            "order": ORDER,
+            "seed": self.seed,
+            "sequence_length": self.cfg.sequence_length,
+            "packing": ALGORITHM if self.cfg.packing is Packing.best_fit else self.cfg.packing.value,
+            "tokenizer_sha256": next(iter(manifests.values())).tokenizer_sha256,
+        }
+        if not self.cfg.mixture:
+            return common | _contents(*manifests.values())
+        common["mixture"] = f"{SCHEDULE}: {', '.join(manifests)}"
+        weights = {source.name: source.weight for source in mixture_components(self.cfg)}
+        for name, manifest in manifests.items():
+            contents = _contents(manifest) | {"share": weights[name] / sum(weights.values())}
+            common |= {f"mixture.{name}.{key}": value for key, value in contents.items()}
+        return common
+
+
 def build_train_loader(
-    data: DataConfig,
-    seed: int,
+    data: TrainingData,
     start_sample: int,
     global_batch_size: int,
     rank: int,
     world_size: int,
     micro_batch_size: int,
 ) -> DataLoader[dict[str, torch.Tensor]]:
-    """An endless loader of this rank's micro-batches, from global sample index `start_sample` on.
+    """An endless loader of this rank's micro-batches, starting at global sample index `start_sample`.
 
     Step j (from 0) is samples start_sample + [j * global_batch_size, (j + 1) * global_batch_size) of the
-    global order; rank r has the r-th contiguous share of them, in micro-batches of `micro_batch_size`
+    global order. Rank r gets the r-th contiguous share of them, in micro-batches of `micro_batch_size`
     sequences (B). After j steps the state to save is `start_sample + j * global_batch_size`.
 
-    Yields the columns of `collate`. Raises UserError for missing or damaged data, or a training split shorter
-    than one sequence.
+    Yields:
+        The columns of `collate`.
+
+    Raises:
+        UserError: data is missing or damaged, or a training split is shorter than one sequence.
     """
-    assert global_batch_size % (world_size * micro_batch_size) == 0, "validate() refuses this"
-    dataset = TrainSamples(data, seed)
+    assert global_batch_size % (world_size * micro_batch_size) == 0, "preflight refuses this"
     batches = RankMicroBatches(start_sample, global_batch_size, rank, world_size, micro_batch_size)
-    return _loader(dataset, batches, data.num_workers, seed)
+    return _loader(data.samples, batches, data.cfg.num_workers, data.seed)
 
 
 def build_eval_batches(
@@ -75,28 +112,6 @@ def build_eval_batches(
     return _loader(
         dataset, [rows[start : start + micro_batch_size] for start in starts], data.num_workers, seed=0
     )
-
-
-def fingerprint(data: DataConfig, seed: int) -> dict[str, Any]:
-    """What decides the stream: a run may go on from a sample index only where this is equal. JSON values,
-    flat.
-    """
-    manifests = read_manifests(data)
-    common = {
-        "order": ORDER,
-        "seed": seed,
-        "sequence_length": data.sequence_length,
-        "packing": ALGORITHM if data.packing is Packing.best_fit else data.packing.value,
-        "tokenizer_sha256": next(iter(manifests.values())).tokenizer_sha256,
-    }
-    if not data.mixture:
-        return common | _contents(*manifests.values())
-    common["mixture"] = f"{SCHEDULE}: {', '.join(manifests)}"
-    weights = {source.name: source.weight for source in mixture_components(data)}
-    for name, manifest in manifests.items():
-        contents = _contents(manifest) | {"share": weights[name] / sum(weights.values())}
-        common |= {f"mixture.{name}.{key}": value for key, value in contents.items()}
-    return common
 
 
 def _contents(manifest: Manifest) -> dict[str, Any]:

@@ -28,7 +28,7 @@ WINDOW = 1 << 18
 """Documents that are packed together."""
 _U64 = np.dtype("<u8")
 
-log = logging.getLogger("olmoe")
+log = logging.getLogger(__name__)
 
 
 class Packs:

@@ -130,3 +130,16 @@ def expert_counts(expert_indices: Sequence[Tensor], num_experts: int, mask_T: Te
             zeros_E.scatter_add_(0, indices_TK.reshape(-1), weight_TK.expand(indices_TK.shape).reshape(-1))
         )
     return torch.stack(counts)
+
+
+def router_entropy(router_logits: Sequence[Tensor], mask_T: Tensor | None = None) -> Tensor:
+    """Entropy of the routing distribution, summed over unpadded tokens: fp32 [L], in nats.
+
+    ln(E) per token is uniform routing. router_logits: [T, E] per layer. mask_T: [T], 0 at padding.
+    """
+    entropies = []
+    for logits_TE in router_logits:
+        log_probs_TE = logits_TE.log_softmax(-1)
+        entropy_T = -(log_probs_TE.exp() * log_probs_TE).sum(-1)
+        entropies.append(entropy_T.sum() if mask_T is None else (entropy_T * mask_T.to(entropy_T)).sum())
+    return torch.stack(entropies)

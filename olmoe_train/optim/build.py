@@ -1,6 +1,6 @@
-"""AdamW, its learning rate as a function of the step, and exact gradient clipping over sharded parameters."""
+"""Builds the optimizer that `optimizer=...` names, and scales its learning rates."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -8,13 +8,33 @@ from torch import nn
 
 from olmoe_train.config.optimizer import AdamWConfig, OptimizerConfig
 
+Parameters = Iterable[nn.Parameter] | list[dict[str, Any]]
+"""Parameters, or parameter groups."""
 
-def build_optimizer(
-    parameters: Iterable[nn.Parameter] | list[dict[str, Any]], cfg: OptimizerConfig
-) -> torch.optim.AdamW:
-    """Fused AdamW over every parameter, decay on all of them, norms and embeddings included (arXiv
-    2409.02060, table 10)."""
-    assert isinstance(cfg, AdamWConfig)
+
+def build_adamw(parameters: Parameters, cfg: AdamWConfig) -> torch.optim.Optimizer:
+    """Fused AdamW over every parameter. Weight decay applies to all of them, norms and embeddings included
+    (arXiv 2409.02060, table 10)."""
     return torch.optim.AdamW(
         parameters, lr=cfg.lr, betas=cfg.betas, eps=cfg.eps, weight_decay=cfg.weight_decay, fused=True
     )
+
+
+OPTIMIZERS: dict[type[OptimizerConfig], Callable[[Parameters, Any], torch.optim.Optimizer]] = {
+    AdamWConfig: build_adamw,
+}
+"""Variant of `optimizer` -> its builder. A new optimizer is one configuration class and one entry here."""
+
+
+def build_optimizer(parameters: Parameters, cfg: OptimizerConfig) -> torch.optim.Optimizer:
+    """The optimizer of a configuration. Each parameter group remembers its peak rate as `initial_lr`."""
+    optimizer = OPTIMIZERS[type(cfg)](parameters, cfg)
+    for group in optimizer.param_groups:
+        group["initial_lr"] = group["lr"]
+    return optimizer
+
+
+def scale_learning_rates(optimizer: torch.optim.Optimizer, multiplier: float) -> None:
+    """Set every group's learning rate to its `initial_lr` times `multiplier`."""
+    for group in optimizer.param_groups:
+        group["lr"] = group["initial_lr"] * multiplier

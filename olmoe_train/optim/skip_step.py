@@ -1,8 +1,8 @@
-"""Steps whose gradients are not used: not finite, or a spike. Decided on the device, by all ranks alike.
+"""Optimizer steps that are skipped: their loss or gradients are not finite, or spike.
 
-The gradient norm and the loss are sums over all ranks, so every rank decides alike without a word, and the
-host does not wait: fused AdamW reads `found_inf` on the device and leaves parameters, moments and its step
-count as they are. The host looks at what was skipped when it logs and before it saves.
+The gradient norm and the loss are sums over all ranks, so every rank decides alike without communication
+beyond the loss's own sum, and the decision stays on the device. The host reads it where it logs and before it
+saves.
 """
 
 import logging
@@ -16,17 +16,32 @@ from torch import Tensor
 
 from olmoe_train.config.train import TrainerConfig
 
-log = logging.getLogger("olmoe")
-WINDOW = 128  # steps that a spike is compared to, and that trainer.max_skipped_steps counts over
-# A mean and a deviation of fewer steps say little.
+log = logging.getLogger(__name__)
+WINDOW = 128
+"""Steps that a spike is compared with, and that trainer.max_skipped_steps counts over."""
 ENOUGH = 32
+"""Fewest steps whose mean and standard deviation define a spike."""
 UNSEEN, USED, NOT_FINITE, SPIKE = -1, 0, 1, 2
 REASONS = {NOT_FINITE: "gradient or loss is not finite", SPIKE: "loss or gradient norm is a spike"}
 
 
+def step_unless(optimizer: torch.optim.Optimizer, skip: Tensor) -> None:
+    """Take the optimizer's step, unless `skip` (bool scalar on the device) is true.
+
+    Fused torch optimizers read the decision on the device (`found_inf`) and then leave parameters, moments
+    and their step count as they are; the host does not wait. For any other optimizer the host reads the
+    decision, which waits for the device once per step.
+    """
+    if getattr(optimizer, "_step_supports_amp_scaling", False):
+        optimizer.found_inf = skip.float()  # type: ignore[attr-defined]
+        optimizer.step()
+    elif not bool(skip):
+        optimizer.step()
+
+
 @dataclass(frozen=True)
 class GuardState:
-    """What resuming needs, as JSON; one entry a step of the window, at index step % WINDOW."""
+    """What resuming needs, as JSON; one entry per step of the window, at index step % WINDOW."""
 
     outcomes: list[int]
     losses: list[float | None]
@@ -35,10 +50,11 @@ class GuardState:
     """Skipped steps of the whole run."""
 
 
-class StepGuard:
-    """Remembers the last WINDOW steps on the device; `check` is the only place that waits for it."""
+class SkipGuard:
+    """Judges each step by the last WINDOW steps, on the device. Only `check` and `state` wait for it."""
 
     def __init__(self, cfg: TrainerConfig, saved: dict[str, Any] | None, device: torch.device) -> None:
+        """saved: `state()` of an earlier process; None for a new run."""
         self.budget, self.sigmas = cfg.max_skipped_steps, cfg.spike_sigmas
         nothing: list[float | None] = [None] * WINDOW
         state = GuardState(**saved) if saved else GuardState([UNSEEN] * WINDOW, nothing, nothing, 0)
@@ -47,13 +63,16 @@ class StepGuard:
         # [loss and gradient norm, WINDOW]; NaN where there was no step yet, or nothing finite.
         self.history = torch.tensor(history, device=device)
         self.skipped = torch.tensor(state.skipped, device=device)
-        self.told = state.skipped
+        self.reported = state.skipped
 
     @torch.no_grad()
-    def decide(self, optimizer: torch.optim.Optimizer, step: int, loss: Tensor, grad_norm: Tensor) -> None:
-        """Make the optimizer's next step do nothing if this one's gradients cannot be used.
+    def judge(self, step: int, loss: Tensor, grad_norm: Tensor) -> Tensor:
+        """Whether the update of `step` must be skipped: bool scalar on the device, equal on every rank.
 
-        loss: this rank's share of the step's, a scalar as grad_norm is; collective.
+        Args:
+            step: counted from 1.
+            loss: this rank's share of the step's loss, fp32 scalar.
+            grad_norm: over all ranks, fp32 scalar.
         """
         loss = loss.detach().clone()
         dist.all_reduce(loss)
@@ -66,8 +85,9 @@ class StepGuard:
         self.outcomes[at] = outcome
         # A spike enters as its limit: it neither hides the next one, nor is a new level skipped for ever.
         self.history[:, at] = torch.where(finite, values.minimum(limits), math.nan)
-        self.skipped += outcome != USED
-        optimizer.found_inf = (outcome != USED).float()  # type: ignore[attr-defined]
+        skip = outcome != USED
+        self.skipped += skip
+        return skip
 
     def _limits(self) -> Tensor:
         """[loss, gradient norm] above which a step is a spike."""
@@ -81,17 +101,18 @@ class StepGuard:
         return torch.where(count >= ENOUGH, mean + self.sigmas * deviation, math.inf)
 
     def check(self, step: int) -> int:
-        """How many steps of the run were skipped, up to `step`; tells of new ones.
+        """Skipped steps of the run up to `step`; warns of those not yet reported.
 
-        FloatingPointError where more than trainer.max_skipped_steps of the last WINDOW steps were.
+        Raises:
+            FloatingPointError: more than trainer.max_skipped_steps of the last WINDOW steps were skipped.
         """
         skipped, outcomes = int(self.skipped), self.outcomes.tolist()
         recent = [s for s in range(max(1, step - WINDOW + 1), step + 1) if outcomes[s % WINDOW] in REASONS]
-        if skipped > self.told:
+        if skipped > self.reported:
             why = " and ".join(text for kind, text in REASONS.items() if kind in outcomes)
             steps = ", ".join(map(str, recent[-5:]))
-            log.warning("WARNING: %d updates skipped, lately at %s: %s", skipped - self.told, steps, why)
-            self.told = skipped
+            log.warning("WARNING: %d updates skipped, lately at %s: %s", skipped - self.reported, steps, why)
+            self.reported = skipped
         if len(recent) > self.budget:
             raise FloatingPointError(
                 f"{len(recent)} of the last {min(step, WINDOW)} updates were skipped, more than "
@@ -101,7 +122,7 @@ class StepGuard:
         return skipped
 
     def state(self) -> dict[str, Any]:
-        """For the checkpoint, as JSON."""
+        """JSON values for the checkpoint."""
         losses, norms = (
             [value if math.isfinite(value) else None for value in row] for row in self.history.tolist()
         )

@@ -62,9 +62,9 @@ def plan_speed(cfg: PlanConfig) -> Speed:
     return Speed(
         flops,
         peak,
-        tokens_per_step(cfg),
+        tokens_per_step(cfg.trainer, cfg.data.sequence_length),
         cfg.trainer.global_batch_size // (cfg.trainer.micro_batch_size * cfg.gpus),
-        total_steps(cfg),
+        total_steps(cfg.trainer, cfg.data.sequence_length),
         cfg.gpus * peak * cfg.mfu / flops.total,
     )
 

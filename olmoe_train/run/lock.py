@@ -11,7 +11,7 @@ from pathlib import Path
 
 from olmoe_train.utils.errors import UserError
 
-log = logging.getLogger("olmoe")
+log = logging.getLogger(__name__)
 
 
 class RunLock:
@@ -41,7 +41,12 @@ class RunLock:
         self._write(json.dumps({"host": socket.gethostname(), "pid": os.getpid(), "time": time.time()}))
 
     def release(self) -> None:
+        """The run ended in order: the next one finds no owner."""
         self._write("")
+        self.close()
+
+    def close(self) -> None:
+        """Let go of the lock. Without `release` before it, the next run is warned of an owner that failed."""
         self.file.close()
 
     def _write(self, text: str) -> None:

@@ -1,38 +1,92 @@
-"""Where metrics go: metrics.jsonl and wandb."""
+"""Where metrics go: run_dir/metrics.jsonl, and wandb if it can. Rank 0 writes.
+
+Observing never stops a run: at the first trouble wandb gets no more, and metrics.jsonl has everything.
+"""
 
 import json
 import logging
+import math
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import wandb
+import torch.distributed as dist
 
 from olmoe_train.config.choices import WandbMode
 from olmoe_train.config.train import WandbConfig
+from olmoe_train.utils.files import atomic_write_text
 from olmoe_train.utils.redaction import redact_text
 
-log = logging.getLogger("olmoe")
-
+log = logging.getLogger(__name__)
 
 WANDB_START_S, WANDB_END_S = 30.0, 60.0
-"""How long rank 0 waits for wandb as it starts, and as the run ends."""
+"""Longest time that rank 0 waits for wandb when a run starts, and when it ends."""
+
+
+class MetricsLog:
+    """metrics.jsonl and wandb of one run. Other ranks than 0 may call it and write nothing."""
+
+    def __init__(self, run_dir: Path, wandb: WandbConfig, config: dict[str, Any], step: int) -> None:
+        """
+        Args:
+            run_dir: where metrics.jsonl is; records of steps beyond `step` are removed from it.
+            wandb: whether and how to log to wandb.
+            config: the run's configuration without secrets, for wandb.
+            step: the step that the run continues from; 0 for a new run.
+        """
+        self._path = run_dir / "metrics.jsonl"
+        self._wandb: Any = None
+        if dist.get_rank() == 0:
+            forget_after(self._path, step)
+            self._wandb = start_wandb(wandb, run_dir, config)
+
+    def write(self, values: dict[str, Any]) -> None:
+        """Append one record. values: `step`, and metrics by name: numbers, None, or lists of numbers.
+
+        wandb gets the numbers only. NaN and infinity are written as null, since JSON has neither.
+        """
+        if dist.get_rank() != 0:
+            return
+        clean = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
+        with self._path.open("a") as file:
+            file.write(json.dumps(clean) + "\n")
+        scalars = {
+            k: v for k, v in clean.items() if k != "step" and v is not None and not isinstance(v, list)
+        }
+        self._send(lambda run: run.log(scalars, step=clean["step"]))
+
+    def close(self) -> None:
+        self._send(lambda run: run.finish())
+        self._wandb = None
+
+    def _send(self, message: Callable[[Any], None]) -> None:
+        if self._wandb is None:
+            return
+        try:
+            message(self._wandb)
+        except Exception as error:
+            log.warning("warning: wandb failed (%r) and gets no more; metrics.jsonl has everything", error)
+            self._wandb = None
 
 
 def forget_after(path: Path, step: int) -> None:
-    """Drop what a run logged between the checkpoint it resumes from and its end: those steps come again."""
+    """Remove the records of steps beyond `step`, from which a run resumes: those steps come again."""
     if not path.is_file():
         return
     lines = path.read_text().splitlines(keepends=True) if step else []
     kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text("".join(kept))
-    temporary.replace(path)
+    atomic_write_text(path, "".join(kept))
 
 
 def start_wandb(cfg: WandbConfig, run_dir: Path, config: dict[str, Any]) -> Any:
-    """A wandb run, or None where it is disabled or cannot start: observing never stops a run."""
+    """A wandb run, or None where wandb is disabled or cannot start."""
     if cfg.mode is WandbMode.disabled:
+        return None
+    try:
+        import wandb  # takes a second to import, and a run that disables it need not have it
+    except ImportError as error:
+        log.warning("warning: wandb could not start (%s); metrics.jsonl has everything", error)
         return None
     mode = cfg.mode.value
     if mode == "online" and not (os.environ.get("WANDB_API_KEY") or wandb.api.api_key):
@@ -47,7 +101,7 @@ def start_wandb(cfg: WandbConfig, run_dir: Path, config: dict[str, Any]) -> Any:
             dir=str(run_dir),
             mode=mode,
             config=config,
-            # x_disable_meta: it would take the command line, and the git remote's URL, as they are.
+            # x_disable_meta: otherwise wandb uploads the command line and the git remote's URL unredacted.
             settings=wandb.Settings(
                 silent=True,
                 console="off",

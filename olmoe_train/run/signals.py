@@ -27,10 +27,14 @@ class Signals:
         threading.Thread(target=self._listen, name="signals", daemon=True).start()
 
     def close(self) -> None:
+        """Restore the handlers from before; may be called again."""
+        if not self._before:
+            return
         for number, handler in self._before.items():
             signal.signal(number, handler)
         signal.set_wakeup_fd(-1)
         os.close(self._write)  # ends the thread
+        self._before = {}
 
     def _note(self, _number: int, _frame: object) -> None:
         self.stop_requested = True

@@ -20,7 +20,7 @@ from typing import TypeVar
 
 import torch.distributed as dist
 
-log = logging.getLogger("olmoe")
+log = logging.getLogger(__name__)
 POLL_S, WORDS_S = 0.5, 2.0
 """Between looks, and how long to wait for the other ranks' words."""
 FRAMES = 12
@@ -42,18 +42,18 @@ class Watchdog:
         self.rank, self.launcher = dist.get_rank(), os.getppid()
         self._main = threading.main_thread().ident
         self._closed = threading.Event()
-        self.beat("starting")
+        self.heartbeat("starting")
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
         self._thread.start()
 
-    def beat(self, where: str) -> None:
+    def heartbeat(self, where: str) -> None:
         """The rank got as far as `where`."""
         self.where, self.beaten = where, time.monotonic()
 
-    def beating(self, items: Iterable[Item], where: str = "validating") -> Iterator[Item]:
+    def with_heartbeat(self, items: Iterable[Item], where: str = "validating") -> Iterator[Item]:
         """The items, with a beat at each."""
         for item in items:
-            self.beat(where)
+            self.heartbeat(where)
             yield item
 
     def close(self) -> None:

@@ -1,8 +1,11 @@
 """One optimizer step's micro-batches on this rank, and counts over the step's global batch.
 
-Shapes: B batch, S sequence.
+Shapes: B sequences of a micro-batch, S sequence length.
 """
 
+import itertools
+import time
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -10,31 +13,55 @@ import torch.distributed as dist
 from torch import Tensor
 
 from olmoe_train.model.cross_entropy import IGNORE_INDEX
+from olmoe_train.utils.errors import UserError
 
 Batch = dict[str, Tensor]
+"""A micro-batch: columns as data/loader.py's `collate` makes them, input_ids and labels [B, S] among them."""
+
+
+class StepBatches(Iterator[list[Batch]]):
+    """Groups a stream of micro-batches into optimizer steps; measures the time spent waiting for them."""
+
+    def __init__(self, micro_batches: Iterable[Batch], micro_batches_per_step: int) -> None:
+        self._stream = iter(micro_batches)
+        self._per_step = micro_batches_per_step
+        self.seconds_waited = 0.0
+        """Total over all steps so far."""
+
+    def __next__(self) -> list[Batch]:
+        started = time.monotonic()
+        step = list(itertools.islice(self._stream, self._per_step))
+        self.seconds_waited += time.monotonic() - started
+        if len(step) < self._per_step:
+            raise UserError(
+                "the batches ended before the run did: give an iterable with "
+                "trainer.global_batch_size / (trainer.micro_batch_size x ranks) micro-batches for every "
+                "step, or lower trainer.max_steps"
+            )
+        return step
 
 
 @dataclass(frozen=True)
 class Totals:
-    """Counts over the step's global batch; scalars on the device unless they say otherwise."""
+    """Counts over the step's global batch: fp32 scalars on the device, unless they say otherwise."""
 
-    tokens: Tensor
-    """Tokens that are not padding."""
-    targets: Tensor
-    """Tokens that have a label to predict."""
-    tokens_int: int
-    """`tokens` on the host."""
+    num_tokens: Tensor
+    """Tokens that are not padding; at least 1."""
+    num_targets: Tensor
+    """Tokens that have a label to predict; at least 1."""
+    num_tokens_host: int
+    """Tokens that are not padding, on the host."""
     sequences_without_targets: int
     repetitive_sequences: int
-    """Left out of the loss by data.repetition_filter."""
+    """Sequences that data.repetition_filter left out of the loss."""
     stop_requested: bool
-    """Whether any rank has had a signal to stop; every rank reads the same."""
+    """Whether any rank asked to stop after this step; equal on every rank."""
 
 
 def count_tokens(micro_batches: list[Batch], stop_requested: bool, device: torch.device) -> Totals:
-    """One all-reduce of five numbers on the CPU, where the batches are: the GPU is not waited for.
+    """Count the step's global batch with one all-reduce of five numbers on the CPU; no GPU is waited for.
 
-    Takes the column `repetitive` out of the batches; the model gets the others.
+    Removes the column `repetitive` from the batches; the model gets the other columns.
     """
     counts = torch.zeros(5, dtype=torch.int64)
     for batch in micro_batches:

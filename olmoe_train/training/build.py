@@ -1,25 +1,63 @@
-"""Builds what a run needs from its configuration."""
+"""Builds what a run needs from its configuration. This file and the loop see the configuration whole."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
 
 from olmoe_train.checkpoint.convert.stored_model import load_into
+from olmoe_train.checkpoint.saver import Saver
+from olmoe_train.config.choices import Strategy
 from olmoe_train.config.model import olmoe_config
+from olmoe_train.config.objective import NextTokenConfig, ObjectiveConfig
 from olmoe_train.config.train import TrainConfig
-from olmoe_train.data.loader import build_train_loader
+from olmoe_train.data.loader import TrainingData, build_train_loader
+from olmoe_train.data.mixture import mixture_components
 from olmoe_train.distributed.materialize import initialise
-from olmoe_train.distributed.mesh import Mesh
+from olmoe_train.distributed.mesh import Mesh, build_mesh
 from olmoe_train.distributed.parallelize import parallelize
 from olmoe_train.model import OlmoeForCausalLM
-from olmoe_train.training.batch import Batch
-from olmoe_train.training.state import Progress
+from olmoe_train.model.configuration import OlmoeConfig
+from olmoe_train.optim.build import build_optimizer
+from olmoe_train.optim.schedule import Schedule
+from olmoe_train.optim.skip_step import SkipGuard
+from olmoe_train.planning.duration import tokens_per_step, total_steps, warmup_and_decay_steps
+from olmoe_train.run.directory import Run
+from olmoe_train.run.loggers import MetricsLog
+from olmoe_train.run.stragglers import StragglerDetector
+from olmoe_train.training.batch import Batch, StepBatches
+from olmoe_train.training.callbacks.base import Callback
+from olmoe_train.training.callbacks.checkpoints import Checkpoints
+from olmoe_train.training.callbacks.evaluation import Evaluate
+from olmoe_train.training.callbacks.exports import Exports
+from olmoe_train.training.callbacks.logging import Logging
+from olmoe_train.training.callbacks.stragglers import Stragglers
+from olmoe_train.training.compatibility import config_values, resume_fingerprint
+from olmoe_train.training.engine.base import Engine
+from olmoe_train.training.engine.fsdp import FsdpEngine
+from olmoe_train.training.objectives.base import Objective
+from olmoe_train.training.objectives.next_token import NextToken
+from olmoe_train.training.preflight.checks import validate
+from olmoe_train.training.resume import saved_state
+from olmoe_train.training.state import TrainState
+from olmoe_train.training.throughput import Throughput
+from olmoe_train.utils.redaction import redact
+
+
+def build_run(cfg: TrainConfig) -> Run:
+    """The run in its directory, to be entered; the configuration has passed the preflight checks.
+
+    Raises:
+        UserError: lists everything that is wrong with the configuration.
+    """
+    warnings = validate(cfg, dist.get_world_size())
+    tokenizer = mixture_components(cfg.data)[0].directory / "tokenizer"
+    return Run(cfg.run_dir, cfg.trainer.timeout, tokenizer, warnings)
 
 
 def build_model(cfg: TrainConfig, mesh: Mesh) -> OlmoeForCausalLM:
-    """The model in its layout on this rank, with its initial weights. Nothing is allocated before it is
-    sharded."""
+    """The model in its layout on this rank, with its initial weights. Memory is allocated after sharding."""
     with torch.device("meta"):
         model = OlmoeForCausalLM(olmoe_config(cfg.model))
     model.set_experts_backend(cfg.model.experts_backend.value)
@@ -30,15 +68,119 @@ def build_model(cfg: TrainConfig, mesh: Mesh) -> OlmoeForCausalLM:
     return model
 
 
-def train_batches(cfg: TrainConfig, progress: Progress) -> Iterator[Batch]:
-    return iter(
-        build_train_loader(
-            cfg.data,
-            cfg.seed,
-            start_sample=progress.samples,
-            global_batch_size=cfg.trainer.global_batch_size,
-            rank=dist.get_rank(),
-            world_size=dist.get_world_size(),
-            micro_batch_size=cfg.trainer.micro_batch_size,
-        )
+def build_engine(cfg: TrainConfig, device: torch.device) -> Engine:
+    """The engine of parallel.strategy, with the initial weights; collective."""
+    model = build_model(cfg, build_mesh(cfg.parallel, device))
+    if cfg.parallel.strategy is Strategy.deepspeed:
+        # Imported here: DeepSpeed is large, and other strategies do without it.
+        from olmoe_train.training.engine.deepspeed import ZeroEngine
+
+        return ZeroEngine(cfg, model, device)
+    optimizer = build_optimizer(model.parameters(), cfg.optimizer)
+    return FsdpEngine(model, optimizer, cfg.optimizer.max_grad_norm, device)
+
+
+def build_next_token(cfg: TrainConfig, config: OlmoeConfig, device: torch.device) -> Objective:
+    return NextToken(cfg.loss, cfg.balancing, config, device)
+
+
+BuildObjective = Callable[[TrainConfig, OlmoeConfig, torch.device], Objective]
+OBJECTIVES: dict[type[ObjectiveConfig], BuildObjective] = {NextTokenConfig: build_next_token}
+"""Variant of `objective` -> its builder. A new objective is one configuration class and one entry here."""
+
+
+def build_objective(cfg: TrainConfig, config: OlmoeConfig, device: torch.device) -> Objective:
+    """The objective that `objective=...` names. config: the model's."""
+    return OBJECTIVES[type(cfg.objective)](cfg, config, device)
+
+
+def count_steps(cfg: TrainConfig, data: TrainingData) -> int:
+    """Optimizer steps of the whole run. Only trainer.max_epochs opens the samples."""
+    epoch = data.samples.epoch if cfg.trainer.max_epochs is not None else None
+    return total_steps(cfg.trainer, cfg.data.sequence_length, epoch)
+
+
+def build_schedule(cfg: TrainConfig, last_step: int) -> Schedule:
+    """The learning rate's schedule of a run of `last_step` steps."""
+    tokens = tokens_per_step(cfg.trainer, cfg.data.sequence_length)
+    return Schedule(cfg.scheduler, *warmup_and_decay_steps(cfg.scheduler, tokens, last_step))
+
+
+def train_batches(
+    cfg: TrainConfig, data: TrainingData, start_sample: int
+) -> "torch.utils.data.DataLoader[dict[str, torch.Tensor]]":
+    """This rank's micro-batches from global sample index `start_sample`, without end."""
+    return build_train_loader(
+        data,
+        start_sample=start_sample,
+        global_batch_size=cfg.trainer.global_batch_size,
+        rank=dist.get_rank(),
+        world_size=dist.get_world_size(),
+        micro_batch_size=cfg.trainer.micro_batch_size,
     )
+
+
+def build_step_batches(
+    cfg: TrainConfig, data: TrainingData, start_sample: int, batches: Iterable[Batch] | None
+) -> StepBatches:
+    """This rank's micro-batches, grouped into optimizer steps. batches: in place of the prepared data."""
+    source = batches if batches is not None else train_batches(cfg, data, start_sample)
+    sequences = cfg.trainer.micro_batch_size * dist.get_world_size()
+    return StepBatches(source, cfg.trainer.global_batch_size // sequences)
+
+
+def build_callbacks(
+    cfg: TrainConfig,
+    run: Run,
+    engine: Engine,
+    objective: Objective,
+    guard: SkipGuard,
+    data: TrainingData,
+    batches: StepBatches,
+    schedule: Schedule,
+    state: TrainState,
+    extra: tuple[Callback, ...],
+) -> list[Callback]:
+    """The callbacks of a run, in the order in which every hook is called.
+
+    Logging comes first, so that a step's line is in the log before anything that follows from the step.
+    Stragglers are compared once logging has waited for the device. Validation comes before the save of the
+    same step, as a save may end the run. `extra` callbacks come last, when the step is complete and saved.
+    """
+    run_dir, device = Path(cfg.run_dir), engine.device
+    metrics = MetricsLog(run_dir, cfg.logging.wandb, redact(config_values(cfg)), state.step)
+    run.close_at_end(metrics.close)
+    throughput = Throughput(
+        engine.model.config, cfg.data.sequence_length, cfg.trainer.precision, device, state.tokens
+    )
+    logging = Logging(
+        run,
+        metrics,
+        throughput,
+        engine,
+        objective,
+        guard,
+        data,
+        sequences_per_step=cfg.trainer.global_batch_size,
+        dead_expert_steps=cfg.logging.dead_expert_steps,
+        device=device,
+    )
+    stragglers = Stragglers(StragglerDetector(run.watchdog.peers, engine.model.lm_head, device), batches)
+    evaluate = Evaluate(cfg.evaluation, data, engine.model, metrics, throughput, run.watchdog, device)
+    exports = Exports(run_dir, cfg.checkpoint.export_every)
+    callbacks: list[Callback] = [logging, stragglers, evaluate, exports]
+
+    def on_save(checkpoint: Path) -> None:
+        for callback in [*callbacks, *extra]:
+            callback.on_save(checkpoint)
+
+    fingerprint = resume_fingerprint(cfg, schedule, data)
+    saver = Saver(cfg.checkpoint, run_dir, engine.state, state.step, on_save)
+    checkpoints = Checkpoints(
+        saver,
+        run,
+        guard,
+        throughput,
+        lambda now: saved_state(now, guard, [*callbacks, *extra], fingerprint),
+    )
+    return [*callbacks, checkpoints, *extra]

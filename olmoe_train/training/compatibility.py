@@ -9,16 +9,18 @@ from omegaconf import OmegaConf
 
 from olmoe_train.config.aliases import current_key, current_saved_config
 from olmoe_train.config.balancing import AuxiliaryLossConfig
-from olmoe_train.config.choices import BalanceScope, Schedule
+from olmoe_train.config.choices import BalanceScope
+from olmoe_train.config.choices import Schedule as Shape
 from olmoe_train.config.train import TrainConfig
-from olmoe_train.data.loader import fingerprint
-from olmoe_train.planning.duration import warmup_and_decay_steps
+from olmoe_train.data.loader import TrainingData
+from olmoe_train.optim.schedule import Schedule
 from olmoe_train.utils.errors import UserError
 from olmoe_train.utils.redaction import redact
 
-log = logging.getLogger("olmoe")
-# Where and how to compute, and what to watch: keys and sections that no weight depends on. All others do.
-HARMLESS = (
+log = logging.getLogger(__name__)
+# Keys and sections that do not affect the weights: where and how to compute, and what to log. Changing any
+# other key changes the result.
+SAFE_TO_CHANGE = (
     "model.init_from",  # it gave the first step's weights; the checkpoint has later ones
     "model.experts_backend",
     "data.dir",  # their content and shares are compared by fingerprint
@@ -41,7 +43,7 @@ HARMLESS = (
     "evaluation",
 )
 # These act through the steps at which warm-up and decay end, which are compared instead.
-SCHEDULE = (
+SCHEDULE_KEYS = (
     "trainer.max_steps",
     "trainer.max_tokens",
     "trainer.max_epochs",
@@ -65,29 +67,33 @@ class Change:
         return f"{self.key}: {self.before} in the checkpoint, {self.now} now"
 
 
-def description(cfg: TrainConfig) -> dict[str, Any]:
-    """What a checkpoint says of the run that made it, as JSON; for `check_changes`."""
-    warmup_end, decay_end = warmup_and_decay_steps(cfg)
-    schedule = {"step at which the warm-up ends": warmup_end}
-    if cfg.scheduler.kind is not Schedule.constant:
-        schedule["step at which the decay ends"] = decay_end
-    config = OmegaConf.to_container(OmegaConf.structured(cfg), enum_to_str=True)
-    assert isinstance(config, dict)
+def config_values(cfg: TrainConfig) -> dict[str, Any]:
+    """The configuration as plain values, enums by name."""
+    values = OmegaConf.to_container(OmegaConf.structured(cfg), enum_to_str=True)
+    assert isinstance(values, dict)
+    return {str(key): value for key, value in values.items()}
+
+
+def resume_fingerprint(cfg: TrainConfig, schedule: Schedule, data: TrainingData) -> dict[str, Any]:
+    """What a checkpoint says about the run that made it, as JSON: configuration, schedule and data order."""
+    steps = {"step at which the warm-up ends": schedule.warmup_end}
+    if cfg.scheduler.kind is not Shape.constant:
+        steps["step at which the decay ends"] = schedule.decay_end
+    config = config_values(cfg)
     del config["run_dir"]
-    return {
-        "config": redact(config),
-        "schedule": schedule,
-        "fingerprint": fingerprint(cfg.data, cfg.seed),
-    }
+    return {"config": redact(config), "schedule": steps, "fingerprint": data.fingerprint()}
 
 
-def check_changes(saved: dict[str, Any], cfg: TrainConfig, checkpoint: Path) -> None:
-    """UserError that lists the changes since the checkpoint that alter the mathematics, unless
-    checkpoint.allow_changes names them; the others are logged."""
+def check_changes(saved: dict[str, Any], now: dict[str, Any], cfg: TrainConfig, checkpoint: Path) -> None:
+    """Compare a checkpoint's saved state with this run's `resume_fingerprint`; log the harmless changes.
+
+    Raises:
+        UserError: lists the changes that alter the result and that checkpoint.allow_changes does not name.
+    """
     allowed = [current_key(key) for key in cfg.checkpoint.allow_changes]
     refused = []
-    for change in changes(saved, description(cfg)):
-        if not alters_mathematics(change.key, cfg):
+    for change in changes(saved, now):
+        if not changes_the_result(change.key, cfg):
             log.info("changed since the checkpoint: %s", change)
         elif _within(change.key, allowed):
             log.warning("WARNING: changed since the checkpoint, and allowed to: %s", change)
@@ -96,7 +102,7 @@ def check_changes(saved: dict[str, Any], cfg: TrainConfig, checkpoint: Path) -> 
     if refused:
         keys = ",".join(sorted({change.key.split(" ")[0] for change in refused}))
         what = f"{checkpoint} was made by a run that computes something else:"
-        fix = f"restore these, or go on all the same: checkpoint.allow_changes=[{keys}]"
+        fix = f"restore these values, or accept the changes: checkpoint.allow_changes=[{keys}]"
         raise UserError("\n  ".join([what, *map(str, refused), fix]))
 
 
@@ -112,10 +118,10 @@ def changes(saved: dict[str, Any], now: dict[str, Any]) -> list[Change]:
     return [Change(key, before.get(key), after.get(key)) for key in keys]
 
 
-def alters_mathematics(key: str, cfg: TrainConfig) -> bool:
+def changes_the_result(key: str, cfg: TrainConfig) -> bool:
     if key == "trainer.micro_batch_size" and _scope(cfg) is BalanceScope.micro_batch:
         return cfg.loss.router_aux_loss_coef != 0
-    return not _within(key, HARMLESS) and key not in SCHEDULE
+    return not _within(key, SAFE_TO_CHANGE) and key not in SCHEDULE_KEYS
 
 
 def _scope(cfg: TrainConfig) -> BalanceScope | None:

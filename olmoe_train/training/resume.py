@@ -1,13 +1,10 @@
 """Where a run continues: which checkpoint checkpoint.resume asks for, and what becomes of a damaged one."""
 
 import logging
-from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-import torch
 import torch.distributed as dist
-from torch import nn
 
 from olmoe_train.checkpoint.directory import (
     CheckpointError,
@@ -16,36 +13,66 @@ from olmoe_train.checkpoint.directory import (
     set_aside,
     verify,
 )
-from olmoe_train.checkpoint.sharded import load_checkpoint, saved_state
+from olmoe_train.checkpoint.sharded import saved_state as read_saved_state
 from olmoe_train.config.train import TrainConfig
+from olmoe_train.data.loader import TrainingData
 from olmoe_train.distributed.collectives import on_rank_0
-from olmoe_train.optim.skip_step import StepGuard
-from olmoe_train.run.directory import RunDirectory
-from olmoe_train.training.compatibility import check_changes
-from olmoe_train.training.metrics import StepMetrics
-from olmoe_train.training.state import Progress
+from olmoe_train.optim.schedule import Schedule
+from olmoe_train.optim.skip_step import SkipGuard
+from olmoe_train.run.directory import Run
+from olmoe_train.training.callbacks.base import Callback
+from olmoe_train.training.compatibility import check_changes, resume_fingerprint
+from olmoe_train.training.engine.base import Engine
+from olmoe_train.training.state import TrainState
 from olmoe_train.utils.errors import UserError
 
-log = logging.getLogger("olmoe")
+log = logging.getLogger(__name__)
 
 
 def resume(
-    cfg: TrainConfig, run: RunDirectory, model: nn.Module, optimizer: torch.optim.Optimizer
-) -> Progress:
-    """Load the checkpoint that checkpoint.resume asks for, if there is one; where the run stands.
+    cfg: TrainConfig, run: Run, engine: Engine, data: TrainingData, schedule: Schedule
+) -> dict[str, Any] | None:
+    """Load the checkpoint that checkpoint.resume asks for, if there is one, into the engine.
 
-    A damaged one is named and set aside, and the one before it is used.
+    A damaged checkpoint is named and quarantined, and the one before it is used. Returns the checkpoint's
+    JSON state; None for a new run.
     """
+    fingerprint = resume_fingerprint(cfg, schedule, data)
     for checkpoint in checkpoints_to_resume(run.path, cfg.checkpoint.resume):
         try:
-            check_changes(saved_state(checkpoint), cfg, checkpoint)
-            state = load_checkpoint(checkpoint, model, optimizer)
+            check_changes(read_saved_state(checkpoint), fingerprint, cfg, checkpoint)
+            saved = engine.load(checkpoint)
         except CheckpointError as error:
             quarantine(run.path, checkpoint, error)
             continue
         log.info("resumed from %s", checkpoint)
-        return Progress.from_json(state)
-    return Progress()
+        return saved
+    return None
+
+
+def saved_state(
+    state: TrainState, guard: SkipGuard, callbacks: list[Callback], fingerprint: dict[str, Any]
+) -> dict[str, Any]:
+    """What a checkpoint holds besides tensors, as JSON; collective. For dropout see seed_dropout."""
+    states = {callback.name: callback.state_dict() for callback in callbacks}
+    return {
+        **state.saved(),
+        "guard": guard.state(),
+        "callbacks": {name: values for name, values in states.items() if values},
+        **fingerprint,
+    }
+
+
+def load_callbacks(callbacks: list[Callback], saved: dict[str, Any] | None) -> None:
+    """Give each callback its state of the checkpoint that the run resumes from."""
+    if saved is None:
+        return
+    # Checkpoints from before there were callbacks hold the one state there was by itself.
+    older = {"logging": {"expert_last_used": saved.get("expert_last_used")}}
+    states = saved.get("callbacks", older)
+    for callback in callbacks:
+        if callback.name in states:
+            callback.load_state_dict(states[callback.name])
 
 
 def checkpoints_to_resume(run_dir: Path, choice: str) -> list[Path]:
@@ -76,12 +103,3 @@ def _quarantine_incomplete(run_dir: Path) -> None:
             verify(checkpoint)
         except CheckpointError as error:
             log.warning("WARNING: %s; it is set aside as %s", error, set_aside(checkpoint).name)
-
-
-def training_state(
-    described: dict[str, Any], progress: Progress, metrics: StepMetrics, guard: StepGuard
-) -> dict[str, Any]:
-    """What a checkpoint holds besides tensors, as JSON: `described`, of the run, and where it stands;
-    collective. No generator's state: seed_dropout."""
-    state = replace(progress, expert_last_used=metrics.last_used(), guard=guard.state())
-    return asdict(state) | described

@@ -25,8 +25,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
-from olmoe_train.checkpoint.sharded import MOMENTS
-from olmoe_train.config.choices import Precision, Strategy
+from olmoe_train.checkpoint.sharded import MOMENTS, load_checkpoint
+from olmoe_train.config.choices import Precision
 from olmoe_train.config.train import TrainConfig
 from olmoe_train.distributed.activation_checkpointing import checkpoint_activations
 from olmoe_train.distributed.compile import compile_layers
@@ -39,67 +39,97 @@ from olmoe_train.model import OlmoeForCausalLM
 from olmoe_train.model.moe.experts import OlmoeExperts
 from olmoe_train.model.outputs import TrainingOutput
 from olmoe_train.model.transformer import OlmoeDecoderLayer
-from olmoe_train.optim.build import build_optimizer
+from olmoe_train.optim.build import build_optimizer, scale_learning_rates
 from olmoe_train.optim.clipping import clip_gradients
+from olmoe_train.training.engine.base import Judge, StepOutcome
 from olmoe_train.utils.errors import UserError
 
 
-def start_engine(
-    cfg: TrainConfig, stored: OlmoeForCausalLM, adamw: torch.optim.AdamW, device: torch.device
-) -> "ZeroEngine | None":
-    """The engine of parallel.strategy=deepspeed with these weights and moments, its configuration written to
-    run_dir/deepspeed.json; None for other strategies."""
-    if cfg.parallel.strategy is not Strategy.deepspeed:
-        return None
-    config = deepspeed_config(cfg, dist.get_world_size(), device.type == "cuda")
-    if dist.get_rank() == 0:
-        (Path(cfg.run_dir) / "deepspeed.json").write_text(json.dumps(config, indent=2) + "\n")
-    with redirect_stdout(io.StringIO()):  # DeepSpeed prints how it is getting on, on every rank
-        import_deepspeed(device)
-        return ZeroEngine(cfg, config, stored, adamw, device)
-
-
 class ZeroEngine:
-    """What the training loop does differently with DeepSpeed.
+    """DeepSpeed's engine around the model. See base.Engine.
 
-    model: to be called by `training_forward`, as any other; ZeRO-3 gathers its parameters there.
-    optimizer: for its param_groups' learning rate.
+    model: called by `training_forward`, as any other; ZeRO-3 gathers its parameters there.
     """
 
-    def __init__(
-        self,
-        cfg: TrainConfig,
-        config: dict[str, Any],
-        stored: OlmoeForCausalLM,
-        adamw: torch.optim.AdamW,
-        device: torch.device,
-    ) -> None:
+    def __init__(self, cfg: TrainConfig, initial: OlmoeForCausalLM, device: torch.device) -> None:
+        """Start DeepSpeed with the weights of `initial`, which is sharded as build_model shards it in CPU
+        memory; write the configuration to run_dir/deepspeed.json. Collective."""
         self.cfg, self.stage, self.device = cfg, cfg.parallel.zero_stage, device
-        self.model = _build(cfg, stored, config, device)
+        config = deepspeed_config(cfg, dist.get_world_size(), device.type == "cuda")
+        if dist.get_rank() == 0:
+            (Path(cfg.run_dir) / "deepspeed.json").write_text(json.dumps(config, indent=2) + "\n")
+        with redirect_stdout(io.StringIO()):  # DeepSpeed prints its progress on every rank
+            import_deepspeed(device)
+            self._start(initial, config)
+
+    def _start(self, initial: OlmoeForCausalLM, config: dict[str, Any]) -> None:
+        self.model = _build(self.cfg, initial, config, self.device)
         self._parameters: list[nn.Parameter] = list(self.model.parameters())
-        self._adamw = build_optimizer(_parameter_groups(self.model), cfg.optimizer)
-        self._norm = torch.zeros((), device=device)
+        optimizer = build_optimizer(_parameter_groups(self.model), self.cfg.optimizer)
+        assert isinstance(optimizer, torch.optim.AdamW), "preflight refuses other optimizers"
+        self._adamw = optimizer
+        self._norm = torch.zeros((), device=self.device)
         if self.stage == 0:
             self._adamw.register_step_pre_hook(self._clip_whole_gradients)
         self._adamw.register_step_pre_hook(self._skip_not_finite)
-        self._engine = _start(self.model, self._adamw, config, cfg)
+        self._engine = _start(self.model, self._adamw, config, self.cfg)
         self.optimizer = self._engine.optimizer
-        self._take_over(stored, adamw)
+        for parameter, source in zip(self._parameters, initial.parameters(), strict=True):
+            self._write(parameter, None, _gather(source))
+        self._make_moments()
 
-    def backward(self, loss: Tensor) -> None:
-        """Accumulate the gradients of a micro-batch's share of the step's loss."""
+    @property
+    def learning_rate(self) -> float:
+        rate: float = self.optimizer.param_groups[0]["lr"]
+        return rate
+
+    def set_learning_rate(self, multiplier: float) -> None:
+        scale_learning_rates(self.optimizer, multiplier)
+
+    def backward(self, loss: Tensor, last: bool) -> None:
         # DeepSpeed averages gradients over ranks; shares have to be summed.
         self._engine.backward(loss * dist.get_world_size(), scale_wrt_gas=False)
 
-    def step(self) -> Tensor:
-        """Reduce, clip, update and clear the gradients; their norm before. Where that is not finite, the
-        weights were left alone."""
+    def step(self, judge: Judge) -> StepOutcome:
+        """DeepSpeed reduces, clips and updates in one call, so the judge is asked after the update: the hook
+        `_skip_not_finite` has skipped what is not finite, and preflight refuses skipping spikes."""
         self._engine.step()
-        return self._norm if self.stage == 0 else torch.as_tensor(self._engine.get_global_grad_norm())
+        norm = self._norm if self.stage == 0 else torch.as_tensor(self._engine.get_global_grad_norm())
+        return StepOutcome(norm, judge(norm))
 
-    def stored(self) -> tuple[OlmoeForCausalLM, torch.optim.AdamW]:
-        """Weights and moments as FSDP2 would have them, in CPU memory: what a checkpoint is written from;
-        collective."""
+    def state(self) -> tuple[OlmoeForCausalLM, torch.optim.AdamW]:
+        """Weights and moments as FSDP2 shards them, in CPU memory; collective."""
+        stored, adamw = self._sharded_copy()
+        count = next(state["step"] for state in self._adamw.state.values() if "step" in state)
+        for parameter, target in zip(self._parameters, stored.parameters(), strict=True):
+            index = shard_slices(target)
+            if self.cfg.parallel.expert_parallel_size > 1 and target.ndim == 3:
+                index = (slice(None), *index[1:])  # of experts, only this rank's are read
+            state: dict[str, Tensor] = {"step": count.cpu().clone()}
+            state |= {moment: torch.zeros_like(target, requires_grad=False) for moment in MOMENTS}
+            adamw.state[target] = state
+            for key, tensor in ((None, target.detach()), *((moment, state[moment]) for moment in MOMENTS)):
+                local_tensor(tensor).copy_(self._read(parameter, key)[index])
+        return stored, adamw
+
+    @torch.no_grad()
+    def load(self, checkpoint: Path) -> dict[str, Any]:
+        stored, adamw = self._sharded_copy()
+        saved = load_checkpoint(checkpoint, stored, adamw)
+        steps = {float(state["step"]) for state in adamw.state.values()}
+        assert len(steps) <= 1, "parameters that were updated in different steps"
+        for flat in self._partitions():
+            self._adamw.state[flat]["step"].fill_(max(steps, default=0.0))
+        for parameter, source in zip(self._parameters, stored.parameters(), strict=True):
+            self._write(parameter, None, _gather(source))
+            for moment in MOMENTS if source in adamw.state else ():
+                self._write(parameter, moment, _gather(adamw.state[source][moment]))
+        return saved
+
+    # --- the engine's state, one parameter at a time -------------------------------------------------------
+
+    def _sharded_copy(self) -> tuple[OlmoeForCausalLM, torch.optim.AdamW]:
+        """A model and an optimizer in CPU memory, sharded as FSDP2 shards them; their values are not set."""
         mesh = build_mesh(self.cfg.parallel, torch.device("cpu"))
         with torch.device("meta"):
             stored = OlmoeForCausalLM(self.model.config)
@@ -108,38 +138,17 @@ class ZeroEngine:
         shard(stored, mesh, self.cfg)
         stored.to_empty(device="cpu")
         adamw = build_optimizer(stored.parameters(), self.cfg.optimizer)
-        count = next(state["step"] for state in self._adamw.state.values() if "step" in state)
-        for parameter, target in zip(self._parameters, stored.parameters(), strict=True):
-            index = shard_slices(target)
-            if mesh.expert is not None and target.ndim == 3:  # of experts, only this rank's are read
-                index = (slice(None), *index[1:])
-            state: dict[str, Tensor] = {"step": count.cpu().clone()}
-            state |= {moment: torch.zeros_like(target, requires_grad=False) for moment in MOMENTS}
-            adamw.state[target] = state
-            for key, tensor in ((None, target.detach()), *((moment, state[moment]) for moment in MOMENTS)):
-                local_tensor(tensor).copy_(self._read(parameter, key)[index])
+        assert isinstance(adamw, torch.optim.AdamW)
         return stored, adamw
 
-    # --- the engine's state, a parameter at a time --------------------------------------------------------
-
-    @torch.no_grad()
-    def _take_over(self, stored: OlmoeForCausalLM, adamw: torch.optim.AdamW) -> None:
-        """Give the engine the weights of a sharded model, and its moments if it was trained."""
-        pairs = list(zip(self._parameters, stored.parameters(), strict=True))
-        for parameter, source in pairs:
-            self._write(parameter, None, _gather(source))
-        # Made here for a new run too: DeepSpeed links a parameter to its moments after the first group's
-        # first step, when those of the other groups are not there yet (0.19, ZeRO-1 and 2).
-        steps = {float(state["step"]) for state in adamw.state.values()}
-        assert len(steps) <= 1, "parameters that were updated in different steps"
+    def _make_moments(self) -> None:
+        """Create the moments before the first step. DeepSpeed 0.19 (ZeRO-1 and 2) links parameters to
+        optimizer state after the first group's first step, when the other groups have none yet."""
         for flat in self._partitions():
-            step = torch.tensor(max(steps, default=0.0), dtype=torch.float32, device=flat.device)
+            step = torch.tensor(0.0, dtype=torch.float32, device=flat.device)
             self._adamw.state[flat] = {"step": step, **{key: torch.zeros_like(flat) for key in MOMENTS}}
         if self.stage in (1, 2):
             self.optimizer._lazy_init_hp_params_optimizer_state()
-        for parameter, source in pairs if adamw.state else ():
-            for moment in MOMENTS:
-                self._write(parameter, moment, _gather(adamw.state[source][moment]))
 
     def _partitions(self) -> Sequence[Tensor]:
         """The flat fp32 tensors that AdamW updates on this rank."""

@@ -1,9 +1,7 @@
 """Next-token prediction: cross-entropy, plus the router's losses.
 
-Shapes: B batch, S sequence, L layers, E experts.
+Shapes: B batch, S sequence, T tokens (B x S), L layers, E experts.
 """
-
-from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
@@ -13,86 +11,97 @@ from olmoe_train.config.balancing import AuxiliaryLossConfig, BalancingConfig
 from olmoe_train.config.choices import BalanceScope
 from olmoe_train.config.train import LossConfig
 from olmoe_train.model import OlmoeForCausalLM
-from olmoe_train.model.losses import expert_counts, router_losses
-from olmoe_train.model.outputs import TrainingOutput
-from olmoe_train.training.batch import Batch, Totals, to_device
+from olmoe_train.model.configuration import OlmoeConfig
+from olmoe_train.model.losses import expert_counts, router_entropy, router_losses
+from olmoe_train.training.batch import Batch, Totals
+from olmoe_train.training.objectives.base import RouterSums
 
 
-def count_experts(
-    cfg: LossConfig,
-    balancing: BalancingConfig,
-    model: OlmoeForCausalLM,
-    micro_batches: list[Batch],
-    device: torch.device,
-    logged: bool,
-) -> Tensor | None:
-    """Tokens per layer and expert [L, E] over the step's global batch, where they are needed before its
-    backward.
+class NextToken:
+    """loss = CE + router_aux_loss_coef x LB + router_z_loss_coef x Z, divided by the global batch's counts.
 
-    With balancing.scope=global_batch the gradient of the first micro-batch depends on the routing of the
-    last one, so several micro-batches take a forward pass more; where the loss has no weight, only when its
-    value is logged. None: step_losses can do with the micro-batch it is given.
+    The loss of a dense model (one expert) is CE only.
     """
-    needed = model.config.num_experts > 1 and (cfg.router_aux_loss_coef != 0 or logged)
-    assert isinstance(balancing, AuxiliaryLossConfig)
-    if balancing.scope is BalanceScope.micro_batch or len(micro_batches) == 1 or not needed:
-        return None
-    counts_LE = torch.zeros(model.config.num_hidden_layers, model.config.num_experts, device=device)
-    with torch.no_grad():
-        for batch in micro_batches:
-            inputs = to_device(batch, device)
-            del inputs["labels"]
-            mask = inputs.get("attention_mask")
-            output = model.training_forward(labels=None, **inputs)
-            mask = None if mask is None else mask.reshape(-1).float()
-            counts_LE += expert_counts(output.expert_indices, model.config.num_experts, mask)
-    dist.all_reduce(counts_LE)
-    return counts_LE
+
+    columns: tuple[str, ...] = ("input_ids", "labels")
+
+    def __init__(
+        self, loss: LossConfig, balancing: BalancingConfig, config: OlmoeConfig, device: torch.device
+    ) -> None:
+        assert isinstance(balancing, AuxiliaryLossConfig)
+        self.cfg, self.scope, self.device = loss, balancing.scope, device
+        self.layers, self.experts = config.num_hidden_layers, config.num_experts
+        self.router = RouterSums.zeros(self.layers, self.experts, device)
+        self._with_entropy = False
+        self._global_counts_LE: Tensor | None = None
+
+    def begin_step(
+        self, model: OlmoeForCausalLM, micro_batches: list[Batch], totals: Totals, logged: bool
+    ) -> None:
+        self.router = RouterSums.zeros(self.layers, self.experts, self.device)
+        self._with_entropy = logged
+        self._global_counts_LE = None
+        # Without a weight the load-balancing loss is only shown, and only on steps that are logged.
+        shown = self.experts > 1 and (self.cfg.router_aux_loss_coef != 0 or logged)
+        if self.scope is BalanceScope.global_batch and len(micro_batches) > 1 and shown:
+            self._global_counts_LE = self._count_global_expert_load(model, micro_batches)
+
+    def __call__(
+        self, model: OlmoeForCausalLM, micro_batch: Batch, totals: Totals
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        output = model.training_forward(**micro_batch)
+        mask_T = _mask(micro_batch)
+        counts_LE = expert_counts(output.expert_indices, self.experts, mask_T)
+        balance, z_loss = router_losses(
+            output.router_logits,
+            output.expert_indices,
+            self.experts,
+            mask_T,
+            self.cfg.convention,
+            totals.num_tokens,
+            self._counts_of_scope(counts_LE, totals),
+        )
+        loss = ce_loss = output.ce_sum / totals.num_targets
+        if self.experts > 1:  # with one expert LB is constant, and Z would pull at the hidden states
+            loss = ce_loss + self.cfg.router_aux_loss_coef * balance + self.cfg.router_z_loss_coef * z_loss
+        with torch.no_grad():
+            self.router.counts_LE += counts_LE
+            if self._with_entropy:
+                entropy_L = router_entropy(output.router_logits, mask_T)
+                self.router.entropy_L += entropy_L / totals.num_tokens
+        return loss, {"ce_loss": ce_loss, "load_balancing_loss": balance, "router_z_loss": z_loss}
+
+    def end_step(self, model: OlmoeForCausalLM, totals: Totals) -> None:
+        """Nothing: auxiliary losses keep no state."""
+
+    def _counts_of_scope(self, counts_LE: Tensor, totals: Totals) -> Tensor | None:
+        """Tokens per layer and expert of the batch that the load-balancing loss is about; None: of the
+        micro-batch."""
+        if self.experts == 1:
+            return totals.num_tokens.expand_as(counts_LE)
+        if self._global_counts_LE is None and self.scope is BalanceScope.global_batch:
+            total_LE = counts_LE.clone()
+            dist.all_reduce(total_LE)
+            return total_LE
+        return self._global_counts_LE
+
+    def _count_global_expert_load(self, model: OlmoeForCausalLM, micro_batches: list[Batch]) -> Tensor:
+        """Tokens of the whole step that each layer sends to each expert, [L, E]; collective.
+
+        With balancing.scope=global_batch the gradient of the first micro-batch depends on where the last one
+        is routed, so a step of several micro-batches needs one more forward pass per micro-batch.
+        """
+        counts_LE = torch.zeros(self.layers, self.experts, device=self.device)
+        with torch.no_grad():
+            for batch in micro_batches:
+                inputs = {name: tensor for name, tensor in batch.items() if name != "labels"}
+                output = model.training_forward(labels=None, **inputs)
+                counts_LE += expert_counts(output.expert_indices, self.experts, _mask(batch))
+        dist.all_reduce(counts_LE)
+        return counts_LE
 
 
-@dataclass(frozen=True)
-class Losses:
-    """This micro-batch's shares, fp32 scalars: summed over micro-batches and ranks they are the step's
-    losses."""
-
-    total: Tensor
-    ce_loss: Tensor
-    load_balancing_loss: Tensor
-    router_z_loss: Tensor
-    counts_LE: Tensor
-    """Tokens of this micro-batch that each layer sent to each expert."""
-
-
-def step_losses(
-    cfg: LossConfig,
-    balancing: BalancingConfig,
-    model: OlmoeForCausalLM,
-    output: TrainingOutput,
-    attention_mask: Tensor | None,
-    totals: Totals,
-    total_counts_LE: Tensor | None,
-) -> Losses:
-    """total = CE + router_aux_loss_coef x LB + router_z_loss_coef x Z, each normalised by the global
-    batch's counts. A dense model's (one expert) is CE alone."""
-    assert isinstance(balancing, AuxiliaryLossConfig)
-    experts = model.config.num_experts
-    mask = None if attention_mask is None else attention_mask.reshape(-1).float()
-    counts_LE = expert_counts(output.expert_indices, experts, mask)
-    if experts == 1:
-        total_counts_LE = totals.tokens.expand_as(counts_LE)
-    elif total_counts_LE is None and balancing.scope is BalanceScope.global_batch:
-        total_counts_LE = counts_LE.clone()
-        dist.all_reduce(total_counts_LE)
-    balance, z_loss = router_losses(
-        output.router_logits,
-        output.expert_indices,
-        experts,
-        mask,
-        cfg.convention,
-        totals.tokens,
-        total_counts_LE,
-    )
-    total = ce_loss = output.ce_sum / totals.targets
-    if experts > 1:  # with one, LB is constant, and Z would pull at the hidden states for nothing
-        total = ce_loss + cfg.router_aux_loss_coef * balance + cfg.router_z_loss_coef * z_loss
-    return Losses(total, ce_loss, balance, z_loss, counts_LE)
+def _mask(batch: Batch) -> Tensor | None:
+    """fp32 [T], 0 at padding; None where the batch has none."""
+    mask = batch.get("attention_mask")
+    return None if mask is None else mask.reshape(-1).float()

@@ -1,0 +1,67 @@
+"""Validation before the first step, every evaluation.every steps, and after the run's last step."""
+
+import logging
+from typing import Any
+
+import torch
+
+from olmoe_train.config.train import EvaluationConfig
+from olmoe_train.data.loader import TrainingData
+from olmoe_train.evaluation.perplexity import Evaluation, evaluate_data
+from olmoe_train.model import OlmoeForCausalLM
+from olmoe_train.run.loggers import MetricsLog
+from olmoe_train.run.watchdog import Watchdog
+from olmoe_train.training.callbacks.base import Callback, StepReport
+from olmoe_train.training.state import TrainState
+from olmoe_train.training.throughput import Throughput
+
+log = logging.getLogger(__name__)
+
+
+class Evaluate(Callback):
+    """Loss and perplexity of the validation splits: eval/NAME/loss, eval/NAME/perplexity."""
+
+    def __init__(
+        self,
+        cfg: EvaluationConfig,
+        data: TrainingData,
+        model: OlmoeForCausalLM,
+        metrics: MetricsLog,
+        throughput: Throughput,
+        watchdog: Watchdog,
+        device: torch.device,
+    ) -> None:
+        self.cfg, self.data, self.model, self.metrics = cfg, data, model, metrics
+        self.throughput, self.watchdog, self.device = throughput, watchdog, device
+
+    def on_start(self, state: TrainState) -> None:
+        if state.step == 0 and self.cfg.at_start:
+            self._evaluate(state)
+
+    def on_step(self, state: TrainState, report: StepReport) -> None:
+        if state.step == state.last_step or (self.cfg.every and state.step % self.cfg.every == 0):
+            self._evaluate(state)
+
+    def _evaluate(self, state: TrainState) -> None:
+        results = evaluate_data(
+            self.model, self.data.cfg, self.cfg, self.device, self.watchdog.with_heartbeat
+        )
+        self._log(state, results)
+        self.throughput.restart(state.tokens)
+
+    def _log(self, state: TrainState, results: dict[str, Evaluation]) -> None:
+        values: dict[str, Any] = {"step": state.step, "tokens": state.tokens}
+        for name, result in results.items():
+            log.info(
+                f"step {state.step} | {name} loss {result.loss:.4f}"
+                f" | perplexity {result.perplexity:.2f} | {result.tokens:,} tokens"
+            )
+            values[f"eval/{name}/loss"] = result.loss
+            values[f"eval/{name}/perplexity"] = result.perplexity
+        self.metrics.write(values)
+        shares = self.data.samples.shares(state.samples) if self.data.cfg.mixture else {}
+        for name, share in shares.items():
+            log.info(
+                f"step {state.step} | {name}: {share['share']:.2%} of the tokens so far, "
+                f"{share['requested_share']:.2%} requested | {share['epochs']:.3f} epochs"
+            )

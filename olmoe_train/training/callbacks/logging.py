@@ -1,0 +1,113 @@
+"""Logging: metrics.jsonl, wandb and the console line, every trainer.log_every steps."""
+
+import logging
+from typing import Any
+
+import torch
+
+from olmoe_train.config.data import DataConfig
+from olmoe_train.data.loader import TrainingData
+from olmoe_train.model.configuration import OlmoeConfig
+from olmoe_train.optim.skip_step import SkipGuard
+from olmoe_train.run.directory import Run
+from olmoe_train.run.loggers import MetricsLog
+from olmoe_train.training.callbacks.base import Callback, StepReport
+from olmoe_train.training.engine.base import Engine
+from olmoe_train.training.metrics import DataCounts, ExpertUse, read_step
+from olmoe_train.training.objectives.base import Objective
+from olmoe_train.training.state import TrainState
+from olmoe_train.training.throughput import Throughput
+
+log = logging.getLogger(__name__)
+
+CONSOLE_NAMES = {"ce_loss": "ce", "load_balancing_loss": "balance", "router_z_loss": "z"}
+"""Short names of terms in the console line; other terms are shown by their own name."""
+CONSOLE_DIGITS = {"ce_loss": 4}
+"""Digits after the point; 3 for other terms."""
+
+
+class Logging(Callback):
+    """Reads the step's values from the device, which waits for it, and writes them everywhere."""
+
+    name = "logging"
+
+    def __init__(
+        self,
+        run: Run,
+        metrics: MetricsLog,
+        throughput: Throughput,
+        engine: Engine,
+        objective: Objective,
+        guard: SkipGuard,
+        data: TrainingData,
+        *,
+        sequences_per_step: int,
+        dead_expert_steps: int,
+        device: torch.device,
+    ) -> None:
+        self.run, self.metrics, self.throughput = run, metrics, throughput
+        self.engine, self.objective, self.guard, self.data = engine, objective, guard, data
+        self.sequences_per_step = sequences_per_step
+        self.counts = DataCounts(data.cfg)
+        self._config, self._dead_after, self._device = engine.model.config, dead_expert_steps, device
+        self.experts = self._expert_use(None)
+        self._warned_dead = 0
+
+    def on_step(self, state: TrainState, report: StepReport) -> None:
+        self.experts.update(state.step, self.objective.router.counts_LE)
+        self.counts.add(report.totals, self.sequences_per_step)
+        if not report.is_logged:
+            return
+        values: dict[str, Any] = {"step": state.step, "tokens": state.tokens}
+        values |= read_step(report.terms, self.objective.router, report.outcome.grad_norm)
+        values |= self.counts.read() | self.experts.read(state.step)
+        values["train/skipped_steps"] = int(self.guard.skipped)
+        values["train/lr"] = self.engine.learning_rate
+        values |= mixture_shares(self.data, state.samples)
+        values |= self.throughput.measure(state.tokens)
+        log.info(console_line(values, [f"train/{name}" for name in report.terms.named], state.last_step))
+        self._warn_of_dead_experts(values["router/dead_experts"])
+        self.metrics.write(values)
+        self.guard.check(state.step)
+        self.run.write_status("running", "training", state.step, state.last_step)
+
+    def on_end(self, state: TrainState) -> None:
+        self.metrics.close()
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"expert_last_used": self.experts.last_used()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.experts = self._expert_use(state.get("expert_last_used"))
+
+    def _expert_use(self, last_used: list[list[int]] | None) -> ExpertUse:
+        config: OlmoeConfig = self._config
+        return ExpertUse(
+            config.num_hidden_layers, config.num_experts, self._dead_after, last_used, self._device
+        )
+
+    def _warn_of_dead_experts(self, dead: int) -> None:
+        if dead > self._warned_dead:
+            log.warning("WARNING: %d experts have had no token for logging.dead_expert_steps steps", dead)
+        self._warned_dead = dead
+
+
+def console_line(values: dict[str, Any], terms: list[str], last_step: int) -> str:
+    """One line per logged step. terms: names of the objective's terms in `values`, in their order."""
+    parts = [f"step {values['step']}/{last_step}", f"loss {values['train/loss']:.4f}"]
+    for name in terms:
+        short = name.removeprefix("train/")
+        parts.append(f"{CONSOLE_NAMES.get(short, short)} {values[name]:.{CONSOLE_DIGITS.get(short, 3)}f}")
+    parts.append(f"grad norm {values['train/grad_norm']:.3f}")
+    parts.append(f"lr {values['train/lr']:.2e}")
+    parts.append(f"{values['perf/tokens_per_second']:,.0f} tok/s")
+    if values["perf/mfu"] is not None:
+        parts.append(f"mfu {values['perf/mfu']:.1%}")
+    return " | ".join(parts)
+
+
+def mixture_shares(data: TrainingData, samples: int) -> dict[str, float]:
+    """data/NAME/* of the first `samples` samples; empty where the data is no mixture."""
+    cfg: DataConfig = data.cfg
+    shares = data.samples.shares(samples) if cfg.mixture else {}
+    return {f"data/{name}/{key}": value for name, share in shares.items() for key, value in share.items()}

@@ -1,0 +1,64 @@
+"""The objective seam: what a step minimizes.
+
+Shapes: L layers, E experts.
+"""
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from olmoe_train.model import OlmoeForCausalLM
+from olmoe_train.training.batch import Batch, Totals
+
+
+@dataclass
+class RouterSums:
+    """Sums over this rank's micro-batches of a step, on the device; padding is not counted."""
+
+    counts_LE: Tensor
+    """Tokens that each layer sent to each expert, fp32."""
+    entropy_L: Tensor
+    """Entropy of the routing distribution in nats, summed over tokens and divided by the tokens of the global
+    batch, fp32; zeros where the step is not logged."""
+
+    @classmethod
+    def zeros(cls, layers: int, experts: int, device: torch.device) -> "RouterSums":
+        return cls(torch.zeros(layers, experts, device=device), torch.zeros(layers, device=device))
+
+
+class Objective(Protocol):
+    """Next-token prediction (next_token.py) is one. A new objective is one file and one preset.
+
+    Each loss is a share: summed over the micro-batches of all ranks, the shares are the step's loss over its
+    global batch. So neither loss nor gradients depend on how the batch is cut.
+    """
+
+    columns: tuple[str, ...]
+    """Columns that each micro-batch must have."""
+    router: RouterSums
+    """Of the current step; complete after its last micro-batch."""
+
+    def begin_step(
+        self, model: OlmoeForCausalLM, micro_batches: list[Batch], totals: Totals, logged: bool
+    ) -> None:
+        """Before the first micro-batch: passes over the whole step, if the loss needs them; collective.
+
+        Args:
+            model: called without gradients.
+            micro_batches: this rank's, on the device.
+            totals: counts over the global batch.
+            logged: whether the step's values are logged.
+        """
+
+    def __call__(
+        self, model: OlmoeForCausalLM, micro_batch: Batch, totals: Totals
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """(The share of the loss, which has a gradient; shares of named terms, unweighted.)
+
+        All are fp32 scalars. Metrics, console and wandb show each term as train/NAME.
+        """
+
+    def end_step(self, model: OlmoeForCausalLM, totals: Totals) -> None:
+        """After the update, on every rank; collective where it has to be."""
