@@ -19,9 +19,10 @@ from olmoe_train.config.train import TrainConfig
 from olmoe_train.config.variants import writable
 from olmoe_train.data.tokens import Manifest, Split
 from olmoe_train.model import OlmoeForCausalLM
-from olmoe_train.optim.schedule import learning_rate
-from olmoe_train.planning.duration import total_steps, warmup_and_decay_steps
+from olmoe_train.optim.schedule import Schedule as LearningRate
+from olmoe_train.planning.duration import total_steps
 from olmoe_train.planning.flops import parameter_counts, train_flops_per_token
+from olmoe_train.training.build import build_schedule
 from olmoe_train.training.preflight.checks import validate
 from olmoe_train.utils.errors import UserError
 
@@ -65,23 +66,26 @@ def test_pretraining_as_released() -> None:
     assert cfg.balancing == AuxiliaryLossConfig(scope=BalanceScope.micro_batch)
     assert cfg.scheduler.kind is Schedule.cosine
     # 10,485,760,000 tokens / (1024 x 4096) = 2500 steps of warm-up; 5e12 / 4,194,304 = 1,192,092.9 of decay.
-    warmup, decay = warmup_and_decay_steps(cfg)
-    assert (warmup, round(decay, 1)) == (2500.0, 1_192_092.9)
-    rates = [
-        learning_rate(step, cfg.optimizer.lr, cfg.scheduler, warmup, decay) for step in (0, 2500, 1_192_093)
-    ]
+    schedule = schedule_of(cfg)
+    assert (schedule.warmup_end, round(schedule.decay_end, 1)) == (2500.0, 1_192_092.9)
+    rates = [cfg.optimizer.lr * schedule.multiplier(step) for step in (0, 2500, 1_192_093)]
     assert rates == pytest.approx([4e-5, 4e-4, 4e-5])
     assert cfg.trainer.max_tokens == 5_133_000_000_000 - 100_000_000_000
+
+
+def schedule_of(cfg: TrainConfig) -> LearningRate:
+    return build_schedule(cfg, total_steps(cfg.trainer, cfg.data.sequence_length))
 
 
 def test_annealing_as_released() -> None:
     cfg = recipe("olmoe_1b_7b_0924_anneal")
     assert cfg.optimizer.lr == 4e-5
     assert cfg.scheduler.kind is Schedule.linear
-    warmup, decay = warmup_and_decay_steps(cfg)
+    schedule = schedule_of(cfg)
     # 100e9 tokens / 4,194,304 = 23,841.9 steps.
-    assert (warmup, round(decay, 1), total_steps(cfg)) == (0.0, 23_841.9, 23_842)
-    rates = [learning_rate(step, cfg.optimizer.lr, cfg.scheduler, warmup, decay) for step in (0, 23_842)]
+    last_step = total_steps(cfg.trainer, cfg.data.sequence_length)
+    assert (schedule.warmup_end, round(schedule.decay_end, 1), last_step) == (0.0, 23_841.9, 23_842)
+    rates = [cfg.optimizer.lr * schedule.multiplier(step) for step in (0, 23_842)]
     assert rates == pytest.approx([4e-5, 0.0])
     assert cfg.seed != recipe("olmoe_1b_7b_0924").seed, "the mix is reshuffled for annealing"
 

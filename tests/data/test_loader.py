@@ -13,7 +13,7 @@ import torch
 
 from olmoe_train.config.choices import Packing
 from olmoe_train.config.data import DataConfig, MixtureSource
-from olmoe_train.data.loader import TrainSamples, build_eval_batches, build_train_loader, fingerprint
+from olmoe_train.data.loader import TrainingData, TrainSamples, build_eval_batches, build_train_loader
 from olmoe_train.data.sample_order import sample_for
 from olmoe_train.data.tokens import open_split
 from olmoe_train.model.cross_entropy import IGNORE_INDEX
@@ -41,7 +41,7 @@ def rank_steps(
     data: DataConfig, start: int, steps: int, rank: int, world: int, micro: int
 ) -> list[torch.Tensor]:
     """The rows of each step of one rank: [G / world, S] each."""
-    batches = iter(build_train_loader(data, SEED, start, G, rank, world, micro))
+    batches = iter(build_train_loader(TrainingData(data, SEED), start, G, rank, world, micro))
     per_step = G // (world * micro)
     result = []
     for _ in range(steps):
@@ -71,7 +71,7 @@ def columns_of_steps(
     data: DataConfig, start: int, steps: int, rank: int, world: int, micro: int
 ) -> list[list[dict[str, torch.Tensor]]]:
     """The rows of each step of one rank, a dict of columns each; document_offsets as the row's own starts."""
-    batches = iter(build_train_loader(data, SEED, start, G, rank, world, micro))
+    batches = iter(build_train_loader(TrainingData(data, SEED), start, G, rank, world, micro))
     result = []
     for _ in range(steps):
         rows = []
@@ -195,7 +195,7 @@ def test_an_epoch_is_all_samples_or_the_budgets(data: DataConfig, tmp_path: Path
 
 
 def test_an_epoch_has_every_sample_once(data: DataConfig) -> None:
-    loader = build_train_loader(data, SEED, 0, 1, rank=0, world_size=1, micro_batch_size=1)
+    loader = build_train_loader(TrainingData(data, SEED), 0, 1, rank=0, world_size=1, micro_batch_size=1)
     tokens = open_split(data.dir, "train")
     expected = sorted(tokens.read(i * S, i * S + S).tolist() for i in range(SAMPLES))
     assert sorted(batch["input_ids"][0].tolist() for batch in itertools.islice(loader, SAMPLES)) == expected
@@ -203,25 +203,27 @@ def test_an_epoch_has_every_sample_once(data: DataConfig) -> None:
 
 def test_another_batch_size_goes_on_where_the_last_one_stopped(data: DataConfig) -> None:
     """Elastic restart: the state is a sample index, not a step."""
-    first = build_train_loader(data, SEED, 0, 8, 0, 1, 8)
-    then = build_train_loader(data, SEED, 8, 3, 0, 1, 3)
-    whole = build_train_loader(data, SEED, 0, 11, 0, 1, 11)
+    first = build_train_loader(TrainingData(data, SEED), 0, 8, 0, 1, 8)
+    then = build_train_loader(TrainingData(data, SEED), 8, 3, 0, 1, 3)
+    whole = build_train_loader(TrainingData(data, SEED), 0, 11, 0, 1, 11)
     parts = [next(iter(first))["input_ids"], next(iter(then))["input_ids"]]
     assert torch.equal(torch.cat(parts), next(iter(whole))["input_ids"])
 
 
 def test_labels_are_the_inputs_and_the_seed_decides_the_order(data: DataConfig) -> None:
-    batch = next(iter(build_train_loader(data, 1, 0, 8, 0, 1, 8)))
+    batch = next(iter(build_train_loader(TrainingData(data, 1), 0, 8, 0, 1, 8)))
     assert set(batch) == {"input_ids", "labels"}
     assert torch.equal(batch["input_ids"], batch["labels"])
-    other = next(iter(build_train_loader(data, 2, 0, 8, 0, 1, 8)))
+    other = next(iter(build_train_loader(TrainingData(data, 2), 0, 8, 0, 1, 8)))
     assert not torch.equal(batch["input_ids"], other["input_ids"])
 
 
 def test_loading_leaves_the_global_random_state_alone(data: DataConfig) -> None:
     torch.manual_seed(0)
     before = torch.get_rng_state()
-    next(iter(build_train_loader(dataclasses.replace(data, num_workers=1), SEED, 0, 8, 0, 1, 8)))
+    next(
+        iter(build_train_loader(TrainingData(dataclasses.replace(data, num_workers=1), SEED), 0, 8, 0, 1, 8))
+    )
     assert torch.equal(torch.get_rng_state(), before)
 
 
@@ -229,14 +231,14 @@ def test_split_shorter_than_a_sequence(data: DataConfig) -> None:
     with pytest.raises(
         UserError, match=r"data\.sequence_length=88 is longer than the whole training split \(87 tokens\)"
     ):
-        build_train_loader(dataclasses.replace(data, sequence_length=88), SEED, 0, 8, 0, 1, 8)
+        build_train_loader(TrainingData(dataclasses.replace(data, sequence_length=88), SEED), 0, 8, 0, 1, 8)
 
 
 @pytest.mark.parametrize("workers", [0, 1])
 def test_damage_found_while_loading_is_a_user_error(tmp_path: Path, workers: int) -> None:
     directory = write_prepared(tmp_path / "data", [[2, 3, 99]], vocab_size=99)
     config = DataConfig(dir=str(directory), sequence_length=4, num_workers=workers)
-    batches = iter(build_train_loader(config, SEED, 0, 1, 0, 1, 1))
+    batches = iter(build_train_loader(TrainingData(config, SEED), 0, 1, 0, 1, 1))
     with pytest.raises(UserError, match=r"npy: token 2 is 99, beyond the vocabulary of 99") as caught:
         next(batches)
     # The traceback keeps the iterator alive; collected late, torch takes 5 s to end its workers.
@@ -292,24 +294,31 @@ def test_no_validation_split(tmp_path: Path) -> None:
 
 
 def test_fingerprint_follows_what_decides_the_stream(data: DataConfig, tmp_path: Path) -> None:
-    base = fingerprint(data, SEED)
+    base = TrainingData(data, SEED).fingerprint()
     assert json.loads(json.dumps(base)) == base
     moved = shutil.copytree(data.dir, tmp_path / "moved")
-    assert fingerprint(DataConfig(dir=str(moved), sequence_length=S, num_workers=3), SEED) == base
-    assert fingerprint(data, SEED + 1) != base
-    assert fingerprint(dataclasses.replace(data, sequence_length=5), SEED) != base
-    assert fingerprint(dataclasses.replace(data, packing=Packing.best_fit), SEED) != base
-    assert fingerprint(dataclasses.replace(data, mask_documents=True, repetition_filter=True), SEED) == base
+    assert (
+        TrainingData(DataConfig(dir=str(moved), sequence_length=S, num_workers=3), SEED).fingerprint() == base
+    )
+    assert TrainingData(data, SEED + 1).fingerprint() != base
+    assert TrainingData(dataclasses.replace(data, sequence_length=5), SEED).fingerprint() != base
+    assert TrainingData(dataclasses.replace(data, packing=Packing.best_fit), SEED).fingerprint() != base
+    assert (
+        TrainingData(
+            dataclasses.replace(data, mask_documents=True, repetition_filter=True), SEED
+        ).fingerprint()
+        == base
+    )
     other = write_prepared(tmp_path / "other", [list(range(2, 88))])  # as many tokens, in other shards
-    assert fingerprint(dataclasses.replace(data, dir=str(other)), SEED) != base
+    assert TrainingData(dataclasses.replace(data, dir=str(other)), SEED).fingerprint() != base
 
 
 def test_fingerprint_of_a_mixture_names_what_changed(everything: DataConfig) -> None:
-    base = fingerprint(everything, SEED)
+    base = TrainingData(everything, SEED).fingerprint()
     assert json.loads(json.dumps(base)) == base
 
     def changed(*mixture: MixtureSource) -> set[str]:
-        other = fingerprint(dataclasses.replace(everything, mixture=list(mixture)), SEED)
+        other = TrainingData(dataclasses.replace(everything, mixture=list(mixture)), SEED).fingerprint()
         return {key for key in base.keys() | other.keys() if base.get(key) != other.get(key)}
 
     a, b, c = everything.mixture

@@ -13,12 +13,12 @@ from torch import Tensor
 
 from olmoe_train.checkpoint.directory import latest_checkpoint
 from olmoe_train.checkpoint.sharded import load_checkpoint
+from olmoe_train.config.choices import Strategy
 from olmoe_train.config.train import TrainConfig
 from olmoe_train.distributed.mesh import build_mesh, init_distributed
 from olmoe_train.optim.build import build_optimizer
 from olmoe_train.train import train
-from olmoe_train.training.build import build_model
-from olmoe_train.training.engine.deepspeed import start_engine
+from olmoe_train.training.build import build_engine, build_model
 from olmoe_train.training.preflight.checks import validate
 from olmoe_train.utils.errors import UserError
 from tests.support.data import write_prepared
@@ -115,10 +115,14 @@ def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(
 def one_step(cfg: TrainConfig, step: int) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Train a step; then what was saved, and what an engine that starts from it would save."""
     train(stop_at(cfg, step))
-    model, optimizer = load(cfg)
-    saved = whole_state(model, optimizer)
-    engine = start_engine(cfg, model, optimizer, torch.device("cpu"))
-    return saved, saved if engine is None else whole_state(*engine.stored())
+    saved = whole_state(*load(cfg))
+    if cfg.parallel.strategy is not Strategy.deepspeed:
+        return saved, saved
+    engine = build_engine(cfg, torch.device("cpu"))
+    checkpoint = latest_checkpoint(Path(cfg.run_dir))
+    assert checkpoint is not None
+    engine.load(checkpoint)
+    return saved, whole_state(*engine.state())
 
 
 def test_a_run_goes_on_in_any_layout(tiny: TrainConfig, tmp_path: Path) -> None:

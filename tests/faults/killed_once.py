@@ -8,11 +8,10 @@ from pathlib import Path
 
 import torch
 
-from olmoe_train.train import main
-from tests.support.faults import at_step, config
+from tests.support.faults import at_step, config, run
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    if os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
-        at_step(1, 4, partial(os.kill, os.getpid(), signal.SIGKILL))
-    sys.exit(main(config(Path(sys.argv[1]), Path(sys.argv[2]))))
+    first = os.environ["TORCHELASTIC_RESTART_COUNT"] == "0"
+    faults = [partial(at_step, 1, 4, partial(os.kill, os.getpid(), signal.SIGKILL))] if first else []
+    sys.exit(run(config(Path(sys.argv[1]), Path(sys.argv[2])), *faults))

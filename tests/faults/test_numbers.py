@@ -4,17 +4,17 @@ import math
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from olmoe_train import train as train_module
 from olmoe_train.config.choices import Precision, Strategy
 from olmoe_train.config.train import ParallelConfig
 from olmoe_train.distributed.mesh import local_tensor
-from olmoe_train.model import OlmoeForCausalLM
+from olmoe_train.training.callbacks.base import Callback
+from olmoe_train.training.engine.base import Engine
 from tests.support.faults import (
     at_step,
+    change_engine,
     config,
     metrics,
     run,
@@ -59,16 +59,14 @@ def test_endless_nan_is_found_before_a_save_that_nothing_was_logged_before(
     assert saved_steps(tmp_path) == []
 
 
-def spoil_a_weight(rank: int, step: int) -> None:
-    original = train_module.build_model
+def spoil_a_weight(rank: int, step: int) -> Callback:
+    engines: list[Engine] = []
+    change_engine(engines.append)
 
-    def building(*arguments: Any) -> OlmoeForCausalLM:
-        model = original(*arguments)
-        weight = local_tensor(model.lm_head.weight.detach())
-        at_step(rank, step, lambda: weight[0].fill_(math.nan))
-        return model
+    def spoil() -> None:
+        local_tensor(engines[0].model.lm_head.weight.detach())[0].fill_(math.nan)
 
-    train_module.build_model = building
+    return at_step(rank, step, spoil)
 
 
 def test_weights_that_are_not_finite_are_not_saved(data: Path, tmp_path: Path) -> None:

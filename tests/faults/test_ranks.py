@@ -17,9 +17,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from olmoe_train import train as train_module
 from olmoe_train.checkpoint.directory import checkpoint_path
 from olmoe_train.distributed.mesh import init_distributed
+from olmoe_train.training import build
 from olmoe_train.utils.errors import UserError
 from tests.support.faults import assert_same_end, at_step, config, run, saved_steps, status
 from tests.support.ranks import RankError, run_ranks
@@ -38,7 +38,7 @@ def freeze() -> None:
 @pytest.mark.parametrize(
     ("fault", "reason"),
     [
-        (hang_in_a_loop, r"rank 1 \(host .*\), step 3: is in hang_in_a_loop \(test_ranks\.py:\d+\)$"),
+        (hang_in_a_loop, r"rank 1 \(host .*\), step 2: is in hang_in_a_loop \(test_ranks\.py:\d+\)$"),
         (freeze, r"rank 1 \(host .*\), does not answer: dead, frozen, or stuck outside of Python$"),
     ],
     ids=["hangs", "frozen"],
@@ -66,7 +66,7 @@ def warned_of(run_dir: Path, what: str) -> list[str]:
 
 
 def read_slowly(rank: int) -> None:
-    original = train_module.train_batches
+    original = build.train_batches
 
     def slowly(*arguments: Any) -> Iterator[Any]:
         for batch in original(*arguments):
@@ -74,7 +74,7 @@ def read_slowly(rank: int) -> None:
                 time.sleep(0.4)
             yield batch
 
-    train_module.train_batches = slowly
+    build.train_batches = slowly
 
 
 def test_a_rank_that_is_late_with_its_batches_is_named(data: Path, tmp_path: Path) -> None:

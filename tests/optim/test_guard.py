@@ -1,7 +1,7 @@
-"""Which updates are skipped, by hand: losses and gradient norms in, found_inf out."""
+"""Which updates are skipped, by hand: losses and gradient norms in, decisions out; by any optimizer."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
@@ -9,7 +9,7 @@ import torch.distributed as dist
 
 from olmoe_train.config.train import TrainerConfig
 from olmoe_train.distributed.mesh import init_distributed
-from olmoe_train.optim.skip_step import ENOUGH, WINDOW, StepGuard
+from olmoe_train.optim.skip_step import ENOUGH, WINDOW, SkipGuard, step_unless
 from tests.support.ranks import run_ranks
 
 CPU = torch.device("cpu")
@@ -27,7 +27,7 @@ class Guarded:
     """A guard, and an optimizer whose only parameter counts the updates."""
 
     def __init__(self, **cfg: object) -> None:
-        self.guard = StepGuard(TrainerConfig(**cfg), None, CPU)  # type: ignore[arg-type]
+        self.guard = SkipGuard(TrainerConfig(**cfg), None, CPU)  # type: ignore[arg-type]
         self.weight = torch.nn.Parameter(torch.zeros(1))
         self.optimizer = torch.optim.AdamW([self.weight], lr=1.0, weight_decay=0.0, fused=True)
         self.step = 0
@@ -36,8 +36,8 @@ class Guarded:
         self.step += 1
         self.weight.grad = torch.full((1,), NAN if math.isnan(grad_norm) else 1.0)
         before = self.weight.detach().clone()
-        self.guard.decide(self.optimizer, self.step, torch.tensor(loss), torch.tensor(grad_norm))
-        self.optimizer.step()
+        skip = self.guard.judge(self.step, torch.tensor(loss), torch.tensor(grad_norm))
+        step_unless(self.optimizer, skip)
         assert self.weight.isfinite().all()
         return torch.equal(before, self.weight)
 
@@ -48,6 +48,30 @@ def test_only_what_is_not_finite_is_skipped_without_a_spike_guard() -> None:
     assert [run.skips(*pair) for pair in values] == [False, True, True, True, True, False, False]
     assert run.optimizer.state[run.weight]["step"] == 3
     assert run.guard.check(run.step) == 4
+
+
+OPTIMIZERS: list[Callable[[list[torch.nn.Parameter]], torch.optim.Optimizer]] = [
+    lambda parameters: torch.optim.AdamW(parameters, fused=True),
+    lambda parameters: torch.optim.AdamW(parameters, fused=False, foreach=False),
+    lambda parameters: torch.optim.SGD(parameters, lr=0.1, momentum=0.9),
+    lambda parameters: torch.optim.SGD(parameters, lr=0.1, fused=True),
+    lambda parameters: torch.optim.Adagrad(parameters),
+]
+
+
+@pytest.mark.parametrize("build", OPTIMIZERS)
+def test_no_optimizer_applies_a_step_that_is_skipped(
+    build: Callable[[list[torch.nn.Parameter]], torch.optim.Optimizer],
+) -> None:
+    weight = torch.nn.Parameter(torch.ones(3))
+    optimizer = build([weight])
+    weight.grad = torch.full((3,), NAN)
+    step_unless(optimizer, torch.tensor(True))
+    assert torch.equal(weight, torch.ones(3))
+    weight.grad = torch.ones(3)
+    step_unless(optimizer, torch.tensor(False))
+    assert (weight < 1).all()
+    assert all(value.isfinite().all() for state in optimizer.state.values() for value in state.values())
 
 
 @pytest.mark.parametrize("which", [0, 1])
@@ -97,7 +121,7 @@ def decide_on_two_ranks() -> list[float]:
     for step in range(ENOUGH + 1):
         share = 100.0 if step == ENOUGH and dist.get_rank() == 1 else 0.5 + step % 2
         run.skips(share, 1.0)
-        skipped.append(run.optimizer.found_inf.item())
+        skipped.append(run.optimizer.found_inf.item())  # type: ignore[attr-defined]
     return skipped
 
 
@@ -112,5 +136,5 @@ def test_what_is_saved_comes_back() -> None:
     for value in (1.0, 2.5, NAN, 3.0):
         run.skips(value, value)
     state = run.guard.state()
-    assert StepGuard(TrainerConfig(), state, CPU).state() == state
+    assert SkipGuard(TrainerConfig(), state, CPU).state() == state
     assert state["losses"][1:6] == [1.0, 2.5, None, 3.0, None]

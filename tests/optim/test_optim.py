@@ -8,7 +8,8 @@ import pytest
 from olmoe_train.config.choices import Packing, Schedule
 from olmoe_train.config.data import DataConfig
 from olmoe_train.config.train import SchedulerConfig, TrainConfig, TrainerConfig
-from olmoe_train.optim.schedule import learning_rate
+from olmoe_train.data.loader import TrainingData
+from olmoe_train.optim.schedule import Schedule as LearningRate
 from olmoe_train.planning.duration import total_steps, warmup_and_decay_steps
 from tests.support.data import write_prepared
 
@@ -27,14 +28,15 @@ COSINE = SchedulerConfig(kind=Schedule.cosine)
     ],
 )
 def test_cosine_with_warmup(step: int, expected: float) -> None:
-    assert learning_rate(step, 2.0, COSINE, warmup=10, decay=110) == pytest.approx(2 * expected)
+    assert LearningRate(COSINE, 10, 110).multiplier(step) == pytest.approx(expected)
 
 
 def test_linear_to_zero_and_constant() -> None:
     linear = replace(COSINE, kind=Schedule.linear, final_factor=0.0)
-    assert [learning_rate(s, 4e-5, linear, 0, 100) for s in (1, 50, 100)] == pytest.approx([3.96e-5, 2e-5, 0])
+    decay = LearningRate(linear, 0, 100)
+    assert [decay.multiplier(step) for step in (1, 50, 100)] == pytest.approx([0.99, 0.5, 0])
     constant = replace(COSINE, kind=Schedule.constant)
-    assert learning_rate(99, 3.0, constant, 10, 100) == 3.0
+    assert LearningRate(constant, 10, 100).multiplier(99) == 1.0
 
 
 def config(**scheduler: object) -> TrainConfig:
@@ -47,7 +49,8 @@ def config(**scheduler: object) -> TrainConfig:
 
 def test_the_first_limit_ends_the_run() -> None:
     # 200 tokens a step: 4150 tokens need 21 steps, fewer than 50.
-    assert total_steps(config()) == 21
+    cfg = config()
+    assert total_steps(cfg.trainer, cfg.data.sequence_length) == 21
 
 
 @pytest.mark.parametrize(
@@ -65,8 +68,9 @@ def test_epochs_are_rounded_up_to_whole_steps(
     directory = write_prepared(tmp_path / "data", [[5] * 6] * 10)
     data = DataConfig(dir=str(directory), sequence_length=4, packing=packing)
     trainer = TrainerConfig(max_steps=50, max_epochs=epochs, global_batch_size=2)
-    assert total_steps(TrainConfig(data=data, trainer=trainer)) == steps
-    assert total_steps(TrainConfig(data=data, trainer=replace(trainer, max_steps=3))) == 3
+    epoch = TrainingData(data, seed=0).samples.epoch
+    assert total_steps(trainer, 4, epoch) == steps
+    assert total_steps(replace(trainer, max_steps=3), 4, epoch) == 3
 
 
 @pytest.mark.parametrize(
@@ -79,4 +83,6 @@ def test_epochs_are_rounded_up_to_whole_steps(
     ],
 )
 def test_horizons_in_every_unit(scheduler: dict[str, object], expected: tuple[float, float]) -> None:
-    assert warmup_and_decay_steps(config(**scheduler)) == pytest.approx(expected)
+    cfg = config(**scheduler)
+    found = warmup_and_decay_steps(cfg.scheduler, tokens_per_step=200, last_step=21)
+    assert found == pytest.approx(expected)

@@ -215,7 +215,7 @@ def leave_secrets_everywhere(cfg: TrainConfig) -> None:
     sys.argv = ["train", f"data.source.paths=[https://me:{PASSWORD}@example.org/x]", HF_TOKEN]
 
     def fail() -> None:
-        logging.getLogger("olmoe").warning("no answer from https://me:%s@example.org", PASSWORD)
+        logging.getLogger("olmoe_train").warning("no answer from https://me:%s@example.org", PASSWORD)
         raise RuntimeError(f"cannot reach https://me:{PASSWORD}@example.org with {SECRETS[2]}")
 
     run(replace(cfg, trainer=replace(cfg.trainer, stop_at_step=2)))  # to its end, with all that wandb writes

@@ -27,13 +27,14 @@ from olmoe_train.config.train import (
     TrainerConfig,
     WandbConfig,
 )
-from olmoe_train.model import OlmoeForCausalLM
-from olmoe_train.run.directory import record_failure
-from olmoe_train.training.engine.deepspeed import ZeroEngine
+from olmoe_train.training.callbacks.base import Callback, StepReport
+from olmoe_train.training.engine.base import Engine
+from olmoe_train.training.state import TrainState
+from olmoe_train.utils.exit_codes import OK, STOPPED_BY_SIGNAL
 from tests.support.data import write_prepared
 
 LENGTH = 16
-Fault = Callable[[], None]
+Fault = Callable[[], Callback | None]
 
 
 def write_data(directory: Path, first: int = 2) -> Path:
@@ -82,39 +83,53 @@ def config(data: Path, run_dir: Path, /, **changes: Any) -> TrainConfig:
 
 
 def run(cfg: TrainConfig, *faults: Fault) -> int:
-    """On a rank: plant the faults, train; the exit code. A failure is recorded as the command records it."""
-    for fault in faults:
-        fault()
-    try:
-        return train_module.train(cfg)
-    except Exception as error:
-        record_failure(cfg.run_dir, error)
-        raise
+    """On a rank: plant the faults, train with the callbacks that they return; the exit code."""
+    callbacks = tuple(callback for callback in [fault() for fault in faults] if callback is not None)
+    state = train_module.train(cfg, callbacks=callbacks)
+    return STOPPED_BY_SIGNAL if state.stopped_by_signal else OK
 
 
 # --- faults: partials of these are planted in every rank ----------------------------------------------------
 
 
-def at_step(rank: int, step: int, act: Callable[[], None]) -> None:
-    """Call `act` on `rank` as `step` begins."""
-    original = train_module.learning_rate
+class BeforeStep(Callback):
+    """Calls `act` with the number of the step that comes next, before every step."""
 
-    def acting(number: int, *arguments: Any) -> float:
+    def __init__(self, act: Callable[[int], None]) -> None:
+        self.act = act
+
+    def on_start(self, state: TrainState) -> None:
+        self.act(state.step + 1)
+
+    def on_step(self, state: TrainState, report: StepReport) -> None:
+        self.act(state.step + 1)
+
+
+def at_step(rank: int, step: int, act: Callable[[], None]) -> Callback:
+    """Call `act` on `rank` before `step`."""
+
+    def acting(number: int) -> None:
         if number == step and dist.get_rank() == rank:
             act()
-        return original(number, *arguments)
 
-    train_module.learning_rate = acting
+    return BeforeStep(acting)
 
 
-def spoil_activations(rank: int, steps: range, factor: float, gradients: bool = False) -> None:
+def change_engine(change: Callable[[Engine], None]) -> None:
+    """Call `change` with the engine that `train` builds."""
+    original = train_module.build_engine
+
+    def building(*arguments: Any) -> Engine:
+        engine = original(*arguments)
+        change(engine)
+        return engine
+
+    train_module.build_engine = building
+
+
+def spoil_activations(rank: int, steps: range, factor: float, gradients: bool = False) -> Callback:
     """Multiply what the final norm gives by `factor` in these steps, on one rank; or its gradient alone."""
-    original_rate, original_build = train_module.learning_rate, train_module.build_model
     now = [0]
-
-    def noting(step: int, *arguments: Any) -> float:
-        now[0] = step
-        return original_rate(step, *arguments)
 
     def spoil(_module: nn.Module, _inputs: object, output: Tensor) -> Tensor | None:
         if now[0] not in steps or dist.get_rank() != rank:
@@ -124,20 +139,11 @@ def spoil_activations(rank: int, steps: range, factor: float, gradients: bool = 
         output.register_hook(lambda gradient: gradient * factor)
         return None
 
-    def building(*arguments: Any) -> OlmoeForCausalLM:
-        model = original_build(*arguments)
-        model.model.norm.register_forward_hook(spoil)
-        return model
+    def note(step: int) -> None:
+        now[0] = step
 
-    def starting(*arguments: Any) -> ZeroEngine | None:
-        engine = original_start(*arguments)
-        if engine is not None:
-            engine.model.model.norm.register_forward_hook(spoil)
-        return engine
-
-    original_start = train_module.start_engine
-    train_module.start_engine = starting
-    train_module.learning_rate, train_module.build_model = noting, building
+    change_engine(lambda engine: engine.model.model.norm.register_forward_hook(spoil))
+    return BeforeStep(note)
 
 
 # --- what a run leaves behind -------------------------------------------------------------------------------

@@ -5,8 +5,8 @@ import math
 import os
 import signal
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,29 +14,17 @@ import torch.distributed as dist
 
 from olmoe_train.config.choices import Packing, WandbMode
 from olmoe_train.config.data import DataConfig
-from olmoe_train.config.train import LoggingConfig, TrainConfig, TrainerConfig, WandbConfig
+from olmoe_train.config.train import WandbConfig
 from olmoe_train.distributed.mesh import init_distributed
-from olmoe_train.evaluation.perplexity import Evaluation
-from olmoe_train.model import OlmoeConfig
-from olmoe_train.model.outputs import TrainingOutput
-from olmoe_train.run.loggers import forget_after, start_wandb
+from olmoe_train.model.losses import router_entropy
+from olmoe_train.run.loggers import MetricsLog, forget_after, start_wandb
 from olmoe_train.training.batch import Totals
-from olmoe_train.training.metrics import MetricsWriter, StepMetrics, router_entropy
-from olmoe_train.training.objectives.next_token import Losses
-from olmoe_train.training.state import Progress
+from olmoe_train.training.callbacks.logging import console_line
+from olmoe_train.training.metrics import DataCounts, ExpertUse, StepTerms, read_step
+from olmoe_train.training.objectives.base import RouterSums
 from tests.support.ranks import run_ranks
 
 CPU = torch.device("cpu")
-CONFIG = OlmoeConfig(
-    vocab_size=32,
-    hidden_size=8,
-    intermediate_size=4,
-    num_hidden_layers=2,
-    num_attention_heads=2,
-    num_experts=4,
-    num_experts_per_tok=1,
-    eos_token_id=0,
-)
 
 
 @pytest.fixture(autouse=True)
@@ -46,45 +34,29 @@ def process_group() -> Iterator[None]:
     dist.destroy_process_group()
 
 
-def config(mode: WandbMode = WandbMode.disabled, dead_after: int = 2) -> TrainConfig:
-    return TrainConfig(
-        data=DataConfig(dir="x", sequence_length=4),
-        trainer=TrainerConfig(max_steps=9, log_every=1),
-        logging=LoggingConfig(dead_expert_steps=dead_after, wandb=WandbConfig(mode=mode)),
-    )
+TOTALS = Totals(
+    torch.tensor(8.0),
+    torch.tensor(7.0),
+    num_tokens_host=6,
+    sequences_without_targets=1,
+    repetitive_sequences=0,
+    stop_requested=False,
+)
 
 
-def add_step(metrics: StepMetrics, counts: list[list[float]], logits: torch.Tensor | None = None) -> Progress:
-    """One step of one micro-batch of 8 tokens whose losses are 1, 2, 3 and 4."""
-    logits = torch.zeros(8, 4) if logits is None else logits
-    losses = Losses(*(torch.tensor(float(n)) for n in (1, 2, 3, 4)), torch.tensor(counts))
-    output = TrainingOutput(torch.zeros(()), (logits, logits), ())
-    totals = Totals(
-        torch.tensor(8.0),
-        torch.tensor(7.0),
-        tokens_int=6,
-        sequences_without_targets=1,
-        repetitive_sequences=0,
-        stop_requested=False,
-    )
-    metrics.start_step()
-    metrics.add(losses, output, None, totals, with_entropy=True)
-    return metrics.end_step(totals, samples=2)
+def one_step(counts: list[list[float]], grad_norm: float = 0.5, entropy: float = 0.0) -> dict[str, Any]:
+    """The values of a step of one micro-batch whose losses are 1, 2, 3 and 4."""
+    terms = StepTerms(CPU)
+    names = ("ce_loss", "load_balancing_loss", "router_z_loss")
+    terms.add(torch.tensor(1.0), {name: torch.tensor(float(n)) for n, name in enumerate(names, start=2)})
+    router = RouterSums(torch.tensor(counts), torch.full((2,), entropy))
+    return read_step(terms, router, torch.tensor(grad_norm))
 
 
 def test_values_by_hand() -> None:
-    metrics = StepMetrics(CONFIG, config(), Progress(step=10, tokens=80, samples=20), CPU)
-    progress = add_step(metrics, [[2.0, 2.0, 2.0, 2.0], [6.0, 2.0, 0.0, 0.0]])
-    assert (progress.step, progress.tokens, progress.samples) == (11, 86, 22)
-    values = metrics.read(torch.tensor(0.5))
-    assert [
-        values[f"train/{name}"] for name in ("loss", "ce_loss", "load_balancing_loss", "router_z_loss")
-    ] == [
-        1.0,
-        2.0,
-        3.0,
-        4.0,
-    ]
+    values = one_step([[2.0, 2.0, 2.0, 2.0], [6.0, 2.0, 0.0, 0.0]], entropy=math.log(4))
+    names = ("loss", "ce_loss", "load_balancing_loss", "router_z_loss")
+    assert [values[f"train/{name}"] for name in names] == [1.0, 2.0, 3.0, 4.0]
     assert values["train/grad_norm"] == 0.5
     # Mean load 2; the largest is 2 in layer 0 and 6 in layer 1.
     assert values["router/layer_00/max_violation"] == 0.0
@@ -93,28 +65,40 @@ def test_values_by_hand() -> None:
     assert values["router/entropy"] == pytest.approx(math.log(4))
 
 
+def test_terms_are_sums_over_micro_batches_and_shown_by_their_names() -> None:
+    terms = StepTerms(CPU)
+    for loss, margin in ((1.0, 0.25), (2.0, 0.5)):
+        terms.add(torch.tensor(loss), {"margin": torch.tensor(margin)})
+    values = read_step(terms, RouterSums.zeros(2, 4, CPU), torch.tensor(1.0))
+    assert (values["train/loss"], values["train/margin"]) == (3.0, 0.75)
+    values |= {"step": 3, "train/lr": 1e-3, "perf/tokens_per_second": 10.0, "perf/mfu": None}
+    assert console_line(values, ["train/margin"], 9) == (
+        "step 3/9 | loss 3.0000 | margin 0.750 | grad norm 1.000 | lr 1.00e-03 | 10 tok/s"
+    )
+
+
 def test_data_is_counted_between_logged_steps() -> None:
-    cfg = replace(config(), data=DataConfig(dir="x", sequence_length=4, packing=Packing.best_fit))
-    metrics = StepMetrics(CONFIG, cfg, Progress(), CPU)
+    counts = DataCounts(DataConfig(dir="x", sequence_length=4, packing=Packing.best_fit))
     for steps in (3, 1):  # of 2 sequences with 8 places and 6 tokens, one of them without a target
         for _ in range(steps):
-            add_step(metrics, [[2.0] * 4] * 2)
-        values = metrics.read(torch.tensor(1.0))
+            counts.add(TOTALS, sequences=2)
+        values = counts.read()
         assert values["data/sequences_without_targets"] == steps
         assert values["data/padding"] == 0.25
         assert "data/repetitive_sequences" not in values
 
 
 def test_an_expert_dies_after_steps_without_a_token_and_wakes_with_one() -> None:
-    metrics = StepMetrics(CONFIG, config(dead_after=2), Progress(), CPU)
+    experts = ExpertUse(2, 4, dead_after=2, last_used=None, device=CPU)
     dead = []
-    for last in ([4.0, 4.0, 0.0, 0.0], [8.0, 0.0, 0.0, 0.0], [8.0, 0.0, 0.0, 0.0], [8.0, 0.0, 0.0, 1.0]):
-        add_step(metrics, [[2.0, 2.0, 2.0, 2.0], last])
-        dead.append(metrics.read(torch.tensor(1.0))["router/layer_01/dead_experts"])
+    loads = ([4.0, 4.0, 0.0, 0.0], [8.0, 0.0, 0.0, 0.0], [8.0, 0.0, 0.0, 0.0], [8.0, 0.0, 0.0, 1.0])
+    for step, load in enumerate(loads, start=1):
+        experts.update(step, torch.tensor([[2.0, 2.0, 2.0, 2.0], load]))
+        dead.append(experts.read(step)["router/layer_01/dead_experts"])
     # Experts 2 and 3 have none in steps 1-2, expert 1 in steps 2-3; expert 3 wakes at 4.
     assert dead == [0, 2, 3, 2]
     # ... and a resumed run remembers.
-    resumed = StepMetrics(CONFIG, config(), Progress(step=4, expert_last_used=metrics.last_used()), CPU)
+    resumed = ExpertUse(2, 4, dead_after=2, last_used=experts.last_used(), device=CPU)
     assert resumed.last_used() == [[4, 4, 4, 4], [4, 1, 0, 4]]
 
 
@@ -124,8 +108,8 @@ def test_entropy_by_hand_and_without_padding() -> None:
     assert router_entropy((logits,), torch.tensor([1, 0])).item() == pytest.approx(0.5623351446)
 
 
-def writer(tmp_path: Path, cfg: TrainConfig, step: int = 0) -> MetricsWriter:
-    return MetricsWriter(cfg, tmp_path, CONFIG, Progress(step=step), CPU)
+def writer(tmp_path: Path, mode: WandbMode = WandbMode.disabled, step: int = 0) -> MetricsLog:
+    return MetricsLog(tmp_path, WandbConfig(mode=mode), {}, step)
 
 
 def records(tmp_path: Path) -> list[dict[str, object]]:
@@ -133,19 +117,18 @@ def records(tmp_path: Path) -> list[dict[str, object]]:
 
 
 def test_a_gradient_that_is_not_finite_is_recorded_as_null(tmp_path: Path) -> None:
-    metrics = StepMetrics(CONFIG, config(), Progress(), CPU)
-    progress = add_step(metrics, [[2.0] * 4] * 2)
-    writer(tmp_path, config()).log_step(progress, metrics.read(torch.tensor(math.nan)), 1e-3, 9)
+    values = {"step": 1} | one_step([[2.0] * 4] * 2, grad_norm=math.nan)
+    writer(tmp_path).write(values)
     assert records(tmp_path)[0]["train/grad_norm"] is None
 
 
 def test_a_resumed_run_forgets_the_steps_that_come_again(tmp_path: Path) -> None:
-    first = writer(tmp_path, config())
+    first = writer(tmp_path)
     for step in (0, 2, 4, 6):
-        first.log_evaluation(Progress(step=step), {"validation": Evaluation(loss=1.0, tokens=3)})
+        first.write({"step": step, "eval/validation/loss": 1.0})
     with (tmp_path / "metrics.jsonl").open("a") as file:
         file.write('{"step": 7, "torn')  # killed while writing
-    writer(tmp_path, config(), step=4)
+    writer(tmp_path, step=4)
     assert [record["step"] for record in records(tmp_path)] == [0, 2, 4]
     forget_after(tmp_path / "metrics.jsonl", 0)  # no checkpoint: everything comes again
     assert records(tmp_path) == []
@@ -154,8 +137,8 @@ def test_a_resumed_run_forgets_the_steps_that_come_again(tmp_path: Path) -> None
 def test_wandb_offline_writes_a_run_and_disabled_writes_nothing(tmp_path: Path) -> None:
     assert start_wandb(WandbConfig(mode=WandbMode.disabled), tmp_path, {}) is None
     assert not (tmp_path / "wandb").exists()
-    offline = writer(tmp_path, config(WandbMode.offline))
-    offline.log_evaluation(Progress(step=3), {"validation": Evaluation(loss=1.5, tokens=3)})
+    offline = writer(tmp_path, WandbMode.offline)
+    offline.write({"step": 3, "eval/validation/loss": 1.5})
     offline.close()
     assert list((tmp_path / "wandb").glob("offline-run-*/*.wandb"))
 
@@ -169,7 +152,7 @@ def read_or_empty(path: Path) -> bytes:
 
 def log_after_wandb_died(tmp_path: Path) -> None:
     os.environ.pop("WANDB_SERVICE", None)  # not the service of the process that spawned this one
-    observed = writer(tmp_path, config(WandbMode.offline))
+    observed = writer(tmp_path, WandbMode.offline)
     # wandb-core is started with the process id of whom it serves.
     ours = f"--pid\0{os.getpid()}\0".encode()
     services = [path.parent for path in Path("/proc").glob("[0-9]*/cmdline") if ours in read_or_empty(path)]
@@ -177,7 +160,7 @@ def log_after_wandb_died(tmp_path: Path) -> None:
     for service in services:
         os.kill(int(service.name), signal.SIGKILL)
     for step in (1, 2):
-        observed.log_evaluation(Progress(step=step), {"validation": Evaluation(loss=1.5, tokens=3)})
+        observed.write({"step": step, "eval/validation/loss": 1.5})
     observed.close()
 
 
