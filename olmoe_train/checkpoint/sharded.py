@@ -14,7 +14,7 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -191,11 +191,11 @@ def load_checkpoint(
     directory = Path(directory)
     verify_together(directory)
     content = _read_state(directory)
-    if optimizer is not None:
-        _make_adam_state(model, optimizer, content["adam_steps"])
-    tensors, _ = _training_tensors(model, optimizer)
     reader = HuggingFaceStorageReader(str(directory))
     stored = reader.read_metadata().state_dict_metadata
+    if optimizer is not None:
+        _make_optimizer_state(model, optimizer, content["adam_steps"], stored)
+    tensors, _ = _training_tensors(model, optimizer)
     sizes = {
         name: list(entry.size) for name, entry in stored.items() if isinstance(entry, TensorStorageMetadata)
     }
@@ -255,7 +255,11 @@ def open_model_tensors(directory: Path) -> Callable[[str], Tensor]:
 def _training_tensors(
     model: nn.Module, optimizer: torch.optim.Optimizer | None
 ) -> tuple[dict[str, Tensor], dict[str, float]]:
-    """(Every tensor of the training state by its name on disk, AdamW's step count by parameter name)."""
+    """(Every tensor of the training state by its name on disk; the optimizer's step count by parameter name).
+
+    Any optimizer can be saved whose state of a parameter is tensors of the parameter's shape, and perhaps a
+    step count: AdamW's moments, SGD's momentum.
+    """
     for unit in model.modules():
         if isinstance(unit, FSDPModule):
             unit.reshard()  # a forward pass without backward leaves whole parameters in the root's place
@@ -263,20 +267,33 @@ def _training_tensors(
     for name, parameter in model.named_parameters():
         tensors[f"model.{name}"] = parameter.detach()
         state = optimizer.state.get(parameter) if optimizer is not None else None
-        if state:
-            steps[name] = state["step"]
-            tensors |= {f"optim.{moment}.{name}": state[moment] for moment in MOMENTS}
+        for key, value in (state or {}).items():
+            if key == "step":
+                steps[name] = value
+            elif isinstance(value, Tensor):
+                tensors[f"optim.{key}.{name}"] = value
     # One copy to the host for all of them, rather than one a parameter.
     counts = torch.stack(list(steps.values())).tolist() if steps else []
     return tensors, dict(zip(steps, counts, strict=True))
 
 
-def _make_adam_state(
-    model: nn.Module, optimizer: torch.optim.Optimizer, adam_steps: dict[str, float]
+def _make_optimizer_state(
+    model: nn.Module, optimizer: torch.optim.Optimizer, steps: dict[str, float], stored: Iterable[str]
 ) -> None:
-    """Room for AdamW's state, which it would else make at its first step; laid out as the parameters are."""
+    """Allocate the optimizer's state in the parameters' layout, before its first step would.
+
+    steps: step count by parameter name. stored: names of the tensors of the checkpoint.
+    """
+    keys: dict[str, list[str]] = {}
+    for tensor_name in stored:
+        kind, _, rest = tensor_name.partition(".")
+        if kind == "optim":
+            key, _, name = rest.partition(".")
+            keys.setdefault(name, []).append(key)
     for name, parameter in model.named_parameters():
-        if name in adam_steps:
-            step = torch.tensor(adam_steps[name], dtype=torch.float32, device=parameter.device)
-            moments = {moment: torch.zeros_like(parameter, requires_grad=False) for moment in MOMENTS}
-            optimizer.state[parameter] = {"step": step, **moments}
+        state = {key: torch.zeros_like(parameter, requires_grad=False) for key in sorted(keys.get(name, ()))}
+        if name in steps:
+            step = torch.tensor(steps[name], dtype=torch.float32, device=parameter.device)
+            state = {"step": step, **state}
+        if state:
+            optimizer.state[parameter] = state

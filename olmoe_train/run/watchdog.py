@@ -64,7 +64,9 @@ class Watchdog:
     def _watch(self) -> None:
         while not self._closed.wait(POLL_S):
             # A rank stuck outside of Python never gets here again: this one is C, and needs no turn.
-            faulthandler.dump_traceback_later(self.timeout + POLL_S + WORDS_S, exit=True)
+            # __stderr__: a notebook's or a test's stderr may have no file descriptor for it to write to.
+            limit = self.timeout + POLL_S + WORDS_S
+            faulthandler.dump_traceback_later(limit, exit=True, file=sys.__stderr__ or sys.stderr)
             if "TORCHELASTIC_RUN_ID" in os.environ and os.getppid() != self.launcher:
                 os._exit(1)  # torchrun is gone, and with it whoever could stop or restart this rank
             if self.directory.is_dir() or time.monotonic() - self.beaten > self.timeout:
