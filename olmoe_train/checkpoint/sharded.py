@@ -249,6 +249,15 @@ def open_model_tensors(directory: Path) -> Callable[[str], Tensor]:
     return read
 
 
+def model_tensor_names(directory: Path) -> set[str]:
+    """Names of all parameters and buffers that a checkpoint holds of the model; for one process."""
+    names: set[str] = set()
+    for path in Path(directory).glob("*.safetensors"):
+        with safe_open(path, framework="pt") as file:
+            names |= set(json.loads(file.metadata()["DCP_SHARDING_INFO"]))
+    return {name.removeprefix("model.") for name in names if name.startswith("model.")}
+
+
 # --- what is in it ----------------------------------------------------------------------------------------
 
 
@@ -272,9 +281,21 @@ def _training_tensors(
                 steps[name] = value
             elif isinstance(value, Tensor):
                 tensors[f"optim.{key}.{name}"] = value
+    for name, buffer in persistent_buffers(model).items():
+        tensors[f"model.{name}"] = buffer
     # One copy to the host for all of them, rather than one a parameter.
     counts = torch.stack(list(steps.values())).tolist() if steps else []
     return tensors, dict(zip(steps, counts, strict=True))
+
+
+def persistent_buffers(model: nn.Module) -> dict[str, Tensor]:
+    """The buffers that belong to the training state, by name; each is equal on all ranks."""
+    return {
+        f"{prefix}.{name}" if prefix else name: buffer
+        for prefix, module in model.named_modules()
+        for name, buffer in module.named_buffers(recurse=False)
+        if name not in module._non_persistent_buffers_set
+    }
 
 
 def _make_optimizer_state(

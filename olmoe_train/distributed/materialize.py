@@ -1,7 +1,7 @@
 """Gives a parallelized meta model memory and its initial weights."""
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Shard
 
 from olmoe_train.distributed.mesh import local_tensor
@@ -16,14 +16,29 @@ def initialise(model: OlmoeForCausalLM, device: torch.device, seed: int) -> None
     Each rank draws what its shards need: its own experts of the stacked expert weights, and the others whole,
     one at a time.
     """
-    assert not any(True for _ in model.buffers()), "a buffer would be left uninitialised"
     model.to_empty(device=device)
+    reset_buffers(model)
     for name, parameter in model.named_parameters():
         index = shard_slices(parameter)
         experts = range(*index[0].indices(parameter.shape[0])) if parameter.ndim == 3 else None
         value = initial_value(name, parameter.shape, seed, model.config.initializer_range, experts)
         rest = (slice(None), *index[1:]) if experts is not None else index
         local_tensor(parameter).copy_(value[rest])
+
+
+def reset_buffers(model: nn.Module) -> None:
+    """Give every buffer its initial value, which is lost when a meta model gets memory.
+
+    A module that registers buffers has a method `reset_buffers` that fills them. The values must not depend
+    on the rank. Buffers are not sharded: every rank holds them whole.
+    """
+    for name, module in model.named_modules():
+        if any(True for _ in module.buffers(recurse=False)):
+            reset = getattr(module, "reset_buffers", None)
+            assert reset is not None, (
+                f"{name} has buffers and no reset_buffers(): they would be uninitialized"
+            )
+            reset()
 
 
 def shard_slices(tensor: Tensor) -> tuple[slice, ...]:

@@ -19,21 +19,25 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from olmoe_train import train as train_module
+from olmoe_train.checkpoint.convert.stored_model import open_stored_model
 from olmoe_train.config.objective import ObjectiveConfig
 from olmoe_train.config.optimizer import OptimizerConfig
 from olmoe_train.config.train import ParallelConfig, TrainConfig
 from olmoe_train.model import OlmoeForCausalLM
 from olmoe_train.model.configuration import OlmoeConfig
+from olmoe_train.model.moe.block import OlmoeTopKRouter
 from olmoe_train.optim import build as optim_build
 from olmoe_train.run.lock import RunLock
 from olmoe_train.train import train
 from olmoe_train.training import build
 from olmoe_train.training.batch import Batch, Totals
 from olmoe_train.training.callbacks.base import Callback, StepReport
+from olmoe_train.training.engine.base import Engine
 from olmoe_train.training.objectives.base import RouterSums
 from olmoe_train.training.state import TrainState
 from tests.support.faults import (
     BeforeStep,
+    change_engine,
     config,
     metrics,
     same,
@@ -43,6 +47,7 @@ from tests.support.faults import (
     status,
     write_data,
 )
+from tests.support.ranks import run_ranks
 
 ONE_RANK = {"parallel": ParallelConfig(), "trainer": {"max_steps": 4}}
 
@@ -200,6 +205,56 @@ def test_a_callback_and_its_state(data: Path, tmp_path: Path) -> None:
     # A checkpoint is written before callbacks that were handed in hear of its step.
     assert second.steps == [1, 3, 4]
     assert first.saved == ["step-00000001", "step-00000002"]
+
+
+# --- a buffer -----------------------------------------------------------------------------------------------
+
+
+def add_a_buffer(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Routers with a bias that each step changes, as loss-free balancing will have it."""
+    original = OlmoeTopKRouter.__init__
+
+    def with_buffer(router: OlmoeTopKRouter, config: OlmoeConfig) -> None:
+        original(router, config)
+        router.register_buffer("bias_E", torch.empty(config.num_experts))
+
+    def reset_buffers(router: OlmoeTopKRouter) -> None:
+        router.get_buffer("bias_E").fill_(0.5)
+
+    monkeypatch.setattr(OlmoeTopKRouter, "__init__", with_buffer)
+    monkeypatch.setattr(OlmoeTopKRouter, "reset_buffers", reset_buffers, raising=False)
+
+
+def bump(engines: list[Engine]) -> Callback:
+    """Adds 1 to every bias before every step."""
+
+    def act(step: int) -> None:
+        for _, buffer in engines[-1].model.named_buffers():
+            buffer += 1
+
+    return BeforeStep(act)
+
+
+def train_with_a_buffer(cfgs: list[TrainConfig]) -> list[list[float]]:
+    """On a rank: after each run, the first value of every layer's buffer."""
+    add_a_buffer(pytest.MonkeyPatch())
+    engines: list[Engine] = []
+    change_engine(engines.append)
+    found = []
+    for cfg in cfgs:
+        train(cfg, callbacks=(bump(engines),))
+        found.append([buffer[0].item() for _, buffer in engines[-1].model.named_buffers()])
+    return found
+
+
+@pytest.mark.ranks
+def test_buffers_are_initialized_saved_resumed_and_refused_by_exports(data: Path, tmp_path: Path) -> None:
+    trainers = [{"max_steps": 4, "stop_at_step": end} for end in (2, 4)]
+    cfgs = [config(data, tmp_path, trainer=trainer) for trainer in trainers]
+    # A save comes before the callback of its step: the checkpoint has 0.5 and what steps 1 and 2 added before.
+    assert run_ranks(2, train_with_a_buffer, cfgs) == [[[3.5] * 2, [5.5] * 2]] * 2
+    with pytest.raises(ValueError, match=r"step-00000004 .*model\.layers\.0\.mlp\.gate\.bias_E"):
+        open_stored_model(tmp_path)
 
 
 # --- what a run leaves behind where it raises ---------------------------------------------------------------

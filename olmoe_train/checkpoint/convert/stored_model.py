@@ -19,13 +19,14 @@ from olmoe_train.checkpoint.directory import (
     latest_checkpoint,
     step_of,
 )
-from olmoe_train.checkpoint.sharded import open_model_tensors
+from olmoe_train.checkpoint.sharded import model_tensor_names, open_model_tensors
 from olmoe_train.config.model import ModelConfig, olmoe_config
 from olmoe_train.model import OlmoeConfig, OlmoeForCausalLM
-from olmoe_train.model.hf.directory import assign, check_same_architecture, open_pretrained
+from olmoe_train.model.hf.directory import assign, check_same_architecture, open_pretrained, parameter_shapes
 from olmoe_train.model.hf.pretrained import load_model
 from olmoe_train.model.hf.special_tokens import read_generation_config
 from olmoe_train.utils.errors import UserError
+from olmoe_train.utils.tensor_files import first_few
 
 RUN_CONFIG, RUN_TOKENIZER = "config.yaml", "tokenizer"
 
@@ -75,6 +76,11 @@ def open_stored_model(source: str | Path, step: str = "latest", trust_pickle: bo
     checkpoint = run_checkpoint(directory, step)
     read = open_model_tensors(checkpoint)
     name = f"{checkpoint.name} of {directory}"
+    if extra := sorted(model_tensor_names(checkpoint) - parameter_shapes(OlmoeForCausalLM, config).keys()):
+        raise UserError(
+            f"{name} holds tensors that an OLMoE model does not have, so its outputs cannot be reproduced: "
+            f"{first_few(extra)}"
+        )
     return StoredModel(name, config, read, directory / RUN_TOKENIZER, checkpoint=checkpoint)
 
 

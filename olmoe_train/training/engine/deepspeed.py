@@ -25,7 +25,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
-from olmoe_train.checkpoint.sharded import MOMENTS, load_checkpoint
+from olmoe_train.checkpoint.sharded import MOMENTS, load_checkpoint, persistent_buffers
 from olmoe_train.config.choices import Precision
 from olmoe_train.config.train import TrainConfig
 from olmoe_train.distributed.activation_checkpointing import checkpoint_activations
@@ -55,6 +55,11 @@ class ZeroEngine:
         """Start DeepSpeed with the weights of `initial`, which is sharded as build_model shards it in CPU
         memory; write the configuration to run_dir/deepspeed.json. Collective."""
         self.cfg, self.stage, self.device = cfg, cfg.parallel.zero_stage, device
+        if buffers := persistent_buffers(initial):
+            raise UserError(
+                f"parallel.strategy=deepspeed: this engine does not keep the model's buffers "
+                f"({', '.join(buffers)}); use parallel.strategy=fsdp"
+            )
         config = deepspeed_config(cfg, dist.get_world_size(), device.type == "cuda")
         if dist.get_rank() == 0:
             (Path(cfg.run_dir) / "deepspeed.json").write_text(json.dumps(config, indent=2) + "\n")
