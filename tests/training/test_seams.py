@@ -251,7 +251,7 @@ def train_with_a_buffer(cfgs: list[TrainConfig]) -> list[list[float]]:
 def test_buffers_are_initialized_saved_resumed_and_refused_by_exports(data: Path, tmp_path: Path) -> None:
     trainers = [{"max_steps": 4, "stop_at_step": end} for end in (2, 4)]
     cfgs = [config(data, tmp_path, trainer=trainer) for trainer in trainers]
-    # A save comes before the callback of its step: the checkpoint has 0.5 and what steps 1 and 2 added before.
+    # A save comes before the callback of its step: the checkpoint has what was added before steps 1 and 2.
     assert run_ranks(2, train_with_a_buffer, cfgs) == [[[3.5] * 2, [5.5] * 2]] * 2
     with pytest.raises(ValueError, match=r"step-00000004 .*model\.layers\.0\.mlp\.gate\.bias_E"):
         open_stored_model(tmp_path)
