@@ -60,7 +60,7 @@ MOST_SHOWN = 8
 ROOT = Path(__file__).resolve().parent.parent
 QUICKSTART = """
 experiment=quickstart trainer.max_steps=500 trainer.log_every=1 trainer.device=cpu evaluation.every=20
-evaluation.max_sequences=16 logging.wandb.mode=disabled"""
+evaluation.max_sequences=16 logging.wandb.mode=disabled parallel.expert_parallel_size=2"""
 
 
 # --- reading what a run left ------------------------------------------------------------------------------

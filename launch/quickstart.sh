@@ -26,7 +26,7 @@ olmoe prepare data=python_stdlib data.dir="$data_dir"
 echo "== training on $processes processes in $run_dir"
 share_cores "$processes"
 python "$repo/launch/torchrun.py" --standalone --nproc-per-node "$processes" -m olmoe_train.train \
-    experiment=quickstart data.dir="$data_dir" run_dir="$run_dir" "$@" || {
+    experiment=quickstart parallel.expert_parallel_size=2 data.dir="$data_dir" run_dir="$run_dir" "$@" || {
     code=$?
     [ "$code" != 75 ] || echo "== stopped after saving: run the same command again to continue"
     exit "$code"

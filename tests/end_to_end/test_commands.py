@@ -21,7 +21,7 @@ def test_stopped_and_resumed_in_another_layout_ends_with_the_same_losses(
     quickstart: Quickstart, tmp_path: Path
 ) -> None:
     options = [f"data.dir={quickstart.data_dir}", f"run_dir={tmp_path}", "logging.wandb.mode=disabled"]
-    alone = ["trainer.stop_at_step=3", "parallel.expert_parallel_size=1"]  # the quickstart's is 2
+    alone = ["trainer.stop_at_step=3", "parallel.expert_parallel_size=1"]
     first = run(*train_command(*options, *alone, ranks=1), cwd=tmp_path)
     assert first.returncode == 0, first.stderr
     assert (status(tmp_path)["state"], status(tmp_path)["step"]) == ("stopped", 3)
@@ -36,9 +36,16 @@ def test_stopped_and_resumed_in_another_layout_ends_with_the_same_losses(
 
 def test_deepspeeds_launcher_starts_what_torchrun_continues(quickstart: Quickstart, tmp_path: Path) -> None:
     options = [f"data.dir={quickstart.data_dir}", f"run_dir={tmp_path}", "logging.wandb.mode=disabled"]
-    options += ["parallel.strategy=deepspeed", "parallel.zero_stage=3"]
+    options += ["parallel.strategy=deepspeed", "parallel.zero_stage=3", "parallel.expert_parallel_size=2"]
     launcher = [Path(sys.executable).with_name("deepspeed"), "--num_gpus=2", "--module"]
-    training = ["olmoe_train.train", "experiment=quickstart", *TINY, *options, "trainer.stop_at_step=3"]
+    training = [
+        "olmoe_train.train",
+        "experiment=quickstart",
+        *TINY,
+        *options,
+        "parallel.expert_parallel_size=2",
+        "trainer.stop_at_step=3",
+    ]
     first = run(*launcher, *training, cwd=tmp_path)
     assert first.returncode == 0, first.stderr
     assert (status(tmp_path)["state"], status(tmp_path)["step"]) == ("stopped", 3)

@@ -3,6 +3,7 @@
 import json
 import math
 import re
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from olmoe_train.config.data import DataConfig
 from olmoe_train.data.loader import build_eval_batches
 from tests.end_to_end.conftest import Quickstart
-from tests.support.commands import REPO, olmoe, run
+from tests.support.commands import REPO, TINY, olmoe, run
 
 STEP_KEYS = {
     "step",
@@ -47,6 +48,26 @@ def steps(run_dir: Path) -> list[dict[str, Any]]:
 
 def evaluations(run_dir: Path) -> list[dict[str, Any]]:
     return [record for record in records(run_dir) if "eval/validation/loss" in record]
+
+
+FROM_PYTHON = """
+import sys
+from olmoe_train.config import compose
+from olmoe_train.train import train
+
+state = train(compose("experiment=quickstart", *sys.argv[1:]))
+print("state", state.step, state.last_step, state.stopped_by_signal)
+"""
+
+
+def test_from_python_in_one_process(quickstart: Quickstart, tmp_path: Path) -> None:
+    options = [*TINY, f"data.dir={quickstart.data_dir}", f"run_dir={tmp_path / 'run'}"]
+    result = run(sys.executable, "-c", FROM_PYTHON, *options, cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.splitlines()[-1] == "state 6 6 False"
+    mine, theirs = steps(tmp_path / "run"), steps(quickstart.run_dir)
+    for record, expected in zip(mine, theirs, strict=True):  # two ranks with expert parallelism
+        assert record["train/loss"] == pytest.approx(expected["train/loss"], rel=1e-5)
 
 
 def test_metrics(quickstart: Quickstart) -> None:

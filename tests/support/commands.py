@@ -50,7 +50,8 @@ def train_command(*overrides: str, ranks: int = 2) -> list[str]:
         "--standalone",
         f"--nproc-per-node={ranks}",
     ]
-    return [*launcher, "-m", "olmoe_train.train", "experiment=quickstart", *TINY, *overrides]
+    layout = f"parallel.expert_parallel_size={ranks}"
+    return [*launcher, "-m", "olmoe_train.train", "experiment=quickstart", layout, *TINY, *overrides]
 
 
 def command_environment() -> dict[str, str]:
