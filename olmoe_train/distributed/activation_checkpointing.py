@@ -1,11 +1,13 @@
-"""Activation checkpointing: what backward recomputes instead of keeping it.
+"""Activation checkpointing: backward recomputes activations instead of keeping them in memory.
 
-full        each decoder layer, from its input and its routing.
-selective   norms and attention, each from its input and the results of its matrix products, most of its
-            arithmetic. Experts keep little in any case (model/moe/experts.py); routing is not run again.
+full        recomputes each decoder layer from the layer's input and routing.
+selective   recomputes norms and attention. Each is recomputed from its input and the saved results of its
+            matrix products, which are most of its arithmetic. Experts are not recomputed, because they save
+            little in any case (model/moe/experts.py). Routing is not recomputed either.
 
-Recomputation has to send every token where the first pass sent it. It would not do so by itself: a kernel
-that sums in another order breaks a near-tie of two experts the other way.
+Recomputation must send every token to the same experts as the first pass. Recomputing the routing would not
+guarantee the same experts: a kernel that sums in a different order can flip a near-tie between two experts.
+The routing of the first pass is therefore recorded and replayed.
 """
 
 from collections.abc import Iterator
@@ -25,6 +27,7 @@ from olmoe_train.model.moe.experts import Routing
 from olmoe_train.model.transformer import OlmoeDecoderLayer
 
 _aten = torch.ops.aten
+# Operators whose results selective checkpointing saves.
 _MATRIX_PRODUCTS = frozenset(
     {
         _aten.mm.default,
@@ -40,12 +43,16 @@ _MATRIX_PRODUCTS = frozenset(
 
 
 def checkpoint_activations(model: OlmoeForCausalLM, mode: ActivationCheckpointing) -> None:
-    """Replace forward methods by recomputing ones, in place.
+    """Replace the forward methods of the model's modules by methods that recompute activations, in place.
 
-    The instances' methods, without wrapper modules: names stay as they are, and a module's FSDP hooks stay
-    outside of its recomputation.
+    The replacement is a method of each instance, not a wrapper module. Parameter names therefore stay the
+    same, and the FSDP hooks of a module run outside the recomputation.
+
+    Args:
+        model: the model, before FSDP2 is applied.
+        mode: none, selective or full; see the module docstring.
     """
-    # Random numbers are drawn by attention dropout alone.
+    # Only attention dropout draws random numbers.
     recompute = partial(
         checkpoint, use_reentrant=False, preserve_rng_state=model.config.attention_dropout > 0
     )
@@ -71,7 +78,10 @@ def _keep_matrix_products() -> tuple[AbstractContextManager[None], AbstractConte
 def _contexts(
     block: OlmoeSparseMoeBlock,
 ) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
-    """Contexts for one forward pass of a layer and for its recomputation, which routes as the first did."""
+    """Contexts of one forward pass and of its recomputation.
+
+    The first context records the routing, and the second context replays the recorded routing.
+    """
     first: list[tuple[Tensor, Routing]] = []
     return _record(block, first), _replay(block, first)
 

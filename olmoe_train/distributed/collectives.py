@@ -1,4 +1,4 @@
-"""Ranks in step: what fails on one of them fails on all, with the same words."""
+"""Work that all ranks do together: if the work fails on one rank, every rank raises the same error."""
 
 from collections.abc import Callable
 from typing import Any, TypeVar
@@ -10,13 +10,23 @@ from olmoe_train.utils.errors import UserError
 
 Result = TypeVar("Result")
 Group = dist.ProcessGroup | None
-"""Whose collectives to use; None: the default group's. Threads beside the training need their own."""
+"""Process group of the collectives; None: the default group. A thread beside the training loop needs its
+own group."""
 
 
 def everywhere(work: Callable[[], Result], group: Group = None) -> list[Result]:
-    """Run on every rank and give every rank all results; where one fails, all raise what it raised.
+    """Run `work` on every rank and gather the results on every rank.
 
-    UserErrors as they are; anything else as a RuntimeError that names the rank.
+    Args:
+        work: function without arguments; the result must be picklable.
+        group: process group that gathers the results.
+
+    Returns:
+        One result per rank, in rank order.
+
+    Raises:
+        UserError: `work` raised this UserError on a rank.
+        RuntimeError: `work` raised another exception on a rank; the message names the rank.
     """
     outcome: Result | Exception
     try:
@@ -34,12 +44,21 @@ def everywhere(work: Callable[[], Result], group: Group = None) -> list[Result]:
 
 
 def on_rank_0(work: Callable[[], object], group: Group = None) -> None:
-    """Run on rank 0 while the others wait for it."""
+    """Run `work` on rank 0 while the other ranks wait.
+
+    Args:
+        work: function without arguments; the result is discarded, but must be picklable.
+        group: process group of the ranks that wait.
+
+    Raises:
+        UserError: on every rank, if `work` raised this UserError.
+        RuntimeError: on every rank, if `work` raised another exception.
+    """
     everywhere(work if dist.get_rank() == 0 else lambda: None, group)
 
 
 def on_any_rank(flag: bool) -> bool:
-    """Whether it is set on any rank."""
+    """Return on every rank whether `flag` is true on at least one rank."""
     count = torch.tensor(int(flag))
     dist.all_reduce(count)
     return bool(count)

@@ -1,4 +1,7 @@
-"""torch.compile where it pays. Imports the model alone, so that benchmarks can do without the trainer."""
+"""torch.compile for the parts of the model that become faster.
+
+This module imports only the model, so that benchmarks can use the module without the trainer.
+"""
 
 import torch
 
@@ -9,13 +12,14 @@ from olmoe_train.model.transformer import OlmoeDecoderLayer
 
 
 def compile_layers(model: OlmoeForCausalLM) -> None:
-    """torch.compile what is elementwise in each layer and in the head, in place; one compilation serves all
-    layers.
+    """Compile the elementwise operations of each layer and of the head, in place.
 
-    Not the layer as a whole: routing stays visible to activation checkpointing, and what depends on the host
-    (the all-to-all's sizes) does not break a graph. Norms and attention are compiled as modules and
-    recomputed whole in backward; of experts and head, which have gradients of their own, what is between the
-    matrix products.
+    All layers share one compilation. Norms and attention are compiled as modules, and backward recomputes
+    each of them as a whole. Experts and head have custom gradients; only the operations between their matrix
+    products are compiled.
+
+    The layer as a whole is not compiled, for two reasons: activation checkpointing must see the routing, and
+    values that depend on the host (the sizes of the all-to-all) would break the graph.
     """
     for layer in model.model.layers:
         assert isinstance(layer, OlmoeDecoderLayer)
@@ -27,5 +31,5 @@ def compile_layers(model: OlmoeForCausalLM) -> None:
 
 
 def compute_parts(layer: OlmoeDecoderLayer) -> list[torch.nn.Module]:
-    """The modules of a layer that compute; what is between them decides about routing and communicates."""
+    """Modules of a layer that only compute. The rest of the layer routes tokens and communicates."""
     return [layer.input_layernorm, layer.self_attn, layer.post_attention_layernorm]

@@ -1,4 +1,4 @@
-"""The DeepSpeed JSON of a run: what its options say, and a user's own file merged in."""
+"""The DeepSpeed configuration of a run: the values set by the run's options, merged with the user's file."""
 
 import json
 from pathlib import Path
@@ -8,14 +8,25 @@ from olmoe_train.config.choices import Offload, Precision
 from olmoe_train.config.train import TrainConfig
 from olmoe_train.utils.errors import UserError
 
-# DeepSpeed's defaults reserve 2 GB a rank for each of them, in elements; these fill a fast network as well.
+# Elements per bucket. DeepSpeed's default of 5e8 reserves 2 GB per rank for each bucket; this size also
+# saturates a fast network.
 BUCKET = 50_000_000
 
 
 def deepspeed_config(cfg: TrainConfig, world_size: int, cuda: bool) -> dict[str, Any]:
-    """DeepSpeed's configuration as it is used, and written to run_dir/deepspeed.json.
+    """Build the configuration that DeepSpeed receives and that the run writes to run_dir/deepspeed.json.
 
-    UserError where parallel.deepspeed_config is not JSON, or sets something that a key of ours decides.
+    Args:
+        cfg: the validated configuration of the run.
+        world_size: number of ranks.
+        cuda: whether the run computes on GPUs; offloaded tensors are then in pinned memory.
+
+    Returns:
+        DeepSpeed's configuration. Values of the user's file replace the defaults of this module.
+
+    Raises:
+        UserError: the file in parallel.deepspeed_config cannot be read, is not a JSON object, or sets a value
+            that an option of olmoe-train decides.
     """
     ours = _decided(cfg, world_size, cuda)
     merged = _merge(_defaults(), ours)
@@ -39,14 +50,15 @@ def _decided(cfg: TrainConfig, world_size: int, cuda: bool) -> dict[str, Any]:
         "train_batch_size": trainer.global_batch_size,
         "train_micro_batch_size_per_gpu": trainer.micro_batch_size,
         "gradient_accumulation_steps": trainer.global_batch_size // (trainer.micro_batch_size * world_size),
-        "managed_gradient_accumulation": False,  # the training loop says when a step is complete
-        # Stage 0 averages the ranks' norms, which is no norm with expert parallelism: clipped by ours there.
+        "managed_gradient_accumulation": False,  # the training loop marks the last micro-batch
+        # Stage 0 averages the norms of the ranks. With expert parallelism that average is not the norm of
+        # the gradient, so olmoe-train clips the gradients in stage 0.
         "gradient_clipping": cfg.optimizer.max_grad_norm if parallel.zero_stage else 0.0,
         "bf16": {"enabled": trainer.precision is Precision.bf16},
         "data_types": {"grad_accum_dtype": "fp32"},
-        "communication_data_type": "fp32",  # of gradients, as under FSDP2
+        "communication_data_type": "fp32",  # for gradients, as with FSDP2
         "zero_optimization": zero,
-        # torch's fused AdamW, on the CPU too, so that every strategy takes the same step.
+        # Use torch's fused AdamW, also on the CPU, so that every strategy takes the same step.
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
     }
@@ -54,7 +66,7 @@ def _decided(cfg: TrainConfig, world_size: int, cuda: bool) -> dict[str, Any]:
 
 def _defaults() -> dict[str, Any]:
     return {
-        "steps_per_print": 10**9,  # the run has its own log
+        "steps_per_print": 10**9,  # the run writes its own log
         "zero_optimization": {
             "overlap_comm": False,
             "reduce_bucket_size": BUCKET,
@@ -63,7 +75,8 @@ def _defaults() -> dict[str, Any]:
     }
 
 
-# Sections that say again what our keys say, or that put in another model, optimizer or schedule.
+# Sections that olmoe-train's own options set, or that would replace the model, optimizer or schedule; each
+# with the option to use instead.
 _FOREIGN = {
     "optimizer": "optimizer.*",
     "scheduler": "scheduler.*",
@@ -78,6 +91,7 @@ _FOREIGN = {
     "compile": "trainer.compile",
     "wandb": "logging.wandb",
 }
+# Keys of DeepSpeed, each with the option of olmoe-train that sets the key.
 _KEYS = {
     "train_batch_size": "trainer.global_batch_size",
     "train_micro_batch_size_per_gpu": "trainer.micro_batch_size",
@@ -91,7 +105,7 @@ _KEYS = {
 
 
 def _conflicts(ours: dict[str, Any], theirs: dict[str, Any], prefix: str = "") -> list[str]:
-    """Keys of `theirs` that do not agree with what our options decided, each with the option to set."""
+    """Messages about keys of `theirs` that contradict `ours`, each with the option to set instead."""
     found = []
     for name, value in theirs.items():
         key = f"{prefix}{name}"
@@ -107,7 +121,10 @@ def _conflicts(ours: dict[str, Any], theirs: dict[str, Any], prefix: str = "") -
 
 
 def _merge(base: dict[str, Any], over: dict[str, Any], keep: Any = None) -> dict[str, Any]:
-    """`over` upon `base`, section by section; values equal to `keep` leave what `base` has."""
+    """Merge `over` into a copy of `base`, section by section.
+
+    A value of `over` replaces the value of `base`, unless the value of `over` equals `keep`.
+    """
     merged = dict(base)
     for name, value in over.items():
         if isinstance(value, dict):

@@ -1,11 +1,11 @@
-"""Sending token rows to the ranks that hold their experts, and back.
+"""Expert parallelism: dispatch token rows to the ranks that hold their experts, and combine the results.
 
-Expert parallelism over P ranks puts experts r E/P ... (r + 1) E/P - 1 on rank r. Every rank has tokens of its
-own. `dispatch` and `combine` stand in for the local pair of model/moe/block.py and give the same result; in
-between, a rank computes its experts' rows from all P ranks.
+Expert parallelism over P ranks puts experts r E/P ... (r + 1) E/P - 1 on rank r. Every rank has different
+tokens. `dispatch` and `combine` replace dispatch_local and combine_local of model/moe/block.py and give the
+same result. Between the two calls, a rank computes the rows that all P ranks sent to its experts.
 
-Shapes: T tokens, D hidden, E experts, K top-k, P ranks of the group, Q = E/P experts of a rank, R rows that a
-rank sends (T x K), N rows that it receives: anything from 0 to P x R.
+Shapes: T tokens, D hidden, E experts, K top-k, P ranks of the group, Q = E/P experts per rank, R rows that a
+rank sends (T x K), N rows that a rank receives (0 to P x R).
 """
 
 from dataclasses import dataclass
@@ -34,23 +34,30 @@ from olmoe_train.model.transformer import OlmoeDecoderLayer
 
 @dataclass(frozen=True)
 class Exchange:
-    """How the rows of one dispatch travelled, for sending the results back."""
+    """Record of the rows of one dispatch, with which `combine` returns the results."""
 
     sent: list[int]
-    """Rows sent to each of the P ranks; sums to R."""
+    """Rows sent to each of the P ranks; the sum is R."""
     received: list[int]
-    """Rows received from each of them; sums to N."""
+    """Rows received from each of the P ranks; the sum is N."""
     home: Routing
-    """How this rank's own tokens were sorted before they left."""
+    """Routing that sorted this rank's tokens before they were sent."""
 
 
 def apply_expert_parallelism(model: OlmoeForCausalLM, mesh: DeviceMesh) -> None:
-    """Split the experts of each layer over a one-dimensional mesh: parameters become DTensors, Shard(0)."""
+    """Shard the experts of each layer over the ranks of a mesh, in place.
+
+    The parameters of the experts become DTensors with placement Shard(0).
+
+    Args:
+        model: the model, before activation checkpointing, torch.compile and FSDP2.
+        mesh: one-dimensional mesh of P ranks; P divides E.
+    """
     group = mesh.get_group()
     for layer in model.model.layers:
         assert isinstance(layer, OlmoeDecoderLayer)
         for name, parameter in list(layer.mlp.experts.named_parameters(recurse=False)):
-            # src_data_rank=None: each rank cuts its part out of what it has; nothing is sent.
+            # src_data_rank=None: each rank takes its shard from its local tensor, without communication.
             part = distribute_tensor(parameter, mesh, [Shard(0)], src_data_rank=None)
             layer.mlp.experts.register_parameter(name, nn.Parameter(part))
         layer.mlp.experts.own = local_tensor
@@ -58,7 +65,7 @@ def apply_expert_parallelism(model: OlmoeForCausalLM, mesh: DeviceMesh) -> None:
 
 
 def exchange_tokens(block: OlmoeSparseMoeBlock, group: dist.ProcessGroup) -> None:
-    """Send a block's tokens to the ranks of `group` that hold their experts, instead of keeping them here."""
+    """Make a block exchange tokens with the ranks of `group`, which hold the experts, in place."""
     block.dispatch = partial(dispatch, group=group)
     block.combine = partial(combine, group=group)
 
@@ -72,10 +79,20 @@ def dispatch(
     group: dist.ProcessGroup,
     routing: Routing | None = None,
 ) -> tuple[Tensor, None, Routing]:
-    """(rows_ND for this rank's experts, as they arrived from all ranks; None, for the weights stay at home;
-    routing of the arrived rows).
+    """Send each token to the ranks that hold its experts.
 
-    routing: of an earlier pass of these tokens, to send them the same way again without asking.
+    Args:
+        x_TD: this rank's tokens.
+        weights_TK: routing weights; not sent, because `combine` applies them on the token's rank.
+        expert_indices_TK: int64, the experts of each token.
+        num_experts: E.
+        group: the P ranks.
+        routing: routing of an earlier pass over the same tokens, to be reused without exchanging counts; None
+            computes the routing.
+
+    Returns:
+        (rows_ND received for this rank's experts, sorted by sending rank; None instead of weights; routing
+        of the received rows).
     """
     routing = routing or plan_exchange(expert_indices_TK, num_experts, group)
     exchange: Exchange = routing.exchange
@@ -84,12 +101,21 @@ def dispatch(
 
 
 def plan_exchange(expert_indices_TK: Tensor, num_experts: int, group: dist.ProcessGroup) -> Routing:
-    """Where this rank's rows go, and, after asking the other ranks, what comes from them."""
+    """Exchange row counts with the other ranks of `group` and plan the exchange of rows.
+
+    Args:
+        expert_indices_TK: int64, the experts of each of this rank's tokens.
+        num_experts: E.
+        group: the P ranks.
+
+    Returns:
+        Routing of the N rows that this rank will receive; `exchange` is set.
+    """
     home = sort_by_expert(expert_indices_TK, num_experts)
     sent_PQ = home.counts_E.view(group.size(), -1)
     received_PQ = _all_to_all(sent_PQ, None, None, group)
-    # The one host sync of a layer: the all-to-all of rows allocates its output, and NCCL takes what goes to
-    # each rank and comes from it as host integers. Both in one copy.
+    # The only host sync per layer. The all-to-all of rows allocates its output, and NCCL takes the number of
+    # rows per rank, sent and received, as host integers. One copy transfers both lists.
     sent, received = torch.stack([sent_PQ.sum(1), received_PQ.sum(1)]).tolist()
     arrival_N, place_N = _sort_arrivals(received_PQ, sum(received))
     exchange = Exchange(sent, received, home)
@@ -97,16 +123,35 @@ def plan_exchange(expert_indices_TK: Tensor, num_experts: int, group: dist.Proce
 
 
 def combine(out_ND: Tensor, weights_TK: Tensor, routing: Routing, *, group: dist.ProcessGroup) -> Tensor:
-    """out_TD of this rank's tokens, from the experts' results on all ranks."""
+    """Return the experts' outputs to the ranks of the tokens, and sum them per token.
+
+    Args:
+        out_ND: outputs for the rows that this rank received, in the order of `dispatch`.
+        weights_TK: routing weights of this rank's tokens.
+        routing: routing that `dispatch` returned.
+        group: the P ranks.
+
+    Returns:
+        out_TD: weighted sums for this rank's tokens.
+    """
     exchange: Exchange = routing.exchange
     rows_RD = _ExchangeRows.apply(out_ND, exchange.sent, exchange.received, group)
     return _WeighAndSum.apply(rows_RD, weights_TK, exchange.home)
 
 
 def _sort_arrivals(received_PQ: Tensor, total: int) -> tuple[Tensor, Tensor]:
-    """(arrival_N, place_N). Rows arrive by sender, then expert; experts want them by expert, then sender.
+    """Map the order of arrival (by sender, then expert) to the experts' order (by expert, then sender).
 
-    Every (sender, expert) block moves as one, so its shift is all there is to compute: no sort, no host sync.
+    Each (sender, expert) block moves as a whole. The function therefore computes only one shift per block,
+    without a sort and without a host sync.
+
+    Args:
+        received_PQ: int64, rows received per sender and expert.
+        total: N, the sum of `received_PQ`.
+
+    Returns:
+        arrival_N, int64: position of arrival of each sorted row; place_N, int64: sorted position of each
+        received row.
     """
     ranks, experts = received_PQ.shape
     starts_PQ = exclusive_sum(received_PQ.reshape(-1)).view(ranks, experts)
@@ -122,14 +167,17 @@ def _sort_arrivals(received_PQ: Tensor, total: int) -> tuple[Tensor, Tensor]:
 def _all_to_all(
     rows: Tensor, received: list[int] | None, sent: list[int] | None, group: dist.ProcessGroup
 ) -> Tensor:
-    """First-dimension blocks of `rows`, `sent` long, go to the ranks in order; None: one row to each."""
+    """Send consecutive blocks of `rows` to the ranks of `group`, in rank order.
+
+    `sent` and `received` are rows per rank; None: the same number of rows for every rank.
+    """
     arrived = rows.new_empty(sum(received) if received is not None else len(rows), *rows.shape[1:])
     dist.all_to_all_single(arrived, rows.contiguous(), received, sent, group)
     return arrived
 
 
 class _ExchangeRows(torch.autograd.Function):
-    """All-to-all of rows; backward sends the gradients the way back."""
+    """All-to-all of rows; backward sends each gradient to the rank that sent the row."""
 
     @staticmethod
     def forward(
@@ -145,8 +193,11 @@ class _ExchangeRows(torch.autograd.Function):
 
 
 class _CopyRows(torch.autograd.Function):
-    """rows_RD: each token's vector once for every expert it chose, sorted by expert. Backward gathers and
-    sums where autograd would scatter, on CUDA with atomics, in an order that changes from run to run."""
+    """rows_RD: one copy of each token per chosen expert, sorted by expert.
+
+    Backward gathers and sums. Autograd would scatter instead, on CUDA with atomics, whose order of summation
+    changes from run to run.
+    """
 
     @staticmethod
     def forward(ctx: FunctionCtx, x_TD: Tensor, home: Routing) -> Tensor:

@@ -1,4 +1,4 @@
-"""FSDP2: which parameters form a unit, how they are sharded, and what is prefetched."""
+"""FSDP2: units of parameters, their sharding, and the prefetch of weights."""
 
 import torch
 from torch.distributed.device_mesh import DeviceMesh
@@ -13,15 +13,24 @@ from olmoe_train.model.transformer import OlmoeDecoderLayer
 
 
 def shard(model: OlmoeForCausalLM, mesh: Mesh, cfg: TrainConfig) -> None:
-    """FSDP2 over the mesh: one unit a decoder layer; embedding, final norm and head are the root's. Units of
-    their own are parallel experts, over the ranks that hold the same ones, and in bf16 the routers.
+    """Apply FSDP2 over the mesh, in place.
 
-    trainer.precision bf16: fp32 parameters are cast to bf16 as they are gathered, gradients are summed in
-    fp32.
+    Each decoder layer is one unit. Embedding, final norm and head belong to the root unit. With expert
+    parallelism the experts of a layer are a separate unit, sharded over the ranks that hold the same experts.
+    In bf16 the router of a layer is a separate unit, too.
+
+    With trainer.precision=bf16, fp32 parameters are cast to bf16 when they are gathered, and gradients are
+    summed in fp32.
+
+    Args:
+        model: the model, after activation checkpointing and torch.compile.
+        mesh: the ranks.
+        cfg: the configuration of the run; reads trainer.precision and parallel.*.
     """
     policy = MixedPrecisionPolicy()
     if cfg.trainer.precision is Precision.bf16:
-        # The model says itself where it needs fp32; FSDP would cast layer inputs, whatever they are, to bf16.
+        # The model's code casts to fp32 where necessary. With cast_forward_inputs, FSDP would cast every
+        # layer input to bf16.
         policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)
     layers = []
     for layer in model.model.layers:
@@ -33,7 +42,8 @@ def shard(model: OlmoeForCausalLM, mesh: Mesh, cfg: TrainConfig) -> None:
     register_fsdp_forward_method(model, "training_forward")
     for unit in model.modules():
         if isinstance(unit, FSDPModule):
-            # A plain sum. With the factor alone FSDP asks for a pre-multiplied sum, which only NCCL has.
+            # Reduce gradients by a plain sum. With only the divide factor set, FSDP requests a
+            # pre-multiplied sum, which only NCCL supports.
             unit.set_gradient_divide_factor(1.0)
             unit.set_force_sum_reduction_for_comms(True)
 
@@ -41,17 +51,18 @@ def shard(model: OlmoeForCausalLM, mesh: Mesh, cfg: TrainConfig) -> None:
 def _shard_layer(
     layer: OlmoeDecoderLayer, mesh: Mesh, policy: MixedPrecisionPolicy, reshard: bool
 ) -> list[FSDPModule]:
-    """The layer's units, its own first."""
+    """Shard one layer and return its units; the unit of the layer itself is the first."""
     data = _data_mesh(mesh.dense, "shard")
     units = []
     if policy.param_dtype is not None:
-        # Routers stay fp32, weights and gradients, and a unit has one dtype. Small: kept until backward.
+        # The router's weights and gradients stay fp32, and a unit has one dtype. A router is small, so its
+        # gathered weights are kept until backward.
         units.append(fully_shard(layer.mlp.gate, mesh=data, reshard_after_forward=False))
     if mesh.expert is not None:
         experts = fully_shard(
             layer.mlp.experts,
             mesh=_data_mesh(mesh.expert, "expert_shard"),
-            # Inside of each expert: their own dimension is spread over the expert ranks already.
+            # Shard inside each expert: the expert dimension is already sharded over the expert ranks.
             shard_placement_fn=lambda parameter: Shard(1),
             mp_policy=policy,
             reshard_after_forward=reshard and _gathered(mesh.expert, "expert_shard"),
@@ -69,37 +80,48 @@ def _shard_layer(
 
 
 def _prefetch(layers: list[list[FSDPModule]], ahead: int) -> None:
-    """Ask for the weights of so many layers ahead of the one at work, in forward and in backward.
+    """Prefetch the weights of the next `ahead` layers, in forward and in backward.
 
-    layers: the units of each, its own first. In forward a layer asks for its other units' in any case: before
-    attention, during which experts arrive. Later, dispatch would make the host wait first. In backward their
-    turn comes first, and they must not be in the layer's list: it is gone through again as the gradient of
-    the router's logits comes, and experts that are done would be gathered once more.
+    In forward a layer also requests the weights of its own experts before attention, so that the weights
+    arrive while attention runs. If the layer requested them later, dispatch would block the host first. In
+    backward the experts are gathered when autograd reaches them. The experts must not be in the backward list
+    of their own layer: FSDP2 processes that list a second time when the router's gradient arrives, and would
+    gather experts whose backward is already finished.
+
+    Args:
+        layers: the units of each layer; the unit of the layer itself is the first.
+        ahead: number of layers to prefetch; 0 prefetches only the experts and router of the current layer.
     """
     for index, (unit, *parts) in enumerate(layers):
         later = [each for units in layers[index + 1 : index + 1 + ahead] for each in units]
         unit.set_modules_to_forward_prefetch([*parts, *later])
         earlier = [each for units in reversed(layers[max(0, index - ahead) : index]) for each in units]
-        # With an empty list FSDP2 goes by a guess of its own; the unit itself is here already.
+        # With an empty list FSDP2 chooses what to prefetch. The list therefore names the unit itself, whose
+        # weights are already gathered.
         unit.set_modules_to_backward_prefetch([unit, *earlier])
         for part in parts:
             part.set_modules_to_backward_prefetch([part])
 
 
 def cut_inside(shape: torch.Size, ranks: int) -> bool:
-    """Whether FSDP2 cuts expert weights (E, ...) inside of each expert, without expert parallelism: where not
-    every rank would get as many experts, and padding be gathered (for 64 on 256 ranks, that of 192).
+    """Whether FSDP2 shards stacked expert weights inside each expert, without expert parallelism.
 
-    It cuts the second dimension evenly or not at all.
+    The weights are sharded inside each expert if the ranks do not divide the number of experts. Sharding
+    by expert would then gather padding: with 64 experts on 256 ranks, the padding of 192 experts. FSDP2
+    requires that the ranks divide the second dimension.
+
+    Args:
+        shape: shape of the unsharded parameter; only [E, ...] with three dimensions is expert weights.
+        ranks: number of ranks that share one copy.
     """
     return len(shape) == 3 and shape[0] % ranks != 0 and shape[1] % ranks == 0
 
 
 def _data_mesh(mesh: DeviceMesh, shard: str) -> DeviceMesh:
-    """The mesh that gradients are summed over: two-dimensional only where there are copies to sum over."""
+    """Mesh over which gradients are summed; two-dimensional only if there is more than one copy."""
     return mesh["replicate", shard] if mesh["replicate"].size() > 1 else mesh[shard]
 
 
 def _gathered(mesh: DeviceMesh, shard: str) -> bool:
-    """Whether parameters come from other ranks; only then does freeing them after forward save memory."""
+    """Whether parameters come from other ranks; only then does resharding after forward save memory."""
     return mesh[shard].size() > 1

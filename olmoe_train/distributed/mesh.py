@@ -1,4 +1,4 @@
-"""The process group, and how its ranks are arranged: which of them shard a parameter, which hold copies."""
+"""The process group and the meshes of its ranks: which ranks shard a parameter, and which hold copies."""
 
 import math
 import os
@@ -16,21 +16,22 @@ from olmoe_train.config.choices import Device, Strategy
 from olmoe_train.config.train import ParallelConfig
 from olmoe_train.utils.errors import UserError
 
-# How long a collective waits for the slowest rank, a first step that compiles included.
+# Time that a collective waits for the slowest rank; long enough for a first step that compiles.
 COLLECTIVE_TIMEOUT = timedelta(minutes=10)
 
 
 @dataclass(frozen=True)
 class Mesh:
-    """Ranks as grids, in row-major order. Every rank sees other data."""
+    """Ranks as grids, in row-major order. Every rank reads different data."""
 
     device: torch.device
     dense: DeviceMesh
-    """(replicate, shard): copies of the model, and the ranks that share one copy; without the experts, where
-    those are parallel."""
+    """(replicate, shard): copies of the model, and the ranks that share one copy. With expert parallelism
+    this mesh does not apply to the experts."""
     expert: DeviceMesh | None
-    """(replicate, expert_shard, expert) for expert parameters; None without expert parallelism. A mesh of its
-    own, not a slice of one common grid: with ddp there are fewer copies of the experts than of the rest."""
+    """(replicate, expert_shard, expert) for expert parameters; None without expert parallelism. The mesh is
+    separate and not a slice of one common grid, because with ddp there are fewer copies of the experts than
+    of the other parameters."""
 
 
 def resolve_device(device: str | Device = Device.auto) -> torch.device:
@@ -55,10 +56,19 @@ def resolve_device(device: str | Device = Device.auto) -> torch.device:
 
 
 def init_distributed(device: str = "auto", timeout: timedelta = COLLECTIVE_TIMEOUT) -> torch.device:
-    """Join the process group of torchrun's environment, or make one of a single rank; the rank's device.
+    """Join the process group of torchrun's environment, or create a group of one rank without torchrun.
 
-    device: "auto" (cuda where there is one), "cpu" or "cuda". CPU tensors travel by gloo in every case, CUDA
-    tensors by NCCL. A group that is there already is used.
+    CPU tensors always use gloo, and CUDA tensors use NCCL. If a process group exists, the function keeps it.
+
+    Args:
+        device: "auto" (cuda if torch can use a GPU, else cpu), "cpu" or "cuda".
+        timeout: time that a collective waits for the slowest rank.
+
+    Returns:
+        The device of this rank; for cuda with the index LOCAL_RANK.
+
+    Raises:
+        UserError: there is no GPU for "cuda", or the ranks cannot connect to each other.
     """
     cuda = resolve_device(device).type == "cuda"
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
@@ -77,7 +87,8 @@ def init_distributed(device: str = "auto", timeout: timedelta = COLLECTIVE_TIMEO
 def _join(backend: str, timeout: timedelta) -> None:
     try:
         store, rank, world_size = next(rendezvous("env://", timeout=timeout))
-        # Workers that torchrun restarts get the store of those before, and would look for these (torch 2.13).
+        # Workers that torchrun restarts receive the store of the previous workers. Without a new prefix they
+        # would find the previous workers' entries and try to connect to those workers (torch 2.13).
         restart = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
         store = dist.PrefixStore(f"restart-{restart}", store)  # type: ignore[attr-defined]
         dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
@@ -90,12 +101,24 @@ def _join(backend: str, timeout: timedelta) -> None:
 
 
 def build_mesh(parallel: ParallelConfig, device: torch.device) -> Mesh:
-    """The grids of a validated configuration, over all ranks of the process group.
+    """Arrange all ranks of the process group as the configuration says.
 
-    fsdp: replicate_size copies, each sharded over the rest; expert parallelism takes neighbouring ranks of
-    one copy, so that rows travel inside a machine where it is large enough. ddp: a copy on every rank; a copy
-    of the experts is then spread over expert_parallel_size ranks. deepspeed: one copy, in CPU memory, for its
-    checkpoints; the engine arranges ranks by itself, in the same order.
+    fsdp: there are replicate_size copies; each copy is sharded over world size / replicate_size ranks. An
+    expert-parallel group consists of neighboring ranks of one copy. Rows are therefore exchanged inside one
+    machine if the machine has enough ranks.
+
+    ddp: every rank holds a copy. With expert parallelism each copy of the experts is spread over
+    expert_parallel_size ranks.
+
+    deepspeed: the mesh describes one copy in CPU memory and is used for checkpoints. The DeepSpeed engine
+    arranges the ranks for training, in the same order.
+
+    Args:
+        parallel: the validated section of the configuration.
+        device: device of this rank.
+
+    Returns:
+        The meshes. With deepspeed, `device` of the result is the CPU.
     """
     if parallel.strategy is Strategy.deepspeed:
         device = torch.device("cpu")
@@ -112,7 +135,10 @@ def build_mesh(parallel: ParallelConfig, device: torch.device) -> Mesh:
 
 
 def copies(tensor: Tensor) -> int:
-    """How many ranks hold each element of a parameter or gradient: 1, or more with HSDP and ddp."""
+    """Return the number of ranks that hold each element of a parameter or gradient.
+
+    The number is 1 if all ranks share one copy, and larger with HSDP and ddp.
+    """
     if not isinstance(tensor, DTensor):
         return 1
     sizes = zip(tensor.device_mesh.shape, tensor.placements, strict=True)
@@ -120,6 +146,6 @@ def copies(tensor: Tensor) -> int:
 
 
 def local_tensor(tensor: Tensor) -> Tensor:
-    """This rank's part of a distributed tensor, sharing memory with it; a plain tensor as it is."""
-    # Not hasattr(tensor, "to_local"): torch.compile takes that for false.
+    """Return this rank's part of a DTensor, sharing memory with the DTensor; or a plain tensor unchanged."""
+    # isinstance, not hasattr(tensor, "to_local"): torch.compile evaluates that hasattr to false.
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor

@@ -1,9 +1,9 @@
-"""The one place and order in which parallelism is put onto the model, from outside:
+"""Apply all parallelism to the model from outside, in this order:
 expert parallelism -> activation checkpointing -> torch.compile -> FSDP2.
 
-Both strategies are FSDP2 (`fully_shard`): with ddp every rank is a shard group of its own, so parameters stay
-whole and only gradients are reduced. Gradients are summed over all ranks, never averaged: the loss is already
-divided by counts over the whole global batch, whatever each rank's share of them.
+The strategies fsdp and ddp both use FSDP2 (`fully_shard`). With ddp every shard group is a single rank, so
+parameters stay whole and only gradients are reduced. Gradients are summed over all ranks, never averaged: the
+loss is already divided by counts over the whole global batch, whatever the share of each rank.
 """
 
 from olmoe_train.config.train import TrainConfig
@@ -16,9 +16,18 @@ from olmoe_train.model import OlmoeForCausalLM
 
 
 def parallelize(model: OlmoeForCausalLM, cfg: TrainConfig, mesh: Mesh) -> OlmoeForCausalLM:
-    """Apply the configured parallelism to a model, in place; parameters become DTensors.
+    """Apply the configured parallelism to a model, in place. Parameters become DTensors.
 
-    A meta model is then filled by `initialise`. Call before the optimizer is built.
+    Call this function before building the optimizer. Afterwards `materialize.initialise` allocates and fills
+    a meta model.
+
+    Args:
+        model: the model, on the meta device or with weights.
+        cfg: the configuration of the run.
+        mesh: the ranks, from `build_mesh`.
+
+    Returns:
+        `model`.
     """
     if mesh.expert is not None:
         apply_expert_parallelism(model, mesh.expert["expert"])

@@ -1,6 +1,6 @@
-"""The output head's cross-entropy without logits in memory.
+"""Chunked cross-entropy of the output head: the full [T, V] logits are never in memory.
 
-Shapes: T tokens, C tokens of one chunk, D hidden, V vocabulary.
+Shapes: T tokens, C tokens per chunk, D hidden, V vocabulary.
 """
 
 from collections.abc import Callable
@@ -9,15 +9,26 @@ import torch
 from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
 
+# The label of a position that has no target; the loss ignores such positions.
 IGNORE_INDEX = -100
 
 
-# Rows of logits that exist at one time: 512 x 50304 x 4 bytes = 98 MiB at OLMoE's vocabulary.
+# Rows of logits in memory at the same time: 512 x 50304 x 4 bytes = 98 MiB at OLMoE's vocabulary.
 HEAD_CHUNK_ROWS = 512
 
 
 def target_log_probs(logits_CV: Tensor, target_C1: Tensor, is_target_C1: Tensor) -> tuple[Tensor, Tensor]:
-    """(log softmax at the target, fp32 [C, 1]; softmax, 0 in rows without a target, in logits' dtype)."""
+    """Log-probability of each target, and the softmax from which the gradient is made.
+
+    Args:
+        logits_CV: logits, any float dtype.
+        target_C1: int64, the target's index in the vocabulary; any valid index in rows without a target.
+        is_target_C1: bool, false in rows without a target.
+
+    Returns:
+        The log softmax at the target, fp32 [C, 1], and the softmax in the dtype of `logits_CV`, [C, V]. The
+        softmax is 0 in rows without a target.
+    """
     log_probs_CV = logits_CV.float().log_softmax(-1)
     at_target_C1 = log_probs_CV.gather(1, target_C1)
     return at_target_C1, log_probs_CV.exp_().mul_(is_target_C1).to(logits_CV.dtype)
@@ -29,12 +40,20 @@ def cross_entropy_sum(
     labels_T: Tensor,
     log_probs: Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]] = target_log_probs,
 ) -> Tensor:
-    """Sum over target tokens of -log softmax(hidden @ weight.T)[label], an fp32 scalar.
+    """Sum over target tokens of -log softmax(hidden @ weight.T)[label].
 
-    labels_T: int64, IGNORE_INDEX (-100) where there is no target. log_probs: target_log_probs, or that
-    compiled. Softmax and loss are fp32 whatever the inputs are. The [T, V] logits never exist: rows go
-    through in chunks, whose gradients are made on the way (so memory holds one chunk of logits and an fp32
-    [V, D] weight gradient).
+    The function processes HEAD_CHUNK_ROWS rows at a time and computes the gradients of each chunk in forward.
+    Memory therefore holds one chunk of logits and one fp32 [V, D] weight gradient, but never the [T, V]
+    logits. Softmax and loss are fp32 for every input dtype.
+
+    Args:
+        hidden_TD: output of the final norm, any float dtype.
+        weight_VD: weight of the head.
+        labels_T: int64; IGNORE_INDEX (-100) at positions without a target.
+        log_probs: target_log_probs, or a compiled version of that function.
+
+    Returns:
+        The summed loss in nats, an fp32 scalar.
     """
     needs_gradient = torch.is_grad_enabled() and (hidden_TD.requires_grad or weight_VD.requires_grad)
     return _ChunkedCrossEntropy.apply(hidden_TD, weight_VD, labels_T, needs_gradient, log_probs)
@@ -54,7 +73,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         logits_chunk = hidden_TD.new_empty(min(HEAD_CHUNK_ROWS, len(hidden_TD)), len(weight_VD))
         if needs_gradient:
             d_hidden_TD = torch.empty_like(hidden_TD)
-            # fp32: adding bf16 chunks into a bf16 sum would round once a chunk.
+            # fp32: a bf16 sum would be rounded once per chunk.
             d_weight_VD = torch.zeros_like(weight_VD, dtype=torch.float32)
         for start in range(0, hidden_TD.shape[0], HEAD_CHUNK_ROWS):
             rows = slice(start, start + HEAD_CHUNK_ROWS)
@@ -65,7 +84,8 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             at_target_C1, d_logits_CV = log_probs(logits_CV, target_C1, is_target_C1)
             loss -= (at_target_C1 * is_target_C1).sum()
             if needs_gradient:
-                # d loss / d logits = softmax - onehot(target): at the target rounded once, near 0 as it is.
+                # d loss / d logits = softmax - onehot(target). Computing exp(log p) - 1 at the target in fp32
+                # and rounding once keeps precision when p is close to 1.
                 d_target_C1 = (at_target_C1.exp() - 1) * is_target_C1
                 d_logits_CV.scatter_(1, target_C1, d_target_C1.to(d_logits_CV.dtype))
                 torch.mm(d_logits_CV, weight_VD, out=d_hidden_TD[rows])

@@ -1,10 +1,10 @@
-"""Initial weights: a truncated normal that depends on (seed, parameter name, expert) alone.
+"""Initial weights: a truncated normal that depends only on (seed, parameter name, expert).
 
-Every value is drawn on the CPU from a generator of its own parameter (of its own expert, for the stacked
-expert weights), so each layout of ranks, and each device, starts from the same weights bit for bit. Source:
-arXiv 2409.02060, appendix B: normal, standard deviation 0.02, cut at 3 standard deviations, for all matrices.
+Each parameter has its own CPU generator. Stacked expert weights have one generator per expert. Every layout
+of ranks and every device therefore starts from the same weights, bit for bit. Source: arXiv 2409.02060,
+appendix B: for all matrices a normal distribution with standard deviation 0.02, cut at 3 standard deviations.
 
-Shapes: E experts; other dimensions as the parameter's.
+Shapes: E experts; the other dimensions are those of the parameter.
 """
 
 import hashlib
@@ -17,7 +17,13 @@ CUT_AT_STANDARD_DEVIATIONS = 3.0
 
 
 def init_weights(model: nn.Module, seed: int, std: float) -> None:
-    """Fill every parameter of a model that is whole on this rank. std: OlmoeConfig.initializer_range."""
+    """Fill every parameter of an unsharded model in place.
+
+    Args:
+        model: a model whose parameters are complete on this rank, on any device but meta.
+        seed: seed of the run.
+        std: standard deviation of the matrices (OlmoeConfig.initializer_range).
+    """
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             parameter.copy_(initial_value(name, parameter.shape, seed, std))
@@ -26,10 +32,18 @@ def init_weights(model: nn.Module, seed: int, std: float) -> None:
 def initial_value(
     name: str, shape: Sequence[int], seed: int, std: float, experts: Sequence[int] | None = None
 ) -> Tensor:
-    """A parameter's initial value, fp32 on the CPU: 1 for norm weights, 0 for biases, else truncated normal.
+    """Initial value of one parameter: 1 for norm weights, 0 for biases, else truncated normal.
 
-    shape: the whole parameter's. experts: for stacked expert weights [E, ...], which experts to make (default
-    all); the result's first dimension follows it.
+    Args:
+        name: name of the parameter in the model; part of the generator's seed.
+        shape: shape of the unsharded parameter.
+        seed: seed of the run.
+        std: standard deviation before the cut.
+        experts: for stacked expert weights [E, ...], the experts to generate (default: all).
+
+    Returns:
+        fp32 on the CPU. The shape is `shape`; if `experts` is given, the first dimension has one entry per
+        listed expert, in the order of the list.
     """
     if name.endswith("bias"):
         return torch.zeros(*shape)
@@ -43,12 +57,21 @@ def initial_value(
 
 
 def truncated_normal(key: str, shape: Sequence[int], std: float) -> Tensor:
-    """fp32 on the CPU, a function of the key alone."""
+    """Values of a truncated normal that depend only on the arguments.
+
+    Args:
+        key: text from which the generator's seed is derived.
+        shape: shape of the result.
+        std: standard deviation before the cut at CUT_AT_STANDARD_DEVIATIONS.
+
+    Returns:
+        fp32 tensor on the CPU.
+    """
     cut = CUT_AT_STANDARD_DEVIATIONS * std
     return nn.init.trunc_normal_(torch.empty(*shape), 0.0, std, -cut, cut, generator=generator_of(key))
 
 
 def generator_of(key: str) -> torch.Generator:
-    """A generator on the CPU whose seed is a hash of the key."""
+    """Return a CPU generator whose seed is a 64-bit hash of `key`."""
     digest = hashlib.blake2b(key.encode(), digest_size=8).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest, "little"))

@@ -1,18 +1,19 @@
-"""Load-balancing loss and router z-loss, with their normalization stated.
+"""Load-balancing loss and router z-loss, in four conventions of normalization.
 
 Shapes: T tokens, E experts, K top-k, L layers.
 
-The two router losses come in declared conventions (`Convention` in choices.py). With c_le the number of
-tokens that layer l sends to expert e, and p_le the mean softmax probability of expert e, over T unpadded
-tokens:
+`Convention` in config/choices.py names the conventions. Over T unpadded tokens, let c_le be the number of
+tokens that layer l sends to expert e, and p_le the mean softmax probability of expert e in layer l. LB is the
+load-balancing loss and Z the z-loss:
 
   olmoe       LB = mean_l  E/(T K) sum_e c_le p_le  (1.0 at balance);  Z = mean over layers and tokens of
               logsumexp(logits)^2. arXiv 2409.02060, section 2 and appendix B; weights 0.01 and 0.001.
-  olmoe_0924  as the released model was trained: Z also divided by K (effective weight 1.25e-4 at K = 8).
-  hf          LB = E sum_e (mean_l c_le / T) (mean_l p_le): transformers' load_balancing_loss_func, which
-              pools the layers: it reads K at balance, but also when each layer collapses onto experts of its
-              own. Z as olmoe.
-  megatron    both summed over the layers instead of averaged.
+  olmoe_0924  the convention of the released model's training: Z is also divided by K (effective weight
+              1.25e-4 at K = 8).
+  hf          LB = E sum_e (mean_l c_le / T) (mean_l p_le): transformers' load_balancing_loss_func. The
+              function pools the layers. LB is K at balance, but LB is also K if every layer collapses onto
+              a different set of experts. Z as in olmoe.
+  megatron    LB and Z as in olmoe, but summed over the layers instead of averaged.
 """
 
 from collections.abc import Sequence
@@ -31,11 +32,20 @@ def load_balancing_loss(
     attention_mask: Tensor | None = None,
     convention: str | Enum = "olmoe",
 ) -> Tensor:
-    """Load-balancing loss of the tokens given, an fp32 scalar, unweighted.
+    """Load-balancing loss of one batch, without its weight.
 
-    router_logits: one [T, E] tensor a layer, any float dtype. attention_mask: [B, S] or [T], 0 at padding,
-    which then counts for nothing. convention: see the top of this file. ValueError for an unknown convention
-    or wrong shapes.
+    Args:
+        router_logits: one [T, E] tensor per layer, any float dtype.
+        num_experts: E.
+        top_k: K, experts per token.
+        attention_mask: [B, S] or [T], 0 at padding; padding does not contribute to the loss.
+        convention: see the module docstring.
+
+    Returns:
+        An fp32 scalar.
+
+    Raises:
+        ValueError: unknown convention, or a mask that does not have T entries.
     """
     indices = [logits.float().softmax(-1).topk(top_k, dim=-1).indices for logits in router_logits]
     return router_losses(router_logits, indices, num_experts, attention_mask, convention)[0]
@@ -47,10 +57,21 @@ def router_z_loss(
     convention: str | Enum = "olmoe",
     top_k: int = 1,
 ) -> Tensor:
-    """Mean over layers and unpadded tokens of logsumexp(logits)^2, an fp32 scalar, unweighted (ST-MoE, arXiv
-    2202.08906).
+    """Mean over layers and unpadded tokens of logsumexp(logits)^2, without its weight.
 
-    `top_k` matters to the convention olmoe_0924 alone, which divides by it.
+    Source: ST-MoE, arXiv 2202.08906.
+
+    Args:
+        router_logits: one [T, E] tensor per layer, any float dtype.
+        attention_mask: [B, S] or [T], 0 at padding.
+        convention: see the module docstring.
+        top_k: K, experts per token; only the convention olmoe_0924 uses it, as a divisor.
+
+    Returns:
+        An fp32 scalar.
+
+    Raises:
+        ValueError: unknown convention, or a mask that does not have T entries.
     """
     num_experts = router_logits[0].shape[-1]
     indices = [logits.new_zeros((logits.shape[0], top_k), dtype=torch.long) for logits in router_logits]
@@ -66,13 +87,25 @@ def router_losses(
     total_tokens: Tensor | None = None,
     total_counts_LE: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """(load-balancing loss, z-loss) of these tokens, or their share of a larger batch's.
+    """Both router losses of T tokens, or the share of these tokens in the losses of a larger batch.
 
-    router_logits: [T, E] a layer. expert_indices: [T, K] int64 a layer, where the tokens really went.
-    total_tokens: unpadded tokens of the whole batch of which these are a part; the shares of all parts then
-    sum to the batch's losses. total_counts_LE: tokens a layer sent to each expert in the whole batch (no
-    gradient flows through counts); None takes these tokens' own, so that the batch's loss is the
-    token-weighted mean of its parts' losses.
+    Args:
+        router_logits: one [T, E] tensor per layer, any float dtype.
+        expert_indices: one [T, K] int64 tensor per layer, the experts that processed the tokens.
+        num_experts: E.
+        attention_mask: [B, S] or [T], 0 at padding.
+        convention: see the module docstring.
+        total_tokens: unpadded tokens of the whole batch, a scalar; None if the T tokens are the whole batch.
+            The shares of all parts sum to the losses of the batch.
+        total_counts_LE: tokens per layer and expert in the whole batch; no gradient flows through counts.
+            None uses the counts of the T tokens; the load-balancing loss of the batch is then the
+            token-weighted mean of the losses of its parts.
+
+    Returns:
+        (load-balancing loss, z-loss), fp32 scalars without their weights (fp64 for fp64 logits).
+
+    Raises:
+        ValueError: unknown convention, or a mask that does not have T entries.
     """
     name = convention.value if isinstance(convention, Enum) else convention
     if name not in CONVENTIONS:
@@ -102,7 +135,7 @@ def router_losses(
     probs_LE = torch.stack(probability_sums) / tokens
     z_loss = torch.stack(squared_lse).sum() / (layers * tokens)
 
-    # Tokens per expert as a share of the tokens counted: sums to K over the experts.
+    # Fraction of the counted tokens that each expert receives. The fractions sum to K over the experts.
     if total_counts_LE is None:
         load_LE = expert_counts(expert_indices, num_experts, mask_T) / own_tokens
     else:
@@ -117,14 +150,20 @@ def router_losses(
 
 
 def expert_counts(expert_indices: Sequence[Tensor], num_experts: int, mask_T: Tensor | None = None) -> Tensor:
-    """Tokens that each layer sends to each expert: fp32 [L, E] (exact to 2^24 tokens an expert), no gradient.
+    """Count the tokens per layer and expert.
 
-    expert_indices: [T, K] int64 a layer. mask_T: [T], 0 at padding.
+    Args:
+        expert_indices: one [T, K] int64 tensor per layer.
+        num_experts: E.
+        mask_T: 0 at padding; None counts every token.
+
+    Returns:
+        fp32 [L, E] without gradient, exact up to 2^24 tokens per expert.
     """
     counts = []
     for indices_TK in expert_indices:
         weight_TK = torch.ones(1, device=indices_TK.device) if mask_T is None else mask_T[:, None]
-        # scatter_add rather than bincount: bincount reads its maximum back to the host on CUDA.
+        # scatter_add, not bincount: on CUDA, bincount copies the maximum index to the host.
         zeros_E = torch.zeros(num_experts, device=indices_TK.device)
         counts.append(
             zeros_E.scatter_add_(0, indices_TK.reshape(-1), weight_TK.expand(indices_TK.shape).reshape(-1))
@@ -133,9 +172,14 @@ def expert_counts(expert_indices: Sequence[Tensor], num_experts: int, mask_T: Te
 
 
 def router_entropy(router_logits: Sequence[Tensor], mask_T: Tensor | None = None) -> Tensor:
-    """Entropy of the routing distribution, summed over unpadded tokens: fp32 [L], in nats.
+    """Entropy of the routing distribution, summed over unpadded tokens.
 
-    ln(E) per token is uniform routing. router_logits: [T, E] per layer. mask_T: [T], 0 at padding.
+    Args:
+        router_logits: one [T, E] tensor per layer.
+        mask_T: 0 at padding; None counts every token.
+
+    Returns:
+        [L] in nats, in the dtype of the logits (fp32 in this model). Uniform routing gives ln(E) per token.
     """
     entropies = []
     for logits_TE in router_logits:

@@ -1,4 +1,9 @@
-"""What forward passes return: the documented names of Transformers' OLMoE outputs, and the trainer's own."""
+"""Return types of the forward passes: Transformers' OLMoE outputs under their documented names, and the
+output for training.
+
+Shapes: B batch, S sequence, C cached + new positions, T tokens (B x S), D hidden, E experts, K top-k,
+L layers, V vocabulary.
+"""
 
 from dataclasses import dataclass, fields
 from typing import Any
@@ -10,7 +15,10 @@ from olmoe_train.model.kv_cache import KVCache
 
 @dataclass
 class _Output:
-    """Read by attribute, by name (`out["logits"]`) or by place among the values that are there (`out[0]`)."""
+    """Fields are read by attribute, by name (`out["logits"]`) or by position (`out[0]`).
+
+    Positions skip the fields that are None.
+    """
 
     def to_tuple(self) -> tuple[Any, ...]:
         values = (getattr(self, item.name) for item in fields(self))
@@ -22,25 +30,33 @@ class _Output:
 
 @dataclass
 class MoeModelOutputWithPast(_Output):
+    """Output of OlmoeModel.forward."""
+
     last_hidden_state: Tensor
     """[B, S, D], after the final norm."""
     past_key_values: KVCache | None = None
     hidden_states: tuple[Tensor, ...] | None = None
-    """[B, S, D] before each layer, and after the final norm: L + 1."""
+    """L + 1 tensors [B, S, D]: one before each layer, and one after the final norm."""
     attentions: tuple[Tensor, ...] | None = None
-    """[B, heads, S, C] a layer."""
+    """One [B, heads, S, C] tensor per layer: the attention probabilities."""
     router_logits: tuple[Tensor, ...] | None = None
-    """[T, E] a layer, fp32."""
+    """One fp32 [T, E] tensor per layer."""
 
 
 @dataclass
 class MoeCausalLMOutputWithPast(_Output):
+    """Output of OlmoeForCausalLM.forward.
+
+    A field without a description is the same as in MoeModelOutputWithPast.
+    """
+
     loss: Tensor | None = None
-    """Mean cross-entropy of the labels, plus router_aux_loss_coef x aux_loss where router logits are put
-    out."""
+    """Mean cross-entropy per target token; plus router_aux_loss_coef x aux_loss if the output includes the
+    router logits."""
     aux_loss: Tensor | None = None
-    """Load-balancing loss in Transformers' pooled convention (`hf`)."""
+    """Load-balancing loss in Transformers' pooled convention (`hf`, see model/losses.py)."""
     logits: Tensor | None = None
+    """[B, S, V], or only the positions selected by `logits_to_keep`."""
     past_key_values: KVCache | None = None
     hidden_states: tuple[Tensor, ...] | None = None
     attentions: tuple[Tensor, ...] | None = None
@@ -49,11 +65,11 @@ class MoeCausalLMOutputWithPast(_Output):
 
 @dataclass(frozen=True)
 class TrainingOutput:
-    """Everything the trainer's losses and router metrics are made of."""
+    """Output of OlmoeForCausalLM.training_forward: the input of the training losses and router metrics."""
 
     ce_sum: Tensor
-    """Sum of the cross-entropy over target tokens, fp32 scalar."""
+    """Cross-entropy summed over the target tokens, an fp32 scalar."""
     router_logits: tuple[Tensor, ...]
-    """[T, E] a layer, fp32."""
+    """One fp32 [T, E] tensor per layer."""
     expert_indices: tuple[Tensor, ...]
-    """[T, K] a layer, int64: where the tokens went."""
+    """One int64 [T, K] tensor per layer: the experts that processed each token."""

@@ -1,10 +1,10 @@
 """The OLMoE decoder, with Transformers' module and parameter names (arXiv 2409.02060; model type `olmoe`).
 
-Shapes: B batch, S sequence, T tokens (B x S), D hidden, E experts, K top-k, V vocabulary, L layers, C cached
-+ new.
+Shapes: B batch, S sequence, T tokens (B x S), D hidden, E experts, K top-k, V vocabulary, L layers,
+C cached + new positions.
 
-Nothing here knows of ranks: distributed/parallelize.py shards, checkpoints and compiles the modules from
-outside.
+The model does not depend on ranks. distributed/parallelize.py applies sharding, activation checkpointing and
+torch.compile to the modules from outside.
 """
 
 from typing import Any
@@ -35,6 +35,8 @@ from olmoe_train.model.rope import rotary_cos_sin
 
 
 class OlmoeDecoderLayer(nn.Module):
+    """Attention and mixture-of-experts block, each behind a norm and with a residual connection."""
+
     def __init__(self, config: OlmoeConfig, layer_idx: int) -> None:
         super().__init__()
         self.input_layernorm = OlmoeRMSNorm(config.hidden_size, config.rms_norm_eps)
@@ -51,7 +53,20 @@ class OlmoeDecoderLayer(nn.Module):
         output_attentions: bool = False,
         document_offsets: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-        """(x_BSD, router logits_TE, expert_indices_TK, attention probabilities or None)."""
+        """Run the layer.
+
+        Args:
+            x_BSD: input of the layer.
+            rotary: cosines and sines of the positions (model/rope.py).
+            mask_B1SC: bool, true where position s may attend to position c; None: causal attention.
+            cache: keys and values of earlier positions; the layer appends its own.
+            output_attentions: whether to return the attention probabilities.
+            document_offsets: see OlmoeModel.run_layers; only for the document kernel.
+
+        Returns:
+            (x_BSD, router logits_TE fp32, expert_indices_TK int64, attention probabilities
+            [B, heads, S, C] or None).
+        """
         attended_BSD, probs = self.self_attn(
             self.input_layernorm(x_BSD), rotary, mask_B1SC, cache, output_attentions, document_offsets
         )
@@ -61,8 +76,12 @@ class OlmoeDecoderLayer(nn.Module):
 
 
 class OlmoeModel(OlmoePreTrainedModel):
-    """Embedding, L decoder layers, final norm. Arguments and outputs as documented for
-    transformers.OlmoeModel."""
+    """Embedding, L decoder layers and final norm, with the arguments and outputs of transformers.OlmoeModel.
+
+    Args:
+        config: sizes and options of the model.
+        init: whether to fill the parameters with initial weights; meta parameters are never filled.
+    """
 
     def __init__(self, config: OlmoeConfig, init: bool = True) -> None:
         super().__init__(config)
@@ -91,8 +110,29 @@ class OlmoeModel(OlmoePreTrainedModel):
         cache_position: Tensor | None = None,
         return_dict: bool | None = None,
     ) -> MoeModelOutputWithPast | tuple[Any, ...]:
-        """input_ids [B, S] or inputs_embeds [B, S, D]; attention_mask [B, C], 0 at padding. ValueError unless
-        exactly one of input_ids and inputs_embeds is given."""
+        """Run the decoder without the head.
+
+        For every option that is None, the value in the configuration applies.
+
+        Args:
+            input_ids: [B, S] int64; give either `input_ids` or `inputs_embeds`.
+            attention_mask: [B, C], 0 at padding; the cached positions come first.
+            position_ids: [B, S] or [1, S] int64; by default S consecutive positions after the cached ones.
+            past_key_values: keys and values of earlier positions; the call appends the new ones.
+            inputs_embeds: [B, S, D].
+            use_cache: whether to return a cache; the call creates one if `past_key_values` is None.
+            output_router_logits: whether to return the router logits.
+            output_hidden_states: whether to return the hidden states of all layers.
+            output_attentions: whether to return the attention probabilities.
+            cache_position: [S] int64, positions of the new tokens; used if `position_ids` is None.
+            return_dict: false returns a tuple of the fields that are not None.
+
+        Returns:
+            The output; `last_hidden_state` has shape [B, S, D].
+
+        Raises:
+            ValueError: not exactly one of `input_ids` and `inputs_embeds` is given.
+        """
         config = self.config
         use_cache = _given(use_cache, config.use_cache)
         output_attentions = _given(output_attentions, config.output_attentions)
@@ -130,11 +170,27 @@ class OlmoeModel(OlmoePreTrainedModel):
         output_attentions: bool = False,
         document_offsets: Tensor | None = None,
     ) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...], tuple[Tensor, ...], tuple[Tensor, ...]]:
-        """(hidden states before each layer and after the final norm, attention probabilities if asked for,
-        router logits, expert indices), each a tuple over layers.
+        """Run the decoder and return what every layer computed.
 
-        document_offsets: int32 [documents + 1], where documents start in the B * S tokens laid end to end.
-        Each is then by itself: attention and positions know nothing of the others. Padding is one, too.
+        Args:
+            input_ids: [B, S] int64; give either `input_ids` or `inputs_embeds`.
+            padding_mask: [B, C], 0 at padding; ignored if `document_offsets` is given.
+            position_ids: [B, S] or [1, S] int64; ignored if `document_offsets` is given.
+            cache: keys and values of earlier positions; the call appends the new ones.
+            inputs_embeds: [B, S, D].
+            cache_position: [S] int64, used if `position_ids` is None.
+            output_attentions: whether to return the attention probabilities.
+            document_offsets: int32 [documents + 1], the start of each document in the B x S tokens of the
+                flattened batch, and the end of the last document. Attention does not cross a document
+                boundary, and positions restart at 0 in every document. Padding counts as a document.
+
+        Returns:
+            Four tuples: L + 1 hidden states [B, S, D] (before each layer, and after the final norm); then,
+            with one entry per layer, attention probabilities (None unless requested), router logits [T, E]
+            fp32, and expert indices [T, K] int64.
+
+        Raises:
+            ValueError: not exactly one of `input_ids` and `inputs_embeds` is given.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("You must specify exactly one of input_ids or inputs_embeds")
@@ -147,7 +203,8 @@ class OlmoeModel(OlmoePreTrainedModel):
             mask_B1SC = attention_mask(padding_mask, new, cached + new, x_BSD.device)
         else:
             documents_BS, position_ids = documents_and_positions(document_offsets, *x_BSD.shape[:2])
-            # Attention takes either; the mask does anywhere, and costs what all S x S pairs cost.
+            # Attention accepts offsets or a mask. The mask works on every device, but attention then
+            # computes all S x S pairs.
             by_kernel = has_document_kernel(x_BSD, self.config.attention_dropout)
             mask_B1SC = None if by_kernel else document_mask(documents_BS)
             document_offsets = document_offsets if by_kernel else None
@@ -167,21 +224,29 @@ class OlmoeModel(OlmoePreTrainedModel):
 
 
 class OlmoeHead(nn.Linear):
-    """The output projection; with labels, the summed cross-entropy instead, without [T, V] logits in
-    memory. `log_probs` is a plain function, for torch.compile to replace."""
+    """Output projection, or, if labels are given, the summed cross-entropy without [T, V] logits in memory.
+
+    `log_probs` is an attribute so that distributed/compile.py can replace the function by a compiled one.
+    """
 
     def __init__(self, config: OlmoeConfig) -> None:
         super().__init__(config.hidden_size, config.vocab_size, bias=False)
         self.log_probs = target_log_probs
 
     def forward(self, x: Tensor, labels_T: Tensor | None = None) -> Tensor:
+        """Return the logits [..., V] of x [..., D], or the loss of x [T, D] as an fp32 scalar.
+
+        Args:
+            x: output of the final norm.
+            labels_T: int64, -100 at positions without a target; None returns the logits.
+        """
         if labels_T is None:
             return F.linear(x, self.weight)
         return cross_entropy_sum(x, self.weight, labels_T, self.log_probs)
 
 
 class OlmoeForCausalLM(OlmoePreTrainedModel):
-    """OlmoeModel with its language-modelling head, as documented for transformers.OlmoeForCausalLM."""
+    """OlmoeModel with a language-modeling head, as documented for transformers.OlmoeForCausalLM."""
 
     def __init__(self, config: OlmoeConfig) -> None:
         super().__init__(config)
@@ -191,12 +256,19 @@ class OlmoeForCausalLM(OlmoePreTrainedModel):
         _init_unless_meta(self, config.initializer_range)
 
     def tie_weights(self) -> None:
-        """Make the head share the embedding's parameter where the config says so (again after to_empty)."""
+        """Share the embedding's parameter with the head if config.tie_word_embeddings is set.
+
+        Call again after `to_empty`, which separates the two parameters.
+        """
         if self.config.tie_word_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight
 
     def set_experts_backend(self, backend: str) -> None:
-        """How experts multiply: auto, loop, grouped_mm or sonicmoe (choices.ExpertsBackend)."""
+        """Set the implementation of the experts' matrix products.
+
+        Args:
+            backend: auto, loop, grouped_mm or sonicmoe (config.choices.ExpertsBackend).
+        """
         for module in self.modules():
             if isinstance(module, OlmoeExperts):
                 module.backend = backend
@@ -217,8 +289,26 @@ class OlmoeForCausalLM(OlmoePreTrainedModel):
         cache_position: Tensor | None = None,
         return_dict: bool | None = None,
     ) -> MoeCausalLMOutputWithPast | tuple[Any, ...]:
-        """labels [B, S]: shifted inside, -100 ignored; `loss` is Transformers' own (pooled aux loss, mean
-        over targets). logits_to_keep: the last so many positions (0: all), or a tensor of positions."""
+        """Run the decoder and the head; with labels, also compute the loss as Transformers does.
+
+        The loss is the mean over targets, plus the pooled load-balancing loss if the router logits are
+        returned. For every option that is None, the value in the configuration applies.
+
+        Args:
+            input_ids, attention_mask, position_ids, past_key_values, inputs_embeds: As for
+                OlmoeModel.forward.
+            labels: [B, S] int64, -100 at positions without a target; shifted by this method.
+            output_router_logits: whether to return the router logits and the load-balancing loss.
+            logits_to_keep: number of last positions to compute logits for (0: all), or a tensor of positions.
+            use_cache, output_hidden_states, output_attentions, cache_position, return_dict: As for
+                OlmoeModel.forward.
+
+        Returns:
+            The output; `logits` has shape [B, S, V] for logits_to_keep=0.
+
+        Raises:
+            ValueError: not exactly one of `input_ids` and `inputs_embeds` is given.
+        """
         output_router_logits = _given(output_router_logits, self.config.output_router_logits)
         outputs = self.model(
             input_ids,
@@ -233,7 +323,7 @@ class OlmoeForCausalLM(OlmoePreTrainedModel):
             cache_position,
             return_dict=True,
         )
-        # -0 is 0: all positions.
+        # With logits_to_keep=0 the slice is slice(0, None), which keeps all positions.
         keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.lm_head(outputs.last_hidden_state[:, keep])
 
@@ -268,10 +358,18 @@ class OlmoeForCausalLM(OlmoePreTrainedModel):
         position_ids: Tensor | None = None,
         document_offsets: Tensor | None = None,
     ) -> TrainingOutput:
-        """The trainer's forward: input_ids and labels [B, S] int64 (labels shifted inside, -100 ignored).
+        """Forward pass for training: summed cross-entropy and routing, without logits.
 
-        labels None: route the tokens and leave the head out; ce_sum is then 0. document_offsets: see
-        OlmoeModel.run_layers.
+        Args:
+            input_ids: [B, S] int64.
+            labels: [B, S] int64, -100 at positions without a target; shifted by this method. None skips the
+                head, and ce_sum is 0.
+            attention_mask: [B, S], 0 at padding.
+            position_ids: [B, S] or [1, S] int64.
+            document_offsets: see OlmoeModel.run_layers.
+
+        Returns:
+            Summed cross-entropy, router logits and expert indices.
         """
         hidden_states, _, router_logits, expert_indices = self.model.run_layers(
             input_ids, attention_mask, position_ids, document_offsets=document_offsets
@@ -283,7 +381,8 @@ class OlmoeForCausalLM(OlmoePreTrainedModel):
         return TrainingOutput(ce_sum, router_logits, expert_indices)
 
     def generate(self, input_ids: Tensor, **options: Any) -> Tensor:
-        """Continue `input_ids` [B, S]; options as olmoe_train.model.generation.generate."""
+        """Generate tokens after `input_ids` [B, S]; for the options and the result see
+        olmoe_train.model.generation.generate."""
         return generate(self, input_ids, **options)
 
 
@@ -292,7 +391,9 @@ def _given(value: bool | None, default: bool) -> bool:
 
 
 def _init_unless_meta(module: nn.Module, std: float) -> None:
-    """Random weights whose seed follows torch.manual_seed. A meta model gets its own when it is
-    materialised."""
+    """Fill the parameters with random weights, with a seed drawn from torch's global generator.
+
+    A meta model stays empty: distributed/materialize.py initializes it.
+    """
     if not any(parameter.is_meta for parameter in module.parameters()):
         init_weights(module, int(torch.randint(2**62, ())), std)

@@ -1,10 +1,11 @@
 """The mixture-of-experts block: router, dispatch, experts, combine.
 
-Shapes: B batch, S sequence, T tokens (B x S), D hidden, E experts, K top-k, N inputs of this rank's experts.
+Shapes: B batch, S sequence, T tokens (B x S), D hidden, E experts, K top-k, N inputs of this rank's experts,
+J experts per input.
 
-Dropless token-choice routing (arXiv 2409.02060, section 2): softmax over all experts, the K largest
-probabilities weigh their experts' outputs. Tokens are sorted by expert once; each expert then multiplies one
-contiguous block of rows (experts.py).
+Routing is dropless token choice (arXiv 2409.02060, section 2): the router takes a softmax over all experts,
+and the K largest probabilities weight the outputs of their experts. Tokens are sorted by expert once; each
+expert then multiplies one contiguous block of rows (experts.py).
 """
 
 from collections.abc import Callable
@@ -29,26 +30,41 @@ def dispatch_local(
     num_experts: int,
     routing: Routing | None = None,
 ) -> tuple[Tensor, Tensor | None, Routing]:
-    """(inputs of this rank's experts, their weights, routing): all experts being here, the tokens themselves.
+    """Dispatch without communication, for a rank that holds all experts: the inputs are the tokens (N = T).
 
-    routing: of an earlier pass of the same tokens, to go the same way again.
+    Args:
+        x_TD: tokens.
+        weights_TK: routing weights.
+        expert_indices_TK: int64, the experts of each token.
+        num_experts: E.
+        routing: routing of an earlier pass over the same tokens, to be reused; None computes the routing.
+
+    Returns:
+        (inputs of this rank's experts [N, D], their weights [N, J], routing).
     """
     return x_TD, weights_TK, routing or sort_by_expert(expert_indices_TK, num_experts)
 
 
 def combine_local(out_TD: Tensor, weights_TK: Tensor, routing: Routing) -> Tensor:
-    """out_TD: the experts have weighed and summed what is here."""
+    """Combine without communication: return `out_TD`, which the experts have already weighted and summed."""
     return out_TD
 
 
 def choose_top_k(probs_TE: Tensor, top_k: int) -> Tensor:
-    """expert_indices_TK int64: each token's most probable experts, the first one first."""
+    """Choose the `top_k` most probable experts per token.
+
+    Returns:
+        expert_indices_TK, int64, in descending order of probability.
+    """
     return probs_TE.topk(top_k, dim=-1).indices
 
 
 class _RouterLogits(torch.autograd.Function):
-    """x @ weight.T in fp32. Keeps x as it came, which the experts keep anyway; autograd's own would keep an
-    fp32 copy, 4 D bytes a token."""
+    """x @ weight.T in fp32.
+
+    The function saves x in its original dtype, a tensor that the experts save in any case. Without a custom
+    function, autograd would save an fp32 copy of x: 4 D bytes per token.
+    """
 
     @staticmethod
     def forward(ctx: FunctionCtx, x_TD: Tensor, weight_ED: Tensor) -> Tensor:
@@ -64,8 +80,11 @@ class _RouterLogits(torch.autograd.Function):
 
 
 class OlmoeTopKRouter(nn.Module):
-    """Token-choice router; all of it in fp32. `choose` is a plain function; activation checkpointing replays
-    what it returned."""
+    """Token-choice router, computed in fp32.
+
+    `choose` is an attribute so that activation checkpointing can replace the function and replay the choice
+    of the first pass.
+    """
 
     def __init__(self, config: OlmoeConfig) -> None:
         super().__init__()
@@ -75,7 +94,14 @@ class OlmoeTopKRouter(nn.Module):
         self.weight = nn.Parameter(torch.empty(config.num_experts, config.hidden_size))
 
     def forward(self, x_TD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """(logits_TE fp32, weights_TK fp32, expert_indices_TK int64)."""
+        """Route T tokens.
+
+        Args:
+            x_TD: tokens, any float dtype.
+
+        Returns:
+            (logits_TE fp32, weights_TK fp32, expert_indices_TK int64).
+        """
         logits_TE = _RouterLogits.apply(x_TD, self.weight)
         probs_TE = logits_TE.softmax(-1)
         indices_TK = self.choose(probs_TE.detach(), self.top_k)
@@ -86,8 +112,11 @@ class OlmoeTopKRouter(nn.Module):
 
 
 class OlmoeSparseMoeBlock(nn.Module):
-    """Router and experts. `dispatch` and `combine` are plain functions; distributed/parallelize.py hands in
-    the expert-parallel pair."""
+    """Router and experts.
+
+    `dispatch` and `combine` are attributes so that distributed/expert_parallel.py can replace them by the
+    functions that exchange tokens between ranks.
+    """
 
     def __init__(self, config: OlmoeConfig) -> None:
         super().__init__()
@@ -98,7 +127,14 @@ class OlmoeSparseMoeBlock(nn.Module):
         self.combine: Combine = combine_local
 
     def forward(self, x_BSD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """(output [B, S, D], router logits_TE fp32, expert_indices_TK int64)."""
+        """Route the tokens, run the experts and combine their outputs.
+
+        Args:
+            x_BSD: output of the norm before the block.
+
+        Returns:
+            (output [B, S, D], router logits_TE fp32, expert_indices_TK int64).
+        """
         x_TD = x_BSD.reshape(-1, x_BSD.shape[-1])
         logits_TE, weights_TK, indices_TK = self.gate(x_TD)
         x_ND, weights_NJ, routing = self.dispatch(x_TD, weights_TK, indices_TK, self.num_experts)

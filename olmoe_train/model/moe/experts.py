@@ -1,13 +1,13 @@
-"""What the experts compute, forward and backward, from unsorted inputs to weighted sums.
+"""Forward and backward of the experts, from unsorted inputs to weighted sums.
 
-Shapes: N inputs (tokens, or rows that arrived from other ranks), J experts an input goes to (K of a token, 1
-of an arrived row), R sorted rows (N x J, and padding), D hidden, F expert width, H both halves of gate and up
-(2 F), E experts of this rank; I and O any two widths.
+Shapes: N inputs (tokens, or rows received from other ranks), J experts per input (K for a token, 1 for a
+received row), R sorted rows (N x J, plus padding), D hidden, F expert width, H gate and up together (2 F),
+E experts of this rank; I and O are any two widths.
 
-One autograd function keeps a layer's memory independent of how many experts share the width: it saves its
-input and the pre-activations, D N + H R elements, and makes everything else again in backward. The gradient
-of a routing weight is the product of the down projection's input and that input's gradient, so that the
-experts' results need not be kept either (SonicMoE, arXiv 2512.14080, section 3).
+One autograd function makes the memory of a layer independent of the number of experts that share the width.
+The function saves its input and the pre-activations, D N + H R elements, and recomputes everything else in
+backward. The experts' outputs are not saved: the gradient of a routing weight is the product of the down
+projection's input and the gradient of that input (SonicMoE, arXiv 2512.14080, section 3).
 """
 
 from collections.abc import Callable
@@ -23,35 +23,44 @@ from olmoe_train.model.activations import ACTIVATIONS
 from olmoe_train.model.configuration import OlmoeConfig
 from olmoe_train.model.moe.sonicmoe import sonic_experts
 
-# A bf16 matmul on a CPU is set up anew for every number of rows (a oneDNN primitive), and routing changes all
-# of them every step. Multiples of 32 are few enough to stay in oneDNN's cache of 1024 primitives.
+# A bf16 matmul on a CPU needs one oneDNN primitive per number of rows, and routing changes the number of rows
+# of every expert in every step. Multiples of 32 are few enough for oneDNN's cache of 1024 primitives.
 CPU_ROW_MULTIPLE = 32
 
 
-# Rows of each expert on the host, or where they end on the device (int32 [E]).
+# Rows per expert, a list on the host; or the end of each expert's rows, int32 [E] on the device.
 Groups = list[int] | Tensor
 
 
 @dataclass(frozen=True)
 class Routing:
-    """Where the experts' rows come from and go back to, for one dispatch on one rank."""
+    """Origin and destination of the experts' rows, for one dispatch on one rank."""
 
     token_R: Tensor
-    """int64 [R]: the input that each sorted row copies."""
+    """int64 [R]: index of the input that each sorted row copies."""
     choice_R: Tensor
-    """int64 [R]: the flat (input, choice) index, input x J + choice, of each sorted row."""
+    """int64 [R]: flat index of the (input, choice) pair of each sorted row, input x J + choice."""
     row_NJ: Tensor
-    """int64 [N, J]: the sorted row of each (input, choice); the inverse of choice_R."""
+    """int64 [N, J]: sorted row of each (input, choice) pair; the inverse of choice_R."""
     counts_E: Tensor
-    """int64 [E]: rows of each expert, in row order."""
+    """int64 [E]: rows per expert; the sorted rows are in the order of the experts."""
     padding: Tensor | None = None
-    """int64: rows that stand for nothing, if there are any (pad_rows)."""
+    """int64: indices of the padding rows (pad_rows); None without padding."""
     exchange: Any = None
-    """How the inputs came from other ranks (distributed/expert_parallel.py); None on one rank."""
+    """The exchange that received the inputs from other ranks (distributed/expert_parallel.py); None if the
+    inputs are this rank's tokens."""
 
 
 def sort_by_expert(expert_indices_NJ: Tensor, num_experts: int) -> Routing:
-    """Group the N x J (input, choice) pairs by expert, inputs in order inside an expert. No host sync."""
+    """Sort the N x J (input, choice) pairs by expert, without a host sync.
+
+    Args:
+        expert_indices_NJ: int64, the experts of each input.
+        num_experts: E.
+
+    Returns:
+        Routing of R = N x J rows. The rows of one expert keep the order of the inputs.
+    """
     flat_R = expert_indices_NJ.reshape(-1)
     choice_R = flat_R.argsort(stable=True)
     row_R = torch.empty_like(choice_R)
@@ -64,18 +73,25 @@ def sort_by_expert(expert_indices_NJ: Tensor, num_experts: int) -> Routing:
 
 
 def expert_indices(routing: Routing) -> Tensor:
-    """expert_indices_NJ that sort_by_expert was given, int64."""
+    """Recover expert_indices_NJ, int64, the argument from which sort_by_expert made `routing`."""
     return torch.searchsorted(routing.counts_E.cumsum(0), routing.row_NJ, right=True)
 
 
 def _padding_pays(x_ND: Tensor, routing: Routing) -> bool:
-    """Not where most rows would be padding, as when a token is decoded."""
+    """True if padding each expert's rows is cheaper than the oneDNN set-up that the padding avoids.
+
+    False if most rows would be padding, for example when decoding one token.
+    """
     rows, experts = routing.token_R.numel(), routing.counts_E.numel()
     return x_ND.device.type == "cpu" and x_ND.dtype.itemsize == 2 and rows >= CPU_ROW_MULTIPLE * experts
 
 
 def pad_rows(routing: Routing, multiple: int) -> Routing:
-    """Each expert's rows filled up to a multiple; the added rows copy input 0 and are listed in `padding`."""
+    """Pad the rows of each expert to a multiple of `multiple` rows. CPU only.
+
+    Returns:
+        Routing whose `padding` lists the added rows. The added rows copy input 0.
+    """
     counts_E = routing.counts_E
     padded_E = (counts_E + multiple - 1) // multiple * multiple
     shift_E = exclusive_sum(padded_E) - exclusive_sum(counts_E)
@@ -94,11 +110,12 @@ def pad_rows(routing: Routing, multiple: int) -> Routing:
 
 
 def exclusive_sum(counts: Tensor) -> Tensor:
+    """Cumulative sum along dimension 0 that excludes the current element: the start of each block."""
     return counts.cumsum(0) - counts
 
 
 def gated(activation: Callable[[Tensor], Tensor], gate_up_RH: Tensor) -> Tensor:
-    """activation(gate) x up, [R, F]."""
+    """Return activation(gate) x up, [R, F], for the fused pre-activations [R, H]."""
     gate_RF, up_RF = gate_up_RH.chunk(2, dim=-1)
     return activation(gate_RF) * up_RF
 
@@ -106,8 +123,17 @@ def gated(activation: Callable[[Tensor], Tensor], gate_up_RH: Tensor) -> Tensor:
 def gated_backward(
     activation: Callable[[Tensor], Tensor], gate_up_RH: Tensor, d_RF: Tensor, weight_R: Tensor | None
 ) -> tuple[Tensor, Tensor | None, Tensor]:
-    """From d, the gradient of weight x gated(...) rows: (weight x gated [R, F], d_weight [R], d_gate_up
-    [R, H])."""
+    """Backward of weight x gated(activation, gate_up).
+
+    Args:
+        activation: activation of the gate.
+        gate_up_RH: saved pre-activations.
+        d_RF: gradient of the weighted rows.
+        weight_R: routing weight per row; None: 1 for every row.
+
+    Returns:
+        (weighted gated rows [R, F], gradient of the weights fp32 [R] or None, gradient of gate_up [R, H]).
+    """
     gate_RF, up_RF = gate_up_RH.chunk(2, dim=-1)
     active_RF, pull_back, *_ = torch.func.vjp(activation, gate_RF)
     product_RF, d_weight_R = active_RF * up_RF, None
@@ -120,15 +146,16 @@ def gated_backward(
 
 
 def all_experts(weight: Tensor) -> Tensor:
-    """The experts of this rank among those of the parameter."""
+    """Return `weight`: without expert parallelism, a rank computes all experts of the parameter."""
     return weight
 
 
 class OlmoeExperts(nn.Module):
-    """E gated MLPs: down(act(gate(x)) * up(x)), weights stacked on the expert dimension, gate and up fused.
+    """E gated MLPs, down(act(gate(x)) * up(x)), with weights stacked by expert and with gate and up fused.
 
-    What others may replace: `own`, by expert parallelism, to pick this rank's experts; `gated` and
-    `gated_backward` by torch.compile.
+    Three functions are attributes so that other modules can replace them. Expert parallelism replaces `own`,
+    which selects this rank's experts. distributed/compile.py replaces `gated` and `gated_backward` by
+    compiled functions.
     """
 
     def __init__(self, config: OlmoeConfig) -> None:
@@ -143,9 +170,15 @@ class OlmoeExperts(nn.Module):
         self.gated_backward = gated_backward
 
     def forward(self, x_ND: Tensor, weights_NJ: Tensor | None, routing: Routing) -> Tensor:
-        """out_ND: for each input the sum over its experts of weight x expert(input).
+        """For each input, sum weight x expert(input) over the experts of the input.
 
-        weights_NJ: any float dtype; None: 1 each. routing: of these inputs, from sort_by_expert.
+        Args:
+            x_ND: inputs.
+            weights_NJ: routing weights, any float dtype; None: 1 for every expert.
+            routing: routing of these inputs, from sort_by_expert.
+
+        Returns:
+            out_ND.
         """
         gate_up_EHD, down_EDF = self.own(self.gate_up_proj), self.own(self.down_proj)
         if self.backend == "sonicmoe":
@@ -157,11 +190,15 @@ class OlmoeExperts(nn.Module):
         return _Experts.apply(x_ND, weights_NJ, gate_up_EHD, down_EDF, routing, self, grouped)
 
     def _grouped_is_faster(self, x_ND: Tensor, routing: Routing) -> bool:
-        """On a CPU only where several sequences are decoded (benchmarks/generate.py)."""
+        """True if the grouped kernel is faster than a loop over experts.
+
+        On a CPU the grouped kernel is faster only when decoding several sequences (benchmarks/generate.py).
+        """
         if x_ND.device.type != "cpu":
             return True
         rows, experts = routing.token_R.numel(), routing.counts_E.numel()
-        # The same way in all that training does: count_experts routes without gradients what follows with.
+        # Use the same path for every pass of a training step: count_experts routes the batch once without
+        # gradients, and the pass with gradients must route the batch identically.
         return not self.training and rows >= experts and not _padding_pays(x_ND, routing)
 
 
@@ -180,7 +217,8 @@ class _Experts(torch.autograd.Function):
         if not grouped and _padding_pays(x_ND, routing):
             routing = pad_rows(routing, CPU_ROW_MULTIPLE)
         counts_E = routing.counts_E
-        # For the grouped kernel the borders stay on the device; a loop reads them: a sync on CUDA.
+        # The grouped kernel reads the group ends on the device. The loop needs the counts on the host, which
+        # is a sync on CUDA.
         groups: Groups = counts_E.cumsum(0).to(torch.int32) if grouped else counts_E.tolist()
         x_RD = x_ND.index_select(0, routing.token_R)
         gate_up_RH = multiply_rows(x_RD, gate_up_EHD.transpose(1, 2), groups)
@@ -218,34 +256,43 @@ class _Experts(torch.autograd.Function):
 
 
 def fits_grouped_mm(*weights: Tensor) -> bool:
-    """F.grouped_mm asks for rows of whole 16 bytes, and knows no float64."""
+    """True if F.grouped_mm accepts the weights: rows of a multiple of 16 bytes, and no float64."""
     return all(w.dtype != torch.float64 and w.shape[-1] * w.dtype.itemsize % 16 == 0 for w in weights)
 
 
 def sum_rows(rows_RD: Tensor, routing: Routing, weights_NJ: Tensor | None = None) -> Tensor:
-    """out_ND: for each input the sum, in fp32, of its sorted rows, times their weights if there are any."""
+    """For each input, sum the sorted rows of the input, times their weights if there are weights.
+
+    Args:
+        rows_RD: sorted rows.
+        routing: routing that sorted the rows.
+        weights_NJ: any float dtype; None: 1 for every row.
+
+    Returns:
+        out_ND in the dtype of the rows, accumulated in fp32.
+    """
     if weights_NJ is not None:
         weights_NJ = weights_NJ.to(rows_RD.dtype)
-    # Gathers and sums at once: [N, J, D] is not made.
+    # embedding_bag gathers and sums in one pass, without an [N, J, D] tensor.
     return F.embedding_bag(routing.row_NJ, rows_RD, mode="sum", per_sample_weights=weights_NJ)
 
 
 def sorted_weights(weights_NJ: Tensor, routing: Routing, dtype: torch.dtype) -> Tensor:
-    """weight_R: of each sorted row."""
+    """Return weight_R in `dtype`: the routing weight of each sorted row."""
     return weights_NJ.to(dtype).view(-1).index_select(0, routing.choice_R)
 
 
 def unsort_weights(weight_R: Tensor, routing: Routing) -> Tensor:
-    """weights_NJ: of each input and choice."""
+    """Return weights_NJ: the values of `weight_R` in the order of the inputs and their choices."""
     return weight_R.index_select(0, routing.row_NJ.view(-1)).view_as(routing.row_NJ)
 
 
 def multiply_rows(rows_RI: Tensor, weight_EIO: Tensor, groups: Groups) -> Tensor:
-    """Each expert's rows with its matrix, [R, O]."""
+    """Multiply the rows of each expert with the matrix of that expert: [R, I] x [E, I, O] -> [R, O]."""
     if isinstance(groups, Tensor):
         return F.grouped_mm(rows_RI, weight_EIO, offs=groups)
     out_RO = rows_RI.new_empty(len(rows_RI), weight_EIO.shape[2])
-    # A decoded token leaves most experts idle: no view is made of what they would have.
+    # When decoding one token most experts have no rows; skip the views of those experts.
     busy = [expert for expert, rows in enumerate(groups) if rows]
     sizes = [groups[expert] for expert in busy]
     for expert, rows, out in zip(busy, rows_RI.split(sizes), out_RO.split(sizes), strict=True):
@@ -254,7 +301,7 @@ def multiply_rows(rows_RI: Tensor, weight_EIO: Tensor, groups: Groups) -> Tensor
 
 
 def multiply_columns(rows_RO: Tensor, rows_RI: Tensor, groups: Groups) -> Tensor:
-    """The sum over each expert's rows of their outer products, [E, O, I]."""
+    """Sum the outer products of the rows of each expert: [R, O] and [R, I] -> [E, O, I]."""
     if isinstance(groups, Tensor):
         return F.grouped_mm(rows_RO.t(), rows_RI, offs=groups)
     out_EOI = rows_RI.new_empty(len(groups), rows_RO.shape[1], rows_RI.shape[1])

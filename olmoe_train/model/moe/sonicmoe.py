@@ -1,10 +1,11 @@
-"""Experts by the kernels of the sonic-moe package (arXiv 2512.14080): model.experts_backend=sonicmoe.
+"""The kernels of the sonic-moe package (arXiv 2512.14080) as experts: model.experts_backend=sonicmoe.
 
-Written after the sources of sonic-moe 0.1.2.post1, and not run by us yet: benchmarks/gpu_step.py holds it
-against Transformers where it can run. That release asks pip for torch <= 2.9.1, this project for >= 2.11; so
-it is no extra of this package: `pip install "quack-kernels>=0.3.11"`, `pip install --no-deps sonic-moe`.
+This module follows the sources of sonic-moe 0.1.2.post1 and has not been run yet. On a GPU that supports the
+kernels, benchmarks/gpu_step.py compares the result with Transformers. sonic-moe is not an extra of this
+package, because that release requires torch <= 2.9.1 and this project requires torch >= 2.11. Install it by
+`pip install "quack-kernels>=0.3.11"` and `pip install --no-deps sonic-moe`.
 
-Shapes: N inputs, J experts of each, D hidden, F expert width, H 2 F, E experts.
+Shapes: N inputs, J experts per input, D hidden, F expert width, H gate and up together (2 F), E experts.
 """
 
 import importlib.util
@@ -13,20 +14,34 @@ import sys
 import torch
 from torch import Tensor
 
+# Major CUDA compute capabilities for which sonic-moe has kernels.
 _CAPABILITIES = {9: "Hopper", 10: "Blackwell"}
 
 
 def sonic_experts(
     x_ND: Tensor, weights_NJ: Tensor, indices_NJ: Tensor, gate_up_EHD: Tensor, down_EDF: Tensor
 ) -> Tensor:
-    """out_ND: for each input the sum over its experts of weight x expert(input), SwiGLU; differentiable in
-    inputs, weights and both matrices. indices_NJ: int64, the experts. Matrices contiguous, bf16."""
+    """For each input, sum weight x expert(input) over the experts of the input. The activation is SwiGLU.
+
+    The result is differentiable with respect to inputs, weights and both matrices.
+
+    Args:
+        x_ND: inputs.
+        weights_NJ: routing weights, any float dtype.
+        indices_NJ: int64, the experts of each input.
+        gate_up_EHD: gate and up matrices, bf16, contiguous.
+        down_EDF: down matrices, bf16, contiguous.
+
+    Returns:
+        out_ND.
+    """
     from sonicmoe import moe_general_routing_inputs
     from sonicmoe.enums import ActivationType
 
     inputs, choices = indices_NJ.shape
     tokens = torch.arange(inputs, dtype=torch.int32, device=x_ND.device)
-    # It wants matrices as (H, D, E) and (D, F, E) views with the experts outermost in memory, which they are.
+    # sonic-moe expects (H, D, E) and (D, F, E) views of matrices whose expert dimension is outermost in
+    # memory. The contiguous stacked weights fulfill this.
     out_ND, _ = moe_general_routing_inputs(
         x_ND,
         weights_NJ.float().reshape(-1),
@@ -39,14 +54,21 @@ def sonic_experts(
         len(down_EDF),
         torch.cuda.current_stream(x_ND.device).cuda_stream if x_ND.is_cuda else 0,
         ActivationType.SWIGLU,
-        concat_layout=True,  # gate above up, not a row of each in turn
+        concat_layout=True,  # all gate rows, then all up rows; not interleaved
     )
     return out_ND
 
 
 def why_not_here(cuda: bool) -> str | None:
-    """What this machine lacks, if anything. cuda: whether the run is on a GPU."""
-    version = tuple(sys.version_info)  # mypy compares the attribute itself with the oldest Python supported
+    """Reason why the sonic-moe kernels cannot run on this machine.
+
+    Args:
+        cuda: whether the run computes on a GPU.
+
+    Returns:
+        The first missing requirement, or None if the kernels can run.
+    """
+    version = tuple(sys.version_info)  # mypy evaluates sys.version_info for the oldest Python only
     if version < (3, 12):
         return f"sonic-moe needs Python >= 3.12, this is {version[0]}.{version[1]}"
     if not cuda:
