@@ -49,7 +49,7 @@ def checkpoint_activations(model: OlmoeForCausalLM, mode: ActivationCheckpointin
     same, and the FSDP hooks of a module run outside the recomputation.
 
     Args:
-        model: the model, before FSDP2 is applied.
+        model: The model, before FSDP2 is applied.
         mode: none, selective or full; see the module docstring.
     """
     # Only attention dropout draws random numbers.

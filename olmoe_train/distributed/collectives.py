@@ -18,8 +18,8 @@ def everywhere(work: Callable[[], Result], group: Group = None) -> list[Result]:
     """Run `work` on every rank and gather the results on every rank.
 
     Args:
-        work: function without arguments; the result must be picklable.
-        group: process group that gathers the results.
+        work: Function without arguments; the result must be picklable.
+        group: Process group that gathers the results.
 
     Returns:
         One result per rank, in rank order.
@@ -47,12 +47,12 @@ def on_rank_0(work: Callable[[], object], group: Group = None) -> None:
     """Run `work` on rank 0 while the other ranks wait.
 
     Args:
-        work: function without arguments; the result is discarded, but must be picklable.
-        group: process group of the ranks that wait.
+        work: Function without arguments; the result is discarded, but must be picklable.
+        group: Process group of the ranks that wait.
 
     Raises:
-        UserError: on every rank, if `work` raised this UserError.
-        RuntimeError: on every rank, if `work` raised another exception.
+        UserError: On every rank, if `work` raised this UserError.
+        RuntimeError: On every rank, if `work` raised another exception.
     """
     everywhere(work if dist.get_rank() == 0 else lambda: None, group)
 

@@ -17,15 +17,15 @@ def deepspeed_config(cfg: TrainConfig, world_size: int, cuda: bool) -> dict[str,
     """Build the configuration that DeepSpeed receives and that the run writes to run_dir/deepspeed.json.
 
     Args:
-        cfg: the validated configuration of the run.
-        world_size: number of ranks.
-        cuda: whether the run computes on GPUs; offloaded tensors are then in pinned memory.
+        cfg: The validated configuration of the run.
+        world_size: Number of ranks.
+        cuda: Whether the run computes on GPUs; offloaded tensors are then in pinned memory.
 
     Returns:
         DeepSpeed's configuration. Values of the user's file replace the defaults of this module.
 
     Raises:
-        UserError: the file in parallel.deepspeed_config cannot be read, is not a JSON object, or sets a value
+        UserError: The file in parallel.deepspeed_config cannot be read, is not a JSON object, or sets a value
             that an option of olmoe-train decides.
     """
     ours = _decided(cfg, world_size, cuda)

@@ -50,8 +50,8 @@ def apply_expert_parallelism(model: OlmoeForCausalLM, mesh: DeviceMesh) -> None:
     The parameters of the experts become DTensors with placement Shard(0).
 
     Args:
-        model: the model, before activation checkpointing, torch.compile and FSDP2.
-        mesh: one-dimensional mesh of P ranks; P divides E.
+        model: The model, before activation checkpointing, torch.compile and FSDP2.
+        mesh: One-dimensional mesh of P ranks; P divides E.
     """
     group = mesh.get_group()
     for layer in model.model.layers:
@@ -82,12 +82,12 @@ def dispatch(
     """Send each token to the ranks that hold its experts.
 
     Args:
-        x_TD: this rank's tokens.
-        weights_TK: routing weights; not sent, because `combine` applies them on the token's rank.
+        x_TD: This rank's tokens.
+        weights_TK: Routing weights; not sent, because `combine` applies them on the token's rank.
         expert_indices_TK: int64, the experts of each token.
         num_experts: E.
-        group: the P ranks.
-        routing: routing of an earlier pass over the same tokens, to be reused without exchanging counts; None
+        group: The P ranks.
+        routing: Routing of an earlier pass over the same tokens, to be reused without exchanging counts; None
             computes the routing.
 
     Returns:
@@ -106,7 +106,7 @@ def plan_exchange(expert_indices_TK: Tensor, num_experts: int, group: dist.Proce
     Args:
         expert_indices_TK: int64, the experts of each of this rank's tokens.
         num_experts: E.
-        group: the P ranks.
+        group: The P ranks.
 
     Returns:
         Routing of the N rows that this rank will receive; `exchange` is set.
@@ -126,10 +126,10 @@ def combine(out_ND: Tensor, weights_TK: Tensor, routing: Routing, *, group: dist
     """Return the experts' outputs to the ranks of the tokens, and sum them per token.
 
     Args:
-        out_ND: outputs for the rows that this rank received, in the order of `dispatch`.
-        weights_TK: routing weights of this rank's tokens.
-        routing: routing that `dispatch` returned.
-        group: the P ranks.
+        out_ND: Outputs for the rows that this rank received, in the order of `dispatch`.
+        weights_TK: Routing weights of this rank's tokens.
+        routing: Routing that `dispatch` returned.
+        group: The P ranks.
 
     Returns:
         out_TD: weighted sums for this rank's tokens.

@@ -23,9 +23,9 @@ def shard(model: OlmoeForCausalLM, mesh: Mesh, cfg: TrainConfig) -> None:
     summed in fp32.
 
     Args:
-        model: the model, after activation checkpointing and torch.compile.
-        mesh: the ranks.
-        cfg: the configuration of the run; reads trainer.precision and parallel.*.
+        model: The model, after activation checkpointing and torch.compile.
+        mesh: The ranks.
+        cfg: The configuration of the run; reads trainer.precision and parallel.*.
     """
     policy = MixedPrecisionPolicy()
     if cfg.trainer.precision is Precision.bf16:
@@ -89,8 +89,8 @@ def _prefetch(layers: list[list[FSDPModule]], ahead: int) -> None:
     gather experts whose backward is already finished.
 
     Args:
-        layers: the units of each layer; the unit of the layer itself is the first.
-        ahead: number of layers to prefetch; 0 prefetches only the experts and router of the current layer.
+        layers: The units of each layer; the unit of the layer itself is the first.
+        ahead: Number of layers to prefetch; 0 prefetches only the experts and router of the current layer.
     """
     for index, (unit, *parts) in enumerate(layers):
         later = [each for units in layers[index + 1 : index + 1 + ahead] for each in units]
@@ -111,8 +111,8 @@ def cut_inside(shape: torch.Size, ranks: int) -> bool:
     requires that the ranks divide the second dimension.
 
     Args:
-        shape: shape of the unsharded parameter; only [E, ...] with three dimensions is expert weights.
-        ranks: number of ranks that share one copy.
+        shape: Shape of the unsharded parameter; only [E, ...] with three dimensions is expert weights.
+        ranks: Number of ranks that share one copy.
     """
     return len(shape) == 3 and shape[0] % ranks != 0 and shape[1] % ranks == 0
 

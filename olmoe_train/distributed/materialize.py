@@ -1,4 +1,4 @@
-"""Gives a parallelized meta model memory and its initial weights."""
+"""Memory and initial values for a parallelized meta model."""
 
 import torch
 from torch import Tensor, nn
@@ -11,10 +11,16 @@ from olmoe_train.model.initialization import initial_value
 
 @torch.no_grad()
 def initialise(model: OlmoeForCausalLM, device: torch.device, seed: int) -> None:
-    """Give a parallelized meta model memory, and the same initial weights in every layout, bit for bit.
+    """Allocate a parallelized meta model and fill it with initial weights, in place.
 
-    Each rank draws what its shards need: its own experts of the stacked expert weights, and the others whole,
-    one at a time.
+    The weights are the same in every layout, bit for bit. Of stacked expert weights, each rank generates only
+    the experts of its shard. Every other parameter is generated whole, one parameter at a time, before the
+    rank copies its shard.
+
+    Args:
+        model: The model on the meta device, after `parallelize`.
+        device: Device of this rank.
+        seed: Seed of the run.
     """
     model.to_empty(device=device)
     reset_buffers(model)
@@ -27,10 +33,13 @@ def initialise(model: OlmoeForCausalLM, device: torch.device, seed: int) -> None
 
 
 def reset_buffers(model: nn.Module) -> None:
-    """Give every buffer its initial value, which is lost when a meta model gets memory.
+    """Give every buffer its initial value, which is lost when memory is allocated for a meta model.
 
-    A module that registers buffers has a method `reset_buffers` that fills them. The values must not depend
-    on the rank. Buffers are not sharded: every rank holds them whole.
+    A module that registers buffers must have a method `reset_buffers` that fills the buffers. The values must
+    not depend on the rank. Buffers are not sharded: every rank holds each buffer whole.
+
+    Args:
+        model: A model with allocated memory.
     """
     for name, module in model.named_modules():
         if any(True for _ in module.buffers(recurse=False)):
@@ -42,9 +51,15 @@ def reset_buffers(model: nn.Module) -> None:
 
 
 def shard_slices(tensor: Tensor) -> tuple[slice, ...]:
-    """Where this rank's shard lies in the whole tensor, a slice a dimension.
+    """Position of this rank's shard in the whole tensor.
 
-    DTensor's rule: chunks of ceil(size / ranks), the last ones shorter or empty.
+    DTensor shards a dimension into chunks of ceil(size / ranks); the last chunks are shorter or empty.
+
+    Args:
+        tensor: A DTensor, or a plain tensor, which is its own shard.
+
+    Returns:
+        One slice per dimension.
     """
     bounds = [(0, size) for size in tensor.shape]
     if isinstance(tensor, DTensor):

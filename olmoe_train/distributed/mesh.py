@@ -62,13 +62,13 @@ def init_distributed(device: str = "auto", timeout: timedelta = COLLECTIVE_TIMEO
 
     Args:
         device: "auto" (cuda if torch can use a GPU, else cpu), "cpu" or "cuda".
-        timeout: time that a collective waits for the slowest rank.
+        timeout: Time that a collective waits for the slowest rank.
 
     Returns:
         The device of this rank; for cuda with the index LOCAL_RANK.
 
     Raises:
-        UserError: there is no GPU for "cuda", or the ranks cannot connect to each other.
+        UserError: There is no GPU for "cuda", or the ranks cannot connect to each other.
     """
     cuda = resolve_device(device).type == "cuda"
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
@@ -114,8 +114,8 @@ def build_mesh(parallel: ParallelConfig, device: torch.device) -> Mesh:
     arranges the ranks for training, in the same order.
 
     Args:
-        parallel: the validated section of the configuration.
-        device: device of this rank.
+        parallel: The validated section of the configuration.
+        device: Device of this rank.
 
     Returns:
         The meshes. With deepspeed, `device` of the result is the CPU.

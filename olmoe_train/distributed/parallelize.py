@@ -22,9 +22,9 @@ def parallelize(model: OlmoeForCausalLM, cfg: TrainConfig, mesh: Mesh) -> OlmoeF
     a meta model.
 
     Args:
-        model: the model, on the meta device or with weights.
-        cfg: the configuration of the run.
-        mesh: the ranks, from `build_mesh`.
+        model: The model, on the meta device or with weights.
+        cfg: The configuration of the run.
+        mesh: The ranks, from `build_mesh`.
 
     Returns:
         `model`.

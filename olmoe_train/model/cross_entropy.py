@@ -21,7 +21,7 @@ def target_log_probs(logits_CV: Tensor, target_C1: Tensor, is_target_C1: Tensor)
     """Log-probability of each target, and the softmax from which the gradient is made.
 
     Args:
-        logits_CV: logits, any float dtype.
+        logits_CV: Logits, any float dtype.
         target_C1: int64, the target's index in the vocabulary; any valid index in rows without a target.
         is_target_C1: bool, false in rows without a target.
 
@@ -47,8 +47,8 @@ def cross_entropy_sum(
     logits. Softmax and loss are fp32 for every input dtype.
 
     Args:
-        hidden_TD: output of the final norm, any float dtype.
-        weight_VD: weight of the head.
+        hidden_TD: Output of the final norm, any float dtype.
+        weight_VD: Weight of the head.
         labels_T: int64; IGNORE_INDEX (-100) at positions without a target.
         log_probs: target_log_probs, or a compiled version of that function.
 

@@ -20,9 +20,9 @@ def init_weights(model: nn.Module, seed: int, std: float) -> None:
     """Fill every parameter of an unsharded model in place.
 
     Args:
-        model: a model whose parameters are complete on this rank, on any device but meta.
-        seed: seed of the run.
-        std: standard deviation of the matrices (OlmoeConfig.initializer_range).
+        model: A model whose parameters are complete on this rank, on any device but meta.
+        seed: Seed of the run.
+        std: Standard deviation of the matrices (OlmoeConfig.initializer_range).
     """
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -35,11 +35,11 @@ def initial_value(
     """Initial value of one parameter: 1 for norm weights, 0 for biases, else truncated normal.
 
     Args:
-        name: name of the parameter in the model; part of the generator's seed.
-        shape: shape of the unsharded parameter.
-        seed: seed of the run.
-        std: standard deviation before the cut.
-        experts: for stacked expert weights [E, ...], the experts to generate (default: all).
+        name: Name of the parameter in the model; part of the generator's seed.
+        shape: Shape of the unsharded parameter.
+        seed: Seed of the run.
+        std: Standard deviation before the cut.
+        experts: For stacked expert weights [E, ...], the experts to generate (default: all).
 
     Returns:
         fp32 on the CPU. The shape is `shape`; if `experts` is given, the first dimension has one entry per
@@ -60,9 +60,9 @@ def truncated_normal(key: str, shape: Sequence[int], std: float) -> Tensor:
     """Values of a truncated normal that depend only on the arguments.
 
     Args:
-        key: text from which the generator's seed is derived.
-        shape: shape of the result.
-        std: standard deviation before the cut at CUT_AT_STANDARD_DEVIATIONS.
+        key: Text from which the generator's seed is derived.
+        shape: Shape of the result.
+        std: Standard deviation before the cut at CUT_AT_STANDARD_DEVIATIONS.
 
     Returns:
         fp32 tensor on the CPU.

@@ -35,17 +35,17 @@ def load_balancing_loss(
     """Load-balancing loss of one batch, without its weight.
 
     Args:
-        router_logits: one [T, E] tensor per layer, any float dtype.
+        router_logits: One [T, E] tensor per layer, any float dtype.
         num_experts: E.
         top_k: K, experts per token.
         attention_mask: [B, S] or [T], 0 at padding; padding does not contribute to the loss.
-        convention: see the module docstring.
+        convention: See the module docstring.
 
     Returns:
         An fp32 scalar.
 
     Raises:
-        ValueError: unknown convention, or a mask that does not have T entries.
+        ValueError: Unknown convention, or a mask that does not have T entries.
     """
     indices = [logits.float().softmax(-1).topk(top_k, dim=-1).indices for logits in router_logits]
     return router_losses(router_logits, indices, num_experts, attention_mask, convention)[0]
@@ -62,16 +62,16 @@ def router_z_loss(
     Source: ST-MoE, arXiv 2202.08906.
 
     Args:
-        router_logits: one [T, E] tensor per layer, any float dtype.
+        router_logits: One [T, E] tensor per layer, any float dtype.
         attention_mask: [B, S] or [T], 0 at padding.
-        convention: see the module docstring.
+        convention: See the module docstring.
         top_k: K, experts per token; only the convention olmoe_0924 uses it, as a divisor.
 
     Returns:
         An fp32 scalar.
 
     Raises:
-        ValueError: unknown convention, or a mask that does not have T entries.
+        ValueError: Unknown convention, or a mask that does not have T entries.
     """
     num_experts = router_logits[0].shape[-1]
     indices = [logits.new_zeros((logits.shape[0], top_k), dtype=torch.long) for logits in router_logits]
@@ -90,14 +90,14 @@ def router_losses(
     """Both router losses of T tokens, or the share of these tokens in the losses of a larger batch.
 
     Args:
-        router_logits: one [T, E] tensor per layer, any float dtype.
-        expert_indices: one [T, K] int64 tensor per layer, the experts that processed the tokens.
+        router_logits: One [T, E] tensor per layer, any float dtype.
+        expert_indices: One [T, K] int64 tensor per layer, the experts that processed the tokens.
         num_experts: E.
         attention_mask: [B, S] or [T], 0 at padding.
-        convention: see the module docstring.
-        total_tokens: unpadded tokens of the whole batch, a scalar; None if the T tokens are the whole batch.
+        convention: See the module docstring.
+        total_tokens: Unpadded tokens of the whole batch, a scalar; None if the T tokens are the whole batch.
             The shares of all parts sum to the losses of the batch.
-        total_counts_LE: tokens per layer and expert in the whole batch; no gradient flows through counts.
+        total_counts_LE: Tokens per layer and expert in the whole batch; no gradient flows through counts.
             None uses the counts of the T tokens; the load-balancing loss of the batch is then the
             token-weighted mean of the losses of its parts.
 
@@ -105,7 +105,7 @@ def router_losses(
         (load-balancing loss, z-loss), fp32 scalars without their weights (fp64 for fp64 logits).
 
     Raises:
-        ValueError: unknown convention, or a mask that does not have T entries.
+        ValueError: Unknown convention, or a mask that does not have T entries.
     """
     name = convention.value if isinstance(convention, Enum) else convention
     if name not in CONVENTIONS:
@@ -153,7 +153,7 @@ def expert_counts(expert_indices: Sequence[Tensor], num_experts: int, mask_T: Te
     """Count the tokens per layer and expert.
 
     Args:
-        expert_indices: one [T, K] int64 tensor per layer.
+        expert_indices: One [T, K] int64 tensor per layer.
         num_experts: E.
         mask_T: 0 at padding; None counts every token.
 
@@ -175,7 +175,7 @@ def router_entropy(router_logits: Sequence[Tensor], mask_T: Tensor | None = None
     """Entropy of the routing distribution, summed over unpadded tokens.
 
     Args:
-        router_logits: one [T, E] tensor per layer.
+        router_logits: One [T, E] tensor per layer.
         mask_T: 0 at padding; None counts every token.
 
     Returns:

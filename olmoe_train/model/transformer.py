@@ -56,12 +56,12 @@ class OlmoeDecoderLayer(nn.Module):
         """Run the layer.
 
         Args:
-            x_BSD: input of the layer.
-            rotary: cosines and sines of the positions (model/rope.py).
+            x_BSD: Input of the layer.
+            rotary: Cosines and sines of the positions (model/rope.py).
             mask_B1SC: bool, true where position s may attend to position c; None: causal attention.
-            cache: keys and values of earlier positions; the layer appends its own.
-            output_attentions: whether to return the attention probabilities.
-            document_offsets: see OlmoeModel.run_layers; only for the document kernel.
+            cache: Keys and values of earlier positions; the layer appends its own.
+            output_attentions: Whether to return the attention probabilities.
+            document_offsets: See OlmoeModel.run_layers; only for the document kernel.
 
         Returns:
             (x_BSD, router logits_TE fp32, expert_indices_TK int64, attention probabilities
@@ -79,8 +79,8 @@ class OlmoeModel(OlmoePreTrainedModel):
     """Embedding, L decoder layers and final norm, with the arguments and outputs of transformers.OlmoeModel.
 
     Args:
-        config: sizes and options of the model.
-        init: whether to fill the parameters with initial weights; meta parameters are never filled.
+        config: Sizes and options of the model.
+        init: Whether to fill the parameters with initial weights; meta parameters are never filled.
     """
 
     def __init__(self, config: OlmoeConfig, init: bool = True) -> None:
@@ -118,20 +118,20 @@ class OlmoeModel(OlmoePreTrainedModel):
             input_ids: [B, S] int64; give either `input_ids` or `inputs_embeds`.
             attention_mask: [B, C], 0 at padding; the cached positions come first.
             position_ids: [B, S] or [1, S] int64; by default S consecutive positions after the cached ones.
-            past_key_values: keys and values of earlier positions; the call appends the new ones.
+            past_key_values: Keys and values of earlier positions; the call appends the new ones.
             inputs_embeds: [B, S, D].
-            use_cache: whether to return a cache; the call creates one if `past_key_values` is None.
-            output_router_logits: whether to return the router logits.
-            output_hidden_states: whether to return the hidden states of all layers.
-            output_attentions: whether to return the attention probabilities.
+            use_cache: Whether to return a cache; the call creates one if `past_key_values` is None.
+            output_router_logits: Whether to return the router logits.
+            output_hidden_states: Whether to return the hidden states of all layers.
+            output_attentions: Whether to return the attention probabilities.
             cache_position: [S] int64, positions of the new tokens; used if `position_ids` is None.
-            return_dict: false returns a tuple of the fields that are not None.
+            return_dict: False returns a tuple of the fields that are not None.
 
         Returns:
             The output; `last_hidden_state` has shape [B, S, D].
 
         Raises:
-            ValueError: not exactly one of `input_ids` and `inputs_embeds` is given.
+            ValueError: Not exactly one of `input_ids` and `inputs_embeds` is given.
         """
         config = self.config
         use_cache = _given(use_cache, config.use_cache)
@@ -176,10 +176,10 @@ class OlmoeModel(OlmoePreTrainedModel):
             input_ids: [B, S] int64; give either `input_ids` or `inputs_embeds`.
             padding_mask: [B, C], 0 at padding; ignored if `document_offsets` is given.
             position_ids: [B, S] or [1, S] int64; ignored if `document_offsets` is given.
-            cache: keys and values of earlier positions; the call appends the new ones.
+            cache: Keys and values of earlier positions; the call appends the new ones.
             inputs_embeds: [B, S, D].
             cache_position: [S] int64, used if `position_ids` is None.
-            output_attentions: whether to return the attention probabilities.
+            output_attentions: Whether to return the attention probabilities.
             document_offsets: int32 [documents + 1], the start of each document in the B x S tokens of the
                 flattened batch, and the end of the last document. Attention does not cross a document
                 boundary, and positions restart at 0 in every document. Padding counts as a document.
@@ -190,7 +190,7 @@ class OlmoeModel(OlmoePreTrainedModel):
             fp32, and expert indices [T, K] int64.
 
         Raises:
-            ValueError: not exactly one of `input_ids` and `inputs_embeds` is given.
+            ValueError: Not exactly one of `input_ids` and `inputs_embeds` is given.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("You must specify exactly one of input_ids or inputs_embeds")
@@ -237,7 +237,7 @@ class OlmoeHead(nn.Linear):
         """Return the logits [..., V] of x [..., D], or the loss of x [T, D] as an fp32 scalar.
 
         Args:
-            x: output of the final norm.
+            x: Output of the final norm.
             labels_T: int64, -100 at positions without a target; None returns the logits.
         """
         if labels_T is None:
@@ -298,8 +298,8 @@ class OlmoeForCausalLM(OlmoePreTrainedModel):
             input_ids, attention_mask, position_ids, past_key_values, inputs_embeds: As for
                 OlmoeModel.forward.
             labels: [B, S] int64, -100 at positions without a target; shifted by this method.
-            output_router_logits: whether to return the router logits and the load-balancing loss.
-            logits_to_keep: number of last positions to compute logits for (0: all), or a tensor of positions.
+            output_router_logits: Whether to return the router logits and the load-balancing loss.
+            logits_to_keep: Number of last positions to compute logits for (0: all), or a tensor of positions.
             use_cache, output_hidden_states, output_attentions, cache_position, return_dict: As for
                 OlmoeModel.forward.
 
@@ -307,7 +307,7 @@ class OlmoeForCausalLM(OlmoePreTrainedModel):
             The output; `logits` has shape [B, S, V] for logits_to_keep=0.
 
         Raises:
-            ValueError: not exactly one of `input_ids` and `inputs_embeds` is given.
+            ValueError: Not exactly one of `input_ids` and `inputs_embeds` is given.
         """
         output_router_logits = _given(output_router_logits, self.config.output_router_logits)
         outputs = self.model(
@@ -366,7 +366,7 @@ class OlmoeForCausalLM(OlmoePreTrainedModel):
                 head, and ce_sum is 0.
             attention_mask: [B, S], 0 at padding.
             position_ids: [B, S] or [1, S] int64.
-            document_offsets: see OlmoeModel.run_layers.
+            document_offsets: See OlmoeModel.run_layers.
 
         Returns:
             Summed cross-entropy, router logits and expert indices.

@@ -33,11 +33,11 @@ def dispatch_local(
     """Dispatch without communication, for a rank that holds all experts: the inputs are the tokens (N = T).
 
     Args:
-        x_TD: tokens.
-        weights_TK: routing weights.
+        x_TD: Tokens.
+        weights_TK: Routing weights.
         expert_indices_TK: int64, the experts of each token.
         num_experts: E.
-        routing: routing of an earlier pass over the same tokens, to be reused; None computes the routing.
+        routing: Routing of an earlier pass over the same tokens, to be reused; None computes the routing.
 
     Returns:
         (inputs of this rank's experts [N, D], their weights [N, J], routing).
@@ -97,7 +97,7 @@ class OlmoeTopKRouter(nn.Module):
         """Route T tokens.
 
         Args:
-            x_TD: tokens, any float dtype.
+            x_TD: Tokens, any float dtype.
 
         Returns:
             (logits_TE fp32, weights_TK fp32, expert_indices_TK int64).
@@ -130,7 +130,7 @@ class OlmoeSparseMoeBlock(nn.Module):
         """Route the tokens, run the experts and combine their outputs.
 
         Args:
-            x_BSD: output of the norm before the block.
+            x_BSD: Output of the norm before the block.
 
         Returns:
             (output [B, S, D], router logits_TE fp32, expert_indices_TK int64).

@@ -126,10 +126,10 @@ def gated_backward(
     """Backward of weight x gated(activation, gate_up).
 
     Args:
-        activation: activation of the gate.
-        gate_up_RH: saved pre-activations.
-        d_RF: gradient of the weighted rows.
-        weight_R: routing weight per row; None: 1 for every row.
+        activation: Activation of the gate.
+        gate_up_RH: Saved pre-activations.
+        d_RF: Gradient of the weighted rows.
+        weight_R: Routing weight per row; None: 1 for every row.
 
     Returns:
         (weighted gated rows [R, F], gradient of the weights fp32 [R] or None, gradient of gate_up [R, H]).
@@ -173,9 +173,9 @@ class OlmoeExperts(nn.Module):
         """For each input, sum weight x expert(input) over the experts of the input.
 
         Args:
-            x_ND: inputs.
-            weights_NJ: routing weights, any float dtype; None: 1 for every expert.
-            routing: routing of these inputs, from sort_by_expert.
+            x_ND: Inputs.
+            weights_NJ: Routing weights, any float dtype; None: 1 for every expert.
+            routing: Routing of these inputs, from sort_by_expert.
 
         Returns:
             out_ND.
@@ -264,9 +264,9 @@ def sum_rows(rows_RD: Tensor, routing: Routing, weights_NJ: Tensor | None = None
     """For each input, sum the sorted rows of the input, times their weights if there are weights.
 
     Args:
-        rows_RD: sorted rows.
-        routing: routing that sorted the rows.
-        weights_NJ: any float dtype; None: 1 for every row.
+        rows_RD: Sorted rows.
+        routing: Routing that sorted the rows.
+        weights_NJ: Any float dtype; None: 1 for every row.
 
     Returns:
         out_ND in the dtype of the rows, accumulated in fp32.

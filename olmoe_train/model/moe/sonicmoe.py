@@ -26,11 +26,11 @@ def sonic_experts(
     The result is differentiable with respect to inputs, weights and both matrices.
 
     Args:
-        x_ND: inputs.
-        weights_NJ: routing weights, any float dtype.
+        x_ND: Inputs.
+        weights_NJ: Routing weights, any float dtype.
         indices_NJ: int64, the experts of each input.
-        gate_up_EHD: gate and up matrices, bf16, contiguous.
-        down_EDF: down matrices, bf16, contiguous.
+        gate_up_EHD: Gate and up matrices, bf16, contiguous.
+        down_EDF: Down matrices, bf16, contiguous.
 
     Returns:
         out_ND.
@@ -63,7 +63,7 @@ def why_not_here(cuda: bool) -> str | None:
     """Reason why the sonic-moe kernels cannot run on this machine.
 
     Args:
-        cuda: whether the run computes on a GPU.
+        cuda: Whether the run computes on a GPU.
 
     Returns:
         The first missing requirement, or None if the kernels can run.
