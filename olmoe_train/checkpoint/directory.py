@@ -1,7 +1,7 @@
-"""Directories of checkpoints: which there are, which are complete and undamaged, which to keep.
+"""Checkpoint directories: list them, check that they are complete and undamaged, and apply retention.
 
-XXH3 hashes, since a hash has to keep up with the disk (13.9 GiB/s against 1.6 of SHA-256 on one core); they
-guard against damage, not against forgery.
+Files are hashed with XXH3, because hashing must keep up with the disk. On one core XXH3 reaches 13.9 GiB/s
+and SHA-256 reaches 1.6 GiB/s. The hashes detect damage. They do not protect against forgery.
 """
 
 import itertools
@@ -20,18 +20,19 @@ _NAME = re.compile(r"step-(\d{8,})")
 
 
 class CheckpointError(UserError):
-    """A damaged checkpoint; the message names it and the file."""
+    """A checkpoint is damaged. The message names the checkpoint and the file."""
 
 
 def checkpoint_path(run_dir: Path, step: int) -> Path:
-    """Where the checkpoint of `step` is, or would be."""
+    """Return the directory of the checkpoint of `step`, whether or not the directory exists."""
     return Path(run_dir) / "checkpoints" / f"step-{step:08d}"
 
 
 def is_complete(directory: Path) -> bool:
-    """Whether `directory` is a finished checkpoint: the one predicate for resume, retention and every verb.
+    """Return whether `directory` is a complete checkpoint.
 
-    It has its final name, its manifest, and every file listed there at its full size.
+    Resume, retention and every verb use this predicate. A complete checkpoint has its final name, a manifest,
+    and every file that the manifest lists, at its full size. The hashes are not checked here (see `verify`).
     """
     if not _NAME.fullmatch(directory.name):
         return False
@@ -43,26 +44,32 @@ def is_complete(directory: Path) -> bool:
 
 
 def complete_checkpoints(run_dir: Path) -> list[Path]:
-    """The finished checkpoints of a run by step, the newest first."""
+    """Return the complete checkpoints of a run, sorted by step, newest first."""
     found = [path for path in (Path(run_dir) / "checkpoints").glob("step-*") if is_complete(path)]
     return sorted(found, key=step_of, reverse=True)
 
 
 def incomplete_checkpoints(run_dir: Path) -> list[Path]:
-    """Directories with a checkpoint's name that are none: damaged after they were saved."""
+    """Return the directories that have a checkpoint's name but are not complete.
+
+    A checkpoint gets its name when it is complete, so these were damaged after they were saved.
+    """
     found = (path for path in (Path(run_dir) / "checkpoints").glob("step-*") if _NAME.fullmatch(path.name))
     return sorted(path for path in found if not is_complete(path))
 
 
 def set_aside(checkpoint: Path) -> Path:
-    """Keep a damaged checkpoint under another name, which is returned: its step will be saved again."""
+    """Rename a damaged checkpoint, so that its step can be saved again, and return the new path.
+
+    The new name is the old name with the suffix `.damaged`, and a number where that name is taken.
+    """
     names = (f"{checkpoint.name}.damaged{number or ''}" for number in itertools.count())
     free = next(path for path in map(checkpoint.with_name, names) if not path.exists())
     return checkpoint.rename(free)
 
 
 def latest_checkpoint(run_dir: Path) -> Path | None:
-    """The finished checkpoint with the highest step."""
+    """Return the complete checkpoint with the highest step, or None if the run has none."""
     return next(iter(complete_checkpoints(run_dir)), None)
 
 
@@ -73,20 +80,35 @@ def step_of(directory: Path) -> int:
 
 
 def superseded(run_dir: Path, keep: int, keep_every: int = 0) -> list[Path]:
-    """The finished checkpoints that retention gives up: all but the `keep` newest, and those of steps that
-    keep_every divides. keep 0: none; keep_every 0: the newest alone are kept."""
+    """Return the complete checkpoints that retention no longer keeps.
+
+    Args:
+        run_dir: The run's directory.
+        keep: Number of newest checkpoints to keep. 0 keeps all checkpoints.
+        keep_every: Also keep every checkpoint whose step is a multiple of this number of steps. 0 keeps only
+            the newest ones.
+    """
     older = complete_checkpoints(run_dir)[keep:] if keep else []
     return [path for path in older if not (keep_every and step_of(path) % keep_every == 0)]
 
 
 def delete(checkpoints: list[Path]) -> None:
     for path in checkpoints:
-        # Under another name first, so that a half-deleted one is never taken for a checkpoint.
+        # Rename first, so that a partly deleted directory is never mistaken for a checkpoint.
         shutil.rmtree(path.rename(path.with_name(f".{path.name}.deleting")))
 
 
 def verify(directory: Path, names: list[str] | None = None) -> None:
-    """Check these files (None: all) by the manifest's hashes. CheckpointError names the first bad one."""
+    """Check files of a checkpoint against the sizes and hashes in its manifest.
+
+    Args:
+        directory: The checkpoint.
+        names: Names of the files to check. None checks every file in the manifest.
+
+    Raises:
+        CheckpointError: A file is missing, unreadable or damaged, or the directory contains a file that the
+            manifest does not list. The message names the first such file.
+    """
     files = read_manifest(directory)["files"]
     if unknown := {path.name for path in directory.iterdir()} - files.keys() - {MANIFEST}:
         raise CheckpointError(f"{directory}: {min(unknown)} is not part of this checkpoint")
@@ -100,7 +122,11 @@ def verify(directory: Path, names: list[str] | None = None) -> None:
 
 
 def read_manifest(directory: Path) -> dict[str, Any]:
-    """manifest.json, whose files all lie in `directory`. CheckpointError if it is missing or damaged."""
+    """Return the content of manifest.json.
+
+    Raises:
+        CheckpointError: The manifest is missing or damaged, or it lists a file outside of `directory`.
+    """
     try:
         manifest = json.loads((directory / MANIFEST).read_text(encoding="utf-8"))
         names = list(manifest["files"])
@@ -115,7 +141,7 @@ def read_manifest(directory: Path) -> dict[str, Any]:
 
 
 def entry_of(path: Path) -> dict[str, Any]:
-    """What the manifest says of a file."""
+    """Return the manifest entry of a file: its size in bytes and its XXH3-128 hash in hexadecimal."""
     digest = xxhash.xxh3_128()
     with path.open("rb") as file:
         while block := file.read(8 * 1024**2):

@@ -1,4 +1,4 @@
-"""When a run saves and what follows: in the background or not, what is kept, what a failed save means."""
+"""Save checkpoints during a run: when to save, saving in the background, retention, and failed saves."""
 
 import logging
 import threading
@@ -22,11 +22,12 @@ log = logging.getLogger(__name__)
 
 
 class Saver:
-    """Saves one checkpoint at a time, on all ranks. With checkpoint.async_save a thread of each rank writes a
-    copy of its tensors, by collectives of its own, while training goes on.
+    """Saves one checkpoint at a time, on all ranks.
 
-    A save that fails costs nothing but itself: the next one is another chance, until checkpoint.max_failures
-    in a row have failed.
+    With checkpoint.async_save, a thread of each rank writes a copy of the rank's tensors while training
+    continues. The threads use their own process group for collectives.
+
+    A failed save does not end the run. The run ends when checkpoint.max_failures saves in a row have failed.
     """
 
     def __init__(
@@ -39,32 +40,40 @@ class Saver:
     ) -> None:
         """
         Args:
-            stored: gives the model and its optimizer with sharded tensors; collective.
-            saved_step: newest step that is saved already; 0: none.
-            on_save: called on rank 0 with each complete checkpoint, in the thread that saved it.
+            cfg: The `checkpoint` section of the configuration.
+            run_dir: The run's directory.
+            stored: Returns the model and its optimizer with sharded tensors. Collective.
+            saved_step: Newest step that is already saved. 0 means that no step is saved.
+            on_save: Called on rank 0 with each complete checkpoint, in the thread that saved the checkpoint.
         """
         self.cfg, self.run_dir, self._stored, self._on_save = cfg, run_dir, stored, on_save
         self.group = dist.new_group(backend="gloo") if cfg.async_save else None
-        # Cached, the copy is in pinned memory, which CUDA writes to several times as fast.
+        # A cached copy is in pinned memory. CUDA copies to pinned memory several times as fast.
         stager = BlockingAsyncStager(cache_staged_state_dict=torch.cuda.is_available())
         self.stager = stager if cfg.async_save else None
         self.thread: threading.Thread | None = None
         self.saved_step = saved_step
-        """The newest step that is saved; 0: none."""
+        """Newest step that is saved. 0 means that no step is saved."""
         self.failure: Exception | None = None
-        """Of the last save; None: it succeeded."""
+        """Error of the last save, or None if the last save succeeded."""
         self.failures = 0
-        """Failed saves in a row."""
+        """Number of saves in a row that failed."""
         self._reported = 0
 
     def due(self, step: int) -> bool:
         return any(every and step % every == 0 for every in (self.cfg.every, self.cfg.export_every))
 
     def save(self, step: int, state: dict[str, Any], stopping: bool = False) -> None:
-        """Save `step`, once the save before it has ended; collective.
+        """Wait for the previous save to end, then save `step`. Collective.
 
-        state: JSON values, as save_checkpoint's.
-        stopping: a signal leaves no time for two, so a save that is on its way is the last one.
+        Args:
+            step: The step to save.
+            state: JSON values, as for `save_checkpoint`.
+            stopping: A signal asked the run to stop, and there may be no time for two saves. If a save is in
+                progress and succeeds, `step` is not saved.
+
+        Raises:
+            Exception: Too many saves have failed. See `wait`.
         """
         last = stopping and on_any_rank(self.busy)
         self.wait()
@@ -80,7 +89,12 @@ class Saver:
             self.wait()
 
     def wait(self) -> None:
-        """Until no save is on its way; raises where too many have failed."""
+        """Wait until no save is in progress.
+
+        Raises:
+            UserError: The last save failed for a reason that remains until the user acts.
+            RuntimeError: checkpoint.max_failures saves in a row failed.
+        """
         if self.thread is not None:
             self.thread.join()
             self.thread = None
@@ -92,24 +106,30 @@ class Saver:
             raise RuntimeError(f"{self.failures} saves failed in a row, the last one with: {self.failure}")
 
     def finish(self) -> None:
-        """The end of the run: its last save must have succeeded."""
+        """Wait for the last save at the end of the run, and raise its error if the save failed."""
         self.wait()
         if self.failure is not None:
             raise self.failure
 
     def must_abort(self) -> bool:
-        """Tell of a save that has failed in the background, and whether the run has to end; every step."""
+        """Report a save that failed in the background, and return whether the run must end.
+
+        Called at every step.
+        """
         self.report()
         return self.failed_too_often
 
     @property
     def failed_too_often(self) -> bool:
-        """Whether the run has to end. Ranks may learn it at different steps, but by `wait` they all have."""
+        """Whether the run must end because of failed saves.
+
+        Ranks may see this at different steps. After `wait` all ranks have the same value.
+        """
         return self._needs_user or self.failures >= self.cfg.max_failures
 
     @property
     def _needs_user(self) -> bool:
-        """Whether the last save failed for a reason that stays until somebody does something."""
+        """Whether the last save failed for a reason that remains until the user acts."""
         return isinstance(self.failure, UserError) and not isinstance(self.failure, CheckpointError)
 
     @property
@@ -117,7 +137,7 @@ class Saver:
         return self.thread is not None and self.thread.is_alive()
 
     def report(self) -> None:
-        """Tell of a save that has failed since the last call."""
+        """Log a warning if a save has failed since the last call, unless the failure ends the run."""
         if self.failures > self._reported and not self.failed_too_often:
             log.warning(
                 "WARNING: saving failed, %d of at most %d times in a row; training goes on: %s",
@@ -139,8 +159,11 @@ class Saver:
                 self._on_save(checkpoint)
 
     def _retire(self, newest: Path) -> None:
-        """Delete what retention gives up, if the newest checkpoint reads back as it was written; else set
-        that aside."""
+        """Delete the checkpoints that retention no longer keeps.
+
+        Before anything is deleted, the newest checkpoint is verified. If it is damaged, it is renamed and
+        nothing is deleted.
+        """
         found = [superseded(self.run_dir, self.cfg.keep, self.cfg.keep_every)]
         dist.broadcast_object_list(found, src=0, group=self.group)
         if found[0]:

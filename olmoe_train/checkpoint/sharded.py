@@ -1,13 +1,13 @@
-"""Training checkpoints: written by all ranks, committed by one rename, verified before they are loaded.
+"""Training checkpoints: all ranks write them, one rename commits them, and loading verifies them first.
 
     run_dir/checkpoints/step-00000100/
         shard-RRRRR-model-FFFFF-of-NNNNN.safetensors   rank RRRRR's shards of parameters and AdamW moments
-        state.json      what the caller passes, and AdamW's step count of each parameter
+        state.json      the caller's state, and AdamW's step count per parameter
         manifest.json   size and hash of every other file; written last
 
-torch.distributed.checkpoint writes the safetensors, and cuts them anew for any other number and layout of
-ranks. Nothing is pickled. torch loads a flipped bit, or a checkpoint that lacks a rank's file, without a
-word; the hashes are what makes reading safe.
+torch.distributed.checkpoint (DCP) writes the safetensors files, and reshards them when a run with another
+number or layout of ranks loads them. Nothing is pickled. torch reports no error for a flipped bit or for a
+rank's missing file. The hashes in the manifest detect both.
 """
 
 import json
@@ -44,9 +44,9 @@ from olmoe_train.distributed.mesh import local_tensor
 from olmoe_train.utils.errors import UserError
 from olmoe_train.utils.files import fsync_path
 
-# AdamW's state of a parameter, besides its step count.
+# AdamW's state tensors per parameter, besides the step count.
 MOMENTS = ("exp_avg", "exp_avg_sq")
-# A rank's files are about this long: the writer makes each in memory first.
+# Approximate size of a rank's files, in bytes. The writer builds each file in memory first.
 FILE_BYTES = 2 * 1024**3
 
 
@@ -56,17 +56,29 @@ FILE_BYTES = 2 * 1024**3
 def save_checkpoint(
     run_dir: Path, step: int, model: nn.Module, optimizer: torch.optim.Optimizer, state: dict[str, Any]
 ) -> Path:
-    """Write the checkpoint of `step` and return its directory, once it is on disk; collective.
+    """Write the checkpoint of `step` and return its directory when it is on disk. Collective.
 
-    state: JSON values, taken from rank 0. Raises, on every rank: UserError if the checkpoint is there already
-    (nothing is ever overwritten), RuntimeError naming the rank that could not write.
+    Args:
+        run_dir: The run's directory.
+        step: The step of the checkpoint.
+        model: The model, with sharded parameters.
+        optimizer: The optimizer of these parameters.
+        state: JSON values. Rank 0's values are saved.
+
+    Raises:
+        UserError: On every rank, if the checkpoint exists already. No checkpoint is ever overwritten.
+        FloatingPointError: On every rank, if a value is not finite.
+        RuntimeError: On every rank, if a rank could not write. The message names the rank.
     """
     return write_checkpoint(run_dir, step, take_snapshot(model, optimizer), state)
 
 
 @dataclass(frozen=True)
 class Snapshot:
-    """This rank's part of the training state at one step."""
+    """This rank's shard of the training state at one step.
+
+    tensors: Tensors by their name on disk. adam_steps: The optimizer's step count by parameter name.
+    """
 
     tensors: dict[str, Tensor]
     adam_steps: dict[str, float]
@@ -75,9 +87,15 @@ class Snapshot:
 def take_snapshot(
     model: nn.Module, optimizer: torch.optim.Optimizer, stager: BlockingAsyncStager | None = None
 ) -> Snapshot:
-    """What write_checkpoint writes. stager: copies it to the host's memory, so that training may go on.
+    """Take the snapshot that `write_checkpoint` writes. Collective.
 
-    Collective; FloatingPointError on every rank where a value is not finite.
+    Args:
+        model: The model, with sharded parameters.
+        optimizer: The optimizer of these parameters.
+        stager: Copies the tensors to host memory, so that training can continue. None makes no copy.
+
+    Raises:
+        FloatingPointError: On every rank, if a parameter or moment on any rank is not finite.
     """
     tensors, adam_steps = _training_tensors(model, optimizer)
     shards = [shard for shard in map(local_tensor, tensors.values()) if shard.numel()]
@@ -91,7 +109,7 @@ def take_snapshot(
 def write_checkpoint(
     run_dir: Path, step: int, snapshot: Snapshot, state: dict[str, Any], group: Group = None
 ) -> Path:
-    """save_checkpoint of a snapshot, by the collectives of `group`."""
+    """Write a snapshot as `save_checkpoint` does, with the collectives of `group`."""
     tensors = snapshot.tensors
     directory = checkpoint_path(run_dir, step)
     partial = directory.with_name(f".{directory.name}.partial")
@@ -99,21 +117,26 @@ def write_checkpoint(
     try:
         writer = HuggingFaceStorageWriter(str(partial), _files(tensors), save_distributed=True)
         _write_shards(tensors, writer, group)
-        # DCP counts the shards of rank 0 as 1; each rank hashes its own, which are still in its page cache.
+        # DCP numbers the shards of rank 0 as 1. Each rank hashes its own files, which are still in its page
+        # cache.
         own = sorted(partial.glob(f"shard-{dist.get_rank() + 1:05d}-*.safetensors"))
         hashes = everywhere(lambda: {path.name: entry_of(path) for path in own}, group)
         files = {name: entry for of_rank in hashes for name, entry in of_rank.items()}
         content = {"state": state, "adam_steps": snapshot.adam_steps}
         on_rank_0(lambda: _commit(directory, partial, files, content), group)
     except Exception:
-        if dist.get_rank() == 0:  # what is in it may be what fills the disk
+        if dist.get_rank() == 0:  # the partial files may be what fills the disk
             shutil.rmtree(partial, ignore_errors=True)
         raise
     return directory
 
 
 def verify_together(directory: Path, group: Group = None) -> None:
-    """Check every file by its hash, the files shared out over the ranks; CheckpointError on all of them."""
+    """Check every file by its hash. Each rank checks a share of the files. Collective.
+
+    Raises:
+        CheckpointError: On every rank, if a file is missing or damaged.
+    """
     files = sorted(read_manifest(directory)["files"])
     share = files[dist.get_rank() :: dist.get_world_size()]
     everywhere(lambda: verify(directory, share), group)
@@ -126,13 +149,13 @@ def _start(directory: Path, partial: Path) -> None:
             "move it away, or use another run_dir"
         )
     directory.parent.mkdir(parents=True, exist_ok=True)
-    for left_over in directory.parent.glob(".step-*"):  # of a run that was killed here
+    for left_over in directory.parent.glob(".step-*"):  # left by a run that was killed while it saved
         shutil.rmtree(left_over)
     partial.mkdir()
 
 
 def _commit(directory: Path, partial: Path, files: dict[str, Any], content: dict[str, Any]) -> None:
-    """Make the written directory a checkpoint: the other files, the manifest, the rename."""
+    """Turn the written directory into a checkpoint: write state.json and the manifest, then rename it."""
     seen = {path.name for path in partial.iterdir()}
     if seen != files.keys():
         lost = sorted(files.keys() - seen) or sorted(seen - files.keys())
@@ -156,13 +179,13 @@ def _commit(directory: Path, partial: Path, files: dict[str, Any], content: dict
 def _write_shards(tensors: dict[str, Tensor], writer: HuggingFaceStorageWriter, group: Group) -> None:
     try:
         state_dict_saver.save(tensors, storage_writer=writer, process_group=group)
-    except CheckpointException as error:  # no Exception, but a BaseException
+    except CheckpointException as error:  # derives from BaseException, not from Exception
         failures = (f"rank {r}: {type(e).__name__}: {e}" for r, (e, _) in error.failures.items())
         raise RuntimeError("; ".join(failures)) from None
 
 
 def _files(tensors: Mapping[str, Tensor]) -> dict[str, int]:
-    """Tensor name -> number of the file (from 1) that it is written to, in each rank's set of files."""
+    """Map each tensor name to the number of its file, counted from 1, within each rank's set of files."""
     numbers, written = {}, 0
     for name, tensor in tensors.items():
         numbers[name] = 1 + written // (FILE_BYTES * dist.get_world_size())
@@ -183,10 +206,21 @@ def _write_json(path: Path, content: dict[str, Any]) -> None:
 def load_checkpoint(
     directory: Path, model: nn.Module, optimizer: torch.optim.Optimizer | None = None
 ) -> dict[str, Any]:
-    """Fill the model, and AdamW's state if given, from a checkpoint of any layout; return the saved state.
+    """Load a checkpoint of any layout into the model and the optimizer. Collective.
 
-    Collective. Every file's hash is checked first, the files shared out over the ranks. Raises on every rank
-    CheckpointError if the checkpoint is damaged, UserError if it does not fit; the model is untouched then.
+    The hash of every file is checked first. Each rank checks a share of the files.
+
+    Args:
+        directory: The checkpoint.
+        model: The model to fill in place.
+        optimizer: The optimizer whose state is filled in place. None loads only the model.
+
+    Returns:
+        The state that the caller of `save_checkpoint` passed.
+
+    Raises:
+        CheckpointError: On every rank, if the checkpoint is damaged. The model is not changed.
+        UserError: On every rank, if the shapes differ from the model's. The model is not changed.
     """
     directory = Path(directory)
     verify_together(directory)
@@ -210,7 +244,11 @@ def load_checkpoint(
 
 
 def saved_state(directory: Path) -> dict[str, Any]:
-    """The state of a checkpoint without its tensors; no communication. CheckpointError if it is damaged."""
+    """Return the saved state of a checkpoint, without its tensors and without communication.
+
+    Raises:
+        CheckpointError: state.json or the manifest is missing or damaged.
+    """
     verify(directory, [STATE])
     state: dict[str, Any] = _read_state(directory)["state"]
     return state
@@ -222,10 +260,14 @@ def _read_state(directory: Path) -> dict[str, Any]:
 
 
 def open_model_tensors(directory: Path) -> Callable[[str], Tensor]:
-    """A function that reads one whole parameter by name from a checkpoint of any layout; for one process.
+    """Open a checkpoint of any layout in one process.
 
-    It returns CPU tensors in their stored dtype. CheckpointError if a file is damaged; KeyError for a name
-    that is not there.
+    Returns:
+        A function that reads one full tensor of the model by name. The tensor is on the CPU, in its stored
+        dtype. The function raises KeyError if the checkpoint has no tensor of that name.
+
+    Raises:
+        CheckpointError: A file is missing or damaged.
     """
     directory = Path(directory)
     verify(directory)
@@ -250,7 +292,7 @@ def open_model_tensors(directory: Path) -> Callable[[str], Tensor]:
 
 
 def model_tensor_names(directory: Path) -> set[str]:
-    """Names of all parameters and buffers that a checkpoint holds of the model; for one process."""
+    """Return the names of all parameters and buffers of the model in a checkpoint. For one process."""
     names: set[str] = set()
     for path in Path(directory).glob("*.safetensors"):
         with safe_open(path, framework="pt") as file:
@@ -264,14 +306,14 @@ def model_tensor_names(directory: Path) -> set[str]:
 def _training_tensors(
     model: nn.Module, optimizer: torch.optim.Optimizer | None
 ) -> tuple[dict[str, Tensor], dict[str, float]]:
-    """(Every tensor of the training state by its name on disk; the optimizer's step count by parameter name).
+    """Return the tensors by their name on disk, and the optimizer's step count by parameter name.
 
-    Any optimizer can be saved whose state of a parameter is tensors of the parameter's shape, and perhaps a
-    step count: AdamW's moments, SGD's momentum.
+    This works for any optimizer whose state per parameter is tensors of the parameter's shape and an optional
+    step count, for example AdamW's moments or SGD's momentum.
     """
     for unit in model.modules():
         if isinstance(unit, FSDPModule):
-            unit.reshard()  # a forward pass without backward leaves whole parameters in the root's place
+            unit.reshard()  # a forward pass without backward leaves the root's parameters gathered
     tensors, steps = {}, {}
     for name, parameter in model.named_parameters():
         tensors[f"model.{name}"] = parameter.detach()
@@ -283,13 +325,13 @@ def _training_tensors(
                 tensors[f"optim.{key}.{name}"] = value
     for name, buffer in persistent_buffers(model).items():
         tensors[f"model.{name}"] = buffer
-    # One copy to the host for all of them, rather than one a parameter.
+    # One copy to the host for all step counts, instead of one copy per parameter.
     counts = torch.stack(list(steps.values())).tolist() if steps else []
     return tensors, dict(zip(steps, counts, strict=True))
 
 
 def persistent_buffers(model: nn.Module) -> dict[str, Tensor]:
-    """The buffers that belong to the training state, by name; each is equal on all ranks."""
+    """Return the buffers of the training state by name. Each buffer has the same values on all ranks."""
     return {
         f"{prefix}.{name}" if prefix else name: buffer
         for prefix, module in model.named_modules()
@@ -301,9 +343,15 @@ def persistent_buffers(model: nn.Module) -> dict[str, Tensor]:
 def _make_optimizer_state(
     model: nn.Module, optimizer: torch.optim.Optimizer, steps: dict[str, float], stored: Iterable[str]
 ) -> None:
-    """Allocate the optimizer's state in the parameters' layout, before its first step would.
+    """Allocate the optimizer's state in the layout of the parameters.
 
-    steps: step count by parameter name. stored: names of the tensors of the checkpoint.
+    The optimizer itself would allocate the state only at its first step.
+
+    Args:
+        model: The model that is loaded.
+        optimizer: The optimizer that is loaded.
+        steps: Step count by parameter name.
+        stored: Names of the tensors in the checkpoint.
     """
     keys: dict[str, list[str]] = {}
     for tensor_name in stored:

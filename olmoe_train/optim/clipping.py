@@ -13,12 +13,19 @@ from olmoe_train.distributed.mesh import copies, local_tensor
 def clip_gradients(
     parameters: Iterable[nn.Parameter], max_norm: float, copies: Callable[[nn.Parameter], int] = copies
 ) -> Tensor:
-    """Scale all gradients so that their global 2-norm is at most max_norm (0: leave them); returns the
-    norm before.
+    """Scale all gradients in place so that their global 2-norm is at most `max_norm`. Collective.
 
-    fp32 scalar on the device; collective. Experts and the other parameters are sharded over different
-    meshes, but each value of a parameter's gradient exists `copies` times in the world, so one all-reduce of
-    local sums gives the exact norm.
+    Experts and the other parameters are sharded over different meshes. Each value of a parameter's gradient
+    exists on `copies` ranks, so one all-reduce of the local sums, each divided by `copies`, gives the exact
+    norm.
+
+    Args:
+        parameters: The parameters. Those without a gradient are ignored.
+        max_norm: Maximum global 2-norm. 0 leaves the gradients unchanged.
+        copies: Returns on how many ranks each value of a parameter exists.
+
+    Returns:
+        The global 2-norm before clipping, an fp32 scalar on the gradients' device.
     """
     trained = [(parameter, parameter.grad) for parameter in parameters if parameter.grad is not None]
     shards = [local_tensor(gradient) for _, gradient in trained]

@@ -1,4 +1,4 @@
-"""One run per directory: a lock that a dead owner cannot hold."""
+"""Allow one run per directory, with a lock that a dead process cannot hold."""
 
 import errno
 import fcntl
@@ -15,11 +15,11 @@ log = logging.getLogger(__name__)
 
 
 class RunLock:
-    """run_dir/lock, held by rank 0 from start to end; what is in it names the owner.
+    """The lock on run_dir/lock, which rank 0 holds from start to end. The file's content names the owner.
 
-    A POSIX record lock: the kernel, or the file server, lets go of it when its process ends, however it
-    ends, and children do not inherit it. So there is no stale lock to break, and no clock is compared.
-    Nothing else in this process may open the file: closing it would release the lock.
+    The lock is a POSIX record lock. The kernel or the file server releases it when the process ends, for
+    whatever reason, and child processes do not inherit it. So there is no stale lock to break, and no clocks
+    are compared. No other code in this process may open the file, because closing it would release the lock.
     """
 
     def __init__(self, run_dir: Path) -> None:
@@ -41,12 +41,15 @@ class RunLock:
         self._write(json.dumps({"host": socket.gethostname(), "pid": os.getpid(), "time": time.time()}))
 
     def release(self) -> None:
-        """The run ended in order: the next one finds no owner."""
+        """Erase the owner and release the lock. The run ended normally."""
         self._write("")
         self.close()
 
     def close(self) -> None:
-        """Let go of the lock. Without `release` before it, the next run is warned of an owner that failed."""
+        """Release the lock but keep the owner in the file, unless `release` erased it.
+
+        The next run then logs a warning that the previous run did not end normally.
+        """
         self.file.close()
 
     def _write(self, text: str) -> None:
@@ -55,7 +58,7 @@ class RunLock:
         self.file.flush()
 
     def _owner(self) -> str:
-        """As words in a sentence; empty where the last owner ended in order."""
+        """Return the owner as part of a sentence, or an empty string if the last owner ended normally."""
         self.file.seek(0)
         try:
             owner = json.loads(self.file.read())

@@ -1,4 +1,7 @@
-"""SIGTERM, SIGUSR1 and a first SIGINT ask the run to save and end; a second SIGINT ends it at once."""
+"""Signal handling. SIGTERM, SIGUSR1 and the first SIGINT ask the run to save and end.
+
+A second SIGINT ends the process at once.
+"""
 
 import os
 import signal
@@ -7,17 +10,23 @@ import time
 from collections.abc import Callable
 
 STOP = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
-# One Ctrl-C may arrive several times: from the terminal, and passed on by torchrun.
+# One Ctrl-C can arrive as several signals: one from the terminal, and others forwarded by torchrun.
 SECONDS_BETWEEN_INTERRUPTS = 1.0
 INTERRUPTED = 130
 
 
 class Signals:
-    """Listens from construction to `close`. A thread sees every signal as it comes, even while the main
-    thread waits in a collective, where Python would not call a handler."""
+    """Receives signals from construction to `close`.
+
+    A thread reads every signal as it arrives. It does so even while the main thread waits in a collective,
+    during which Python does not call signal handlers.
+    """
 
     def __init__(self, leave: Callable[[], None]) -> None:
-        """leave: called, in another thread, before a second SIGINT ends the process."""
+        """
+        Args:
+            leave: Called before a second SIGINT ends the process, in the thread that reads the signals.
+        """
         self.stop_requested = False
         self._leave = leave
         self._read, self._write = os.pipe()
@@ -27,7 +36,7 @@ class Signals:
         threading.Thread(target=self._listen, name="signals", daemon=True).start()
 
     def close(self) -> None:
-        """Restore the handlers from before; may be called again."""
+        """Restore the previous signal handlers. Further calls have no effect."""
         if not self._before:
             return
         for number, handler in self._before.items():

@@ -1,7 +1,8 @@
-"""Ends a run that does not get on, with the rank that holds it up and every rank's stack in the log.
+"""End a run that makes no progress, and log the rank that blocks it and the stack of every rank.
 
-A collective waits for its slowest rank, so when one rank hangs all do. A thread of each rank notices, writes
-where its rank stands to run_dir/stalled/, which all nodes share, and leaves; one of them makes the report.
+A collective waits for its slowest rank, so all ranks hang when one rank hangs. A watchdog thread on each
+rank detects a missing heartbeat. The thread writes the rank's position to run_dir/stalled/, which all nodes
+share, and ends the process. One of the ranks writes the report.
 """
 
 import faulthandler
@@ -22,18 +23,23 @@ import torch.distributed as dist
 
 log = logging.getLogger(__name__)
 POLL_S, WORDS_S = 0.5, 2.0
-"""Between looks, and how long to wait for the other ranks' words."""
+"""Seconds between two checks, and seconds to wait for the other ranks' position files."""
 FRAMES = 12
 RANKS = "ranks.json"
-PF_EXITING = 0x4  # linux/sched.h, of the flags in /proc/PID/stat
+PF_EXITING = 0x4  # from linux/sched.h; a bit of the flags in /proc/PID/stat
 Item = TypeVar("Item")
 
 
 class Watchdog:
-    """Watches this rank's main thread from construction to `close`; collective."""
+    """Watches this rank's main thread from construction to `close`. Construction is collective."""
 
     def __init__(self, run_dir: Path, timeout: float, give_up: Callable[[str], None]) -> None:
-        """timeout: seconds between two beats. give_up: called on one rank with the reason of the end."""
+        """
+        Args:
+            run_dir: The run's directory, which all nodes share.
+            timeout: Maximum number of seconds between two heartbeats.
+            give_up: Called with the reason before this process exits. After a stall only one rank calls it.
+        """
         self.directory, self.timeout, self.give_up = run_dir / "stalled", timeout, give_up
         self.peers: list[tuple[str, int]] = [("", 0)] * dist.get_world_size()
         dist.all_gather_object(self.peers, (socket.gethostname(), os.getpid()))
@@ -47,11 +53,11 @@ class Watchdog:
         self._thread.start()
 
     def heartbeat(self, where: str) -> None:
-        """The rank got as far as `where`."""
+        """Record that the rank has reached `where`, a phrase for the report."""
         self.where, self.beaten = where, time.monotonic()
 
     def with_heartbeat(self, items: Iterable[Item], where: str = "validating") -> Iterator[Item]:
-        """The items, with a beat at each."""
+        """Yield the items, with a heartbeat before each item."""
         for item in items:
             self.heartbeat(where)
             yield item
@@ -63,16 +69,17 @@ class Watchdog:
 
     def _watch(self) -> None:
         while not self._closed.wait(POLL_S):
-            # A rank stuck outside of Python never gets here again: this one is C, and needs no turn.
-            # __stderr__: a notebook's or a test's stderr may have no file descriptor for it to write to.
+            # A rank that is stuck outside of Python may never run this loop again. This timer is C code and
+            # needs no Python thread. It writes to a file descriptor, which the stderr of a notebook or a test
+            # may not have; hence __stderr__.
             limit = self.timeout + POLL_S + WORDS_S
             faulthandler.dump_traceback_later(limit, exit=True, file=sys.__stderr__ or sys.stderr)
             if "TORCHELASTIC_RUN_ID" in os.environ and os.getppid() != self.launcher:
-                os._exit(1)  # torchrun is gone, and with it whoever could stop or restart this rank
+                os._exit(1)  # torchrun has ended, so nothing can stop or restart this rank
             if self.directory.is_dir() or time.monotonic() - self.beaten > self.timeout:
                 self._leave()
             if gone := ended_ranks(self.peers):
-                time.sleep(WORDS_S)  # a collective that has noticed raises, and the run ends by itself
+                time.sleep(WORDS_S)  # a collective may raise meanwhile, which ends the run
                 if not self._closed.is_set():
                     self.give_up(gone)
                     os._exit(1)
@@ -89,11 +96,14 @@ class Watchdog:
             self.give_up(self._report())
             self._end_the_silent()
         else:
-            time.sleep(POLL_S)  # torchrun ends every rank when one leaves
+            time.sleep(POLL_S)  # torchrun ends every rank when one rank exits
         os._exit(1)
 
     def _words(self) -> str:
-        """First line: where this rank stands, and whether it waits for others; then the stack."""
+        """Return the rank's position as one line, followed by the stack of its main thread.
+
+        The first line also says whether the rank waits for other ranks.
+        """
         frames = traceback.extract_stack(sys._current_frames()[self._main or 0])[-FRAMES:]
         waiting = any("/torch/distributed/" in frame.filename for frame in frames[-3:])
         at = f"{frames[-1].name} ({Path(frames[-1].filename).name}:{frames[-1].lineno})"
@@ -107,7 +117,7 @@ class Watchdog:
         }
 
     def _report(self) -> str:
-        """Logs every rank's stack; the reason in a sentence."""
+        """Log the stack of every rank and return the reason for the stall in one sentence."""
         heard, suspects = self._heard(), []
         for rank, (host, pid) in enumerate(self.peers):
             text = heard.get(rank, "does not answer: dead, frozen, or stuck outside of Python\n")
@@ -120,7 +130,7 @@ class Watchdog:
         return f"no progress for trainer.timeout={self.timeout:g} s. Held up by {'; '.join(suspects)}"
 
     def _end_the_silent(self) -> None:
-        """What does not answer would not hear torchrun's SIGTERM either."""
+        """Kill the ranks of this host that wrote no position. They would not react to torchrun's SIGTERM."""
         for rank in set(range(len(self.peers))) - self._heard().keys():
             host, pid = self.peers[rank]
             if host == socket.gethostname() and not _ended(pid):
@@ -128,13 +138,13 @@ class Watchdog:
 
 
 def ranks_of(run_dir: Path) -> list[tuple[str, int]]:
-    """(host, process) of each rank of the last run that started in this directory."""
+    """Return (host, process ID) of each rank of the last run that started in this directory."""
     path = run_dir / RANKS
     return [(host, pid) for host, pid in json.loads(path.read_text())] if path.is_file() else []
 
 
 def ended_ranks(ranks: list[tuple[str, int]]) -> str:
-    """Those on this host whose process is no more, in words; empty if there is none."""
+    """Return a phrase that names the ranks of this host whose process has ended, or an empty string."""
     gone = [
         f"rank {rank} (host {host}, process {pid})"
         for rank, (host, pid) in enumerate(ranks)
@@ -144,8 +154,11 @@ def ended_ranks(ranks: list[tuple[str, int]]) -> str:
 
 
 def _ended(pid: int) -> bool:
-    """Whether a process of this host has ended, waited for by its parent or not, or is about to: its sockets
-    close, and its peers notice, before it counts as dead (Linux; elsewhere False)."""
+    """Return whether a process of this host has ended or is exiting. Always False outside Linux.
+
+    A zombie counts as ended. An exiting process counts too, because its sockets close, and its peers notice,
+    before the kernel reports the process as dead.
+    """
     try:
         state, *numbers = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
         return state in "ZX" or bool(int(numbers[5]) & PF_EXITING)

@@ -1,4 +1,4 @@
-"""What a resumed run does differently from the one that made the checkpoint, and whether it may."""
+"""Compare a resumed run with the run that made the checkpoint, and decide whether each change is allowed."""
 
 import logging
 from dataclasses import dataclass
@@ -21,9 +21,9 @@ log = logging.getLogger(__name__)
 # Keys and sections that do not affect the weights: where and how to compute, and what to log. Changing any
 # other key changes the result.
 SAFE_TO_CHANGE = (
-    "model.init_from",  # it gave the first step's weights; the checkpoint has later ones
+    "model.init_from",  # sets only the initial weights; the checkpoint has later weights
     "model.experts_backend",
-    "data.dir",  # their content and shares are compared by fingerprint
+    "data.dir",  # content and shares of the data are compared by fingerprint
     "data.mixture",
     "data.verify_hashes",
     "data.num_workers",
@@ -42,7 +42,7 @@ SAFE_TO_CHANGE = (
     "logging",
     "evaluation",
 )
-# These act through the steps at which warm-up and decay end, which are compared instead.
+# These keys act only through the steps at which warm-up and decay end. Those steps are compared instead.
 SCHEDULE_KEYS = (
     "trainer.max_steps",
     "trainer.max_tokens",
@@ -53,12 +53,14 @@ SCHEDULE_KEYS = (
     "scheduler.decay_steps",
     "scheduler.decay_tokens",
 )
-# Parts of the data's fingerprint that are keys of the config as well.
+# Parts of the data's fingerprint that are also configuration keys.
 ALSO_CONFIG = ("seed", "sequence_length")
 
 
 @dataclass(frozen=True)
 class Change:
+    """One key whose value in the checkpoint differs from its value now. None stands for an absent key."""
+
     key: str
     before: Any
     now: Any
@@ -68,14 +70,23 @@ class Change:
 
 
 def config_values(cfg: TrainConfig) -> dict[str, Any]:
-    """The configuration as plain values, enums by name."""
+    """Return the configuration as plain values, with enums by name."""
     values = OmegaConf.to_container(OmegaConf.structured(cfg), enum_to_str=True)
     assert isinstance(values, dict)
     return {str(key): value for key, value in values.items()}
 
 
 def resume_fingerprint(cfg: TrainConfig, schedule: Schedule, data: TrainingData) -> dict[str, Any]:
-    """What a checkpoint says about the run that made it, as JSON: configuration, schedule and data order."""
+    """Return what a checkpoint records about its run: configuration, schedule and data order.
+
+    Args:
+        cfg: The configuration of the run. Secrets are redacted, and `run_dir` is left out.
+        schedule: The learning-rate schedule.
+        data: The training data.
+
+    Returns:
+        JSON values with the keys `config`, `schedule` and `fingerprint`.
+    """
     steps = {"step at which the warm-up ends": schedule.warmup_end}
     if cfg.scheduler.kind is not Shape.constant:
         steps["step at which the decay ends"] = schedule.decay_end
@@ -85,10 +96,17 @@ def resume_fingerprint(cfg: TrainConfig, schedule: Schedule, data: TrainingData)
 
 
 def check_changes(saved: dict[str, Any], now: dict[str, Any], cfg: TrainConfig, checkpoint: Path) -> None:
-    """Compare a checkpoint's saved state with this run's `resume_fingerprint`; log the harmless changes.
+    """Compare a checkpoint's saved state with this run, and log the changes that are allowed.
+
+    Args:
+        saved: The saved state of the checkpoint.
+        now: The `resume_fingerprint` of this run.
+        cfg: The configuration of this run.
+        checkpoint: The checkpoint, for the message.
 
     Raises:
-        UserError: lists the changes that alter the result and that checkpoint.allow_changes does not name.
+        UserError: A change affects the result and checkpoint.allow_changes does not name its key. The message
+            lists all such changes.
     """
     allowed = [current_key(key) for key in cfg.checkpoint.allow_changes]
     refused = []
@@ -107,7 +125,10 @@ def check_changes(saved: dict[str, Any], now: dict[str, Any], cfg: TrainConfig, 
 
 
 def changes(saved: dict[str, Any], now: dict[str, Any]) -> list[Change]:
-    """Every difference, key by key; a key that only one of them has counts as null in the other."""
+    """Return every difference between two fingerprints, one `Change` per key.
+
+    A key that is absent from one of the fingerprints counts as null there.
+    """
     before, after = (
         _flat(current_saved_config(of["config"]))
         | {f"scheduler ({key})": value for key, value in of["schedule"].items()}
@@ -119,6 +140,10 @@ def changes(saved: dict[str, Any], now: dict[str, Any]) -> list[Change]:
 
 
 def changes_the_result(key: str, cfg: TrainConfig) -> bool:
+    """Return whether a change of this key affects the weights.
+
+    The micro-batch size affects the weights only if the load-balancing loss is computed per micro-batch.
+    """
     if key == "trainer.micro_batch_size" and _scope(cfg) is BalanceScope.micro_batch:
         return cfg.loss.router_aux_loss_coef != 0
     return not _within(key, SAFE_TO_CHANGE) and key not in SCHEDULE_KEYS
@@ -129,7 +154,10 @@ def _scope(cfg: TrainConfig) -> BalanceScope | None:
 
 
 def _within(key: str, names: tuple[str, ...] | list[str]) -> bool:
-    """Whether one of the names is this key or a section it is in; what is in parentheses explains the key."""
+    """Return whether `names` contains this key or a section that contains it.
+
+    Text in parentheses after the key is an explanation and is ignored.
+    """
     bare = key.split(" ")[0]
     return any(bare == name or bare.startswith(f"{name}.") for name in names)
 

@@ -1,12 +1,14 @@
-"""DeepSpeed ZeRO 0 to 3 around the same model, losses, batches and checkpoints.
+"""DeepSpeed ZeRO-0 to ZeRO-3 with the same model, losses, batches and checkpoints as FSDP2.
 
-Experts are spread by this project's own dispatch (expert_parallel.py), and DeepSpeed is told which ranks hold
-the same ones. Its AutoEP would put another MoE layer, with a router of its own, in the model's place.
+The project's dispatch (expert_parallel.py) distributes the experts over the ranks. DeepSpeed receives only the
+groups of ranks that hold the same experts. DeepSpeed's AutoEP is not used, because it would replace the MoE
+block by another MoE layer with its own router.
 
-Before the first step and in every checkpoint the state is as FSDP2 has it: `build_model` makes a model that
-is sharded over the ranks in CPU memory. The engine starts from it, and fills such a model to be saved, one
-parameter at a time. So a checkpoint is that of every other strategy, without a pickle, no rank ever holds the
-whole model for it, and a run may go on under any other layout.
+Before the first step and in every checkpoint, the state is sharded as FSDP2 shards it. `build_model` makes a
+model that is sharded over the ranks in CPU memory, and the engine starts from this model. For a checkpoint,
+the engine fills such a sharded model, one parameter at a time. Therefore the checkpoint format is the same for
+every strategy, nothing is pickled, no rank ever holds the full model, and a run can continue under any other
+layout.
 """
 
 import io
@@ -46,14 +48,22 @@ from olmoe_train.utils.errors import UserError
 
 
 class ZeroEngine:
-    """DeepSpeed's engine around the model. See base.Engine.
+    """An engine that trains with DeepSpeed. See base.Engine.
 
-    model: called by `training_forward`, as any other; ZeRO-3 gathers its parameters there.
+    model: The model. Call `training_forward`, as with every engine. ZeRO-3 gathers the parameters in this call.
     """
 
     def __init__(self, cfg: TrainConfig, initial: OlmoeForCausalLM, device: torch.device) -> None:
-        """Start DeepSpeed with the weights of `initial`, which is sharded as build_model shards it in CPU
-        memory; write the configuration to run_dir/deepspeed.json. Collective."""
+        """Start DeepSpeed and write its configuration to run_dir/deepspeed.json. Collective.
+
+        Args:
+            cfg: The configuration of the run.
+            initial: A model with the initial weights, sharded in CPU memory by `build_model`.
+            device: The device to train on.
+
+        Raises:
+            UserError: The model has buffers, the C++ compiler is missing, or DeepSpeed rejects the configuration.
+        """
         self.cfg, self.stage, self.device = cfg, cfg.parallel.zero_stage, device
         if buffers := persistent_buffers(initial):
             raise UserError(
@@ -92,24 +102,28 @@ class ZeroEngine:
         scale_learning_rates(self.optimizer, multiplier)
 
     def backward(self, loss: Tensor, last: bool) -> None:
-        # DeepSpeed averages gradients over ranks; shares have to be summed.
+        # DeepSpeed averages gradients over ranks, but the losses are shares of a global mean, so the gradients
+        # must be summed.
         self._engine.backward(loss * dist.get_world_size(), scale_wrt_gas=False)
 
     def step(self, judge: Judge) -> StepOutcome:
-        """DeepSpeed reduces, clips and updates in one call, so the judge is asked after the update: the hook
-        `_skip_not_finite` has skipped what is not finite, and preflight refuses skipping spikes."""
+        """Reduce, clip and update in one DeepSpeed call, then call the judge.
+
+        The judge cannot prevent the update. The hook `_skip_not_finite` has already skipped an update with
+        gradients that are not finite, and preflight rejects the option to skip spikes.
+        """
         self._engine.step()
         norm = self._norm if self.stage == 0 else torch.as_tensor(self._engine.get_global_grad_norm())
         return StepOutcome(norm, judge(norm))
 
     def state(self) -> tuple[OlmoeForCausalLM, torch.optim.AdamW]:
-        """Weights and moments as FSDP2 shards them, in CPU memory; collective."""
+        """Return the weights and moments in CPU memory, sharded as FSDP2 shards them. Collective."""
         stored, adamw = self._sharded_copy()
         count = next(state["step"] for state in self._adamw.state.values() if "step" in state)
         for parameter, target in zip(self._parameters, stored.parameters(), strict=True):
             index = shard_slices(target)
             if self.cfg.parallel.expert_parallel_size > 1 and target.ndim == 3:
-                index = (slice(None), *index[1:])  # of experts, only this rank's are read
+                index = (slice(None), *index[1:])  # `_read` returns only this rank's experts
             state: dict[str, Tensor] = {"step": count.cpu().clone()}
             state |= {moment: torch.zeros_like(target, requires_grad=False) for moment in MOMENTS}
             adamw.state[target] = state
@@ -134,7 +148,7 @@ class ZeroEngine:
     # --- the engine's state, one parameter at a time -------------------------------------------------------
 
     def _sharded_copy(self) -> tuple[OlmoeForCausalLM, torch.optim.AdamW]:
-        """A model and an optimizer in CPU memory, sharded as FSDP2 shards them; their values are not set."""
+        """Return a model and an optimizer in CPU memory, sharded as FSDP2 shards them, with unset values."""
         mesh = build_mesh(self.cfg.parallel, torch.device("cpu"))
         with torch.device("meta"):
             stored = OlmoeForCausalLM(self.model.config)
@@ -147,8 +161,11 @@ class ZeroEngine:
         return stored, adamw
 
     def _make_moments(self) -> None:
-        """Create the moments before the first step. DeepSpeed 0.19 (ZeRO-1 and 2) links parameters to
-        optimizer state after the first group's first step, when the other groups have none yet."""
+        """Create the moments before the first step.
+
+        DeepSpeed 0.19 (ZeRO-1 and ZeRO-2) links parameters to optimizer state after the first group's first
+        step. At that time the other groups have no optimizer state yet.
+        """
         for flat in self._partitions():
             step = torch.tensor(0.0, dtype=torch.float32, device=flat.device)
             self._adamw.state[flat] = {"step": step, **{key: torch.zeros_like(flat) for key in MOMENTS}}
@@ -156,7 +173,7 @@ class ZeroEngine:
             self.optimizer._lazy_init_hp_params_optimizer_state()
 
     def _partitions(self) -> Sequence[Tensor]:
-        """The flat fp32 tensors that AdamW updates on this rank."""
+        """Return the fp32 tensors that AdamW updates on this rank: flat partitions, or with ZeRO-0 parameters."""
         if self.stage == 0:
             return self._parameters
         if self.stage == 3:
@@ -165,7 +182,14 @@ class ZeroEngine:
         return one_by_one if one_by_one is not None else self.optimizer.fp32_groups_flat_partition
 
     def _read(self, parameter: Any, moment: str | None) -> Tensor:
-        """A parameter in fp32 (None), or a moment of it, whole but for expert parallelism; collective."""
+        """Return a full parameter in fp32, or one of its moments. Collective.
+
+        With expert parallelism, an expert tensor contains only this rank's experts.
+
+        Args:
+            parameter: A parameter of the engine's model.
+            moment: Name of the moment. None returns the parameter.
+        """
         from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 
         if self.stage == 0:
@@ -175,11 +199,11 @@ class ZeroEngine:
         return safe_get_full_optimizer_state(parameter, moment)
 
     def _write(self, parameter: Any, moment: str | None, value: Tensor) -> None:
-        """The reverse of `_read`: each rank keeps what it holds of the value."""
+        """Write what `_read` returns: each rank stores its own partition of the full value."""
         from deepspeed import utils
 
         if self.stage == 3:
-            # The last rank's part is padded; DeepSpeed's setter for whole values does not expect that.
+            # The last rank's partition is padded. DeepSpeed's setter for full values does not handle padding.
             size, rank = parameter.ds_tensor.numel(), parameter.ds_zero_partition_rank
             part = value.flatten()[rank * size : (rank + 1) * size]
             part = torch.nn.functional.pad(part, (0, size - len(part)))
@@ -201,16 +225,26 @@ class ZeroEngine:
                 utils.safe_set_full_optimizer_state(parameter, value, moment)
 
     def _clip_whole_gradients(self, *_: Any) -> None:
-        """ZeRO-0 clips by the mean of the ranks' norms, which with expert parallelism is no norm; ours is."""
+        """Clip by the exact global norm.
+
+        DeepSpeed's ZeRO-0 clips by the mean of the ranks' norms. With expert parallelism this mean is not the
+        global norm.
+        """
         self._norm = clip_gradients(self._parameters, self.cfg.optimizer.max_grad_norm, self._copies)
 
     def _copies(self, parameter: nn.Parameter) -> int:
-        """Whole on every rank, but for experts: those are on every expert_parallel_size-th."""
+        """Return on how many ranks each value of a parameter exists.
+
+        Expert parameters exist on every expert_parallel_size-th rank, all other parameters on every rank.
+        """
         return dist.get_world_size() // (self.cfg.parallel.expert_parallel_size if parameter.ndim == 3 else 1)
 
     @torch.no_grad()
     def _skip_not_finite(self, *_: Any) -> None:
-        """DeepSpeed looks for overflow in fp16 alone. Where found_inf is 1, fused AdamW does nothing."""
+        """Skip the update if any gradient on any rank is not finite.
+
+        DeepSpeed checks for overflow only in fp16. Fused AdamW makes no update where `found_inf` is 1.
+        """
         parameters = [p for group in self._adamw.param_groups for p in group["params"]]
         bad = torch.zeros((), device=parameters[0].device)
         for parameter in parameters:
@@ -224,7 +258,11 @@ class ZeroEngine:
 
 
 def import_deepspeed(device: torch.device) -> None:
-    """Import DeepSpeed for this device, upon the process group that there is."""
+    """Import DeepSpeed for this device and use the existing process group.
+
+    Raises:
+        UserError: The device is the CPU and there is no C++ compiler.
+    """
     compiler = os.environ.get("CXX", "c++")
     if device.type == "cpu" and shutil.which(compiler) is None:
         raise UserError(
@@ -232,29 +270,36 @@ def import_deepspeed(device: torch.device) -> None:
             f"{compiler}; install a C++ compiler, or use parallel.strategy=fsdp"
         )
     os.environ.setdefault("DS_ACCELERATOR", device.type)
-    os.environ.setdefault("LOCAL_RANK", "0")  # of a run without a launcher
+    os.environ.setdefault("LOCAL_RANK", "0")  # not set in a run without a launcher
     import deepspeed
 
     deepspeed.logger.setLevel(logging.WARNING)
-    # DeepSpeed 0.19 calls torch.distributed by names that torch 2.13 is about to rename.
+    # DeepSpeed 0.19 uses names of torch.distributed that torch 2.13 deprecates.
     warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)
     deepspeed.init_distributed(dist_init_required=False)
 
 
 def parse_config(config: dict[str, Any], path: str | None) -> Any:
-    """DeepSpeed's own reading of the configuration. UserError with its complaint, if it has one."""
+    """Parse the configuration with DeepSpeed.
+
+    Raises:
+        UserError: DeepSpeed rejects the configuration. The message contains DeepSpeed's error.
+    """
     from deepspeed.runtime.config import DeepSpeedConfig
 
     try:
         return DeepSpeedConfig(config)
-    except Exception as error:  # pydantic's, asserts, ValueErrors: whatever one of a hundred options raises
+    except Exception as error:  # pydantic errors, assertions, ValueError: it depends on the option
         raise UserError(f"parallel.deepspeed_config={path}: DeepSpeed does not take it: {error}") from error
 
 
 def _build(
     cfg: TrainConfig, stored: OlmoeForCausalLM, config: dict[str, Any], device: torch.device
 ) -> OlmoeForCausalLM:
-    """The model with this rank's experts, zeros as weights; with ZeRO-3 partitioned as soon as it is made."""
+    """Build the model with this rank's experts and with zeros as weights.
+
+    With ZeRO-3 each part of the model is partitioned as soon as it is allocated.
+    """
     import deepspeed
 
     with torch.device("meta"):
@@ -281,7 +326,7 @@ def _build(
 
 
 def _keep_own_experts(model: OlmoeForCausalLM, size: int) -> None:
-    """Cut the experts (on meta) to this rank's, and exchange tokens with the ranks of the others."""
+    """Keep only this rank's experts (on the meta device), and exchange tokens with the other ranks."""
     from deepspeed.utils import groups
 
     groups._create_expert_and_data_parallel(size)
@@ -294,7 +339,7 @@ def _keep_own_experts(model: OlmoeForCausalLM, size: int) -> None:
 
 
 def _mark_experts(part: nn.Module, size: int) -> None:
-    """Tell DeepSpeed that these parameters have copies on every size-th rank only."""
+    """Mark the expert parameters for DeepSpeed: they have copies only on every size-th rank."""
     from deepspeed.utils import groups
 
     name = f"ep_size_{size}"
@@ -309,7 +354,10 @@ def _mark_experts(part: nn.Module, size: int) -> None:
 
 
 def _parameter_groups(model: OlmoeForCausalLM) -> list[dict[str, Any]]:
-    """AdamW's, one for each set of ranks that share parameters; DeepSpeed knows them by these names."""
+    """Return AdamW's parameter groups, one for each set of ranks that hold copies of the same parameters.
+
+    DeepSpeed identifies the groups by these names.
+    """
     dense = [p for p in model.parameters() if not hasattr(p, "group_name")]
     experts = [p for p in model.parameters() if hasattr(p, "group_name")]
     groups: list[dict[str, Any]] = [{"params": dense, "name": "dense"}]
@@ -321,11 +369,11 @@ def _parameter_groups(model: OlmoeForCausalLM) -> list[dict[str, Any]]:
 def _start(
     model: OlmoeForCausalLM, adamw: torch.optim.AdamW, config: dict[str, Any], cfg: TrainConfig
 ) -> Any:
-    """The engine around a model, whose `training_forward` then is the engine's."""
+    """Return DeepSpeed's engine for a model, and redirect the model's `training_forward` to the engine."""
     from deepspeed import DeepSpeedEngine
 
     class EngineWithExpertGroups(DeepSpeedEngine):
-        """Reads `allreduce` of parameters, as for DeepSpeed's own MoE layers, of which there are none."""
+        """Reads `allreduce` of parameters, although the model has none of DeepSpeed's own MoE layers."""
 
         def _configure_distributed_model(self, model: nn.Module) -> None:
             super()._configure_distributed_model(model)
@@ -334,7 +382,7 @@ def _start(
     # ZeRO-3 reads ds_zero_placement_family instead.
     experts = cfg.parallel.expert_parallel_size > 1 and cfg.parallel.zero_stage < 3
     forward = model.training_forward
-    # DeepSpeed looks for tensors in tuples, not in dataclasses, to know when backward begins.
+    # To detect the start of backward, DeepSpeed looks for tensors in tuples but not in dataclasses.
     model.forward = lambda *inputs, **named: _as_tuple(forward(*inputs, **named))  # type: ignore[method-assign]
     engine = (EngineWithExpertGroups if experts else DeepSpeedEngine)(
         args=None,
@@ -355,7 +403,7 @@ def _as_tuple(output: TrainingOutput) -> tuple[Any, ...]:
 
 
 def _gather(tensor: Tensor) -> Tensor:
-    """The whole of a sharded tensor, or with expert parallelism this rank's experts; collective."""
+    """Gather a sharded tensor. With expert parallelism, gather only this rank's experts. Collective."""
     assert isinstance(tensor, DTensor)
     names = tensor.device_mesh.mesh_dim_names
     assert names is not None
