@@ -1,7 +1,8 @@
-"""From prepared tokens to batches, the same global stream whatever the ranks, workers and micro-batches.
+"""Load batches from prepared tokens, as one global stream of samples.
 
-The stream's order is a function of the seed, the mixture and one integer, the index of the next sample, which
-is all the state that a checkpoint has to keep. What a sample is: sequences.py.
+The stream does not depend on the number of ranks, workers or micro-batches. Its order is a function of the
+seed, the mixture and one integer, the index of the next sample. This integer is the only state that a
+checkpoint must keep. The module sequences.py defines what a sample is.
 """
 
 import hashlib
@@ -29,22 +30,31 @@ Sample = dict[str, np.ndarray]
 
 
 class TrainingData:
-    """The training data of a run, opened once: its manifests, its samples, and what decides their order."""
+    """The training data of a run, opened once: manifests, samples, and what determines the sample order."""
 
     def __init__(self, cfg: DataConfig, seed: int) -> None:
-        """Reads the manifests. Raises UserError where one is missing or damaged, or where the sources were
-        made with different tokenizers."""
+        """Read the manifests.
+
+        Args:
+            cfg: The `data` section of the configuration.
+            seed: Seed of the sample order.
+
+        Raises:
+            UserError: A manifest is missing or damaged, or the sources have different tokenizers.
+        """
         self.cfg, self.seed = cfg, seed
         self.manifests = read_manifests(cfg)
 
     @cached_property
     def samples(self) -> "TrainSamples":
-        """Every sample by its global index; opening them reads the index of every shard, once."""
+        """Every sample by its global index. The first access reads the index of every shard."""
         return TrainSamples(self.cfg, self.seed)
 
     def fingerprint(self) -> dict[str, Any]:
-        """What decides the stream of samples, as flat JSON values: a run may continue from a sample index
-        only where this is equal."""
+        """Return what determines the stream of samples, as flat JSON values.
+
+        A run may continue from a sample index only if the fingerprint is unchanged.
+        """
         manifests = self.manifests
         common = {
             "order": ORDER,
@@ -71,17 +81,25 @@ def build_train_loader(
     world_size: int,
     micro_batch_size: int,
 ) -> DataLoader[dict[str, torch.Tensor]]:
-    """An endless loader of this rank's micro-batches, starting at global sample index `start_sample`.
+    """Build an endless loader of this rank's micro-batches, starting at sample index `start_sample`.
 
-    Step j (from 0) is samples start_sample + [j * global_batch_size, (j + 1) * global_batch_size) of the
-    global order. Rank r gets the r-th contiguous share of them, in micro-batches of `micro_batch_size`
-    sequences (B). After j steps the state to save is `start_sample + j * global_batch_size`.
+    Step j, counted from 0, consists of the samples start_sample + [j * global_batch_size,
+    (j + 1) * global_batch_size) of the global order. Rank r gets the r-th contiguous share of these samples.
+    After j steps the state to save is `start_sample + j * global_batch_size`.
 
-    Yields:
-        The columns of `collate`.
+    Args:
+        data: The training data of the run.
+        start_sample: Global index of the first sample.
+        global_batch_size: Sequences per step over all ranks. A multiple of world_size * micro_batch_size.
+        rank: This rank.
+        world_size: Number of ranks.
+        micro_batch_size: Sequences per micro-batch (B).
+
+    Returns:
+        A loader that yields the columns of `collate`.
 
     Raises:
-        UserError: data is missing or damaged, or a training split is shorter than one sequence.
+        UserError: Data is missing or damaged, or a training split is shorter than one sequence.
     """
     assert global_batch_size % (world_size * micro_batch_size) == 0, "preflight refuses this"
     batches = RankMicroBatches(start_sample, global_batch_size, rank, world_size, micro_batch_size)
@@ -91,12 +109,23 @@ def build_train_loader(
 def build_eval_batches(
     data: DataConfig, rank: int, world_size: int, micro_batch_size: int, max_sequences: int | None = None
 ) -> DataLoader[dict[str, torch.Tensor]]:
-    """This rank's batches of data.dir's validation split, in order; every rank gets as many batches.
+    """Build this rank's batches of the validation split of data.dir, in order.
 
-    Every validation token is in exactly one sequence; the last one is padded, and so is the last batch, with
-    whole sequences of padding. max_sequences: only the first so many sequences; None: all.
+    Every rank gets the same number of batches. Every validation token is in exactly one sequence. The last
+    sequence is padded. The last batch is filled up with sequences that contain only padding.
 
-    Yields the columns of `collate`, attention_mask among them.
+    Args:
+        data: The `data` section of the configuration.
+        rank: This rank.
+        world_size: Number of ranks.
+        micro_batch_size: Sequences per batch and rank (B).
+        max_sequences: Use only the first `max_sequences` sequences over all ranks. None uses all.
+
+    Returns:
+        A loader that yields the columns of `collate`, including attention_mask.
+
+    Raises:
+        UserError: Data is missing or damaged, or the validation split is empty.
     """
     dataset = EvalSequences(data)
     count = len(dataset) if max_sequences is None else min(max_sequences, len(dataset))
@@ -123,13 +152,15 @@ def _contents(manifest: Manifest) -> dict[str, Any]:
 
 
 class TrainSamples(Dataset[Sample]):
-    """Global sample index -> sample, over all sources of the mixture. UserError for a source shorter than one
-    sequence.
+    """Maps a global sample index to a sample, over all sources of the mixture.
+
+    Raises:
+        UserError: The training split of a source is shorter than one sequence.
     """
 
     def __init__(self, data: DataConfig, seed: int):
         self.sources = mixture_components(data)
-        read_manifests(data)  # complains of sources that do not fit together
+        read_manifests(data)  # raises UserError if the sources do not fit together
         self.sequences = [
             Sequences(open_split(source.directory, "train"), data, keep_tail=False) for source in self.sources
         ]
@@ -140,7 +171,7 @@ class TrainSamples(Dataset[Sample]):
                     f"data.sequence_length={data.sequence_length} is longer than {where} "
                     f"({len(sequences.split):,} tokens).\n  Shorten it, or prepare more data."
                 )
-        # Weights are shares of tokens; packed sequences of one source may be fuller than another's.
+        # Weights are shares of tokens, but sequences of one source may be packed fuller than another's.
         densities = [sequences.tokens_per_sequence for sequences in self.sequences]
         self.schedule = SourceSchedule(
             [s.weight / density for s, density in zip(self.sources, densities, strict=True)]
@@ -157,7 +188,7 @@ class TrainSamples(Dataset[Sample]):
 
     @property
     def epoch(self) -> int:
-        """Samples of one epoch: of the whole data, or of a mixture's token budgets together."""
+        """Number of samples per epoch: of the whole data, or of the sum of a mixture's token budgets."""
         if self.sources[0].budget is None:
             assert len(self.sources) == 1, "validate() refuses epochs of a mixture by weight"
             return len(self.sequences[0])
@@ -165,8 +196,11 @@ class TrainSamples(Dataset[Sample]):
         return math.ceil(sum((source.budget or 0) / s.tokens_per_sequence for source, s in pairs))
 
     def shares(self, samples: int) -> dict[str, dict[str, float]]:
-        """For each source, of the first `samples` samples: its share of the tokens, the share that was asked
-        for, and its epochs so far.
+        """Return statistics per source over the first `samples` samples.
+
+        Returns:
+            By source name: `share`, the source's fraction of the tokens; `requested_share`, the fraction in
+            the configuration; and `epochs`, the number of passes over the source's sequences.
         """
         drawn = self.schedule.samples_per_source(samples)
         tokens = [n * s.tokens_per_sequence for n, s in zip(drawn, self.sequences, strict=True)]
@@ -182,7 +216,10 @@ class TrainSamples(Dataset[Sample]):
 
 
 class EvalSequences(Dataset[Sample]):
-    """Sequence i of data.dir's validation split; the last may be padded, FILLER is all padding."""
+    """The sequences of the validation split of data.dir, by index.
+
+    The last sequence may be padded. The index FILLER gives a sequence that contains only padding.
+    """
 
     FILLER = -1
 
@@ -198,8 +235,9 @@ class EvalSequences(Dataset[Sample]):
 
 @dataclass(frozen=True)
 class RankMicroBatches:
-    """Global sample indices of each of one rank's micro-batches, without end; from the start at every
-    iteration.
+    """Yields the global sample indices of one rank's micro-batches, without end.
+
+    Every iteration starts again at `start_sample`.
     """
 
     start_sample: int
@@ -216,11 +254,17 @@ class RankMicroBatches:
 
 
 def collate(samples: list[Sample]) -> dict[str, torch.Tensor]:
-    """Samples as one batch: every column stacked, but for document_starts.
+    """Stack samples into one batch.
 
-    input_ids, labels, perhaps attention_mask: int64 [B, S]. repetitive: bool [B], with the repetition filter.
-    document_offsets: int32 [documents + 1], with mask_documents: where each document starts in the batch's
-    B * S tokens laid end to end, and their number (what attention kernels call cu_seqlens).
+    Args:
+        samples: B samples with the columns of `Sequences.sample`.
+
+    Returns:
+        input_ids, labels: int64 [B, S].
+        attention_mask: int64 [B, S], if the samples have this column.
+        repetitive: bool [B], with the repetition filter.
+        document_offsets: int32 [documents + 1], with mask_documents. The start of each document in the
+            concatenation of the batch's B * S tokens, followed by B * S (cu_seqlens of attention kernels).
     """
     batch = {
         name: torch.from_numpy(np.stack([sample[name] for sample in samples]))
@@ -243,7 +287,7 @@ def _loader(
         num_workers=num_workers,
         collate_fn=collate,
         pin_memory=torch.cuda.is_available(),
-        # Its own generator: a DataLoader draws a seed for its workers, by default from the global one, where
-        # a resumed run would then no longer draw the same dropout masks.
+        # A DataLoader draws a seed for its workers, by default from the global generator. That would change
+        # the dropout masks of a resumed run, so the loader gets a separate generator.
         generator=torch.Generator().manual_seed(seed),
     )

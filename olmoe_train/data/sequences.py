@@ -1,4 +1,4 @@
-"""One split of prepared data as sequences: where the tokens of each are, and the columns of a sample."""
+"""Cut one split of prepared data into sequences: the position of their tokens, and a sample's columns."""
 
 import numpy as np
 
@@ -11,13 +11,20 @@ from olmoe_train.model.cross_entropy import IGNORE_INDEX
 
 
 class Sequences:
-    """Sequence i, in the order of the data: consecutive tokens (packing=concat), or a pack of documents.
+    """The sequences of one split, in the order of the data.
 
-    keep_tail: with concat, tokens at the end that do not fill a sequence are one all the same, padded;
-    otherwise they are dropped, as in the released run.
+    With packing=concat a sequence is a run of consecutive tokens. With packing=best_fit a sequence is a pack
+    of documents.
     """
 
     def __init__(self, split: TokenSplit, data: DataConfig, keep_tail: bool):
+        """
+        Args:
+            split: The tokens of the split.
+            data: The `data` section of the configuration.
+            keep_tail: With concat, whether the last tokens, which do not fill a sequence, form a padded
+                sequence. If False they are dropped, as in the released run.
+        """
         self.split = split
         self.sequence_length = data.sequence_length
         self.mask_documents = data.mask_documents
@@ -27,7 +34,7 @@ class Sequences:
         self.padded = keep_tail or data.packing is Packing.best_fit
         rounded_up = len(split) + (data.sequence_length - 1 if keep_tail else 0)
         self._count = rounded_up // data.sequence_length if self.packs is None else len(self.packs)
-        # Any id serves: padding is masked out of attention, loss and router statistics.
+        # Any id is correct here, because attention, loss and router statistics mask out padding.
         manifest = split.manifest
         self.pad = manifest.eos_token_id if manifest.pad_token_id is None else manifest.pad_token_id
 
@@ -36,23 +43,29 @@ class Sequences:
 
     @property
     def tokens_per_sequence(self) -> float:
-        """Padding not counted: the mean with best_fit."""
+        """Tokens per sequence without padding. With best_fit this is the mean over all packs."""
         return self.sequence_length if self.packs is None else len(self.split) / len(self.packs)
 
     def pieces(self, index: int) -> list[tuple[int, int]]:
-        """The (start, stop) that sequence `index` is made of, in tokens of the split."""
+        """Return the (start, stop) token ranges of the split that form sequence `index`."""
         if self.packs is not None:
             return self.packs[index]
         start = index * self.sequence_length
         return [(start, min(start + self.sequence_length, len(self.split)))]
 
     def sample(self, index: int | None) -> dict[str, np.ndarray]:
-        """Columns of sequence `index`; None: nothing but padding.
+        """Return the columns of one sequence.
 
-        input_ids, labels: int64 [S]. A label is the token itself (the model shifts), or -100: where the loss
-        mask says so, at padding, and at the first token of a document that is by itself, which nothing
-        before it predicts. attention_mask: int64 [S], 0 at padding, where there may be any.
-        document_starts: int64 [documents] with mask_documents; padding is a document of its own.
+        Args:
+            index: Index of the sequence. None gives a sequence that contains only padding.
+
+        Returns:
+            input_ids: int64 [S].
+            labels: int64 [S]. A label is the token at the same position, because the model shifts the labels.
+                It is -100 where the loss mask excludes the token, at padding, and at the first token of an
+                isolated document, because no token before it predicts it.
+            attention_mask: int64 [S], 0 at padding. Only if sequences may be padded.
+            document_starts: int64 [documents], with mask_documents. Padding counts as a separate document.
         """
         pieces = [] if index is None else self.pieces(index)
         ids = np.concatenate([np.empty(0, np.int64), *(self.split.read(*piece) for piece in pieces)])
@@ -75,8 +88,9 @@ class Sequences:
         return sample
 
     def _document_starts(self, pieces: list[tuple[int, int]]) -> np.ndarray:
-        """Places in the sequence, 0 left out, where a document (or what is left of one) starts; with concat
-        only if that makes a difference.
+        """Return the positions in the sequence, except 0, at which a document or the rest of one starts.
+
+        With concat the result is empty unless documents are isolated (mask_documents).
         """
         if self.packs is not None:
             return np.cumsum([stop - start for start, stop in pieces], dtype=np.int64)[:-1]
@@ -87,7 +101,14 @@ class Sequences:
 
 
 def mask_repetition(sample: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """The sample without targets if its tokens repeat themselves; column `repetitive` (bool) says so."""
+    """Remove all targets from a sample whose tokens are repetitive.
+
+    Args:
+        sample: The columns of `Sequences.sample`.
+
+    Returns:
+        The sample with the added column `repetitive` (bool scalar). If it is True, all labels are -100.
+    """
     mask = sample.get("attention_mask")
     ids = sample["input_ids"] if mask is None else sample["input_ids"][: mask.sum()]
     repetitive = is_repetitive(ids)

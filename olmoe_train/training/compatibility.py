@@ -142,7 +142,8 @@ def changes(saved: dict[str, Any], now: dict[str, Any]) -> list[Change]:
 def changes_the_result(key: str, cfg: TrainConfig) -> bool:
     """Return whether a change of this key affects the weights.
 
-    The micro-batch size affects the weights only if the load-balancing loss is computed per micro-batch.
+    The micro-batch size affects the weights only if the load-balancing loss has a weight and is computed per
+    micro-batch. The keys of the schedule count as no change, because the schedule itself is compared.
     """
     if key == "trainer.micro_batch_size" and _scope(cfg) is BalanceScope.micro_batch:
         return cfg.loss.router_aux_loss_coef != 0

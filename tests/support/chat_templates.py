@@ -1,4 +1,4 @@
-"""Chat templates as models ship them, and a tokenizer with the special tokens that they name."""
+"""Chat templates of released models, and a tokenizer with the special tokens that the templates use."""
 
 import json
 from pathlib import Path
@@ -31,7 +31,7 @@ LLAMA_3 = (
     "{% if loop.index0 == 0 %}{% set content = bos_token + content %}{% endif %}{{ content }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}"
 )
-# Newlines between blocks: whether they are kept is trim_blocks' and lstrip_blocks' to say.
+# This template has newlines between blocks. The options trim_blocks and lstrip_blocks remove them or not.
 ZEPHYR = (
     "{% for message in messages %}\n{% if message['role'] == 'user' %}\n"
     "{{ '<|user|>\n' + message['content'] + eos_token }}\n{% elif message['role'] == 'system' %}\n"
@@ -39,7 +39,7 @@ ZEPHYR = (
     "{{ '<|assistant|>\n'  + message['content'] + eos_token }}\n{% endif %}\n"
     "{% if loop.last and add_generation_prompt %}\n{{ '<|assistant|>' }}\n{% endif %}\n{% endfor %}"
 )
-# Tulu 3 and OLMo 2 Instruct; OLMoE-Instruct and OLMo 2 begin with bos_token.
+# Tulu 3 and OLMo 2 Instruct. The templates of OLMoE-Instruct and OLMo 2 begin with bos_token.
 TULU_3 = (
     "{{ bos_token }}{% for message in messages %}{% if message['role'] == 'system' %}"
     "{{ '<|system|>\n' + message['content'] + '\n' }}{% elif message['role'] == 'user' %}"
@@ -56,7 +56,8 @@ MISTRAL = (
     "{% elif message['role'] == 'assistant' %}{{ message['content'] + eos_token + ' ' }}"
     "{% else %}{{ raise_exception('Only user and assistant roles are supported!') }}{% endif %}{% endfor %}"
 )
-# What newer ones use: generation marks, white space control, namespaces, macros, break, tojson, today's date.
+# Features of newer templates: generation marks, white space control, namespaces, macros, break, tojson, and
+# the current date.
 MODERN = """
 {%- set ns = namespace(system="Today is " ~ strftime_now("%d %B %Y") ~ ".") -%}
 {%- macro head(role) -%}<|im_start|>{{ role }}{{ "\\n" }}{%- endmacro -%}
@@ -117,7 +118,10 @@ def write_tokenizer(
     pre_tokenizer: pre_tokenizers.PreTokenizer = GPT_2,
     in_config: bool = False,
 ) -> Path:
-    """An HF tokenizer directory: byte-level BPE, its template in a file or in tokenizer_config.json."""
+    """Write a Hugging Face tokenizer directory with a byte-level BPE tokenizer, and return the directory.
+
+    in_config: write the chat template to tokenizer_config.json instead of to chat_template.jinja.
+    """
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizer
     tokenizer.decoder = decoders.ByteLevel()

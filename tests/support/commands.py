@@ -1,4 +1,4 @@
-"""The commands as a person types them: each in a process of its own, from another directory."""
+"""Run the commands as a user does: each in a separate process, from a directory outside the repository."""
 
 import os
 import subprocess
@@ -7,7 +7,7 @@ from pathlib import Path
 
 REPO = Path(__file__).parents[2]
 
-# A model and a run of seconds; everything else is the quickstart's.
+# A model and a run that take seconds. Every other value is that of the quickstart.
 TINY = [
     "model.hidden_size=32",
     "model.intermediate_size=16",
@@ -27,7 +27,7 @@ TINY = [
 
 
 def run(*command: str | Path, cwd: Path, **environment: str) -> subprocess.CompletedProcess[str]:
-    """Run to the end, with this interpreter's scripts first on PATH and one thread a process."""
+    """Run a command to its end, with this interpreter's scripts first on PATH and one thread per process."""
     return subprocess.run(
         [str(part) for part in command],
         cwd=cwd,
@@ -43,7 +43,7 @@ def olmoe(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
 
 
 def train_command(*overrides: str, ranks: int = 2) -> list[str]:
-    """Training of the tiny model under torchrun, with the workers' own exit code."""
+    """Return the command that trains the tiny model under torchrun and exits with the workers' exit code."""
     launcher = [
         sys.executable,
         str(REPO / "launch" / "torchrun.py"),
@@ -55,8 +55,10 @@ def train_command(*overrides: str, ranks: int = 2) -> list[str]:
 
 
 def command_environment() -> dict[str, str]:
-    """The caller's, less what would make a command behave otherwise than on a fresh machine; of this
-    checkout, whichever one is installed."""
+    """Return the caller's environment without the variables that change what a command does.
+
+    PYTHONPATH selects this checkout, even if another one is installed.
+    """
     inherited = {k: v for k, v in os.environ.items() if not k.startswith(("WANDB_", "OLMOE_"))}
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     return inherited | {"OMP_NUM_THREADS": "1", "PATH": path, "PYTHONPATH": str(REPO)}

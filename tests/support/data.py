@@ -1,4 +1,4 @@
-"""Small prepared directories: written from lists of tokens by the real writer, and read back."""
+"""Write small prepared directories from lists of tokens with the real writer, and read them back."""
 
 import hashlib
 from collections.abc import Iterator, Sequence
@@ -28,7 +28,10 @@ def write_prepared(
     shard_tokens: int = UNLIMITED,
     pad_token_id: int | None = PAD,
 ) -> Path:
-    """`train` and `validation` are documents as token ids, without their ends. Returns the directory."""
+    """Write a prepared directory and return it.
+
+    train, validation: documents as token ids, without the eos token, which is appended to each document.
+    """
     (directory / TOKENIZER).mkdir(parents=True)
     (directory / TOKENIZER / "tokenizer.json").write_bytes(b"{}")
     splits: dict[str, Split] = {}
@@ -58,7 +61,7 @@ def write_prepared(
 
 
 def add_loss_mask(directory: Path, name: str, mask: Sequence[int]) -> None:
-    """Give a split of one shard a loss mask, a number a token."""
+    """Add a loss mask to a split that has one shard. The mask has one number per token."""
     path = f"{name}/shard-00000.mask.u8"
     (directory / path).write_bytes(bytes(mask))
     manifest = read_manifest(directory)
@@ -72,7 +75,10 @@ def add_loss_mask(directory: Path, name: str, mask: Sequence[int]) -> None:
 def prepare_config(
     directory: Path, *, seed: int = 0, tokenizer: Path | None = None, **source: Any
 ) -> PrepareConfig:
-    """One process, a fifth for validation and a tokenizer of 400 tokens, unless said otherwise."""
+    """Return a configuration with one process, a validation fraction of 0.2 and a tokenizer of 400 tokens.
+
+    source: fields of `data.source`, which override these defaults.
+    """
     source = {"validation_fraction": 0.2, "processes": 1, **source}
     return PrepareConfig(
         seed=seed,
@@ -82,7 +88,7 @@ def prepare_config(
 
 
 def read_documents(directory: Path, name: str) -> Iterator[list[int]]:
-    """The documents of a split as the document index tells them apart, each with its eos."""
+    """Yield the documents of a split, separated by the document index. Each document includes its eos."""
     split: Split = getattr(read_manifest(directory), name)
     for shard in split.shards:
         tokens = np.fromfile(directory / shard.path, "<u2")
@@ -91,13 +97,13 @@ def read_documents(directory: Path, name: str) -> Iterator[list[int]]:
 
 
 def read_texts(directory: Path, name: str) -> list[str]:
-    """The documents of a split, decoded."""
+    """Return the decoded documents of a split, without their eos."""
     tokenizer = Tokenizer.from_file(str(directory / TOKENIZER / "tokenizer.json"))
     found = read_documents(directory, name)
     return [tokenizer.decode(document[:-1], skip_special_tokens=False) for document in found]
 
 
 def contents(directory: Path) -> dict[str, bytes]:
-    """Every file under a directory: relative path -> bytes."""
+    """Return the bytes of every file under a directory, by relative path."""
     files = (path for path in directory.rglob("*") if path.is_file())
     return {path.relative_to(directory).as_posix(): path.read_bytes() for path in files}

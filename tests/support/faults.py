@@ -1,4 +1,4 @@
-"""Tiny real runs of `train` on spawned ranks, with a fault planted in some of them."""
+"""Tiny real runs of `train` on several ranks, with faults injected on some of the ranks."""
 
 import json
 from collections.abc import Callable
@@ -38,14 +38,17 @@ Fault = Callable[[], Callback | None]
 
 
 def write_data(directory: Path, first: int = 2) -> Path:
-    """Prepared tokens that a model can learn something of; first: the first one of all."""
+    """Write prepared tokens with a pattern that a model can learn. first: the first token of the data."""
     documents = [[2 + (start * 7 + i * i) % 60 for i in range(200)] for start in range(40)]
     documents[0][0] = first
     return write_prepared(directory, documents, documents[:2], vocab_size=64)
 
 
 def config(data: Path, run_dir: Path, /, **changes: Any) -> TrainConfig:
-    """A run of six steps, saved after each. changes: by section, its fields; or a field of the whole."""
+    """Return the configuration of a run of six steps that saves after every step.
+
+    changes: by section name, a dict of the section's fields; or by field name, a value of `TrainConfig`.
+    """
     sections = {
         "model": ModelConfig(
             vocab_size=64,
@@ -83,17 +86,17 @@ def config(data: Path, run_dir: Path, /, **changes: Any) -> TrainConfig:
 
 
 def run(cfg: TrainConfig, *faults: Fault) -> int:
-    """On a rank: plant the faults, train with the callbacks that they return; the exit code."""
+    """On one rank: inject the faults, train with the callbacks that they return, and return the exit code."""
     callbacks = tuple(callback for callback in [fault() for fault in faults] if callback is not None)
     state = train_module.train(cfg, callbacks=callbacks)
     return STOPPED_BY_SIGNAL if state.stopped_by_signal else OK
 
 
-# --- faults: partials of these are planted in every rank ----------------------------------------------------
+# --- faults: partials of these functions run on every rank --------------------------------------------------
 
 
 class BeforeStep(Callback):
-    """Calls `act` with the number of the step that comes next, before every step."""
+    """Calls `act` before every step, with the number of that step."""
 
     def __init__(self, act: Callable[[int], None]) -> None:
         self.act = act
@@ -106,7 +109,7 @@ class BeforeStep(Callback):
 
 
 def at_step(rank: int, step: int, act: Callable[[], None]) -> Callback:
-    """Call `act` on `rank` before `step`."""
+    """Return a callback that calls `act` on `rank` before `step`."""
 
     def acting(number: int) -> None:
         if number == step and dist.get_rank() == rank:
@@ -116,7 +119,7 @@ def at_step(rank: int, step: int, act: Callable[[], None]) -> Callback:
 
 
 def change_engine(change: Callable[[Engine], None]) -> None:
-    """Call `change` with the engine that `train` builds."""
+    """Make `train` call `change` with the engine that it builds."""
     original = train_module.build_engine
 
     def building(*arguments: Any) -> Engine:
@@ -128,7 +131,10 @@ def change_engine(change: Callable[[Engine], None]) -> None:
 
 
 def spoil_activations(rank: int, steps: range, factor: float, gradients: bool = False) -> Callback:
-    """Multiply what the final norm gives by `factor` in these steps, on one rank; or its gradient alone."""
+    """Multiply the output of the final norm by `factor` in these steps on one rank.
+
+    gradients: multiply only the gradient of the output instead.
+    """
     now = [0]
 
     def spoil(_module: nn.Module, _inputs: object, output: Tensor) -> Tensor | None:
@@ -146,7 +152,7 @@ def spoil_activations(rank: int, steps: range, factor: float, gradients: bool = 
     return BeforeStep(note)
 
 
-# --- what a run leaves behind -------------------------------------------------------------------------------
+# --- files that a run writes --------------------------------------------------------------------------------
 
 
 def status(run_dir: Path) -> dict[str, Any]:
@@ -163,7 +169,7 @@ def saved_steps(run_dir: Path) -> list[int]:
 
 
 def saved_tensors(run_dir: Path, step: int) -> dict[str, Tensor]:
-    """Every shard of parameters and moments in the checkpoint of `step`, and AdamW's step counts."""
+    """Return every shard of parameters and moments in the checkpoint of `step`, and AdamW's step counts."""
     directory = checkpoint_path(run_dir, step)
     steps = json.loads((directory / "state.json").read_text())["adam_steps"]
     tensors = {f"step/{name}": torch.tensor(count) for name, count in steps.items()}
@@ -174,13 +180,16 @@ def saved_tensors(run_dir: Path, step: int) -> dict[str, Tensor]:
 
 
 def same(left: dict[str, Tensor], right: dict[str, Tensor]) -> bool:
-    """Bit for bit."""
+    """Return whether both have the same names and bit-identical values."""
     return left.keys() == right.keys() and all(torch.equal(left[name], right[name]) for name in left)
 
 
 def assert_same_end(run_dir: Path, twin: Path) -> None:
-    """Both runs ended at the same step with the same tensors, and logged the same on the way: losses, norms,
-    and the router's health with what it remembers."""
+    """Assert that both runs ended at the same step with the same tensors and logged the same values.
+
+    The logged values include losses, norms, and the router's health statistics with their running state. Only
+    perf/ values may differ.
+    """
     last = saved_steps(twin)[-1]
     assert saved_steps(run_dir)[-1] == last
     assert same(saved_tensors(run_dir, last), saved_tensors(twin, last))

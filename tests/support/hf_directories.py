@@ -1,4 +1,4 @@
-"""A tiny model, and what tests of HF directories do to its files."""
+"""A tiny model, and functions with which tests of Hugging Face directories read and edit its files."""
 
 import json
 from collections.abc import Callable

@@ -1,7 +1,7 @@
-"""The MoE block as its definition reads, one token and one expert at a time: the oracle of the tests of
-moe.py.
+"""The MoE block as its definition states it, computed per token and per expert.
 
-Nothing is sorted, fused or batched, so there is little in it that could be wrong. Never on a training path.
+The tests of the MoE block compare with this module. Nothing here is sorted, fused or batched, so little can
+be wrong. Training never uses this module.
 
 Shapes: T tokens, D hidden, F expert width, E experts, K top-k.
 """
@@ -22,10 +22,13 @@ def moe_block(
     norm_topk_prob: bool = False,
     hidden_act: str = "silu",
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Output [T, D], router logits [T, E] and chosen experts [T, K] int64, most probable first.
+    """Compute the MoE block per token and per expert. Source: arXiv 2409.02060, section 2, equations 1 and 2.
 
-    Any one float dtype; differentiable in every input by plain autograd. Source: arXiv 2409.02060, section 2,
-    equations 1 and 2.
+    All float inputs have the same dtype, which may be any float dtype. Plain autograd differentiates the
+    result with respect to every input.
+
+    Returns:
+        Output [T, D], router logits [T, E] and the selected experts [T, K] int64, most probable first.
     """
     activation = ACTIVATIONS[hidden_act]
     outputs, logits, choices = [], [], []

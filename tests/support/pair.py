@@ -1,4 +1,4 @@
-"""The same small random model twice: this package's and Transformers', the oracle."""
+"""One small random model in two implementations: this package and Transformers, the reference."""
 
 import random
 from typing import Any
@@ -9,7 +9,7 @@ from torch import Tensor
 
 from olmoe_train.model import OlmoeConfig, OlmoeForCausalLM
 
-# Heads of 8, so 4 frequency pairs.
+# The head dimension is 8, so RoPE has 4 frequency pairs.
 TINY: dict[str, Any] = {
     "vocab_size": 80,
     "hidden_size": 32,
@@ -44,7 +44,7 @@ ROPES: list[dict[str, Any]] = [
 
 
 def random_config(seed: int) -> dict[str, Any]:
-    """Some combination of everything that changes the computation."""
+    """Return a random combination of the options that change the computation."""
     draw = random.Random(seed)
     heads, head_dim = draw.choice([(4, 8), (2, 8), (8, 8)])
     experts = draw.choice([4, 7, 12])
@@ -58,7 +58,7 @@ def random_config(seed: int) -> dict[str, Any]:
         "num_hidden_layers": draw.choice([1, 2, 3]),
         "num_experts": experts,
         "num_experts_per_tok": top_k,
-        # Not with one expert: its weight is p / p, whose gradient to the router is rounding and nothing else.
+        # Not with top-1: the weight is p / p, and its gradient to the router is only rounding error.
         "norm_topk_prob": top_k > 1 and draw.random() < 0.5,
         "clip_qkv": draw.choice([None, 0.5, 2.0]),
         "attention_bias": draw.random() < 0.5,
@@ -73,7 +73,10 @@ def random_config(seed: int) -> dict[str, Any]:
 def make_pair(
     config: dict[str, Any], seed: int = 0, attention: str = "sdpa"
 ) -> tuple[OlmoeForCausalLM, transformers.OlmoeForCausalLM]:
-    """Both models in eval mode with the same weights, large enough that every detail shows in the logits."""
+    """Return both models in eval mode with the same weights.
+
+    The weights are large enough for every detail of the computation to affect the logits.
+    """
     ours = OlmoeForCausalLM(OlmoeConfig(**config))
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
@@ -91,8 +94,11 @@ def make_pair(
 
 
 def make_batch(seed: int, padding: str, batch: int = 3, length: int = 11) -> dict[str, Tensor]:
-    """input_ids, labels with some -100, and an attention_mask with rows of several lengths where there is
-    padding."""
+    """Return input_ids and labels, int64 [batch, length], where some labels are -100.
+
+    padding: "none", "left" or "right". With padding there is also an attention_mask, int64 [batch, length],
+    and the rows have different lengths.
+    """
     generator = torch.Generator().manual_seed(1000 + seed)
     input_ids = torch.randint(3, TINY["vocab_size"], (batch, length), generator=generator)
     labels = input_ids.masked_fill(torch.rand(input_ids.shape, generator=generator) < 0.2, -100)

@@ -1,4 +1,4 @@
-"""Run a function on several gloo ranks, each a process of its own: the one harness of distributed tests."""
+"""Run a function on several gloo ranks, one process per rank. All distributed tests use this harness."""
 
 import faulthandler
 import multiprocessing
@@ -17,27 +17,33 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-# Imported once for all ranks of all tests, by the server that forks them (before it has any thread): with
-# "spawn" every rank would spend about five seconds on importing torch. Optimizers import torch._dynamo.
+# The fork server imports these modules once for all ranks of all tests, before the server has any thread.
+# With "spawn" every rank would spend about five seconds on importing torch. Optimizers import torch._dynamo.
 PRELOAD = ["torch", "torch._dynamo", "torch.distributed.tensor", "olmoe_train.train"]
-# Seconds that the other ranks have, after the first failure, to tell theirs: a killed rank says nothing, and
-# its neighbours may first say that they lost it.
+# Seconds to wait, after the first failure, for the failures of the other ranks. A killed rank reports
+# nothing, and the first report may come from a rank that lost its connection to the killed rank.
 GRACE = 1.0
 
 
-# Set by tests/conftest.py before each test: only tests with the marker `ranks` may start ranks.
+# tests/conftest.py sets this before each test: only tests with the marker `ranks` may start ranks.
 allowed = True
 
 
 class RankError(AssertionError):
-    """A rank raised, died or hung; the message holds what every rank had to say."""
+    """A rank raised, died or hung. The message contains the report of every rank."""
 
 
 def run_ranks(world_size: int, fn: Callable[..., Any], *args: Any, timeout: float = 120.0) -> list[Any]:
-    """Call fn(*args) on `world_size` ranks that share a gloo process group; their results, in rank order.
+    """Call fn(*args) on `world_size` ranks that share a gloo process group.
 
-    `fn`, its arguments and its result are pickled, so `fn` lives at the top of a module. The first rank to
-    fail ends the others; past `timeout` seconds every rank tells its stack and dies. Raises RankError.
+    `fn`, its arguments and its result are pickled, so `fn` must be defined at the top level of a module. When
+    one rank fails, the others are killed. After `timeout` seconds every rank dumps its stack and exits.
+
+    Returns:
+        The results in rank order.
+
+    Raises:
+        RankError: A rank raised, died or hung.
     """
     assert allowed, "a test that starts ranks needs @pytest.mark.ranks"
     context = multiprocessing.get_context("forkserver")
@@ -79,7 +85,7 @@ def _rank_main(
         result = fn(*args)
         dist.barrier()
         dist.destroy_process_group()
-        # Pickled here: the pipe's own pickler sends tensors as shared memory, which dies with this process.
+        # Pickle here: the pipe's own pickler puts tensors in shared memory, which dies with this process.
         message = pickle.dumps((True, result))
     except BaseException:
         message = pickle.dumps((False, traceback.format_exc()))
@@ -100,11 +106,11 @@ def _collect(
             assert isinstance(reader, Connection)  # wait() also takes sockets
             rank = rank_of[reader]
             try:
-                succeeded, value = pickle.loads(reader.recv_bytes())  # noqa: S301  what this test's ranks sent
+                succeeded, value = pickle.loads(reader.recv_bytes())  # noqa: S301  sent by our own ranks
                 (results if succeeded else errors)[rank] = value
             except EOFError:
                 ranks[rank].join()
-                file = scratch / f"stack-{rank}"  # has something in it where the rank ran out of time
+                file = scratch / f"stack-{rank}"  # not empty if the rank timed out
                 stack = file.read_text() if file.exists() else ""
                 errors[rank] = f"died without a word, exit code {ranks[rank].exitcode}\n{stack}"
         if errors:

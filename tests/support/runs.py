@@ -1,4 +1,4 @@
-"""Whole runs of a tiny model through the real train(), in any layout."""
+"""Complete runs of a tiny model with the real train(), in any layout."""
 
 import os
 from dataclasses import dataclass, replace
@@ -29,7 +29,7 @@ TINY: dict[str, Any] = {
     "model.max_position_embeddings": LENGTH,
     "model.eos_token_id": 0,
     "data.sequence_length": LENGTH,
-    # Wide enough that experts have a share in the gradient norm.
+    # Large enough that the experts contribute to the gradient norm.
     "model.initializer_range": 0.15,
     "trainer.max_steps": STEPS,
     "trainer.global_batch_size": SEQUENCES,
@@ -37,7 +37,7 @@ TINY: dict[str, Any] = {
     "trainer.device": "cpu",
     "trainer.log_every": 1,
     "optimizer.lr": 1e-3,
-    # Far below the norms that occur: every step is clipped, and a wrong norm is a wrong step.
+    # Far below the norms that occur. So every step is clipped, and a wrong norm makes a wrong step.
     "optimizer.max_grad_norm": 0.1,
     "scheduler": "constant",
     "checkpoint.every": 0,
@@ -53,7 +53,7 @@ DOCUMENTS: dict[str, Any] = {
     "mask_documents": True,
     "repetition_filter": True,
 }
-# ZeRO-3 keeps parameters of up to 100,000 elements whole, by default: all that there are here.
+# By default ZeRO-3 does not partition parameters of up to 100,000 elements. Here that is every parameter.
 PARTITION_ALL = Path(__file__).with_name("partition_all.json")
 
 
@@ -70,9 +70,9 @@ class Layout:
     zero_stage: int = 2
     offload: str = "none"
     documents: bool = False
-    """Two sources of short documents, packed, each by itself."""
+    """Two sources of short documents, packed, with isolated documents (see DOCUMENTS)."""
     kept: bool = False
-    """parallel.reshard_after_forward=false."""
+    """Use parallel.reshard_after_forward=false."""
     prefetch: int = 1
 
     def config(self, tiny: TrainConfig, run_dir: Path) -> TrainConfig:
@@ -104,13 +104,19 @@ def compose(overrides: dict[str, Any]) -> TrainConfig:
 
 
 def real_tokens() -> list[list[int]]:
-    """The standard library's source, a file a document, a byte a token; 0 and 1 stay eos and padding."""
+    """Return source files of the standard library, one document per file and one token per byte.
+
+    The ids 0 and 1 remain eos and padding.
+    """
     files = sorted(Path(os.__file__).parent.glob("a*.py"))
     return [[2 + byte for byte in path.read_bytes()[:4000]] for path in files]
 
 
 def write_lines(directory: Path, pattern: str) -> None:
-    """Prepared data of the standard library's files, a line a document, the longest beyond a sequence."""
+    """Write prepared data from files of the standard library, one document per line.
+
+    The longest documents are longer than a sequence.
+    """
     files = sorted(Path(os.__file__).parent.glob(pattern))
     lines = [line for path in files for line in path.read_bytes()[:9000].splitlines() if line.strip()]
     documents = [[2 + byte for byte in line[: LENGTH + 8]] for line in lines]

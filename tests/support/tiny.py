@@ -1,4 +1,4 @@
-"""A tiny OLMoE on whatever ranks there are, and a training step that needs nothing but the model."""
+"""A tiny OLMoE on all ranks of the process group, and a training step that needs only the model."""
 
 import torch
 import torch.distributed as dist
@@ -34,7 +34,7 @@ def build(
     seed: int = 3,
     **sizes: int | bool | float,
 ) -> tuple[OlmoeForCausalLM, torch.optim.AdamW]:
-    """The parallelized, initialised model and its optimizer."""
+    """Return the parallelized, initialized model and its optimizer."""
     trainer = TrainerConfig(
         precision=Precision(precision),
         activation_checkpointing=ActivationCheckpointing(checkpointing),
@@ -50,14 +50,16 @@ def build(
 
 
 def global_batch(step: int) -> Tensor:
-    """input_ids [SEQUENCES, LENGTH], the same for every layout."""
+    """Return input_ids, int64 [SEQUENCES, LENGTH]. They are the same for every layout."""
     generator = torch.Generator().manual_seed(step)
     return torch.randint(2, VOCABULARY, (SEQUENCES, LENGTH), generator=generator)
 
 
 def backward(model: OlmoeForCausalLM, ids_BS: Tensor, document_offsets: Tensor | None = None) -> float:
-    """Gradients of the mean cross-entropy and a router loss of the global batch, of which ids_BS is this
-    rank's part; the loss, summed over ranks."""
+    """Compute gradients of the mean cross-entropy plus a router loss, both over the global batch.
+
+    ids_BS: this rank's share of the global batch, int64 [B, S]. Returns the loss, summed over ranks.
+    """
     output = model.training_forward(ids_BS, ids_BS, document_offsets=document_offsets)
     z = sum(logits.logsumexp(-1).square().sum() for logits in output.router_logits)
     loss = output.ce_sum / (SEQUENCES * (LENGTH - 1)) + 0.01 * z / (SEQUENCES * LENGTH)
@@ -68,7 +70,7 @@ def backward(model: OlmoeForCausalLM, ids_BS: Tensor, document_offsets: Tensor |
 
 
 def train_step(model: OlmoeForCausalLM, optimizer: torch.optim.AdamW, step: int) -> float:
-    """One optimizer step on this rank's share of the global batch; the loss."""
+    """Make one optimizer step on this rank's share of the global batch, and return the loss."""
     loss = backward(model, global_batch(step).chunk(dist.get_world_size())[dist.get_rank()])
     optimizer.step()
     optimizer.zero_grad()
@@ -80,7 +82,7 @@ def whole(tensor: Tensor) -> Tensor:
 
 
 def whole_state(model: OlmoeForCausalLM, optimizer: torch.optim.AdamW) -> dict[str, Tensor]:
-    """Every parameter and AdamW tensor, whole, by name."""
+    """Return every parameter and AdamW tensor, gathered, by name."""
     tensors = {}
     for name, parameter in model.named_parameters():
         tensors[name] = whole(parameter)

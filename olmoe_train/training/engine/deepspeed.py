@@ -1,14 +1,14 @@
 """DeepSpeed ZeRO-0 to ZeRO-3 with the same model, losses, batches and checkpoints as FSDP2.
 
-The project's dispatch (expert_parallel.py) distributes the experts over the ranks. DeepSpeed receives only the
-groups of ranks that hold the same experts. DeepSpeed's AutoEP is not used, because it would replace the MoE
-block by another MoE layer with its own router.
+The project's dispatch (expert_parallel.py) distributes the experts over the ranks. DeepSpeed receives only
+the groups of ranks that hold the same experts. DeepSpeed's AutoEP is not used, because it would replace the
+MoE block by another MoE layer with its own router.
 
 Before the first step and in every checkpoint, the state is sharded as FSDP2 shards it. `build_model` makes a
 model that is sharded over the ranks in CPU memory, and the engine starts from this model. For a checkpoint,
-the engine fills such a sharded model, one parameter at a time. Therefore the checkpoint format is the same for
-every strategy, nothing is pickled, no rank ever holds the full model, and a run can continue under any other
-layout.
+the engine fills such a sharded model, one parameter at a time. Therefore the checkpoint format is the same
+for every strategy, nothing is pickled, no rank ever holds the full model, and a run can continue under any
+other layout.
 """
 
 import io
@@ -50,7 +50,7 @@ from olmoe_train.utils.errors import UserError
 class ZeroEngine:
     """An engine that trains with DeepSpeed. See base.Engine.
 
-    model: The model. Call `training_forward`, as with every engine. ZeRO-3 gathers the parameters in this call.
+    model: The model. Call its `training_forward`, as with every engine. ZeRO-3 gathers the parameters there.
     """
 
     def __init__(self, cfg: TrainConfig, initial: OlmoeForCausalLM, device: torch.device) -> None:
@@ -62,7 +62,7 @@ class ZeroEngine:
             device: The device to train on.
 
         Raises:
-            UserError: The model has buffers, the C++ compiler is missing, or DeepSpeed rejects the configuration.
+            UserError: The model has buffers, a C++ compiler is missing, or DeepSpeed rejects the options.
         """
         self.cfg, self.stage, self.device = cfg, cfg.parallel.zero_stage, device
         if buffers := persistent_buffers(initial):
@@ -102,15 +102,13 @@ class ZeroEngine:
         scale_learning_rates(self.optimizer, multiplier)
 
     def backward(self, loss: Tensor, last: bool) -> None:
-        # DeepSpeed averages gradients over ranks, but the losses are shares of a global mean, so the gradients
-        # must be summed.
+        # DeepSpeed averages gradients over ranks. The loss is a share of a global mean: sum them instead.
         self._engine.backward(loss * dist.get_world_size(), scale_wrt_gas=False)
 
     def step(self, judge: Judge) -> StepOutcome:
-        """Reduce, clip and update in one DeepSpeed call, then call the judge.
+        """Reduce, clip and update in one DeepSpeed call. Then call the judge, too late to prevent the update.
 
-        The judge cannot prevent the update. The hook `_skip_not_finite` has already skipped an update with
-        gradients that are not finite, and preflight rejects the option to skip spikes.
+        The hook `_skip_not_finite` skips gradients that are not finite. Preflight rejects spike skipping.
         """
         self._engine.step()
         norm = self._norm if self.stage == 0 else torch.as_tensor(self._engine.get_global_grad_norm())
@@ -161,11 +159,8 @@ class ZeroEngine:
         return stored, adamw
 
     def _make_moments(self) -> None:
-        """Create the moments before the first step.
-
-        DeepSpeed 0.19 (ZeRO-1 and ZeRO-2) links parameters to optimizer state after the first group's first
-        step. At that time the other groups have no optimizer state yet.
-        """
+        """Create the moments before the first step. DeepSpeed 0.19 (ZeRO-1 and 2) links parameters to
+        optimizer state after the first group's first step, when the other groups have none yet."""
         for flat in self._partitions():
             step = torch.tensor(0.0, dtype=torch.float32, device=flat.device)
             self._adamw.state[flat] = {"step": step, **{key: torch.zeros_like(flat) for key in MOMENTS}}
@@ -173,7 +168,7 @@ class ZeroEngine:
             self.optimizer._lazy_init_hp_params_optimizer_state()
 
     def _partitions(self) -> Sequence[Tensor]:
-        """Return the fp32 tensors that AdamW updates on this rank: flat partitions, or with ZeRO-0 parameters."""
+        """Return the fp32 tensors that AdamW updates on this rank. With ZeRO-1 to 3 the tensors are flat."""
         if self.stage == 0:
             return self._parameters
         if self.stage == 3:
@@ -182,13 +177,9 @@ class ZeroEngine:
         return one_by_one if one_by_one is not None else self.optimizer.fp32_groups_flat_partition
 
     def _read(self, parameter: Any, moment: str | None) -> Tensor:
-        """Return a full parameter in fp32, or one of its moments. Collective.
+        """Return a full parameter in fp32 (moment=None), or one of its moments. Collective.
 
         With expert parallelism, an expert tensor contains only this rank's experts.
-
-        Args:
-            parameter: A parameter of the engine's model.
-            moment: Name of the moment. None returns the parameter.
         """
         from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 
@@ -225,26 +216,19 @@ class ZeroEngine:
                 utils.safe_set_full_optimizer_state(parameter, value, moment)
 
     def _clip_whole_gradients(self, *_: Any) -> None:
-        """Clip by the exact global norm.
-
-        DeepSpeed's ZeRO-0 clips by the mean of the ranks' norms. With expert parallelism this mean is not the
-        global norm.
-        """
+        """Clip by the exact global norm. DeepSpeed's ZeRO-0 clips by the mean of the ranks' norms, which is
+        not the global norm with expert parallelism."""
         self._norm = clip_gradients(self._parameters, self.cfg.optimizer.max_grad_norm, self._copies)
 
     def _copies(self, parameter: nn.Parameter) -> int:
-        """Return on how many ranks each value of a parameter exists.
-
-        Expert parameters exist on every expert_parallel_size-th rank, all other parameters on every rank.
-        """
+        """Return on how many ranks a parameter exists: every rank, or for experts every
+        expert_parallel_size-th rank."""
         return dist.get_world_size() // (self.cfg.parallel.expert_parallel_size if parameter.ndim == 3 else 1)
 
     @torch.no_grad()
     def _skip_not_finite(self, *_: Any) -> None:
-        """Skip the update if any gradient on any rank is not finite.
-
-        DeepSpeed checks for overflow only in fp16. Fused AdamW makes no update where `found_inf` is 1.
-        """
+        """Skip the update if any gradient on any rank is not finite: fused AdamW makes no update where
+        `found_inf` is 1. DeepSpeed checks for overflow only in fp16."""
         parameters = [p for group in self._adamw.param_groups for p in group["params"]]
         bad = torch.zeros((), device=parameters[0].device)
         for parameter in parameters:
@@ -274,7 +258,7 @@ def import_deepspeed(device: torch.device) -> None:
     import deepspeed
 
     deepspeed.logger.setLevel(logging.WARNING)
-    # DeepSpeed 0.19 uses names of torch.distributed that torch 2.13 deprecates.
+    # DeepSpeed 0.19 uses names of torch.distributed that torch 2.13 deprecates and a later torch renames.
     warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)
     deepspeed.init_distributed(dist_init_required=False)
 
@@ -296,10 +280,8 @@ def parse_config(config: dict[str, Any], path: str | None) -> Any:
 def _build(
     cfg: TrainConfig, stored: OlmoeForCausalLM, config: dict[str, Any], device: torch.device
 ) -> OlmoeForCausalLM:
-    """Build the model with this rank's experts and with zeros as weights.
-
-    With ZeRO-3 each part of the model is partitioned as soon as it is allocated.
-    """
+    """Build the model with this rank's experts and with zeros as weights. With ZeRO-3 each part of the model
+    is partitioned as soon as it is allocated."""
     import deepspeed
 
     with torch.device("meta"):
@@ -354,10 +336,8 @@ def _mark_experts(part: nn.Module, size: int) -> None:
 
 
 def _parameter_groups(model: OlmoeForCausalLM) -> list[dict[str, Any]]:
-    """Return AdamW's parameter groups, one for each set of ranks that hold copies of the same parameters.
-
-    DeepSpeed identifies the groups by these names.
-    """
+    """Return AdamW's parameter groups, one per set of ranks that hold copies of the same parameters.
+    DeepSpeed identifies the groups by these names."""
     dense = [p for p in model.parameters() if not hasattr(p, "group_name")]
     experts = [p for p in model.parameters() if hasattr(p, "group_name")]
     groups: list[dict[str, Any]] = [{"params": dense, "name": "dense"}]
@@ -373,7 +353,7 @@ def _start(
     from deepspeed import DeepSpeedEngine
 
     class EngineWithExpertGroups(DeepSpeedEngine):
-        """Reads `allreduce` of parameters, although the model has none of DeepSpeed's own MoE layers."""
+        """Reads `allreduce` of parameters, although the model has no MoE layer of DeepSpeed."""
 
         def _configure_distributed_model(self, model: nn.Module) -> None:
             super()._configure_distributed_model(model)
