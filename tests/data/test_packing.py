@@ -71,7 +71,7 @@ def test_every_token_is_in_one_pack_and_documents_stay_whole(capacity: int) -> N
     documents = list(zip([0, *stops[:-1]], stops, strict=True))
     packs = pack(lengths, capacity)
     pieces = sorted(piece for part in packs for piece in part)
-    expected = []
+    expected: list[tuple[int, int]] = []
     for start, stop in documents:
         cuts = [*range(start, stop, capacity), stop]
         expected += itertools.pairwise(cuts)

@@ -79,7 +79,7 @@ def logged(run_dir: str) -> Steps:
 
 def train_twins(tiny: TrainConfig, directory: Path) -> dict[str, tuple[Any, Any]]:
     """By layout, (steps, final state) of a run without and of one with a stop in the middle."""
-    found = {}
+    found: dict[str, Any] = {}
     for name, layout in LAYOUTS.items():
         whole = stop_at(layout.config(tiny, directory / name / "whole"), 4)
         halved = layout.config(tiny, directory / name / "halved")

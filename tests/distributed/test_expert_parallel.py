@@ -1,6 +1,8 @@
 """Dispatch and combine over ranks against the local pair: same result, same gradients, however uneven."""
 
+from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import pytest
 import torch
@@ -39,7 +41,7 @@ def experts_with_weights(dtype: torch.dtype) -> OlmoeExperts:
     return experts.to(dtype)
 
 
-def tokens(rank: int, indices: list, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def tokens(rank: int, indices: list[list[int]], dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """A rank's x_TD, weights_TK, indices_TK, and the gradient that comes back to its output."""
     generator = torch.Generator().manual_seed(100 + rank)
     indices_TK = torch.tensor(indices)
@@ -48,7 +50,12 @@ def tokens(rank: int, indices: list, dtype: torch.dtype) -> tuple[Tensor, Tensor
     return x_TD.requires_grad_(), weights_TK.requires_grad_(), indices_TK, d_out_TD
 
 
-def run(experts: OlmoeExperts, dispatch, combine, inputs) -> list[Tensor]:
+def run(
+    experts: OlmoeExperts,
+    dispatch: Callable[..., Any],
+    combine: Callable[..., Any],
+    inputs: tuple[Tensor, Tensor, Tensor, Tensor],
+) -> list[Tensor]:
     """(out, dx, dweights) of one rank's tokens; gradients of the experts' weights add up in place."""
     x_TD, weights_TK, indices_TK, d_out_TD = inputs
     x_ND, weights_NJ, routing = dispatch(x_TD, weights_TK, indices_TK, EXPERTS)
@@ -57,7 +64,9 @@ def run(experts: OlmoeExperts, dispatch, combine, inputs) -> list[Tensor]:
     return [out_TD.detach(), x_TD.grad, weights_TK.grad]
 
 
-def compare_with_local(routings: dict[str, list], dtype: torch.dtype, tolerance: float) -> None:
+def compare_with_local(
+    routings: dict[str, list[list[list[int]]]], dtype: torch.dtype, tolerance: float
+) -> None:
     rank, group = dist.get_rank(), dist.group.WORLD
     dispatch = partial(expert_parallel.dispatch, group=group)
     combine = partial(expert_parallel.combine, group=group)
@@ -98,7 +107,7 @@ def count_all_to_alls(checkpointing: str) -> list[int]:
     """A step's all-to-alls in forward and backward, and how many of those are of counts, not of rows."""
     dtypes, real = [], dist.all_to_all_single
 
-    def counting(output: Tensor, *args) -> None:
+    def counting(output: Tensor, *args: object) -> None:
         dtypes.append(output.dtype)
         real(output, *args)
 

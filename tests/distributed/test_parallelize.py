@@ -16,7 +16,8 @@ DDP = ParallelConfig(strategy=Strategy.ddp)
 def dtypes_in_forward(parallel: ParallelConfig) -> tuple[set[str], bool]:
     """What a rank computes in, and whether the router's gradient has more digits than bf16 holds."""
     model, _ = build(parallel, precision="bf16")
-    layer, seen = model.model.layers[0], set()
+    layer = model.model.layers[0]
+    seen: set[str] = set()
 
     def look(module: torch.nn.Module, inputs: object, output: tuple[Tensor, ...]) -> None:
         seen.update(

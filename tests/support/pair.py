@@ -88,7 +88,8 @@ def make_pair(
                 parameter.copy_(0.5 * noise)
             else:
                 parameter.copy_(noise * parameter.shape[-1] ** -0.5)
-    theirs = transformers.OlmoeForCausalLM(transformers.OlmoeConfig(**config, attn_implementation=attention))
+    options = config | {"attn_implementation": attention}
+    theirs = transformers.OlmoeForCausalLM(transformers.OlmoeConfig(**options))
     theirs.load_state_dict(ours.state_dict())
     return ours.eval(), theirs.eval()
 

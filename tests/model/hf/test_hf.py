@@ -83,7 +83,7 @@ def test_shards_keep_to_their_size_and_the_index_is_true(tmp_path: Path) -> None
     index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
     files = sorted(path.name for path in tmp_path.glob("*.safetensors"))
     assert files == [f"model-{n:05d}-of-{len(files):05d}.safetensors" for n in range(1, len(files) + 1)]
-    seen = {}
+    seen: dict[str, str] = {}
     for file in files:
         tensors = load_file(tmp_path / file)
         # The embedding alone (40 x 8 x 4 bytes) is larger than a shard may be.

@@ -102,7 +102,7 @@ def as_pickles(directory: Path, *parts: dict[str, Any]) -> Path:
     if len(parts) == 1:
         torch.save(parts[0], directory / "pytorch_model.bin")
         return directory
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     for number, part in enumerate(parts, start=1):
         name = f"pytorch_model-{number:05d}-of-{len(parts):05d}.bin"
         torch.save(part, directory / name)
