@@ -1,4 +1,4 @@
-"""mkdocs hooks: pages that are generated from the code, and pages whose text lies in the repository's root."""
+"""mkdocs hooks: pages generated from the code, and pages whose text lies in the repository's root."""
 
 import re
 from pathlib import Path
@@ -53,7 +53,7 @@ def _section_of(nav: Any, page: str) -> list[Any]:
 def _relative_to_page(markdown: str, page: str) -> str:
     """Links of a document in the root, rewritten for its page in the site.
 
-    Links to docs/ become relative to the page; links to another document in the root become links to its page.
+    Links to docs/ become relative to the page, and links to other documents of the root lead to their pages.
     """
     up = "../" * page.count("/")
     for source, other in ROOT_PAGES.items():
