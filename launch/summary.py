@@ -18,7 +18,7 @@ def main(run_dir: str, data_dir: str, hf_dir: str) -> None:
     unigram = json.loads((Path(data_dir) / "manifest.json").read_text())["unigram_entropy"]
     rows = [
         *losses(evaluations[0], evaluations[-1]),
-        ("unigram entropy", f"{unigram:.4f} nats a token: the loss of guessing by frequency alone"),
+        ("unigram entropy", f"{unigram:.4f} nats per token: the loss of guessing by frequency only"),
         ("speed", f"{statistics.median(r['perf/tokens_per_second'] for r in steps):,.0f} tokens/s"),
         *balance(steps[-1]),
         ("run directory", str(Path(run_dir).resolve())),
@@ -34,7 +34,7 @@ def losses(first: dict[str, Any], last: dict[str, Any]) -> list[tuple[str, str]]
 
     steps = f"(step {first['step']} -> step {last['step']})"
     return [
-        ("validation loss", f"{pair('eval/validation/loss', 4)} nats a token {steps}"),
+        ("validation loss", f"{pair('eval/validation/loss', 4)} nats per token {steps}"),
         ("perplexity", pair("eval/validation/perplexity", 2)),
     ]
 

@@ -14,5 +14,6 @@ ruff format --check .
 codespell
 lint-imports
 mypy
+mkdocs build --strict
 # Ranks of the distributed tests share the cores; one thread each keeps them from fighting over the cores.
 OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} python -m pytest "$@"

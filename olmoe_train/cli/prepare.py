@@ -1,7 +1,7 @@
 """Turn a corpus into tokens on disk (data.dir): tokenizer, training and validation shards, and manifest.json.
 If data.dir already holds data of the same settings, the data is verified.
 
-data/README.md describes the file format.
+docs/reference/data-format.md describes the file format.
 """
 
 import sys

@@ -292,16 +292,13 @@ class OlmoeForCausalLM(OlmoePreTrainedModel):
         """Run the decoder and the head; with labels, also compute the loss as Transformers does.
 
         The loss is the mean over targets, plus the pooled load-balancing loss if the router logits are
-        returned. For every option that is None, the value in the configuration applies.
+        returned. For every option that is None, the value in the configuration applies. Arguments that are
+        not listed here are those of OlmoeModel.forward.
 
         Args:
-            input_ids, attention_mask, position_ids, past_key_values, inputs_embeds: As for
-                OlmoeModel.forward.
             labels: [B, S] int64, -100 at positions without a target; shifted by this method.
             output_router_logits: Whether to return the router logits and the load-balancing loss.
             logits_to_keep: Number of last positions to compute logits for (0: all), or a tensor of positions.
-            use_cache, output_hidden_states, output_attentions, cache_position, return_dict: As for
-                OlmoeModel.forward.
 
         Returns:
             The output; `logits` has shape [B, S, V] for logits_to_keep=0.

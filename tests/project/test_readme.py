@@ -1,10 +1,12 @@
-"""README's tables of documented arguments and interchange directions name tests that there are."""
+"""The documentation's tables name tests that exist; README stays short, and its links lead somewhere."""
 
 import re
 from pathlib import Path
 
 TESTS = Path(__file__).parents[1]
 README = TESTS.parent / "README.md"
+COMPATIBILITY = TESTS.parent / "docs" / "reference" / "compatibility.md"
+MOST_LINES = 130
 TABLE = re.compile(r"^\|[^|\n]+\| Test, in `tests/(\w*)/?` \|\n((?:\|.*\n)+)", re.MULTILINE)
 # `parity/test_olmo.py`, `test_rope_parity.py::test_x`, or `::test_x` of the file named before it.
 REFERENCE = re.compile(r"`((?:\w+/)*test_\w+\.py)?(?:::(test_\w+))?`")
@@ -27,11 +29,19 @@ def missing_tests(markdown: str) -> tuple[list[str], int]:
 
 
 def test_named_tests_are_there() -> None:
-    text = README.read_text(encoding="utf-8")
+    text = COMPATIBILITY.read_text(encoding="utf-8")
     missing, count = missing_tests(text)
     assert missing == []
     assert count > 30, "the tables are no longer found"
-    assert "partly" not in text
+
+
+def test_readme_is_short_and_its_links_lead_somewhere() -> None:
+    text = README.read_text(encoding="utf-8")
+    assert len(text.splitlines()) <= MOST_LINES
+    links = [link for link in re.findall(r"\]\(([^)#]+)[^)]*\)", text) if "://" not in link]
+    links += re.findall(r'src="([^":]+)"', text)
+    assert links
+    assert [link for link in links if not (README.parent / link).exists()] == []
 
 
 def test_a_test_that_is_not_there_is_found() -> None:

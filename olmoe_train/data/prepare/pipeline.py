@@ -330,7 +330,7 @@ def _check_splits(manifest: Manifest, fraction: float) -> None:
         raise UserError(
             f"data.source.records: no training target in {manifest.targets.conversations:,} documents; in "
             f"{manifest.targets.unaligned:,} of them the target text was not found among the tokens.\n"
-            "  data/README.md says what a chat template must satisfy (chat and fine-tuning data)."
+            "  docs/guides/fine-tune.md says what a chat template must satisfy."
         )
     if not train or (fraction > 0 and not validation):
         raise UserError(
