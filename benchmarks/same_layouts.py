@@ -138,7 +138,7 @@ def line_tokens(pattern: str) -> list[list[int]]:
 
 
 def write_prepared(directory: Path, train: list[list[int]], validation: list[list[int]]) -> None:
-    """Prepared data (format: docs/reference/data-format.md), written here so that both checkouts read the same bytes."""
+    """Prepared data, written here so that both checkouts read the same bytes (docs/reference/data-format.md)."""
     record: dict[str, Any] = {
         "format": "olmoe-train-tokens",
         "version": 1,

@@ -1,4 +1,6 @@
-"""Prepared tokens on disk: the manifest, and reading a split through memory maps (format: docs/reference/data-format.md).
+"""Prepared tokens on disk: the manifest, and reading a split through memory maps.
+
+docs/reference/data-format.md describes the format.
 
 A token shard is a raw little-endian array without a header, like the `.npy` files that dolma writes and OLMo
 trains on (arXiv 2402.00159); `np.memmap(path, dtype)` opens it. Only data/prepare/ writes these files.
