@@ -138,7 +138,7 @@ def line_tokens(pattern: str) -> list[list[int]]:
 
 
 def write_prepared(directory: Path, train: list[list[int]], validation: list[list[int]]) -> None:
-    """Prepared data, the same bytes for both checkouts. docs/reference/data-format.md describes the format."""
+    """Prepared data, the same bytes for both checkouts; docs/reference/data-format.md has the format."""
     record: dict[str, Any] = {
         "format": "olmoe-train-tokens",
         "version": 1,
