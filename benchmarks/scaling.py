@@ -1,6 +1,6 @@
 """Scaling of OLMoE-1B-7B on H100s, on paper: what a step sends over which link, and the least time it takes.
 
-Prints the tables of "Scaling on paper" in benchmarks/RESULTS.md. Nothing is measured here.
+Prints the tables of "Scaling on paper" in docs/benchmarks/memory-and-scaling.md. Nothing is measured here.
 
     python benchmarks/scaling.py
 """
