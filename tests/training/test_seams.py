@@ -309,6 +309,7 @@ print("alive", train(cfg, iter(lambda: next(batches()), None)).step)
 """
 
 
+@pytest.mark.slow
 def test_a_notebook_outlives_a_run_that_raises(tmp_path: Path) -> None:
     data = write_data(tmp_path / "data")
     command = [sys.executable, "-c", NOTEBOOK, str(data), str(tmp_path / "run")]
