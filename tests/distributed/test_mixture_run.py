@@ -66,7 +66,7 @@ def records(run_dir: str) -> list[dict[str, Any]]:
 
 
 def run(cfg: TrainConfig) -> list[dict[str, Any]]:
-    assert train(cfg).step == train(cfg).last_step
+    assert not train(cfg).stopped_by_signal
     return records(cfg.run_dir)
 
 
