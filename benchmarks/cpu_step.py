@@ -28,9 +28,10 @@ from transformers import OlmoeForCausalLM as TheirModel
 
 from olmoe_train.distributed.compile import compile_layers
 from olmoe_train.model import OlmoeConfig, OlmoeForCausalLM
-from olmoe_train.model.losses import router_losses
+from olmoe_train.model.losses import router_losses_from_stats
 from olmoe_train.model.moe.block import OlmoeTopKRouter
 from olmoe_train.model.moe.experts import sort_by_expert
+from olmoe_train.model.moe.router_stats import router_stats, stack_layers
 from olmoe_train.planning.flops import train_flops_per_token
 
 SEQUENCES, LENGTH, VOCABULARY, RELEASED_VOCABULARY = 4, 512, 4096, 50304
@@ -98,7 +99,7 @@ def build_step(
 
         def loss_of(ids_BS: Tensor) -> Tensor:
             output = ours.training_forward(ids_BS, ids_BS)
-            balance, z_loss = router_losses(output.router_logits, output.expert_indices, shape.num_experts)
+            balance, z_loss = router_losses_from_stats(output.router, shape.num_experts_per_tok)
             return output.ce_sum / targets + 0.01 * balance + 0.001 * z_loss
 
     model.train()
@@ -169,10 +170,12 @@ def router_share(shape: Shape, dtype: str, variant: str, rounds: int) -> None:
 
     def route() -> None:
         routed = [gate(x_TD) for gate, x_TD in zip(gates, inputs, strict=True)]
-        for _, _, indices_TK in routed:
+        stats = []
+        for logits_TE, probs_TE, _, indices_TK in routed:
             sort_by_expert(indices_TK, shape.num_experts)
-        losses = router_losses([r[0] for r in routed], [r[2] for r in routed], shape.num_experts)
-        (sum(losses) + sum(weights_TK.sum() for _, weights_TK, _ in routed)).backward()
+            stats.append(router_stats(logits_TE, probs_TE, indices_TK))
+        losses = router_losses_from_stats(stack_layers(stats), shape.num_experts_per_tok)
+        (sum(losses) + sum(weights_TK.sum() for _, _, weights_TK, _ in routed)).backward()
 
     step = build_step(variant, shape, DTYPES[dtype])
     shares = []

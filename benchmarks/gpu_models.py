@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from olmoe_train.distributed.compile import compile_layers
 from olmoe_train.model import OlmoeConfig, OlmoeForCausalLM
-from olmoe_train.model.losses import router_losses
+from olmoe_train.model.losses import router_losses_from_stats
 from olmoe_train.planning.flops import parameter_counts
 
 RELEASED_LAYERS = 16
@@ -86,7 +86,7 @@ def our_loss(model: OlmoeForCausalLM, backend: str, router: bool = True) -> Loss
         ce_loss = output.ce_sum / (ids_BS.shape[0] * (ids_BS.shape[1] - 1))
         if not router:
             return ce_loss
-        balance, z = router_losses(output.router_logits, output.expert_indices, model.config.num_experts)
+        balance, z = router_losses_from_stats(output.router, model.config.num_experts_per_tok)
         return ce_loss + 0.01 * balance + 0.001 * z
 
     return loss

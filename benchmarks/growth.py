@@ -89,12 +89,12 @@ def build_step(cfg: TrainConfig) -> Callable[[], None]:
     device = init_distributed("cpu")
     model = build_model(cfg, build_mesh(cfg.parallel, device))
     optimizer = build_optimizer(model.parameters(), cfg.optimizer)
-    objective = build_objective(cfg, model.config, device)
+    objective = build_objective(cfg, model, device)
     shape = (cfg.trainer.micro_batch_size, cfg.data.sequence_length)
 
     def step() -> None:
         ids_BS = torch.randint(cfg.model.vocab_size, shape)
-        batch = {"input_ids": ids_BS, "labels": ids_BS}
+        batch = {"input_ids": ids_BS, "targets": ids_BS.roll(-1, 1)}
         totals = count_tokens([batch], False, device)
         objective(model, batch, totals)[0].backward()
         clip_gradients(model.parameters(), cfg.optimizer.max_grad_norm)

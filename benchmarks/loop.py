@@ -83,7 +83,7 @@ class BareStep:
         self.cfg, device = cfg, torch.device("cpu")
         self.model = build_model(cfg, build_mesh(cfg.parallel, device))
         self.optimizer = build_optimizer(self.model.parameters(), cfg.optimizer)
-        self.objective = build_objective(cfg, self.model.config, device)
+        self.objective = build_objective(cfg, self.model, device)
         self.totals = count_tokens([dict(batch)], False, device)
 
     def __call__(self, batch: Batch) -> None:

@@ -85,7 +85,7 @@ def measure(cfg: TrainConfig) -> Measured:
     mesh = build_mesh(cfg.parallel, device)
     model = build_model(cfg, mesh)
     optimizer = build_optimizer(model.parameters(), cfg.optimizer)
-    objective = build_objective(cfg, model.config, device)
+    objective = build_objective(cfg, model, device)
     live = LiveBytes(list(model.parameters()))
     shape = (cfg.trainer.micro_batch_size, cfg.data.sequence_length)
     with live:
@@ -94,7 +94,7 @@ def measure(cfg: TrainConfig) -> Measured:
             micro_batches = []
             for _ in range(2):
                 ids = torch.randint(cfg.model.vocab_size, shape)
-                micro_batches.append({"input_ids": ids, "labels": ids})
+                micro_batches.append({"input_ids": ids, "targets": ids.roll(-1, 1)})
             totals = count_tokens(micro_batches, False, device)
             for index, batch in enumerate(micro_batches):
                 model.set_requires_all_reduce(index == 1)  # type: ignore[operator]

@@ -19,8 +19,9 @@ its last checkpoint; and the SHA-256 of each whole tensor there (parameters and 
 
 `compare` prints one line per part and exits 1 if anything differs. AFTER's `resumed` and `continued` must
 also equal BEFORE's `quickstart`. Floats are compared by their shortest exact representation.
---first-step-only compares only the losses and the gradient norm of a run's first step with the recorded code,
-within a relative tolerance: for a change that reorders floating-point sums on purpose. --ignore leaves out
+--first-step-only compares only a run's first step, within a relative tolerance: its losses, its gradient
+norm, and of the quickstart every gradient (the norm of the difference to the recorded gradient, relative to
+the gradient's norm). It is for a change that reorders floating-point sums on purpose. --ignore leaves out
 parts and values, such as "layout zero*" and "corpus: manifest.json".
 
 Both records must come from one machine and one version of PyTorch. The script uses only what both checkouts
@@ -37,6 +38,7 @@ import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -56,6 +58,7 @@ STATE = ("step", "tokens", "samples", "expert_last_used")
 GROUPS = ("quickstart", "layouts-1", "layouts-2", "layouts-4")
 CODE = "import olmoe_train; from pathlib import Path; found = Path(olmoe_train.__file__).resolve()"
 STOPPED_AT, END = 20, 40
+ONE_STEP = "quickstart-at-1"
 MOST_SHOWN = 8
 ROOT = Path(__file__).resolve().parent.parent
 QUICKSTART = """
@@ -85,23 +88,50 @@ def export_of(directory: Path) -> Numbers:
     return found
 
 
-def tensors_of(checkpoint: Path) -> Numbers:
-    """SHA-256 of each whole tensor, put together from the shards of all ranks."""
+def whole_tensors(checkpoint: Path) -> Iterator[tuple[str, Tensor]]:
+    """Each whole tensor by its name, put together from the shards of all ranks."""
     pieces: dict[str, list[tuple[Tensor, list[int]]]] = {}
     for path in sorted(checkpoint.glob("shard-*.safetensors")):
         with safe_open(path, framework="pt") as file:
             for key, saved in json.loads(file.metadata()["DCP_SHARDING_INFO"]).items():
                 pieces.setdefault(key, []).append((file.get_tensor(key), saved["saved_offsets"]))
     assert pieces, f"{checkpoint} has no tensors"
-    found = {}
     for key, parts in sorted(pieces.items()):
         ends = [[o + n for o, n in zip(offsets, part.shape, strict=True)] for part, offsets in parts]
         whole = parts[0][0].new_zeros([max(of_dim) for of_dim in zip(*ends, strict=True)])
         for (part, offsets), end in zip(parts, ends, strict=True):
             whole[tuple(slice(o, e) for o, e in zip(offsets, end, strict=True))] = part
+        yield key, whole
+
+
+def tensors_of(checkpoint: Path) -> Numbers:
+    """SHA-256 of each whole tensor."""
+    found = {}
+    for key, whole in whole_tensors(checkpoint):
         content = whole.reshape(-1).view(torch.uint8).numpy().tobytes()
         found[f"{key} {list(whole.shape)} {whole.dtype}"] = hashlib.sha256(content).hexdigest()
     return found
+
+
+def first_gradients(out: Path) -> dict[str, Tensor]:
+    """The gradients of the quickstart's first step, after clipping: AdamW's first moment is (1 - beta1) times
+    the gradient there."""
+    checkpoint = out / ONE_STEP / "checkpoints" / "step-00000001"
+    moments = {name: tensor for name, tensor in whole_tensors(checkpoint) if "exp_avg." in name}
+    assert moments, f"{checkpoint} has no moments"
+    return moments
+
+
+def compare_gradients(before: Path, after: Path, tolerance: float) -> bool:
+    """Print the largest relative difference of a gradient. True if one is beyond the tolerance."""
+    old, new = first_gradients(before), first_gradients(after)
+    assert old.keys() == new.keys()
+    distances = {name: ((new[name] - old[name]).norm() / old[name].norm()).item() for name in old}
+    worst = max(distances, key=lambda name: distances[name])
+    failed = not distances[worst] <= tolerance
+    word = "DIFFERENT " if failed else "within    "
+    print(f"{word} gradients of the first step: {len(old)} tensors; at most {distances[worst]:.1e}, {worst}")
+    return failed
 
 
 def numbers_of(run: Path, step: int) -> Numbers:
@@ -164,6 +194,7 @@ def record_quickstart(recorder: Recorder, data: Path | None, old: Path | None) -
         parts["corpus"] = files_of(data)
     recorder.quickstart("quickstart", data, END)
     recorder.quickstart("quickstart-at-20", data, STOPPED_AT)
+    recorder.quickstart(ONE_STEP, data, 1)
     stopped = {"resumed": out} | ({"continued": old} if old is not None else {})
     for run, record in stopped.items():
         shutil.copytree(record / "quickstart-at-20", out / run)
@@ -255,6 +286,8 @@ def compare(options: argparse.Namespace) -> int:
             print(f"DIFFERENT  {title}: {len(found)} of {count} values", *found[:MOST_SHOWN], sep="\n    ")
         elif count:
             print(f"same       {title}: {count} values")
+    if options.first_step_only is not None and "quickstart" in before:
+        failed += compare_gradients(options.before, options.after, options.first_step_only)
     print(f"{compared} values compared; {failed} parts differ")
     return int(failed > 0 or compared == 0)
 

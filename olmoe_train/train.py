@@ -42,8 +42,8 @@ def train(
 
     Args:
         cfg: from olmoe_train.config.compose.
-        batches: this rank's micro-batches in place of the prepared data: columns as `collate` in
-            data/loader.py makes them, on the CPU; input_ids and labels, int64 [B, S], are enough.
+        batches: this rank's micro-batches on the CPU, in place of the prepared data. input_ids and targets
+            (or labels in Transformers' form), int64 [B, S], are enough; see training/batch.py.
         callbacks: called after the run's own callbacks.
 
     Returns:
@@ -58,12 +58,12 @@ def train(
         last_step = count_steps(cfg, data)
         schedule = build_schedule(cfg, last_step)
         engine = build_engine(cfg, device)
-        objective = build_objective(cfg, engine.model.config, device)
+        objective = build_objective(cfg, engine.model, device)
         saved = resume(cfg, run, engine, data, schedule)
         run.write_config(cfg)
         state = TrainState.from_saved(saved, last_step)
         guard = SkipGuard(cfg.trainer, saved and saved["guard"], device)
-        steps = build_step_batches(cfg, data, state.samples, batches)
+        steps = build_step_batches(cfg, data, state.samples, objective.columns, batches)
         hooks = build_callbacks(cfg, run, engine, objective, guard, data, steps, schedule, state, callbacks)
         load_callbacks(hooks, saved)
         for hook in hooks:
@@ -86,7 +86,7 @@ def train(
             seed_dropout(cfg.seed, step)
             terms = forward_backward(engine, objective, micro_batches, totals)
             outcome = engine.step(partial(guard.judge, step, terms.loss))
-            objective.end_step(engine.model, totals)
+            objective.end_step(engine.model, totals, outcome.skipped)
             state = state.advance(totals.num_tokens_host, cfg.trainer.global_batch_size)
             for hook in hooks:
                 hook.on_step(state, StepReport(totals, terms, outcome, is_logged, is_last))

@@ -260,7 +260,7 @@ def collate(samples: list[Sample]) -> dict[str, torch.Tensor]:
         samples: B samples with the columns of `Sequences.sample`.
 
     Returns:
-        input_ids, labels: int64 [B, S].
+        input_ids, targets: int64 [B, S].
         attention_mask: int64 [B, S], if the samples have this column.
         repetitive: bool [B], with the repetition filter.
         document_offsets: int32 [documents + 1], with mask_documents. The start of each document in the

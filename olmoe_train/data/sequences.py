@@ -61,25 +61,28 @@ class Sequences:
 
         Returns:
             input_ids: int64 [S].
-            labels: int64 [S]. A label is the token at the same position, because the model shifts the labels.
-                It is -100 where the loss mask excludes the token, at padding, and at the first token of an
-                isolated document, because no token before it predicts it.
+            targets: int64 [S]. A target is the next token of the sequence. It is -100 where the loss mask
+                excludes the next token, before padding, at the last position, and where the next token is the
+                first of an isolated document, because no earlier token predicts it.
             attention_mask: int64 [S], 0 at padding. Only if sequences may be padded.
             document_starts: int64 [documents], with mask_documents. Padding counts as a separate document.
         """
         pieces = [] if index is None else self.pieces(index)
         ids = np.concatenate([np.empty(0, np.int64), *(self.split.read(*piece) for piece in pieces)])
-        labels = ids.copy()
+        predicted = ids.copy()
         if self.split.has_mask:
             is_target = [self.split.read_mask(*piece) for piece in pieces]
-            labels[~np.concatenate([np.empty(0, bool), *is_target])] = IGNORE_INDEX
+            predicted[~np.concatenate([np.empty(0, bool), *is_target])] = IGNORE_INDEX
         starts = self._document_starts(pieces)
-        labels[starts] = IGNORE_INDEX
-        sample = {"input_ids": ids, "labels": labels}
+        predicted[starts] = IGNORE_INDEX
+        # The position before a token predicts the token.
+        targets = np.full_like(predicted, IGNORE_INDEX)
+        targets[:-1] = predicted[1:]
+        sample = {"input_ids": ids, "targets": targets}
         if self.padded:
             padding = (0, self.sequence_length - len(ids))
             sample["input_ids"] = np.pad(ids, padding, constant_values=self.pad)
-            sample["labels"] = np.pad(labels, padding, constant_values=IGNORE_INDEX)
+            sample["targets"] = np.pad(targets, padding, constant_values=IGNORE_INDEX)
             sample["attention_mask"] = np.pad(np.ones_like(ids), padding)
         if self.mask_documents:
             first = [0] if len(ids) else []
@@ -107,10 +110,10 @@ def mask_repetition(sample: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         sample: The columns of `Sequences.sample`.
 
     Returns:
-        The sample with the added column `repetitive` (bool scalar). If it is True, all labels are -100.
+        The sample with the added column `repetitive` (bool scalar). If it is True, all targets are -100.
     """
     mask = sample.get("attention_mask")
     ids = sample["input_ids"] if mask is None else sample["input_ids"][: mask.sum()]
     repetitive = is_repetitive(ids)
-    labels = np.full_like(sample["labels"], IGNORE_INDEX) if repetitive else sample["labels"]
-    return {**sample, "labels": labels, "repetitive": np.array(repetitive)}
+    targets = np.full_like(sample["targets"], IGNORE_INDEX) if repetitive else sample["targets"]
+    return {**sample, "targets": targets, "repetitive": np.array(repetitive)}

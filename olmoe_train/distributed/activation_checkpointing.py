@@ -22,9 +22,9 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 from olmoe_train.config.choices import ActivationCheckpointing
 from olmoe_train.distributed.compile import compute_parts
 from olmoe_train.model import OlmoeForCausalLM
+from olmoe_train.model.decoder_layer import OlmoeDecoderLayer
 from olmoe_train.model.moe.block import OlmoeSparseMoeBlock
 from olmoe_train.model.moe.experts import Routing
-from olmoe_train.model.transformer import OlmoeDecoderLayer
 
 _aten = torch.ops.aten
 # Operators whose results selective checkpointing saves.

@@ -7,8 +7,8 @@ import torch
 
 from olmoe_train.model import OlmoeForCausalLM
 from olmoe_train.model.cross_entropy import target_log_probs
+from olmoe_train.model.decoder_layer import OlmoeDecoderLayer
 from olmoe_train.model.moe.experts import gated, gated_backward
-from olmoe_train.model.transformer import OlmoeDecoderLayer
 
 
 def compile_layers(model: OlmoeForCausalLM) -> None:

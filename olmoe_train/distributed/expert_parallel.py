@@ -20,6 +20,7 @@ from torch.distributed.tensor import Shard, distribute_tensor
 
 from olmoe_train.distributed.mesh import local_tensor
 from olmoe_train.model import OlmoeForCausalLM
+from olmoe_train.model.decoder_layer import OlmoeDecoderLayer
 from olmoe_train.model.moe.block import OlmoeSparseMoeBlock
 from olmoe_train.model.moe.experts import (
     Routing,
@@ -29,7 +30,6 @@ from olmoe_train.model.moe.experts import (
     sum_rows,
     unsort_weights,
 )
-from olmoe_train.model.transformer import OlmoeDecoderLayer
 
 
 @dataclass(frozen=True)

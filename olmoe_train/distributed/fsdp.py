@@ -9,7 +9,7 @@ from olmoe_train.config.choices import Precision, Strategy
 from olmoe_train.config.train import TrainConfig
 from olmoe_train.distributed.mesh import Mesh
 from olmoe_train.model import OlmoeForCausalLM
-from olmoe_train.model.transformer import OlmoeDecoderLayer
+from olmoe_train.model.decoder_layer import OlmoeDecoderLayer
 
 
 def shard(model: OlmoeForCausalLM, mesh: Mesh, cfg: TrainConfig) -> None:

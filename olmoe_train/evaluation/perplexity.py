@@ -98,7 +98,7 @@ def evaluate_model(model: OlmoeForCausalLM, batches: Batches, device: torch.devi
         for batch in batches:
             inputs = {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
             sums[0] += model.training_forward(**inputs).ce_sum
-            sums[1] += (inputs["labels"][:, 1:] != IGNORE_INDEX).sum()
+            sums[1] += (inputs["targets"] != IGNORE_INDEX).sum()
     model.train(was_training)
     if dist.is_initialized():
         dist.all_reduce(sums)

@@ -1,11 +1,12 @@
 """Chunked cross-entropy of the output head: the full [T, V] logits are never in memory.
 
-Shapes: T tokens, C tokens per chunk, D hidden, V vocabulary.
+Shapes: B batch, S sequence, T tokens, C tokens per chunk, D hidden, V vocabulary.
 """
 
 from collections.abc import Callable
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
 
@@ -15,6 +16,19 @@ IGNORE_INDEX = -100
 
 # Rows of logits in memory at the same time: 512 x 50304 x 4 bytes = 98 MiB at OLMoE's vocabulary.
 HEAD_CHUNK_ROWS = 512
+
+
+def shift_labels(labels_BS: Tensor) -> Tensor:
+    """Turn labels in Transformers' form into targets.
+
+    Args:
+        labels_BS: int64; the label of a position is the token at the same position.
+
+    Returns:
+        targets_BS, int64: the token to predict at each position, which is the next label; IGNORE_INDEX at the
+        last position.
+    """
+    return F.pad(labels_BS[:, 1:], (0, 1), value=IGNORE_INDEX)
 
 
 def target_log_probs(logits_CV: Tensor, target_C1: Tensor, is_target_C1: Tensor) -> tuple[Tensor, Tensor]:

@@ -22,6 +22,17 @@ from enum import Enum
 import torch
 from torch import Tensor
 
+from olmoe_train.model.moe.router_stats import RouterStats, expert_counts, router_stats, stack_layers
+
+__all__ = [
+    "CONVENTIONS",
+    "expert_counts",
+    "load_balancing_loss",
+    "router_losses",
+    "router_losses_from_stats",
+    "router_z_loss",
+]
+
 CONVENTIONS = ("olmoe", "olmoe_0924", "hf", "megatron")
 
 
@@ -87,13 +98,52 @@ def router_losses(
     total_tokens: Tensor | None = None,
     total_counts_LE: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Both router losses of T tokens, or the share of these tokens in the losses of a larger batch.
+    """Both router losses from the logits of T tokens. Training starts from RouterStats instead.
 
     Args:
         router_logits: One [T, E] tensor per layer, any float dtype.
         expert_indices: One [T, K] int64 tensor per layer, the experts that processed the tokens.
         num_experts: E.
         attention_mask: [B, S] or [T], 0 at padding.
+        convention: See the module docstring.
+        total_tokens: See router_losses_from_stats.
+        total_counts_LE: See router_losses_from_stats.
+
+    Returns:
+        (load-balancing loss, z-loss), fp32 scalars without their weights (fp64 for fp64 logits).
+
+    Raises:
+        ValueError: Unknown convention, or a mask that does not have T entries.
+    """
+    mask_T = None
+    if attention_mask is not None:
+        mask_T = attention_mask.reshape(-1).to(router_logits[0].device, torch.float32)
+        if mask_T.numel() != router_logits[0].shape[0]:
+            raise ValueError(
+                f"attention_mask has {mask_T.numel()} tokens, router_logits {router_logits[0].shape[0]}"
+            )
+    layers = []
+    for logits, indices_TK in zip(router_logits, expert_indices, strict=True):
+        assert logits.shape[-1] == num_experts
+        logits_TE = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        mask = None if mask_T is None else mask_T.to(logits_TE.dtype)
+        layers.append(router_stats(logits_TE, logits_TE.softmax(-1), indices_TK, mask))
+    top_k = expert_indices[0].shape[-1]
+    return router_losses_from_stats(stack_layers(layers), top_k, convention, total_tokens, total_counts_LE)
+
+
+def router_losses_from_stats(
+    stats: RouterStats,
+    top_k: int,
+    convention: str | Enum = "olmoe",
+    total_tokens: Tensor | None = None,
+    total_counts_LE: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Both router losses of T tokens, or the share of these tokens in the losses of a larger batch.
+
+    Args:
+        stats: Sums over the T tokens, of every layer.
+        top_k: K, experts per token.
         convention: See the module docstring.
         total_tokens: Unpadded tokens of the whole batch, a scalar; None if the T tokens are the whole batch.
             The shares of all parts sum to the losses of the batch.
@@ -105,41 +155,20 @@ def router_losses(
         (load-balancing loss, z-loss), fp32 scalars without their weights (fp64 for fp64 logits).
 
     Raises:
-        ValueError: Unknown convention, or a mask that does not have T entries.
+        ValueError: Unknown convention.
     """
     name = convention.value if isinstance(convention, Enum) else convention
     if name not in CONVENTIONS:
         raise ValueError(f"convention={name!r}: must be one of {', '.join(CONVENTIONS)}")
-    layers, top_k = len(router_logits), expert_indices[0].shape[-1]
-    mask_T = (
-        None
-        if attention_mask is None
-        else attention_mask.reshape(-1).to(router_logits[0].device, torch.float32)
-    )
-    if mask_T is not None and mask_T.numel() != router_logits[0].shape[0]:
-        raise ValueError(
-            f"attention_mask has {mask_T.numel()} tokens, router_logits {router_logits[0].shape[0]}"
-        )
-    own_tokens = (
-        mask_T.sum() if mask_T is not None else router_logits[0].new_tensor(router_logits[0].shape[0])
-    )
-    own_tokens = own_tokens.float().clamp(min=1)
+    layers, num_experts = stats.counts_LE.shape
+    # Every token is counted once per chosen expert.
+    own_tokens = (stats.counts_LE[0].sum() / top_k).clamp(min=1)
     tokens = own_tokens if total_tokens is None else total_tokens.float()
-
-    probability_sums, squared_lse = [], []
-    for logits in router_logits:
-        logits_TE = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        probs_TE, lse_T = logits_TE.softmax(-1), logits_TE.logsumexp(-1)
-        probability_sums.append(probs_TE.sum(0) if mask_T is None else mask_T @ probs_TE)
-        squared_lse.append(lse_T.square().sum() if mask_T is None else (mask_T * lse_T.square()).sum())
-    probs_LE = torch.stack(probability_sums) / tokens
-    z_loss = torch.stack(squared_lse).sum() / (layers * tokens)
+    probs_LE = stats.probabilities_LE / tokens
+    z_loss = stats.squared_logsumexp_L.sum() / (layers * tokens)
 
     # Fraction of the counted tokens that each expert receives. The fractions sum to K over the experts.
-    if total_counts_LE is None:
-        load_LE = expert_counts(expert_indices, num_experts, mask_T) / own_tokens
-    else:
-        load_LE = total_counts_LE / tokens
+    load_LE = stats.counts_LE / own_tokens if total_counts_LE is None else total_counts_LE / tokens
 
     if name == "hf":
         return num_experts * (load_LE.mean(0) * probs_LE).sum() / layers, z_loss
@@ -147,43 +176,3 @@ def router_losses(
     if name == "megatron":
         return balance * layers, z_loss * layers
     return balance, z_loss / top_k if name == "olmoe_0924" else z_loss
-
-
-def expert_counts(expert_indices: Sequence[Tensor], num_experts: int, mask_T: Tensor | None = None) -> Tensor:
-    """Count the tokens per layer and expert.
-
-    Args:
-        expert_indices: One [T, K] int64 tensor per layer.
-        num_experts: E.
-        mask_T: 0 at padding; None counts every token.
-
-    Returns:
-        fp32 [L, E] without gradient, exact up to 2^24 tokens per expert.
-    """
-    counts = []
-    for indices_TK in expert_indices:
-        weight_TK = torch.ones(1, device=indices_TK.device) if mask_T is None else mask_T[:, None]
-        # scatter_add, not bincount: on CUDA, bincount copies the maximum index to the host.
-        zeros_E = torch.zeros(num_experts, device=indices_TK.device)
-        counts.append(
-            zeros_E.scatter_add_(0, indices_TK.reshape(-1), weight_TK.expand(indices_TK.shape).reshape(-1))
-        )
-    return torch.stack(counts)
-
-
-def router_entropy(router_logits: Sequence[Tensor], mask_T: Tensor | None = None) -> Tensor:
-    """Entropy of the routing distribution, summed over unpadded tokens.
-
-    Args:
-        router_logits: One [T, E] tensor per layer.
-        mask_T: 0 at padding; None counts every token.
-
-    Returns:
-        [L] in nats, in the dtype of the logits (fp32 in this model). Uniform routing gives ln(E) per token.
-    """
-    entropies = []
-    for logits_TE in router_logits:
-        log_probs_TE = logits_TE.log_softmax(-1)
-        entropy_T = -(log_probs_TE.exp() * log_probs_TE).sum(-1)
-        entropies.append(entropy_T.sum() if mask_T is None else (entropy_T * mask_T.to(entropy_T)).sum())
-    return torch.stack(entropies)

@@ -1,8 +1,8 @@
 """Return types of the forward passes: Transformers' OLMoE outputs under their documented names, and the
 output for training.
 
-Shapes: B batch, S sequence, C cached + new positions, T tokens (B x S), D hidden, E experts, K top-k,
-L layers, V vocabulary.
+Shapes: B batch, S sequence, C cached + new positions, T tokens (B x S), D hidden, E experts, L layers,
+V vocabulary.
 """
 
 from dataclasses import dataclass, fields
@@ -11,6 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from olmoe_train.model.kv_cache import KVCache
+from olmoe_train.model.moe.router_stats import RouterStats
 
 
 @dataclass
@@ -64,12 +65,26 @@ class MoeCausalLMOutputWithPast(_Output):
 
 
 @dataclass(frozen=True)
+class DecoderOutput:
+    """Output of OlmoeModel.run_layers. Everything but the last hidden state is None unless requested."""
+
+    last_hidden_state: Tensor
+    """[B, S, D], after the final norm."""
+    hidden_states: tuple[Tensor, ...] | None
+    """L + 1 tensors [B, S, D]: one before each layer, and one after the final norm."""
+    attentions: tuple[Tensor, ...] | None
+    """One [B, heads, S, C] tensor per layer: the attention probabilities."""
+    router_logits: tuple[Tensor, ...] | None
+    """One fp32 [T, E] tensor per layer."""
+    router_stats: RouterStats | None
+    """Sums over the unpadded tokens, of every layer."""
+
+
+@dataclass(frozen=True)
 class TrainingOutput:
     """Output of OlmoeForCausalLM.training_forward: the input of the training losses and router metrics."""
 
     ce_sum: Tensor
     """Cross-entropy summed over the target tokens, an fp32 scalar."""
-    router_logits: tuple[Tensor, ...]
-    """One fp32 [T, E] tensor per layer."""
-    expert_indices: tuple[Tensor, ...]
-    """One int64 [T, K] tensor per layer: the experts that processed each token."""
+    router: RouterStats
+    """Sums over the unpadded tokens, of every layer."""

@@ -7,6 +7,7 @@ The model does not depend on ranks. distributed/parallelize.py applies sharding,
 torch.compile to the modules from outside.
 """
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,65 +15,31 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from olmoe_train.model.attention import (
-    OlmoeAttention,
     attention_mask,
     document_mask,
     documents_and_positions,
     has_document_kernel,
 )
 from olmoe_train.model.configuration import OlmoeConfig
-from olmoe_train.model.cross_entropy import IGNORE_INDEX, cross_entropy_sum, target_log_probs
+from olmoe_train.model.cross_entropy import IGNORE_INDEX, shift_labels
+from olmoe_train.model.decoder_layer import OlmoeDecoderLayer
 from olmoe_train.model.generation import generate
+from olmoe_train.model.head import OlmoeHead
 from olmoe_train.model.hf.pretrained import OlmoePreTrainedModel
 from olmoe_train.model.initialization import init_weights
 from olmoe_train.model.kv_cache import KVCache
 from olmoe_train.model.losses import load_balancing_loss
-from olmoe_train.model.moe.block import OlmoeSparseMoeBlock
+from olmoe_train.model.moe.balancing import Balancer
 from olmoe_train.model.moe.experts import OlmoeExperts
+from olmoe_train.model.moe.router_stats import stack_layers
 from olmoe_train.model.norm import OlmoeRMSNorm
-from olmoe_train.model.outputs import MoeCausalLMOutputWithPast, MoeModelOutputWithPast, TrainingOutput
+from olmoe_train.model.outputs import (
+    DecoderOutput,
+    MoeCausalLMOutputWithPast,
+    MoeModelOutputWithPast,
+    TrainingOutput,
+)
 from olmoe_train.model.rope import rotary_cos_sin
-
-
-class OlmoeDecoderLayer(nn.Module):
-    """Attention and mixture-of-experts block, each behind a norm and with a residual connection."""
-
-    def __init__(self, config: OlmoeConfig, layer_idx: int) -> None:
-        super().__init__()
-        self.input_layernorm = OlmoeRMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.self_attn = OlmoeAttention(config, layer_idx)
-        self.post_attention_layernorm = OlmoeRMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.mlp = OlmoeSparseMoeBlock(config)
-
-    def forward(
-        self,
-        x_BSD: Tensor,
-        rotary: tuple[Tensor, Tensor],
-        mask_B1SC: Tensor | None = None,
-        cache: KVCache | None = None,
-        output_attentions: bool = False,
-        document_offsets: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-        """Run the layer.
-
-        Args:
-            x_BSD: Input of the layer.
-            rotary: Cosines and sines of the positions (model/rope.py).
-            mask_B1SC: bool, true where position s may attend to position c; None: causal attention.
-            cache: Keys and values of earlier positions; the layer appends its own.
-            output_attentions: Whether to return the attention probabilities.
-            document_offsets: See OlmoeModel.run_layers; only for the document kernel.
-
-        Returns:
-            (x_BSD, router logits_TE fp32, expert_indices_TK int64, attention probabilities
-            [B, heads, S, C] or None).
-        """
-        attended_BSD, probs = self.self_attn(
-            self.input_layernorm(x_BSD), rotary, mask_B1SC, cache, output_attentions, document_offsets
-        )
-        x_BSD = x_BSD + attended_BSD
-        expert_BSD, logits_TE, indices_TK = self.mlp(self.post_attention_layernorm(x_BSD))
-        return x_BSD + expert_BSD, logits_TE, indices_TK, probs
 
 
 class OlmoeModel(OlmoePreTrainedModel):
@@ -135,27 +102,24 @@ class OlmoeModel(OlmoePreTrainedModel):
         """
         config = self.config
         use_cache = _given(use_cache, config.use_cache)
-        output_attentions = _given(output_attentions, config.output_attentions)
         cache = KVCache() if use_cache and past_key_values is None else past_key_values
-        hidden_states, attentions, router_logits, _ = self.run_layers(
+        decoded = self.run_layers(
             input_ids,
             attention_mask,
             position_ids,
             cache,
             inputs_embeds,
             cache_position,
-            output_attentions,
+            output_hidden_states=_given(output_hidden_states, config.output_hidden_states),
+            output_attentions=_given(output_attentions, config.output_attentions),
+            output_router_logits=_given(output_router_logits, config.output_router_logits),
         )
         output = MoeModelOutputWithPast(
-            last_hidden_state=hidden_states[-1],
+            last_hidden_state=decoded.last_hidden_state,
             past_key_values=cache if use_cache else None,
-            hidden_states=hidden_states
-            if _given(output_hidden_states, config.output_hidden_states)
-            else None,
-            attentions=attentions if output_attentions else None,
-            router_logits=router_logits
-            if _given(output_router_logits, config.output_router_logits)
-            else None,
+            hidden_states=decoded.hidden_states,
+            attentions=decoded.attentions,
+            router_logits=decoded.router_logits,
         )
         return output if _given(return_dict, config.return_dict) else output.to_tuple()
 
@@ -167,27 +131,26 @@ class OlmoeModel(OlmoePreTrainedModel):
         cache: KVCache | None = None,
         inputs_embeds: Tensor | None = None,
         cache_position: Tensor | None = None,
-        output_attentions: bool = False,
         document_offsets: Tensor | None = None,
-    ) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...], tuple[Tensor, ...], tuple[Tensor, ...]]:
-        """Run the decoder and return what every layer computed.
+        *,
+        output_hidden_states: bool = False,
+        output_attentions: bool = False,
+        output_router_logits: bool = False,
+        output_router_stats: bool = False,
+    ) -> DecoderOutput:
+        """Run the decoder without the head. Arguments that are not listed here are those of `forward`.
 
         Args:
-            input_ids: [B, S] int64; give either `input_ids` or `inputs_embeds`.
-            padding_mask: [B, C], 0 at padding; ignored if `document_offsets` is given.
-            position_ids: [B, S] or [1, S] int64; ignored if `document_offsets` is given.
-            cache: Keys and values of earlier positions; the call appends the new ones.
-            inputs_embeds: [B, S, D].
-            cache_position: [S] int64, used if `position_ids` is None.
-            output_attentions: Whether to return the attention probabilities.
+            padding_mask: [B, C], 0 at padding. Attention ignores the mask if `document_offsets` is given; the
+                routers' sums leave padding out in any case.
             document_offsets: int32 [documents + 1], the start of each document in the B x S tokens of the
                 flattened batch, and the end of the last document. Attention does not cross a document
-                boundary, and positions restart at 0 in every document. Padding counts as a document.
+                boundary, and positions restart at 0 in every document; `position_ids` is ignored. Padding
+                counts as a document.
+            output_router_stats: Whether to return the routers' sums over tokens; only without a cache.
 
         Returns:
-            Four tuples: L + 1 hidden states [B, S, D] (before each layer, and after the final norm); then,
-            with one entry per layer, attention probabilities (None unless requested), router logits [T, E]
-            fp32, and expert indices [T, K] int64.
+            What was requested; None for the rest.
 
         Raises:
             ValueError: Not exactly one of `input_ids` and `inputs_embeds` is given.
@@ -195,6 +158,52 @@ class OlmoeModel(OlmoePreTrainedModel):
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("You must specify exactly one of input_ids or inputs_embeds")
         x_BSD = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        rotary, mask_B1SC, document_offsets = self._positions(
+            x_BSD, padding_mask, position_ids, cache, cache_position, document_offsets
+        )
+        token_mask_T = None
+        if output_router_stats and padding_mask is not None:
+            token_mask_T = padding_mask.reshape(-1).to(torch.float32)
+        hidden_states, attentions, router_logits, router_stats = [], [], [], []
+        for layer in self.layers:
+            if output_hidden_states:
+                hidden_states.append(x_BSD)
+            x_BSD, stats, logits_TE, probs = layer(
+                x_BSD,
+                rotary,
+                mask_B1SC,
+                cache,
+                output_attentions,
+                document_offsets,
+                token_mask_T,
+                output_router_stats,
+                output_router_logits,
+            )
+            attentions.append(probs)
+            router_logits.append(logits_TE)
+            router_stats.append(stats)
+        x_BSD = self.norm(x_BSD)
+        return DecoderOutput(
+            last_hidden_state=x_BSD,
+            hidden_states=(*hidden_states, x_BSD) if output_hidden_states else None,
+            attentions=tuple(attentions) if output_attentions else None,
+            router_logits=tuple(router_logits) if output_router_logits else None,
+            router_stats=stack_layers(router_stats) if output_router_stats else None,
+        )
+
+    def _positions(
+        self,
+        x_BSD: Tensor,
+        padding_mask: Tensor | None,
+        position_ids: Tensor | None,
+        cache: KVCache | None,
+        cache_position: Tensor | None,
+        document_offsets: Tensor | None,
+    ) -> tuple[tuple[Tensor, Tensor], Tensor | None, Tensor | None]:
+        """Return what every layer's attention needs: (rotary, mask_B1SC, document offsets for the kernel).
+
+        Attention accepts a mask or offsets, so at least one of the two is None.
+        """
         cached, new = cache.get_seq_length() if cache is not None else 0, x_BSD.shape[1]
         if position_ids is None:
             arange = torch.arange(cached, cached + new, device=x_BSD.device)
@@ -203,46 +212,11 @@ class OlmoeModel(OlmoePreTrainedModel):
             mask_B1SC = attention_mask(padding_mask, new, cached + new, x_BSD.device)
         else:
             documents_BS, position_ids = documents_and_positions(document_offsets, *x_BSD.shape[:2])
-            # Attention accepts offsets or a mask. The mask works on every device, but attention then
-            # computes all S x S pairs.
+            # The mask works on every device, but attention then computes all S x S pairs.
             by_kernel = has_document_kernel(x_BSD, self.config.attention_dropout)
             mask_B1SC = None if by_kernel else document_mask(documents_BS)
             document_offsets = document_offsets if by_kernel else None
-        rotary = rotary_cos_sin(self.config, position_ids, x_BSD.dtype)
-
-        hidden_states, attentions, router_logits, expert_indices = [], [], [], []
-        for layer in self.layers:
-            hidden_states.append(x_BSD)
-            x_BSD, logits_TE, indices_TK, probs = layer(
-                x_BSD, rotary, mask_B1SC, cache, output_attentions, document_offsets
-            )
-            attentions.append(probs)
-            router_logits.append(logits_TE)
-            expert_indices.append(indices_TK)
-        hidden_states.append(self.norm(x_BSD))
-        return tuple(hidden_states), tuple(attentions), tuple(router_logits), tuple(expert_indices)
-
-
-class OlmoeHead(nn.Linear):
-    """Output projection, or, if labels are given, the summed cross-entropy without [T, V] logits in memory.
-
-    `log_probs` is an attribute so that distributed/compile.py can replace the function by a compiled one.
-    """
-
-    def __init__(self, config: OlmoeConfig) -> None:
-        super().__init__(config.hidden_size, config.vocab_size, bias=False)
-        self.log_probs = target_log_probs
-
-    def forward(self, x: Tensor, labels_T: Tensor | None = None) -> Tensor:
-        """Return the logits [..., V] of x [..., D], or the loss of x [T, D] as an fp32 scalar.
-
-        Args:
-            x: Output of the final norm.
-            labels_T: int64, -100 at positions without a target; None returns the logits.
-        """
-        if labels_T is None:
-            return F.linear(x, self.weight)
-        return cross_entropy_sum(x, self.weight, labels_T, self.log_probs)
+        return rotary_cos_sin(self.config, position_ids, x_BSD.dtype), mask_B1SC, document_offsets
 
 
 class OlmoeForCausalLM(OlmoePreTrainedModel):
@@ -252,6 +226,7 @@ class OlmoeForCausalLM(OlmoePreTrainedModel):
         super().__init__(config)
         self.model = OlmoeModel(config, init=False)
         self.lm_head = OlmoeHead(config)
+        self.balancer: Balancer | None = None
         self.tie_weights()
         _init_unless_meta(self, config.initializer_range)
 
@@ -262,6 +237,18 @@ class OlmoeForCausalLM(OlmoePreTrainedModel):
         """
         if self.config.tie_word_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight
+
+    def set_balancer(self, balancer: Balancer) -> None:
+        """Set how the load of the experts is kept even. Only training uses the balancer's loss.
+
+        Args:
+            balancer: See model/moe/balancing.py. The buffers of a balancer that is a module become part of
+                the model's state.
+        """
+        self.balancer = balancer
+        for index, layer in enumerate(self.model.layers):
+            assert isinstance(layer, OlmoeDecoderLayer)
+            layer.mlp.gate.scores = partial(balancer.scores, index)
 
     def set_experts_backend(self, backend: str) -> None:
         """Set the implementation of the experts' matrix products.
@@ -292,8 +279,7 @@ class OlmoeForCausalLM(OlmoePreTrainedModel):
         """Run the decoder and the head; with labels, also compute the loss as Transformers does.
 
         The loss is the mean over targets, plus the pooled load-balancing loss if the router logits are
-        returned. For every option that is None, the value in the configuration applies. Arguments that are
-        not listed here are those of OlmoeModel.forward.
+        returned. Arguments that are not listed here, and options that are None, are as in OlmoeModel.forward.
 
         Args:
             labels: [B, S] int64, -100 at positions without a target; shifted by this method.
@@ -324,18 +310,11 @@ class OlmoeForCausalLM(OlmoePreTrainedModel):
         keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.lm_head(outputs.last_hidden_state[:, keep])
 
-        loss = aux_loss = None
-        if labels is not None:
-            loss = F.cross_entropy(
-                logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten(), ignore_index=IGNORE_INDEX
-            )
+        aux_loss = None
         if output_router_logits:
-            config = self.config
-            aux_loss = load_balancing_loss(
-                outputs.router_logits, config.num_experts, config.num_experts_per_tok, attention_mask, "hf"
-            )
-            if loss is not None:
-                loss = loss + config.router_aux_loss_coef * aux_loss
+            sizes = self.config.num_experts, self.config.num_experts_per_tok
+            aux_loss = load_balancing_loss(outputs.router_logits, *sizes, attention_mask, "hf")
+        loss = None if labels is None else self._mean_loss(logits, labels, aux_loss)
         output = MoeCausalLMOutputWithPast(
             loss,
             aux_loss,
@@ -347,35 +326,51 @@ class OlmoeForCausalLM(OlmoePreTrainedModel):
         )
         return output if _given(return_dict, self.config.return_dict) else output.to_tuple()
 
+    def _mean_loss(self, logits: Tensor, labels: Tensor, aux_loss: Tensor | None) -> Tensor:
+        loss = F.cross_entropy(
+            logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten(), ignore_index=IGNORE_INDEX
+        )
+        return loss if aux_loss is None else loss + self.config.router_aux_loss_coef * aux_loss
+
     def training_forward(
         self,
         input_ids: Tensor,
-        labels: Tensor | None,
+        labels: Tensor | None = None,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
         document_offsets: Tensor | None = None,
+        targets: Tensor | None = None,
     ) -> TrainingOutput:
-        """Forward pass for training: summed cross-entropy and routing, without logits.
+        """Forward pass for training: summed cross-entropy and the routers' sums, without logits.
 
         Args:
             input_ids: [B, S] int64.
-            labels: [B, S] int64, -100 at positions without a target; shifted by this method. None skips the
-                head, and ce_sum is 0.
+            labels: [B, S] int64 as in `forward`: the token at the same position, shifted by this method.
             attention_mask: [B, S], 0 at padding.
             position_ids: [B, S] or [1, S] int64.
             document_offsets: See OlmoeModel.run_layers.
+            targets: [B, S] int64, the token to predict at each position, -100 where there is none; give
+                `targets` or `labels`. Without either the head is skipped, and ce_sum is 0.
 
         Returns:
-            Summed cross-entropy, router logits and expert indices.
+            Summed cross-entropy and the routers' sums.
         """
-        hidden_states, _, router_logits, expert_indices = self.model.run_layers(
-            input_ids, attention_mask, position_ids, document_offsets=document_offsets
-        )
-        ce_sum = hidden_states[-1].new_zeros((), dtype=torch.float32)
+        assert labels is None or targets is None, "labels and targets are two forms of one column"
         if labels is not None:
-            labels_BS = F.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX)
-            ce_sum = self.lm_head(hidden_states[-1].flatten(0, 1), labels_BS.flatten())
-        return TrainingOutput(ce_sum, router_logits, expert_indices)
+            targets = shift_labels(labels)
+        decoded = self.model.run_layers(
+            input_ids,
+            attention_mask,
+            position_ids,
+            document_offsets=document_offsets,
+            output_router_stats=True,
+        )
+        assert decoded.router_stats is not None
+        hidden_BSD = decoded.last_hidden_state
+        ce_sum = hidden_BSD.new_zeros((), dtype=torch.float32)
+        if targets is not None:
+            ce_sum = self.lm_head(hidden_BSD.flatten(0, 1), targets.flatten())
+        return TrainingOutput(ce_sum, decoded.router_stats)
 
     def generate(self, input_ids: Tensor, **options: Any) -> Tensor:
         """Generate tokens after `input_ids` [B, S]; for the options and the result see

@@ -187,8 +187,8 @@ def _layer_saved(config: OlmoeConfig, batch: MicroBatch) -> int:
       input of the router and the experts
     - b (2H + 2G): rotated queries and keys, values, and attention's result, the input of o
     - 4 bytes per query head: attention's logsumexp
-    - router: 4 E for fp32 probabilities, and what the losses keep
-    - 28 bytes per chosen expert: three int64 of the sort by expert, and the fp32 weight
+    - router: 4 E for fp32 probabilities, and 4 for logsumexp
+    - 36 bytes per chosen expert: its int64 index, three int64 of the sort by expert, and the fp32 weight
     Per row: b 2F for gate and up (model/moe/experts.py).
     """
     tokens, b, hidden = batch.tokens, batch.element, config.hidden_size
@@ -209,33 +209,25 @@ def _rows_saved(config: OlmoeConfig, batch: MicroBatch) -> int:
 
 
 def _routing_saved(config: OlmoeConfig, batch: MicroBatch) -> int:
-    """The router's part of `_layer_saved`, including its input, which the experts share, and what the losses
-    keep."""
+    """The router's part of `_layer_saved`, including its input, which the experts share."""
     tokens, b, top_k = batch.tokens, batch.element, config.num_experts_per_tok
-    router = tokens * (b * config.hidden_size + FP32 * config.num_experts + (3 * INT64 + FP32) * top_k)
+    router = tokens * (b * config.hidden_size + FP32 * (config.num_experts + 1) + (4 * INT64 + FP32) * top_k)
     if config.norm_topk_prob:
         router += tokens * FP32 * (top_k + 1)  # the weights before normalization, and their sum
-    return router + _loss_saved(config, tokens)
-
-
-def _loss_saved(config: OlmoeConfig, tokens: int) -> int:
-    """Bytes that the losses keep of one layer's router: fp32 logits, probabilities and logsumexp, and the
-    int64 indices of the chosen experts."""
-    return tokens * (2 * FP32 * config.num_experts + FP32 + INT64 * config.num_experts_per_tok)
+    return router
 
 
 def _layer_kept(config: OlmoeConfig, batch: MicroBatch) -> int:
     """Bytes that one layer keeps until it is recomputed (distributed/activation_checkpointing.py).
 
-    full: per token b D for the layer's input, three int64 per chosen expert for its routing, and what the
-    losses keep.
+    full: per token b D for the layer's input, and four int64 per chosen expert for its routing.
     selective: per token b 3D for the inputs of both norms and of attention, b (2H + 2G + D) for the results
     of q, k, v, o and attention, and attention's logsumexp; and everything that router and experts keep.
     """
     tokens, b, hidden = batch.tokens, batch.element, config.hidden_size
     if batch.checkpointing is ActivationCheckpointing.full:
-        routing = 3 * INT64 * tokens * config.num_experts_per_tok
-        return tokens * b * hidden + routing + _loss_saved(config, tokens)
+        routing = 4 * INT64 * tokens * config.num_experts_per_tok
+        return tokens * b * hidden + routing
     query, key = config.query_width, config.key_value_width
     attention = tokens * (b * (4 * hidden + 2 * query + 2 * key) + FP32 * config.num_attention_heads)
     return attention + _routing_saved(config, batch) + _rows_saved(config, batch)
@@ -269,14 +261,12 @@ def _head_temporaries(config: OlmoeConfig, batch: MicroBatch) -> int:
     """Bytes of the head beyond what is saved.
 
     These are the fp32 gradient of the head's weight, to which the chunks are added; the logits of one chunk
-    in the computation's precision and in fp32, and their fp32 log-probabilities; and the inputs of all
-    layers, which the model's forward holds until it returns (with activation checkpointing they are counted
-    as saved).
+    in the computation's precision and in fp32, and their fp32 log-probabilities; and the residual stream
+    after the last layer and its norm.
     """
     weight = config.vocab_size * config.hidden_size
     chunk = min(HEAD_CHUNK_ROWS, batch.tokens) * config.vocab_size
-    inputs = config.num_hidden_layers if batch.checkpointing is ActivationCheckpointing.none else 0
-    stream = (inputs + 2) * batch.tokens * config.hidden_size * batch.element
+    stream = 2 * batch.tokens * config.hidden_size * batch.element
     return FP32 * weight + batch.element * chunk + 2 * FP32 * chunk + stream
 
 

@@ -12,19 +12,26 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from olmoe_train.model.cross_entropy import IGNORE_INDEX
+from olmoe_train.model.cross_entropy import IGNORE_INDEX, shift_labels
 from olmoe_train.utils.errors import UserError
 
 Batch = dict[str, Tensor]
-"""A micro-batch: columns as data/loader.py's `collate` makes them, input_ids and labels [B, S] among them."""
+"""A micro-batch: the columns of `collate` in data/loader.py, input_ids and targets [B, S] among them."""
 
 
 class StepBatches(Iterator[list[Batch]]):
-    """Groups a stream of micro-batches into optimizer steps; measures the time spent waiting for them."""
+    """Groups a stream of micro-batches into optimizer steps; measures the time spent waiting for them.
 
-    def __init__(self, micro_batches: Iterable[Batch], micro_batches_per_step: int) -> None:
+    A micro-batch that has labels in Transformers' form, and no targets, gets its targets here.
+    """
+
+    def __init__(
+        self, micro_batches: Iterable[Batch], micro_batches_per_step: int, columns: tuple[str, ...]
+    ) -> None:
+        """columns: what the objective reads of each micro-batch."""
         self._stream = iter(micro_batches)
         self._per_step = micro_batches_per_step
+        self._columns = columns
         self.seconds_waited = 0.0
         """Total over all steps so far."""
 
@@ -38,7 +45,17 @@ class StepBatches(Iterator[list[Batch]]):
                 "trainer.global_batch_size / (trainer.micro_batch_size x ranks) micro-batches for every "
                 "step, or lower trainer.max_steps"
             )
-        return step
+        return [self._with_targets(batch) for batch in step]
+
+    def _with_targets(self, batch: Batch) -> Batch:
+        batch = dict(batch)
+        if (labels := batch.pop("labels", None)) is not None and "targets" not in batch:
+            batch["targets"] = shift_labels(labels)
+        if missing := [name for name in self._columns if name not in batch]:
+            raise UserError(
+                f"a micro-batch has no column {', '.join(missing)}; its columns: {', '.join(batch)}"
+            )
+        return batch
 
 
 @dataclass(frozen=True)
@@ -67,7 +84,7 @@ def count_tokens(micro_batches: list[Batch], stop_requested: bool, device: torch
     for batch in micro_batches:
         mask = batch.get("attention_mask")
         counts[0] += batch["input_ids"].numel() if mask is None else mask.sum()
-        is_target = batch["labels"][:, 1:] != IGNORE_INDEX
+        is_target = batch["targets"] != IGNORE_INDEX
         counts[1] += is_target.sum()
         counts[2] += (~is_target.any(dim=1)).sum()
         if (repetitive := batch.pop("repetitive", None)) is not None:

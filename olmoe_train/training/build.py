@@ -8,7 +8,8 @@ import torch.distributed as dist
 
 from olmoe_train.checkpoint.convert.stored_model import load_into
 from olmoe_train.checkpoint.saver import Saver
-from olmoe_train.config.choices import Strategy
+from olmoe_train.config.balancing import AuxiliaryLossConfig, BalancingConfig
+from olmoe_train.config.choices import BalanceScope, Strategy
 from olmoe_train.config.model import olmoe_config
 from olmoe_train.config.objective import NextTokenConfig, ObjectiveConfig
 from olmoe_train.config.train import TrainConfig
@@ -19,6 +20,7 @@ from olmoe_train.distributed.mesh import Mesh, build_mesh
 from olmoe_train.distributed.parallelize import parallelize
 from olmoe_train.model import OlmoeForCausalLM
 from olmoe_train.model.configuration import OlmoeConfig
+from olmoe_train.model.moe.balancing import AuxiliaryLosses, Balancer
 from olmoe_train.optim.build import build_optimizer
 from olmoe_train.optim.schedule import Schedule
 from olmoe_train.optim.skip_step import SkipGuard
@@ -61,6 +63,7 @@ def build_model(cfg: TrainConfig, mesh: Mesh) -> OlmoeForCausalLM:
     with torch.device("meta"):
         model = OlmoeForCausalLM(olmoe_config(cfg.model))
     model.set_experts_backend(cfg.model.experts_backend.value)
+    model.set_balancer(build_balancer(cfg, model.config))
     model = parallelize(model, cfg, mesh)
     initialise(model, mesh.device, cfg.seed)
     if cfg.model.init_from is not None:
@@ -80,18 +83,39 @@ def build_engine(cfg: TrainConfig, device: torch.device) -> Engine:
     return FsdpEngine(model, optimizer, cfg.optimizer.max_grad_norm, device)
 
 
-def build_next_token(cfg: TrainConfig, config: OlmoeConfig, device: torch.device) -> Objective:
-    return NextToken(cfg.loss, cfg.balancing, config, device)
+def build_auxiliary_losses(cfg: TrainConfig, config: OlmoeConfig) -> Balancer:
+    assert isinstance(cfg.balancing, AuxiliaryLossConfig)
+    return AuxiliaryLosses(
+        config.num_experts_per_tok,
+        cfg.loss.router_aux_loss_coef,
+        cfg.loss.router_z_loss_coef,
+        cfg.loss.convention,
+        over_global_batch=cfg.balancing.scope is BalanceScope.global_batch,
+    )
 
 
-BuildObjective = Callable[[TrainConfig, OlmoeConfig, torch.device], Objective]
+BuildBalancer = Callable[[TrainConfig, OlmoeConfig], Balancer]
+BALANCERS: dict[type[BalancingConfig], BuildBalancer] = {AuxiliaryLossConfig: build_auxiliary_losses}
+"""Variant of `balancing` -> its builder. A new balancer is one configuration class and one entry here."""
+
+
+def build_balancer(cfg: TrainConfig, config: OlmoeConfig) -> Balancer:
+    """The balancer that `balancing=...` names. config: the model's."""
+    return BALANCERS[type(cfg.balancing)](cfg, config)
+
+
+def build_next_token(cfg: TrainConfig, model: OlmoeForCausalLM, device: torch.device) -> Objective:
+    return NextToken(model, device)
+
+
+BuildObjective = Callable[[TrainConfig, OlmoeForCausalLM, torch.device], Objective]
 OBJECTIVES: dict[type[ObjectiveConfig], BuildObjective] = {NextTokenConfig: build_next_token}
 """Variant of `objective` -> its builder. A new objective is one configuration class and one entry here."""
 
 
-def build_objective(cfg: TrainConfig, config: OlmoeConfig, device: torch.device) -> Objective:
-    """The objective that `objective=...` names. config: the model's."""
-    return OBJECTIVES[type(cfg.objective)](cfg, config, device)
+def build_objective(cfg: TrainConfig, model: OlmoeForCausalLM, device: torch.device) -> Objective:
+    """The objective that `objective=...` names. model: with its balancer."""
+    return OBJECTIVES[type(cfg.objective)](cfg, model, device)
 
 
 def count_steps(cfg: TrainConfig, data: TrainingData) -> int:
@@ -121,12 +145,24 @@ def train_batches(
 
 
 def build_step_batches(
-    cfg: TrainConfig, data: TrainingData, start_sample: int, batches: Iterable[Batch] | None
+    cfg: TrainConfig,
+    data: TrainingData,
+    start_sample: int,
+    columns: tuple[str, ...],
+    batches: Iterable[Batch] | None,
 ) -> StepBatches:
-    """This rank's micro-batches, grouped into optimizer steps. batches: in place of the prepared data."""
+    """This rank's micro-batches, grouped into optimizer steps.
+
+    Args:
+        cfg: the run's.
+        data: the prepared data.
+        start_sample: global index of the first sample.
+        columns: what the objective reads of each micro-batch.
+        batches: in place of the prepared data.
+    """
     source = batches if batches is not None else train_batches(cfg, data, start_sample)
     sequences = cfg.trainer.micro_batch_size * dist.get_world_size()
-    return StepBatches(source, cfg.trainer.global_batch_size // sequences)
+    return StepBatches(source, cfg.trainer.global_batch_size // sequences, columns)
 
 
 def build_callbacks(

@@ -210,10 +210,11 @@ def test_another_batch_size_goes_on_where_the_last_one_stopped(data: DataConfig)
     assert torch.equal(torch.cat(parts), next(iter(whole))["input_ids"])
 
 
-def test_labels_are_the_inputs_and_the_seed_decides_the_order(data: DataConfig) -> None:
+def test_targets_are_the_next_inputs_and_the_seed_decides_the_order(data: DataConfig) -> None:
     batch = next(iter(build_train_loader(TrainingData(data, 1), 0, 8, 0, 1, 8)))
-    assert set(batch) == {"input_ids", "labels"}
-    assert torch.equal(batch["input_ids"], batch["labels"])
+    assert set(batch) == {"input_ids", "targets"}
+    assert torch.equal(batch["input_ids"][:, 1:], batch["targets"][:, :-1])
+    assert (batch["targets"][:, -1] == IGNORE_INDEX).all()
     other = next(iter(build_train_loader(TrainingData(data, 2), 0, 8, 0, 1, 8)))
     assert not torch.equal(batch["input_ids"], other["input_ids"])
 
@@ -264,11 +265,11 @@ def test_validation_covers_every_token_once(data: DataConfig, world: int, micro:
     filler: list[list[int]] = [[]] * (world * micro * steps - 3)
     assert real == [[100, 101, 102, 103], [104, 105, 106, 107], [108, 109, EOS], *filler]
     for row in rows:
-        assert row["input_ids"].shape == row["labels"].shape == row["attention_mask"].shape == (S,)
-        assert torch.equal(row["labels"] == IGNORE_INDEX, row["attention_mask"] == 0)
+        assert row["input_ids"].shape == row["targets"].shape == row["attention_mask"].shape == (S,)
+        predicts = torch.cat([row["attention_mask"][1:], torch.zeros(1)]) == 1
+        assert torch.equal(row["targets"] != IGNORE_INDEX, predicts)
         assert torch.equal(row["input_ids"] == PAD, row["attention_mask"] == 0)
-        kept = row["attention_mask"] == 1
-        assert torch.equal(row["labels"][kept], row["input_ids"][kept])
+        assert torch.equal(row["targets"][predicts], row["input_ids"].roll(-1)[predicts])
 
 
 def test_validation_with_workers_and_a_limit(data: DataConfig) -> None:
@@ -284,7 +285,7 @@ def test_validation_pads_with_eos_where_there_is_no_padding_token(tmp_path: Path
     directory = write_prepared(tmp_path / "data", [[2]], [[3]], pad_token_id=None)
     (batch,) = build_eval_batches(DataConfig(dir=str(directory), sequence_length=4), 0, 1, 1)
     assert batch["input_ids"].tolist() == [[3, EOS, EOS, EOS]]
-    assert batch["labels"].tolist() == [[3, EOS, IGNORE_INDEX, IGNORE_INDEX]]
+    assert batch["targets"].tolist() == [[EOS, IGNORE_INDEX, IGNORE_INDEX, IGNORE_INDEX]]
 
 
 def test_no_validation_split(tmp_path: Path) -> None:

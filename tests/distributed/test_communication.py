@@ -90,7 +90,7 @@ def step(model: OlmoeForCausalLM) -> TrainingOutput:
     """Forward and backward of this rank's share, without the losses' own communication."""
     ids_BS = global_batch(0).chunk(dist.get_world_size())[dist.get_rank()]
     output = model.training_forward(ids_BS, ids_BS)
-    (output.ce_sum + sum(logits.square().sum() for logits in output.router_logits)).backward()
+    (output.ce_sum + output.router.squared_logsumexp_L.sum()).backward()
     return output
 
 
@@ -112,8 +112,8 @@ def traced(
     with Trace() as trace:
         output = step(model)
     size = parallel.expert_parallel_size
-    owners = torch.stack(output.expert_indices) // (EXPERTS // size)
-    return trace.bytes_sent(), owners.flatten().bincount(minlength=size).tolist()
+    rows = output.router.counts_LE.sum(0).view(size, EXPERTS // size).sum(1)
+    return trace.bytes_sent(), [round(count) for count in rows.tolist()]
 
 
 def all_traced(ranks: int) -> list[list[tuple[Counter[str], list[int]]]]:

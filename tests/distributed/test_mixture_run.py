@@ -94,7 +94,7 @@ def test_a_run_on_a_mixture(tmp_path: Path) -> None:
     for row in steps:
         drawn = [samples[index] for index in range(10 * (row["step"] - 1), 10 * row["step"])]
         repetitive = sum(set(sample["input_ids"].tolist()) == {7} for sample in drawn)
-        masked = sum(set(sample["labels"].tolist()) == {-100} for sample in drawn)
+        masked = sum(set(sample["targets"].tolist()) == {-100} for sample in drawn)
         assert row["data/repetitive_sequences"] == repetitive
         assert row["data/sequences_without_targets"] == masked
     assert sum(row["data/repetitive_sequences"] for row in steps) > 5

@@ -145,9 +145,8 @@ def test_transformers_opens_the_export_and_finds_our_loss(quickstart: Quickstart
     for batch in build_eval_batches(data, rank=0, world_size=1, micro_batch_size=8, max_sequences=64):
         with torch.no_grad():
             logits = model(batch["input_ids"], attention_mask=batch["attention_mask"]).logits
-        labels = batch["labels"][:, 1:]
-        loss += F.cross_entropy(logits[:, :-1].flatten(0, 1), labels.flatten(), reduction="sum")
-        targets += int((labels != -100).sum())
+        loss += F.cross_entropy(logits.flatten(0, 1), batch["targets"].flatten(), reduction="sum")
+        targets += int((batch["targets"] != -100).sum())
     ours = evaluations(quickstart.run_dir)[-1]["eval/validation/loss"]
     assert loss.item() / targets == pytest.approx(ours, abs=1e-5)
 

@@ -77,7 +77,9 @@ def test_one_mean_over_all_targets(tmp_path: Path, length: int, micro_batch_size
 def test_the_mode_is_eval_meanwhile_and_restored(training: bool) -> None:
     model = make().train(training)
     ids = torch.arange(2, 20)[None]
-    losses = {evaluate_model(model, [{"input_ids": ids, "labels": ids}], CPU).loss for _ in range(2)}
+    losses = {
+        evaluate_model(model, [{"input_ids": ids, "targets": ids.roll(-1, 1)}], CPU).loss for _ in range(2)
+    }
     assert len(losses) == 1, "dropout was on"
     assert model.training is training
     assert all(parameter.grad is None for parameter in model.parameters())

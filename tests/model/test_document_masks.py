@@ -11,7 +11,8 @@ from torch import Tensor
 
 from olmoe_train.model import OlmoeConfig, OlmoeForCausalLM, attention, transformer
 from olmoe_train.model.attention import documents_and_positions
-from olmoe_train.model.losses import router_losses
+from olmoe_train.model.losses import router_losses_from_stats
+from olmoe_train.model.moe.router_stats import RouterStats
 
 # Two rows of 12: documents of 5, 1, 6 and 3, 7; and padding of 2.
 ROWS = [[5, 1, 6], [3, 7, 2]]
@@ -50,8 +51,9 @@ LABELS = LABELS.view(2, LENGTH).masked_fill(MASK == 0, -100)
 
 def packed(model: OlmoeForCausalLM) -> tuple[Tensor, list[Tensor]]:
     """(logits [B * S, V], router logits [B * S, E] of each layer)."""
-    hidden, _, router, _ = model.model.run_layers(IDS, MASK, document_offsets=OFFSETS)
-    return model.lm_head(hidden[-1]).flatten(0, 1), list(router)
+    output = model.model.run_layers(IDS, MASK, document_offsets=OFFSETS, output_router_logits=True)
+    assert output.router_logits is not None
+    return model.lm_head(output.last_hidden_state).flatten(0, 1), list(output.router_logits)
 
 
 def alone(model: OlmoeForCausalLM) -> list[tuple[Tensor, list[Tensor]]]:
@@ -93,23 +95,19 @@ def test_losses_and_gradients_are_those_of_the_documents_alone() -> None:
     """Summed cross-entropy, and router losses over the same tokens."""
     model = make()
     output = model.training_forward(IDS, LABELS, MASK, document_offsets=OFFSETS)
-    balance, z = router_losses(output.router_logits, output.expert_indices, 8, MASK)
+    balance, z = router_losses_from_stats(output.router, top_k=2)
     (output.ce_sum + balance + z).backward()
     gradients = {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
     model.zero_grad()
 
-    ce_sum, router, indices = torch.zeros(()), [], []
+    ce_sum, router = torch.zeros(()), []
     for part in PARTS:
         ids = IDS.flatten()[part][None]
         one = model.training_forward(ids, ids)
         ce_sum = ce_sum + one.ce_sum
-        router.append(one.router_logits)
-        indices.append(one.expert_indices)
-    expected_balance, expected_z = router_losses(
-        [torch.cat(layer) for layer in zip(*router, strict=True)],
-        [torch.cat(layer) for layer in zip(*indices, strict=True)],
-        8,
-    )
+        router.append(one.router)
+    added = RouterStats(*(sum(sums) for sums in zip(*router, strict=True)))
+    expected_balance, expected_z = router_losses_from_stats(added, top_k=2)
     (ce_sum + expected_balance + expected_z).backward()
     for found, expected in ((output.ce_sum, ce_sum), (balance, expected_balance), (z, expected_z)):
         assert found.item() == pytest.approx(expected.item(), rel=1e-5)

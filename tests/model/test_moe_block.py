@@ -56,7 +56,8 @@ def test_the_block_is_the_reference(changes: dict[str, Any], backend: str, token
     x_TD = torch.randn(tokens, 16, generator=generator, requires_grad=True)
     into_TD = torch.randn(tokens, 16, generator=generator)
 
-    output_BSD, logits, chosen = block(x_TD[None])
+    output_BSD, stats, logits = block(x_TD[None], output_router_stats=True, output_router_logits=True)
+    chosen = block.gate(x_TD)[-1]
     inputs: dict[str, Tensor] = {"x": x_TD, **dict(block.named_parameters())}
     got = torch.autograd.grad(
         (output_BSD[0] * into_TD).sum() + 0.1 * logits.square().sum(), list(inputs.values())
@@ -79,6 +80,11 @@ def test_the_block_is_the_reference(changes: dict[str, Any], backend: str, token
     torch.testing.assert_close(output_BSD[0], output_TD, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(logits, expected_logits, rtol=1e-5, atol=1e-5)
     assert torch.equal(chosen, expected_chosen)
+    assert (
+        stats.counts_LE[0].tolist()
+        == expected_chosen.flatten().bincount(minlength=block.num_experts).tolist()
+    )
+    torch.testing.assert_close(stats.squared_logsumexp_L[0], expected_logits.logsumexp(-1).square().sum())
     for name, mine, other in zip(inputs, got, expected, strict=True):
         torch.testing.assert_close(
             mine, other, rtol=1e-4, atol=1e-5, msg=lambda text, name=name: f"{name}: {text}"

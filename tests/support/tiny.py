@@ -61,7 +61,7 @@ def backward(model: OlmoeForCausalLM, ids_BS: Tensor, document_offsets: Tensor |
     ids_BS: this rank's share of the global batch, int64 [B, S]. Returns the loss, summed over ranks.
     """
     output = model.training_forward(ids_BS, ids_BS, document_offsets=document_offsets)
-    z = sum(logits.logsumexp(-1).square().sum() for logits in output.router_logits)
+    z = output.router.squared_logsumexp_L.sum()
     loss = output.ce_sum / (SEQUENCES * (LENGTH - 1)) + 0.01 * z / (SEQUENCES * LENGTH)
     loss.backward()
     total = loss.detach().clone()

@@ -16,7 +16,6 @@ from olmoe_train.config.choices import Packing, WandbMode
 from olmoe_train.config.data import DataConfig
 from olmoe_train.config.train import WandbConfig
 from olmoe_train.distributed.mesh import init_distributed
-from olmoe_train.model.losses import router_entropy
 from olmoe_train.run.loggers import MetricsLog, forget_after, start_wandb
 from olmoe_train.training.batch import Totals
 from olmoe_train.training.callbacks.logging import console_line
@@ -100,12 +99,6 @@ def test_an_expert_dies_after_steps_without_a_token_and_wakes_with_one() -> None
     # ... and a resumed run remembers.
     resumed = ExpertUse(2, 4, dead_after=2, last_used=experts.last_used(), device=CPU)
     assert resumed.last_used() == [[4, 4, 4, 4], [4, 1, 0, 4]]
-
-
-def test_entropy_by_hand_and_without_padding() -> None:
-    # (3/4, 1/4): ln 4 - 3/4 ln 3 = 0.562335.
-    logits = torch.tensor([[math.log(3.0), 0.0], [50.0, -50.0]])
-    assert router_entropy((logits,), torch.tensor([1, 0])).item() == pytest.approx(0.5623351446)
 
 
 def writer(tmp_path: Path, mode: WandbMode = WandbMode.disabled, step: int = 0) -> MetricsLog:

@@ -1,5 +1,6 @@
 """Each seam has a second implementation here, added without a change to train.py: an objective that is not
-next-token prediction, SGD, and a callback with a state. And what `train` leaves behind where it raises."""
+next-token prediction, SGD, a callback with a state, and a balancer with a buffer. And what `train` leaves
+behind where it raises."""
 
 import math
 import os
@@ -15,17 +16,18 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from olmoe_train import train as train_module
 from olmoe_train.checkpoint.convert.stored_model import open_stored_model
+from olmoe_train.config.balancing import BalancingConfig
 from olmoe_train.config.objective import ObjectiveConfig
 from olmoe_train.config.optimizer import OptimizerConfig
 from olmoe_train.config.train import ParallelConfig, TrainConfig
 from olmoe_train.model import OlmoeForCausalLM
 from olmoe_train.model.configuration import OlmoeConfig
-from olmoe_train.model.moe.block import OlmoeTopKRouter
+from olmoe_train.model.losses import router_losses_from_stats
+from olmoe_train.model.moe.router_stats import RouterStats
 from olmoe_train.optim import build as optim_build
 from olmoe_train.run.lock import RunLock
 from olmoe_train.train import train
@@ -90,12 +92,12 @@ class Copy:
         self, model: OlmoeForCausalLM, micro_batch: Batch, totals: Totals
     ) -> tuple[Tensor, dict[str, Tensor]]:
         ids_BS = micro_batch["input_ids"]
-        output = model.training_forward(ids_BS, F.pad(ids_BS[:, :-1], (1, 0), value=-100))
+        output = model.training_forward(ids_BS, targets=ids_BS)
         loss = output.ce_sum / totals.num_targets
         self.calls.append("call")
         return loss, {"copy_loss": loss.detach()}
 
-    def end_step(self, model: OlmoeForCausalLM, totals: Totals) -> None:
+    def end_step(self, model: OlmoeForCausalLM, totals: Totals, skipped: Tensor) -> None:
         self.calls.append("end")
 
 
@@ -104,8 +106,8 @@ def test_an_objective_that_is_not_next_token(
 ) -> None:
     made: list[Copy] = []
 
-    def build_copy(cfg: TrainConfig, model: OlmoeConfig, device: torch.device) -> Copy:
-        made.append(Copy(model, device))
+    def build_copy(cfg: TrainConfig, model: OlmoeForCausalLM, device: torch.device) -> Copy:
+        made.append(Copy(model.config, device))
         return made[0]
 
     monkeypatch.setitem(build.OBJECTIVES, CopyConfig, build_copy)
@@ -207,54 +209,109 @@ def test_a_callback_and_its_state(data: Path, tmp_path: Path) -> None:
     assert first.saved == ["step-00000001", "step-00000002"]
 
 
-# --- a buffer -----------------------------------------------------------------------------------------------
+# --- a balancer with a buffer -------------------------------------------------------------------------------
 
 
-def add_a_buffer(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Routers with a bias that each step changes, as loss-free balancing will have it."""
-    original = OlmoeTopKRouter.__init__
-
-    def with_buffer(router: OlmoeTopKRouter, config: OlmoeConfig) -> None:
-        original(router, config)
-        router.register_buffer("bias_E", torch.empty(config.num_experts))
-
-    def reset_buffers(router: OlmoeTopKRouter) -> None:
-        router.get_buffer("bias_E").fill_(0.5)
-
-    monkeypatch.setattr(OlmoeTopKRouter, "__init__", with_buffer)
-    monkeypatch.setattr(OlmoeTopKRouter, "reset_buffers", reset_buffers, raising=False)
+@dataclass(frozen=True)
+class BiasConfig(BalancingConfig):
+    name: str = "bias"
+    rate: float = 0.01
 
 
-def bump(engines: list[Engine]) -> Callback:
-    """Adds 1 to every bias before every step."""
+class Bias(nn.Module):
+    """Adds a bias to the scores of each expert and, after each step, moves the bias towards even load."""
 
-    def act(step: int) -> None:
-        for _, buffer in engines[-1].model.named_buffers():
-            buffer += 1
+    over_global_batch, has_state = False, True
 
-    return BeforeStep(act)
+    def __init__(self, config: OlmoeConfig, rate: float) -> None:
+        super().__init__()
+        self.rate, self.top_k = rate, config.num_experts_per_tok
+        self.register_buffer("bias_LE", torch.empty(config.num_hidden_layers, config.num_experts))
+
+    def reset_buffers(self) -> None:
+        self.get_buffer("bias_LE").zero_()
+
+    def needs_loss(self, logged: bool) -> bool:
+        return False
+
+    def scores(self, layer: int, probs_TE: Tensor) -> Tensor:
+        return probs_TE + self.get_buffer("bias_LE")[layer]
+
+    def loss(
+        self, stats: RouterStats, total_tokens: Tensor, total_counts_LE: Tensor | None
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        balance, _ = router_losses_from_stats(stats, self.top_k, total_tokens=total_tokens)
+        return torch.zeros_like(balance), {"load_balancing_loss": balance.detach()}
+
+    def update(self, counts_LE: Tensor) -> None:
+        mean_L1 = counts_LE.mean(-1, keepdim=True)
+        self.get_buffer("bias_LE").add_(self.rate * (mean_L1 - counts_LE).sign())
 
 
-def train_with_a_buffer(cfgs: list[TrainConfig]) -> list[list[float]]:
-    """On a rank: after each run, the first value of every layer's buffer."""
-    add_a_buffer(pytest.MonkeyPatch())
+def use_bias(patch: pytest.MonkeyPatch) -> BiasConfig:
+    def build_bias(cfg: TrainConfig, config: OlmoeConfig) -> Bias:
+        assert isinstance(cfg.balancing, BiasConfig)
+        return Bias(config, cfg.balancing.rate)
+
+    patch.setitem(build.BALANCERS, BiasConfig, build_bias)
+    return BiasConfig()
+
+
+def train_with_bias(cfgs: list[TrainConfig]) -> list[Tensor]:
+    """On a rank: the bias after each run."""
+    use_bias(pytest.MonkeyPatch())
     engines: list[Engine] = []
     change_engine(engines.append)
     found = []
     for cfg in cfgs:
-        train(cfg, callbacks=(bump(engines),))
-        found.append([buffer[0].item() for _, buffer in engines[-1].model.named_buffers()])
+        train(cfg)
+        found.append(engines[-1].model.get_buffer("balancer.bias_LE").clone())
     return found
 
 
 @pytest.mark.ranks
-def test_buffers_are_initialized_saved_resumed_and_refused_by_exports(data: Path, tmp_path: Path) -> None:
-    trainers = [{"max_steps": 4, "stop_at_step": end} for end in (2, 4)]
-    cfgs = [config(data, tmp_path, trainer=trainer) for trainer in trainers]
-    # A save comes before the callback of its step: the checkpoint has what was added before steps 1 and 2.
-    assert run_ranks(2, train_with_a_buffer, cfgs) == [[[3.5] * 2, [5.5] * 2]] * 2
-    with pytest.raises(ValueError, match=r"step-00000004 .*model\.layers\.0\.mlp\.gate\.bias_E"):
-        open_stored_model(tmp_path)
+def test_a_balancer_with_a_buffer(data: Path, tmp_path: Path) -> None:
+    """Two ranks with one whole run and one that is stopped and resumed; exports refuse the buffer by name."""
+    stops = [("whole", 4), ("parts", 2), ("parts", 4)]
+    cfgs = [
+        config(data, tmp_path / run, balancing=BiasConfig(), trainer={"max_steps": 4, "stop_at_step": end})
+        for run, end in stops
+    ]
+    (whole, half, resumed), of_rank_1 = run_ranks(2, train_with_bias, cfgs)
+    assert all(torch.equal(*pair) for pair in zip((whole, half, resumed), of_rank_1, strict=True))
+    assert 0 < half.abs().max() <= 2 * 0.01  # each step adds -rate, 0 or rate to each bias
+    assert torch.equal(whole, resumed)
+    assert not torch.equal(whole, half)
+    assert same(saved_tensors(tmp_path / "whole", 4), saved_tensors(tmp_path / "parts", 4))
+    values = metrics(tmp_path / "whole")[-1]
+    assert values["train/loss"] == pytest.approx(values["train/ce_loss"])
+    assert "train/router_z_loss" not in values
+    with pytest.raises(ValueError, match=r"step-00000004 .*balancer\.bias_LE"):
+        open_stored_model(tmp_path / "whole")
+
+
+def test_a_bias_evens_out_the_load(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    changes = ONE_RANK | {"trainer": {"max_steps": 20}, "checkpoint": {"every": 0}}
+    use_bias(monkeypatch)
+    violation = []
+    for rate in (0.0, 0.01):
+        train(config(data, tmp_path / str(rate), balancing=BiasConfig(rate=rate), **changes))
+        violation.append(metrics(tmp_path / str(rate))[-1]["router/max_violation"])
+    assert violation[1] < 0.5 * violation[0]
+
+
+def test_a_skipped_step_does_not_move_the_bias(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(train_module, "build_engine", train_module.build_engine)  # restored afterwards
+    fault = spoil_activations(0, range(2, 3), math.nan)
+    train(config(data, tmp_path, balancing=use_bias(monkeypatch), **ONE_RANK), callbacks=(fault,))
+    bias = [
+        next(value for name, value in saved_tensors(tmp_path, step).items() if name.endswith("bias_LE"))
+        for step in (1, 2, 3)
+    ]
+    assert torch.equal(bias[0], bias[1])
+    assert not torch.equal(bias[1], bias[2])
 
 
 # --- what a run leaves behind where it raises ---------------------------------------------------------------

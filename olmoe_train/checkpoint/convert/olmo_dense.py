@@ -26,9 +26,9 @@ from torch import Tensor, nn
 
 from olmoe_train.checkpoint.convert.stored_model import StoredModel
 from olmoe_train.model import OlmoeConfig, OlmoeForCausalLM
+from olmoe_train.model.decoder_layer import OlmoeDecoderLayer
 from olmoe_train.model.hf.directory import check_tied_head, ignored_tensors, parameter_shapes
 from olmoe_train.model.hf.special_tokens import read_generation_config
-from olmoe_train.model.transformer import OlmoeDecoderLayer
 from olmoe_train.utils.errors import UserError
 from olmoe_train.utils.files import read_json_object
 from olmoe_train.utils.tensor_files import StoredWeights, check_tensor_shapes

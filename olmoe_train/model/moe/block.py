@@ -17,9 +17,11 @@ from torch.autograd.function import FunctionCtx, once_differentiable
 
 from olmoe_train.model.configuration import OlmoeConfig
 from olmoe_train.model.moe.experts import OlmoeExperts, Routing, sort_by_expert
+from olmoe_train.model.moe.router_stats import RouterStats, router_stats
 
 Dispatch = Callable[..., tuple[Tensor, Tensor | None, Routing]]
 Combine = Callable[[Tensor, Tensor, Routing], Tensor]
+Scores = Callable[[Tensor], Tensor]
 Choose = Callable[[Tensor, int], Tensor]
 
 
@@ -50,13 +52,18 @@ def combine_local(out_TD: Tensor, weights_TK: Tensor, routing: Routing) -> Tenso
     return out_TD
 
 
-def choose_top_k(probs_TE: Tensor, top_k: int) -> Tensor:
-    """Choose the `top_k` most probable experts per token.
+def probabilities(probs_TE: Tensor) -> Tensor:
+    """Score the experts of each token by their probability."""
+    return probs_TE
+
+
+def choose_top_k(scores_TE: Tensor, top_k: int) -> Tensor:
+    """Choose the `top_k` experts with the highest scores per token.
 
     Returns:
-        expert_indices_TK, int64, in descending order of probability.
+        expert_indices_TK, int64, in descending order of score.
     """
-    return probs_TE.topk(top_k, dim=-1).indices
+    return scores_TE.topk(top_k, dim=-1).indices
 
 
 class _RouterLogits(torch.autograd.Function):
@@ -82,33 +89,35 @@ class _RouterLogits(torch.autograd.Function):
 class OlmoeTopKRouter(nn.Module):
     """Token-choice router, computed in fp32.
 
-    `choose` is an attribute so that activation checkpointing can replace the function and replay the choice
-    of the first pass.
+    `scores` is an attribute so that a balancer can replace what top-k sees (balancing.py); the weights stay
+    the probabilities. `choose` is an attribute so that activation checkpointing can replace the function and
+    replay the choice of the first pass.
     """
 
     def __init__(self, config: OlmoeConfig) -> None:
         super().__init__()
         self.top_k = config.num_experts_per_tok
         self.norm_topk_prob = config.norm_topk_prob
+        self.scores: Scores = probabilities
         self.choose: Choose = choose_top_k
         self.weight = nn.Parameter(torch.empty(config.num_experts, config.hidden_size))
 
-    def forward(self, x_TD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(self, x_TD: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Route T tokens.
 
         Args:
             x_TD: Tokens, any float dtype.
 
         Returns:
-            (logits_TE fp32, weights_TK fp32, expert_indices_TK int64).
+            (logits_TE fp32, probs_TE fp32, weights_TK fp32, expert_indices_TK int64).
         """
         logits_TE = _RouterLogits.apply(x_TD, self.weight)
         probs_TE = logits_TE.softmax(-1)
-        indices_TK = self.choose(probs_TE.detach(), self.top_k)
+        indices_TK = self.choose(self.scores(probs_TE.detach()), self.top_k)
         weights_TK = probs_TE.gather(1, indices_TK)
         if self.norm_topk_prob:
             weights_TK = weights_TK / weights_TK.sum(-1, keepdim=True)
-        return logits_TE, weights_TK, indices_TK
+        return logits_TE, probs_TE, weights_TK, indices_TK
 
 
 class OlmoeSparseMoeBlock(nn.Module):
@@ -126,18 +135,28 @@ class OlmoeSparseMoeBlock(nn.Module):
         self.dispatch: Dispatch = dispatch_local
         self.combine: Combine = combine_local
 
-    def forward(self, x_BSD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(
+        self,
+        x_BSD: Tensor,
+        token_mask_T: Tensor | None = None,
+        output_router_stats: bool = False,
+        output_router_logits: bool = False,
+    ) -> tuple[Tensor, RouterStats | None, Tensor | None]:
         """Route the tokens, run the experts and combine their outputs.
 
         Args:
             x_BSD: Output of the norm before the block.
+            token_mask_T: fp32, 0 at padding, which the router's sums leave out; None counts every token.
+            output_router_stats: Whether to return the router's sums.
+            output_router_logits: Whether to return the router logits.
 
         Returns:
-            (output [B, S, D], router logits_TE fp32, expert_indices_TK int64).
+            (output [B, S, D], sums or None, router logits_TE fp32 or None).
         """
         x_TD = x_BSD.reshape(-1, x_BSD.shape[-1])
-        logits_TE, weights_TK, indices_TK = self.gate(x_TD)
+        logits_TE, probs_TE, weights_TK, indices_TK = self.gate(x_TD)
+        stats = router_stats(logits_TE, probs_TE, indices_TK, token_mask_T) if output_router_stats else None
         x_ND, weights_NJ, routing = self.dispatch(x_TD, weights_TK, indices_TK, self.num_experts)
         out_ND = self.experts(x_ND, weights_NJ, routing)
         out_TD = self.combine(out_ND, weights_TK, routing)
-        return out_TD.view_as(x_BSD), logits_TE, indices_TK
+        return out_TD.view_as(x_BSD), stats, logits_TE if output_router_logits else None

@@ -38,9 +38,9 @@ from olmoe_train.distributed.fsdp import shard
 from olmoe_train.distributed.materialize import shard_slices
 from olmoe_train.distributed.mesh import build_mesh, local_tensor
 from olmoe_train.model import OlmoeForCausalLM
+from olmoe_train.model.decoder_layer import OlmoeDecoderLayer
 from olmoe_train.model.moe.experts import OlmoeExperts
 from olmoe_train.model.outputs import TrainingOutput
-from olmoe_train.model.transformer import OlmoeDecoderLayer
 from olmoe_train.optim.build import build_optimizer, scale_learning_rates
 from olmoe_train.optim.clipping import clip_gradients
 from olmoe_train.training.engine.base import Judge, StepOutcome
@@ -287,6 +287,8 @@ def _build(
     with torch.device("meta"):
         model = OlmoeForCausalLM(stored.config)
     model.set_experts_backend(cfg.model.experts_backend.value)
+    if stored.balancer is not None:
+        model.set_balancer(stored.balancer)
     if cfg.parallel.expert_parallel_size > 1:
         _keep_own_experts(model, cfg.parallel.expert_parallel_size)
     checkpoint_activations(model, cfg.trainer.activation_checkpointing)
@@ -379,7 +381,7 @@ def _start(
 
 
 def _as_tuple(output: TrainingOutput) -> tuple[Any, ...]:
-    return output.ce_sum, output.router_logits, output.expert_indices
+    return output.ce_sum, output.router
 
 
 def _gather(tensor: Tensor) -> Tensor:

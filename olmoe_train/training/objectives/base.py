@@ -21,7 +21,7 @@ class RouterSums:
     """Tokens that each layer sent to each expert, fp32."""
     entropy_L: Tensor
     """Entropy of the routing distribution in nats, summed over tokens and divided by the tokens of the global
-    batch, fp32; zeros where the step is not logged."""
+    batch, fp32."""
 
     @classmethod
     def zeros(cls, layers: int, experts: int, device: torch.device) -> "RouterSums":
@@ -37,8 +37,10 @@ class Objective(Protocol):
 
     columns: tuple[str, ...]
     """Columns that each micro-batch must have."""
-    router: RouterSums
-    """Of the current step; complete after its last micro-batch."""
+
+    @property
+    def router(self) -> RouterSums:
+        """Of the current step; complete after its last micro-batch."""
 
     def begin_step(
         self, model: OlmoeForCausalLM, micro_batches: list[Batch], totals: Totals, logged: bool
@@ -60,5 +62,11 @@ class Objective(Protocol):
         All are fp32 scalars. Metrics, console and wandb show each term as train/NAME.
         """
 
-    def end_step(self, model: OlmoeForCausalLM, totals: Totals) -> None:
-        """After the update, on every rank; collective where it has to be."""
+    def end_step(self, model: OlmoeForCausalLM, totals: Totals, skipped: Tensor) -> None:
+        """After the update, on every rank; collective where it has to be.
+
+        Args:
+            model: as updated.
+            totals: counts over the global batch.
+            skipped: bool scalar on the device, whether the update was not applied.
+        """
