@@ -26,7 +26,8 @@ from olmoe_train.model import OlmoeConfig, OlmoeForCausalLM
 from olmoe_train.training.preflight.model_and_data import _init_from_errors
 from olmoe_train.utils.errors import UserError
 from tests.support.ranks import run_ranks
-from tests.support.tiny import SIZES, build, global_batch, train_step, whole
+from tests.support.sizes import SIZES
+from tests.support.tiny import build, global_batch, train_step, whole
 
 VOCABULARY = 300  # 256 bytes, eos, padding, and some merges
 STEPS = (3, 7)

@@ -1,7 +1,5 @@
 """`olmoe plan`: speed, layouts, what fits, errors, and the verb as a command."""
 
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -22,6 +20,7 @@ from olmoe_train.planning.report import (
     possible_layouts,
 )
 from olmoe_train.utils.errors import UserError
+from tests.support.commands import olmoe
 from tests.support.plans import OLMOE_1B_7B, ONE_SEQUENCE, TOTAL, fsdp, plan_config
 
 
@@ -124,16 +123,11 @@ def test_wrong_values(changes: dict[str, object], message: str) -> None:
     assert message in str(caught.value)
 
 
-def olmoe(directory: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "olmoe_train", "plan", *arguments]
-    return subprocess.run(command, cwd=directory, capture_output=True, text=True, check=False, timeout=100)
-
-
 @pytest.mark.slow
 def test_the_verb_needs_no_data_and_works_anywhere(tmp_path: Path) -> None:
     # The epochs' length is in the data; the recipe's max_tokens will do.
     options = ("gpus=8", "gpu_memory_gib=80", "trainer.max_epochs=2")
-    run = olmoe(tmp_path, "experiment=olmoe_1b_7b_0924", *options)
+    run = olmoe("plan", "experiment=olmoe_1b_7b_0924", *options, cwd=tmp_path)
     assert run.returncode == 0, run.stderr
     for text in (
         "6,919,161,856; 1,282,017,280 active per token",
@@ -149,7 +143,7 @@ def test_the_verb_needs_no_data_and_works_anywhere(tmp_path: Path) -> None:
     assert run.stdout.count("<- this configuration") == 1
     assert not any(tmp_path.iterdir())
 
-    wrong = olmoe(tmp_path, "experiment=olmoe_1b_7b_0924", "gpus=7", "mfu=2")
+    wrong = olmoe("plan", "experiment=olmoe_1b_7b_0924", "gpus=7", "mfu=2", cwd=tmp_path)
     assert wrong.returncode == 2
     assert "mfu=2.0: is a fraction" in wrong.stderr
     assert "trainer.global_batch_size=1024: must be a multiple" in wrong.stderr

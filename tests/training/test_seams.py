@@ -289,10 +289,11 @@ import sys, time
 from olmoe_train.config import compose
 from olmoe_train.train import train
 from tests.support.runs import TINY
+from tests.support.sizes import overrides
 
-overrides = TINY | {"data.dir": sys.argv[1], "trainer.max_steps": 4, "trainer.timeout": 1.0}
-overrides |= {"trainer.global_batch_size": 2, "trainer.micro_batch_size": 2, "run_dir": sys.argv[2]}
-cfg = compose(*(f"{key}={'null' if value is None else value}" for key, value in overrides.items()))
+values = TINY | {"data.dir": sys.argv[1], "trainer.max_steps": 4, "trainer.timeout": 1.0}
+values |= {"trainer.global_batch_size": 2, "trainer.micro_batch_size": 2, "run_dir": sys.argv[2]}
+cfg = compose(*overrides(values))
 
 def batches():
     import torch
