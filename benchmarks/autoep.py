@@ -19,6 +19,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from benchmarks.common import run_ranks
 from olmoe_train.config.choices import Precision, Strategy
 from olmoe_train.config.data import DataConfig
 from olmoe_train.config.model import ModelConfig, olmoe_config
@@ -29,7 +30,6 @@ from olmoe_train.model import OlmoeForCausalLM
 from olmoe_train.optim.build import build_optimizer
 from olmoe_train.training.build import build_model
 from olmoe_train.training.engine.deepspeed import ZeroEngine
-from tests.support.ranks import run_ranks
 
 RANKS, STEPS, WARM_UP = 2, 12, 3
 MODEL = ModelConfig(
@@ -150,8 +150,8 @@ def main() -> None:
     os.environ["DS_ACCELERATOR"] = "cpu"
     with tempfile.TemporaryDirectory() as scratch:
         directory = Path(scratch)
-        expected = run_ranks(1, alone, directory, timeout=300)[0]
-        losses, seconds = run_ranks(RANKS, race, directory, timeout=600)[0]
+        expected = run_ranks(1, alone, directory)[0]
+        losses, seconds = run_ranks(RANKS, race, directory)[0]
     for name, found in losses.items():
         worst = max(abs(a / b - 1) for a, b in zip(found, expected, strict=True))
         median = statistics.median(seconds[name][WARM_UP:])

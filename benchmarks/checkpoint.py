@@ -13,33 +13,43 @@ import tempfile
 import time
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
-import torch
 import torch.distributed as dist
 from torch.distributed.checkpoint.filesystem import FileSystemWriter
 from torch.distributed.checkpoint.state_dict_saver import async_save
 
+from benchmarks.common import BareStep, run_ranks
 from olmoe_train.checkpoint.saver import Saver
-from olmoe_train.checkpoint.sharded import _training_tensors
-from olmoe_train.config.train import CheckpointConfig
-from tests.support.ranks import run_ranks
-from tests.support.tiny import build, train_step
+from olmoe_train.checkpoint.sharded import take_snapshot
+from olmoe_train.config.choices import Precision
+from olmoe_train.config.data import DataConfig
+from olmoe_train.config.model import ModelConfig
+from olmoe_train.config.train import CheckpointConfig, TrainConfig, TrainerConfig
 
-SIZES: dict[str, Any] = {
-    "vocab_size": 8192,
-    "hidden_size": 256,
-    "intermediate_size": 256,
-    "num_hidden_layers": 6,
-    "num_experts": 16,
-    "num_experts_per_tok": 4,
-}
+SEQUENCES = 8  # in all
+CONFIG = TrainConfig(
+    model=ModelConfig(
+        vocab_size=8192,
+        hidden_size=256,
+        intermediate_size=256,
+        num_hidden_layers=6,
+        num_attention_heads=4,
+        num_experts=16,
+        num_experts_per_tok=4,
+    ),
+    data=DataConfig(dir="none", sequence_length=16),
+    trainer=TrainerConfig(max_steps=1, precision=Precision.fp32),
+)
 KINDS = ("none", "synchronous", "asynchronous", "torch async_save")
 
 
 def measure(rounds: int, steps: int, directory: str) -> dict[str, list[tuple[float, float]]]:
     """(seconds that `steps` steps take with a save behind the second of them, those in the call) by kind."""
-    model, optimizer = build(**SIZES)
+    trainer = replace(CONFIG.trainer, micro_batch_size=SEQUENCES // dist.get_world_size())
+    train_step = BareStep(replace(CONFIG, trainer=trainer))
+    model, optimizer = train_step.model, train_step.optimizer
+    batch = train_step.random_batch()
+    totals = train_step.count([batch])
     savers = {
         name: Saver(
             replace(CheckpointConfig(keep=1), async_save=name == "asynchronous"),
@@ -50,24 +60,24 @@ def measure(rounds: int, steps: int, directory: str) -> dict[str, list[tuple[flo
         for name in ("synchronous", "asynchronous")
     }
     group = dist.new_group(backend="gloo")
-    for step in range(2):
-        train_step(model, optimizer, step)
+    for _ in range(2):
+        train_step(batch, totals)
+    live = take_snapshot(model, optimizer)  # shares its memory with the model and the optimizer
     seconds: dict[str, list[tuple[float, float]]] = {kind: [] for kind in KINDS}
     number = 1
     for kind in KINDS * (1 + rounds):
         dist.barrier()
         started, blocked, future = time.perf_counter(), 0.0, None
         for step in range(steps):
-            train_step(model, optimizer, step)
+            train_step(batch, totals)
             if step != 1:
                 continue
             number, called = number + 1, time.perf_counter()
             if kind in savers:
                 savers[kind].save(number, {})
             elif kind == "torch async_save":
-                tensors, _ = _training_tensors(model, optimizer)
                 writer = FileSystemWriter(Path(directory) / "dcp" / str(number))
-                future = async_save(tensors, storage_writer=writer, process_group=group)
+                future = async_save(live.tensors, storage_writer=writer, process_group=group)
             blocked = time.perf_counter() - called
         dist.barrier()
         seconds[kind].append((time.perf_counter() - started, blocked))
@@ -84,11 +94,8 @@ def main() -> None:
     parser.add_argument("--ranks", type=int, default=2)
     parser.add_argument("--steps", type=int, default=30)
     arguments = parser.parse_args()
-    torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as directory:
-        run = run_ranks(
-            arguments.ranks, measure, arguments.rounds, arguments.steps, directory, timeout=1800.0
-        )
+        run = run_ranks(arguments.ranks, measure, arguments.rounds, arguments.steps, directory)
     seconds = run[0]
     total, blocked = (
         {kind: statistics.median(values[at] for values in seconds[kind]) for kind in KINDS} for at in (0, 1)

@@ -19,17 +19,12 @@ from dataclasses import dataclass, replace
 import torch
 import torch.distributed as dist
 
+from benchmarks.common import BareStep, run_ranks
 from olmoe_train.config.choices import Precision
 from olmoe_train.config.data import DataConfig
 from olmoe_train.config.model import ModelConfig, olmoe_config
 from olmoe_train.config.train import ParallelConfig, TrainConfig, TrainerConfig
-from olmoe_train.distributed.mesh import build_mesh, init_distributed
-from olmoe_train.optim.build import build_optimizer
-from olmoe_train.optim.clipping import clip_gradients
 from olmoe_train.planning.flops import train_flops_per_token
-from olmoe_train.training.batch import count_tokens
-from olmoe_train.training.build import build_model, build_objective
-from tests.support.ranks import run_ranks
 
 WARM_UP = 2
 TOKENS = 8192
@@ -84,31 +79,24 @@ POINTS = [
 ]
 
 
-def build_step(cfg: TrainConfig) -> Callable[[], None]:
-    """The trainer's step on random tokens, without its loop."""
-    device = init_distributed("cpu")
-    model = build_model(cfg, build_mesh(cfg.parallel, device))
-    optimizer = build_optimizer(model.parameters(), cfg.optimizer)
-    objective = build_objective(cfg, model, device)
-    shape = (cfg.trainer.micro_batch_size, cfg.data.sequence_length)
+def on_random_tokens(step: BareStep) -> Callable[[], None]:
+    """The step, with its batch and counts made anew every time."""
 
-    def step() -> None:
-        ids_BS = torch.randint(cfg.model.vocab_size, shape)
-        batch = {"input_ids": ids_BS, "targets": ids_BS.roll(-1, 1)}
-        totals = count_tokens([batch], False, device)
-        objective(model, batch, totals)[0].backward()
-        clip_gradients(model.parameters(), cfg.optimizer.max_grad_norm)
-        optimizer.step()
-        optimizer.zero_grad()
+    def call() -> None:
+        batch = step.random_batch()
+        step(batch, step.count([batch]))
 
-    return step
+    return call
 
 
 def seconds_a_step(configs: list[TrainConfig], rounds: int, threads: int | None = None) -> list[list[float]]:
-    """Every round's seconds on this rank, of each configuration, in turn. threads None: as they are."""
+    """Seconds of every round on this rank, by configuration. A round makes a step of each of them in turn.
+
+    threads: the threads of this rank; None leaves the number as it is.
+    """
     if threads is not None:
         torch.set_num_threads(threads)
-    steps = [build_step(cfg) for cfg in configs]
+    steps = [on_random_tokens(BareStep(cfg)) for cfg in configs]
     for step in steps * WARM_UP:
         step()
     seconds: list[list[float]] = [[] for _ in steps]
@@ -127,7 +115,7 @@ def measure(points: list[Point], rounds: int, threads: int) -> list[float]:
     for ranks in sorted({point.ranks for point in points}):
         together = [point for point in points if point.ranks == ranks]
         configs = [point.config for point in together]
-        times = run_ranks(ranks, seconds_a_step, configs, rounds, max(1, threads // ranks), timeout=3600.0)
+        times = run_ranks(ranks, seconds_a_step, configs, rounds, max(1, threads // ranks))
         for point, of_one in zip(together, times[0], strict=True):
             found[point.name] = statistics.median(of_one)
     return [found[point.name] for point in points]

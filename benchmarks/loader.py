@@ -3,11 +3,10 @@
 The need: 8 GPUs at 40,000 tokens/s each, 320,000 tokens/s in all; here one process (or two workers) makes all
 of it. Batches of 4 sequences of 4,096 tokens; random documents whose lengths spread as a web corpus's do.
 
-    python benchmarks/loader.py [--rounds 5] [--batches 40] [--workers 0]
+    python -m benchmarks.loader [--rounds 5] [--batches 40] [--workers 0]
 """
 
 import argparse
-import hashlib
 import itertools
 import os
 import statistics
@@ -18,62 +17,33 @@ from pathlib import Path
 
 import numpy as np
 
+from benchmarks.common import EOS, write_prepared
 from olmoe_train.config.choices import Packing
 from olmoe_train.config.data import DataConfig, MixtureSource
 from olmoe_train.data.loader import TrainingData, build_train_loader
 from olmoe_train.data.packing import open_packs
-from olmoe_train.data.tokens import Manifest, Shard, Split, open_split, write_manifest
+from olmoe_train.data.tokens import open_split
 
 NEED = 8 * 40_000  # tokens/s
 LENGTH, MICRO_BATCH = 4096, 4
-VOCABULARY, EOS, PAD = 50_280, 50_279, 1
+VOCABULARY = 50_280
 
 
 def write_data(directory: Path, documents: int, seed: int) -> None:
-    """Documents of log-normal length (median 400 tokens, mean 820), Zipf-like tokens, and a loss mask."""
+    """Documents of log-normal length (median 400 tokens, mean 820) and Zipf-like tokens.
+
+    The same data with a loss mask are in a second directory, `directory`-masked.
+    """
     generator = np.random.default_rng(seed)
-    lengths = np.clip(generator.lognormal(6.0, 1.2, documents), 2, 200_000).astype(np.uint64)
+    lengths = np.clip(generator.lognormal(6.0, 1.2, documents), 2, 200_000).astype(np.int64)
     ends = np.cumsum(lengths)
-    tokens = (VOCABULARY * generator.random(int(ends[-1])) ** 3).astype("<u2")
+    tokens = (2 + (VOCABULARY - 2) * generator.random(ends[-1]) ** 3).astype("<u2")
     tokens[ends - 1] = EOS
     mask = (generator.random(len(tokens)) < 0.5).astype(np.uint8)
-    (directory / "train").mkdir(parents=True)
-    (directory / "tokenizer").mkdir()
-    (directory / "tokenizer/tokenizer.json").write_bytes(b"{}")
-    hashes = {}
-    for suffix, array in (("npy", tokens), ("ends.u64", ends.astype("<u8")), ("mask.u8", mask)):
-        array.tofile(directory / f"train/shard-00000.{suffix}")
-        hashes[suffix] = hashlib.sha256(array.tobytes()).hexdigest()
-    shard = Shard(
-        path="train/shard-00000.npy",
-        tokens=len(tokens),
-        sha256=hashes["npy"],
-        ends_path="train/shard-00000.ends.u64",
-        documents=documents,
-        ends_sha256=hashes["ends.u64"],
-    )
-    manifest = Manifest(
-        settings={},
-        source="random numbers",
-        skipped_empty_documents=0,
-        tokenizer_sha256=hashlib.sha256(b"{}").hexdigest(),
-        dtype="uint16",
-        vocab_size=VOCABULARY,
-        eos_token_id=EOS,
-        pad_token_id=PAD,
-        bytes_per_token=4.0,
-        unigram_entropy=None,
-        train=Split(documents, len(tokens), 4 * len(tokens), (shard,)),
-        validation=Split(0, 0, 0, ()),
-    )
-    write_manifest(directory, manifest)
-    # The same once more, with the loss mask.
+    texts, masks = (np.split(array, ends[:-1]) for array in (tokens, mask))
     masked = directory.with_name(f"{directory.name}-masked")
-    masked.mkdir()
-    for name in ("train", "tokenizer"):
-        (masked / name).symlink_to(directory / name, target_is_directory=True)
-    shard = replace(shard, mask_path="train/shard-00000.mask.u8", mask_sha256=hashes["mask.u8"])
-    write_manifest(masked, replace(manifest, train=replace(manifest.train, shards=(shard,))))
+    write_prepared(directory, texts, vocab_size=VOCABULARY)
+    write_prepared(masked, texts, vocab_size=VOCABULARY, train_mask=masks)
 
 
 def cases(root: Path, workers: int) -> dict[str, DataConfig]:

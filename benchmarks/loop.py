@@ -17,8 +17,10 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import torch
 
+from benchmarks.common import EOS, BareStep, write_prepared
 from olmoe_train.config.choices import Device, Precision, WandbMode
 from olmoe_train.config.data import DataConfig
 from olmoe_train.config.model import ModelConfig
@@ -31,13 +33,9 @@ from olmoe_train.config.train import (
     WandbConfig,
 )
 from olmoe_train.data.loader import TrainingData
-from olmoe_train.distributed.mesh import build_mesh
-from olmoe_train.optim.build import build_optimizer
-from olmoe_train.optim.clipping import clip_gradients
 from olmoe_train.train import train
-from olmoe_train.training.batch import Batch, count_tokens
-from olmoe_train.training.build import build_model, build_objective, train_batches
-from tests.support.data import write_prepared
+from olmoe_train.training.batch import Batch
+from olmoe_train.training.build import train_batches
 
 VOCABULARY, SEQUENCES = 4096, 4
 # Steps of each way that are not counted: the first ones choose kernels and allocate.
@@ -45,8 +43,9 @@ WARM_UP = 1
 
 
 def configuration(options: argparse.Namespace, home: Path) -> TrainConfig:
-    generator = torch.Generator().manual_seed(0)
-    documents = torch.randint(2, VOCABULARY, (400, 3000), generator=generator).tolist()
+    tokens = np.random.default_rng(0).integers(2, VOCABULARY, (400, 3000), np.uint16)
+    tokens[:, -1] = EOS
+    documents = list(tokens)
     steps = (options.rounds + WARM_UP + 1) * options.block
     return TrainConfig(
         run_dir=str(home / "run"),
@@ -56,7 +55,7 @@ def configuration(options: argparse.Namespace, home: Path) -> TrainConfig:
             intermediate_size=64,
             num_hidden_layers=4,
             num_attention_heads=4,
-            eos_token_id=0,
+            eos_token_id=EOS,
         ),
         data=DataConfig(
             dir=str(write_prepared(home / "data", documents, documents[:2], vocab_size=VOCABULARY)),
@@ -74,23 +73,6 @@ def configuration(options: argparse.Namespace, home: Path) -> TrainConfig:
         evaluation=EvaluationConfig(at_start=False, max_sequences=SEQUENCES),
         logging=LoggingConfig(wandb=WandbConfig(mode=WandbMode.disabled)),
     )
-
-
-class BareStep:
-    """The same model and losses, and nothing besides."""
-
-    def __init__(self, cfg: TrainConfig, batch: Batch) -> None:
-        self.cfg, device = cfg, torch.device("cpu")
-        self.model = build_model(cfg, build_mesh(cfg.parallel, device))
-        self.optimizer = build_optimizer(self.model.parameters(), cfg.optimizer)
-        self.objective = build_objective(cfg, self.model, device)
-        self.totals = count_tokens([dict(batch)], False, device)
-
-    def __call__(self, batch: Batch) -> None:
-        self.objective(self.model, batch, self.totals)[0].backward()
-        clip_gradients(self.model.parameters(), self.cfg.optimizer.max_grad_norm)
-        self.optimizer.step()
-        self.optimizer.zero_grad()
 
 
 Times = list[tuple[float, float]]
@@ -113,10 +95,11 @@ def batches_with_bare_steps(cfg: TrainConfig, block: int, loop_s: Times, bare_s:
     while ready := list(itertools.islice(batches, block)):
         if bare is not None:
             loop_s.append(since(began))
-        bare = bare or BareStep(cfg, ready[0])
+        bare = bare or BareStep(cfg)
+        totals = bare.count([dict(ready[0])])  # every batch has as many tokens
         began = clocks()
         for batch in ready:
-            bare(batch)
+            bare(batch, totals)
         bare_s.append(since(began))
         began = clocks()
         yield from ready

@@ -19,22 +19,22 @@ import subprocess
 import sys
 from pathlib import Path
 
+from benchmarks.common import run_ranks
 from benchmarks.growth import seconds_a_step
-from tests.support.ranks import run_ranks
-from tests.support.runs import compose
+from olmoe_train.config.compose import compose
 
 MIXTURE, DENSE = "olmoe_quickstart", "olmo_dense_quickstart"
 # On one rank; and a step in one forward pass, since several would cost a mixture a second one each.
-ONE_RANK = {"parallel.expert_parallel_size": 1, "trainer.micro_batch_size": 8}
+ONE_RANK = ("parallel.expert_parallel_size=1", "trainer.micro_batch_size=8")
 
 
 def compare_speed(rounds: int) -> None:
     configs = [
-        compose({"experiment": "quickstart", "model": model, "data.dir": "none"} | ONE_RANK)
+        compose("experiment=quickstart", f"model={model}", "data.dir=none", *ONE_RANK)
         for model in (MIXTURE, DENSE)
     ]
     tokens = configs[0].trainer.global_batch_size * configs[0].data.sequence_length
-    mixture, dense = run_ranks(1, seconds_a_step, configs, rounds, timeout=1800.0)[0]
+    mixture, dense = run_ranks(1, seconds_a_step, configs, rounds)[0]
     ratios = sorted(a / b for a, b in zip(mixture, dense, strict=True))
     # Of the fastest quarter: other work on the cores makes a step longer, never shorter.
     rates = [tokens / statistics.quantiles(seconds, n=4)[0] for seconds in (mixture, dense)]
@@ -51,7 +51,7 @@ def start(name: str, steps: int, arguments: argparse.Namespace, *overrides: str)
     command = [
         *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=1"),
         *("-m", "olmoe_train.train", "experiment=quickstart", "logging.wandb.mode=disabled"),
-        *(f"{key}={value}" for key, value in ONE_RANK.items()),
+        *ONE_RANK,
         *(f"data.dir={arguments.data}", f"run_dir={arguments.runs}/{name}", f"trainer.max_steps={steps}"),
         *(f"evaluation.every={max(1, steps // 4)}", "checkpoint.every=50", *overrides),
     ]
@@ -74,7 +74,7 @@ def losses(runs: dict[str, subprocess.Popen[bytes]], arguments: argparse.Namespa
 
 
 def olmoe(verb: str, *overrides: str) -> None:
-    subprocess.run([sys.executable, "-m", f"olmoe_train.{verb}", *overrides], check=True)
+    subprocess.run([sys.executable, "-m", "olmoe_train", verb, *overrides], check=True)
 
 
 def compare_losses(arguments: argparse.Namespace) -> None:

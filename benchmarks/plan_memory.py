@@ -11,54 +11,21 @@ lists, code loaded late, the objects of autograd and Python. It is printed, not 
 
 import argparse
 import resource
-from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
-from weakref import WeakSet
 
 import torch
-from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
+from benchmarks.common import BareStep, run_ranks
 from olmoe_train.config.choices import ActivationCheckpointing, Precision, Strategy
 from olmoe_train.config.data import DataConfig
 from olmoe_train.config.model import ModelConfig, olmoe_config
 from olmoe_train.config.train import ParallelConfig, TrainConfig, TrainerConfig
-from olmoe_train.distributed.mesh import build_mesh, init_distributed, local_tensor
-from olmoe_train.optim.build import build_optimizer
-from olmoe_train.planning.layout import ParallelLayout
-from olmoe_train.planning.memory import MicroBatch, RankMemory, rank_memory
-from olmoe_train.training.batch import count_tokens
-from olmoe_train.training.build import build_model, build_objective
-from tests.support.ranks import run_ranks
+from olmoe_train.config.verbs import PlanConfig
+from olmoe_train.planning.live_memory import LiveBytes, held_bytes
+from olmoe_train.planning.memory import RankMemory, rank_memory
+from olmoe_train.planning.report import plan_layout, plan_micro_batch
 
 MIB = 2**20
-
-
-class LiveBytes(TorchDispatchMode):
-    """Watches every operator, backward's too, and remembers the most bytes that storages held at once."""
-
-    def __init__(self, tensors: Sequence[Tensor] = ()) -> None:
-        """tensors: alive already, to be counted too."""
-        super().__init__()
-        self.storages: WeakSet[Any] = WeakSet()
-        self.peak = 0
-        self.watch(tensors)
-
-    def watch(self, values: Any) -> None:
-        for value in tree_leaves(values):
-            if isinstance(value, Tensor):
-                self.storages.add(local_tensor(value).untyped_storage())
-
-    def now(self) -> int:
-        return sum(storage.nbytes() for storage in self.storages)
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        self.watch(result)
-        self.peak = max(self.peak, self.now())
-        return result
 
 
 @dataclass(frozen=True)
@@ -72,40 +39,26 @@ class Measured:
     resident_growth: int
 
 
-def held_bytes(tensors: Iterable[Tensor]) -> int:
-    """Bytes of the storages behind `tensors`, each counted once."""
-    storages = {local_tensor(tensor).untyped_storage() for tensor in tensors}
-    return sum(storage.nbytes() for storage in storages)
-
-
 def measure(cfg: TrainConfig) -> Measured:
     """Two optimizer steps of two micro-batches of random tokens, with the trainer's own parts."""
-    device = init_distributed("cpu")
     resident = _resident_peak()
-    mesh = build_mesh(cfg.parallel, device)
-    model = build_model(cfg, mesh)
-    optimizer = build_optimizer(model.parameters(), cfg.optimizer)
-    objective = build_objective(cfg, model, device)
-    live = LiveBytes(list(model.parameters()))
-    shape = (cfg.trainer.micro_batch_size, cfg.data.sequence_length)
-    with live:
-        for step in range(2):
+    step = BareStep(cfg)
+    parameters = list(step.model.parameters())
+    with LiveBytes(parameters) as live:
+        for number in range(2):
             live.peak = 0
-            micro_batches = []
-            for _ in range(2):
-                ids = torch.randint(cfg.model.vocab_size, shape)
-                micro_batches.append({"input_ids": ids, "targets": ids.roll(-1, 1)})
-            totals = count_tokens(micro_batches, False, device)
+            micro_batches = [step.random_batch() for _ in range(2)]
+            totals = step.count(micro_batches)
             for index, batch in enumerate(micro_batches):
-                model.set_requires_all_reduce(index == 1)  # type: ignore[operator]
-                objective(model, batch, totals)[0].backward()
-            if step == 0:
-                optimizer.step()
-                optimizer.zero_grad()
-    gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
-    moments = [value for state in optimizer.state.values() for value in state.values() if value.ndim]
+                step.model.set_requires_all_reduce(index == 1)  # type: ignore[operator]
+                step.backward(batch, totals)
+            if number == 0:
+                step.optimizer.step()
+                step.optimizer.zero_grad()
+    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    moments = [value for state in step.optimizer.state.values() for value in state.values() if value.ndim]
     return Measured(
-        held_bytes(model.parameters()),
+        held_bytes(parameters),
         held_bytes(gradients),
         held_bytes(moments),
         live.peak,
@@ -143,22 +96,8 @@ def example(
 
 def predict(cfg: TrainConfig, gpus: int) -> RankMemory:
     """What `olmoe plan` says of the same configuration, routed evenly."""
-    parallel, trainer = cfg.parallel, cfg.trainer
-    layout = ParallelLayout(
-        parallel.strategy,
-        gpus,
-        parallel.expert_parallel_size,
-        parallel.replicate_size,
-        reshard_after_forward=parallel.reshard_after_forward,
-        prefetch=parallel.prefetch,
-    )
-    batch = MicroBatch(
-        trainer.micro_batch_size,
-        cfg.data.sequence_length,
-        trainer.precision,
-        trainer.activation_checkpointing,
-    )
-    return rank_memory(olmoe_config(cfg.model), layout, batch)
+    plan = PlanConfig(model=cfg.model, data=cfg.data, trainer=cfg.trainer, parallel=cfg.parallel, gpus=gpus)
+    return rank_memory(olmoe_config(cfg.model), plan_layout(plan), plan_micro_batch(plan))
 
 
 def report(cfg: TrainConfig, ranks: int) -> str:

@@ -52,12 +52,15 @@ def _feistel(value: int, half_bits: int, keys: tuple[int, ...]) -> int:
     mask = (1 << half_bits) - 1
     left, right = value >> half_bits, value & mask
     for key in keys:
-        left, right = right, left ^ (_mix(right ^ key) & mask)
+        left, right = right, left ^ (splitmix64_finalizer(right ^ key) & mask)
     return left << half_bits | right
 
 
-def _mix(x: int) -> int:
-    """Finalizer of splitmix64 (Steele, Lea and Flood 2014): every input bit affects every output bit."""
+def splitmix64_finalizer(x: int) -> int:
+    """The output function of splitmix64 on 64 bits: every input bit affects every output bit.
+
+    Source: Steele, Lea and Flood 2014.
+    """
     x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) & _MASK_64
     x = ((x ^ (x >> 27)) * 0x94D049BB133111EB) & _MASK_64
     return x ^ (x >> 31)

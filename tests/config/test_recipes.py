@@ -5,18 +5,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from hydra import compose, initialize_config_dir
-from hydra.core.config_store import ConfigStore
-from omegaconf import OmegaConf
 
+from olmoe_train.config import compose
 from olmoe_train.config.balancing import AuxiliaryLossConfig
 from olmoe_train.config.choices import BalanceScope, Convention, Packing, Precision, Schedule
-from olmoe_train.config.compose import to_config
 from olmoe_train.config.model import olmoe_config
 from olmoe_train.config.optimizer import AdamWConfig
 from olmoe_train.config.reference import config_directory
 from olmoe_train.config.train import TrainConfig
-from olmoe_train.config.variants import writable
 from olmoe_train.data.tokens import Manifest, Split
 from olmoe_train.model import OlmoeForCausalLM
 from olmoe_train.optim.schedule import Schedule as LearningRate
@@ -28,9 +24,7 @@ from olmoe_train.utils.errors import UserError
 
 
 def recipe(name: str, *overrides: str) -> TrainConfig:
-    ConfigStore.instance().store("train_schema", node=writable(OmegaConf.structured(TrainConfig)))
-    with initialize_config_dir(str(config_directory()), version_base="1.3"):
-        return to_config(compose("train", [f"experiment={name}", "data.dir=somewhere", *overrides]))
+    return compose(f"experiment={name}", "data.dir=somewhere", *overrides)
 
 
 @pytest.mark.parametrize("name", ["olmoe_1b_7b_0924", "olmoe_1b_7b_0924_anneal"])

@@ -5,7 +5,7 @@ from collections import Counter
 
 import pytest
 
-from olmoe_train.data.sample_order import _mix, permuted_index, sample_for
+from olmoe_train.data.sample_order import permuted_index, sample_for, splitmix64_finalizer
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 7, 255, 256, 257, 1000, 4097])
@@ -44,7 +44,7 @@ def test_golden_vectors() -> None:
 
 def test_round_function_is_splitmix64() -> None:
     # The first output of the published splitmix64 generator from state 0 is the mix of its increment.
-    assert _mix(0x9E3779B97F4A7C15) == 0xE220A8397B1DCDAF
+    assert splitmix64_finalizer(0x9E3779B97F4A7C15) == 0xE220A8397B1DCDAF
 
 
 def test_each_epoch_has_every_sample_in_an_order_of_its_own() -> None:

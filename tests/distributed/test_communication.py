@@ -17,7 +17,8 @@ from olmoe_train.planning.layout import ParallelLayout
 from olmoe_train.planning.memory import MicroBatch
 from olmoe_train.planning.traffic import Links, step_traffic
 from tests.support.ranks import run_ranks
-from tests.support.tiny import LENGTH, SEQUENCES, SIZES, build, global_batch
+from tests.support.sizes import SIZES
+from tests.support.tiny import LENGTH, SEQUENCES, build, global_batch
 
 LAYERS, EXPERTS, TOP_K, HIDDEN = (
     int(SIZES[name]) for name in ("num_hidden_layers", "num_experts", "num_experts_per_tok", "hidden_size")

@@ -16,7 +16,8 @@ from olmoe_train.model import OlmoeConfig
 from olmoe_train.model.moe.block import OlmoeSparseMoeBlock, combine_local, dispatch_local
 from olmoe_train.model.moe.experts import OlmoeExperts
 from tests.support.ranks import run_ranks
-from tests.support.tiny import SIZES, build, global_batch
+from tests.support.sizes import SIZES
+from tests.support.tiny import build, global_batch
 
 EXPERTS, HIDDEN = 8, 32
 

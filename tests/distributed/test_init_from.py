@@ -12,7 +12,8 @@ from olmoe_train.config.choices import Strategy
 from olmoe_train.config.train import ParallelConfig
 from olmoe_train.model import OlmoeConfig, OlmoeForCausalLM
 from tests.support.ranks import run_ranks
-from tests.support.tiny import SIZES, build, train_step, whole
+from tests.support.sizes import SIZES
+from tests.support.tiny import build, train_step, whole
 
 # 6 over 4 ranks is 2, 2, 2 and nothing; 97 over 4 is 25, 25, 25, 22.
 UNEVEN: dict[str, Any] = {"hidden_size": 6, "num_attention_heads": 1, "vocab_size": 97}

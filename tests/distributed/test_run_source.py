@@ -18,15 +18,17 @@ from olmoe_train.checkpoint.sharded import save_checkpoint
 from olmoe_train.cli.export import main as export
 from olmoe_train.cli.generate import main as generate
 from olmoe_train.config.choices import Precision
+from olmoe_train.config.model import ModelConfig
 from olmoe_train.config.train import TrainConfig
 from olmoe_train.config.verbs import ExportConfig, GenerateConfig
 from olmoe_train.data.tokenizer import load_tokenizer, train_tokenizer
 from olmoe_train.evaluation.perplexity import evaluate_model
 from olmoe_train.model import OlmoeConfig, OlmoeForCausalLM
-from olmoe_train.training.preflight.model_and_data import _init_from_errors
+from olmoe_train.training.preflight.model_and_data import model_errors
 from olmoe_train.utils.errors import UserError
 from tests.support.ranks import run_ranks
-from tests.support.tiny import SIZES, build, global_batch, train_step, whole
+from tests.support.sizes import SIZES
+from tests.support.tiny import build, global_batch, train_step, whole
 
 VOCABULARY = 300  # 256 bytes, eos, padding, and some merges
 STEPS = (3, 7)
@@ -138,7 +140,7 @@ def test_training_starts_from_a_run(
     assert_weights(model, saved[7])
     assert tokenizer_directory(run_dir) == run_dir / "tokenizer"
     OmegaConf.save({"model": SIZES}, tmp_path / "config.yaml")
-    (error,) = _init_from_errors(TrainConfig(), str(tmp_path), check_tokens=True)
+    (error,) = model_errors(TrainConfig(model=ModelConfig(**SIZES, init_from=str(tmp_path))))
     assert error.startswith(f"model.init_from={tmp_path}: no complete checkpoint in")
 
 

@@ -8,11 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks.plan_memory import example
 from olmoe_train.checkpoint.sharded import MOMENTS
 from olmoe_train.config.choices import ActivationCheckpointing, Offload, Precision, Strategy
 from olmoe_train.config.data import DataConfig
-from olmoe_train.config.model import olmoe_config
+from olmoe_train.config.model import ModelConfig, olmoe_config
 from olmoe_train.config.train import ParallelConfig, TrainConfig, TrainerConfig
 from olmoe_train.distributed.mesh import build_mesh, init_distributed, local_tensor
 from olmoe_train.planning.layout import ParallelLayout
@@ -24,7 +23,15 @@ from tests.support.ranks import run_ranks
 
 RANKS = 2
 # 2.1 million parameters, a third of them experts'.
-MODEL = example(Strategy.deepspeed, 1, Precision.fp32, ActivationCheckpointing.none).model
+MODEL = ModelConfig(
+    vocab_size=2048,
+    hidden_size=128,
+    intermediate_size=64,
+    num_hidden_layers=6,
+    num_attention_heads=4,
+    num_experts=8,
+    num_experts_per_tok=2,
+)
 # No buckets, and nothing gathered between micro-batches: the state alone.
 LEAN = {
     "reduce_bucket_size": 1000,

@@ -10,19 +10,10 @@ from olmoe_train.model import OlmoeConfig, OlmoeForCausalLM
 from tests.support.chat_templates import TULU_3, turn, write_tokenizer
 from tests.support.commands import olmoe
 from tests.support.data import read_documents
+from tests.support.sizes import SIZES, overrides, section
 
-MODEL = {
-    "vocab_size": 320,
-    "hidden_size": 32,
-    "intermediate_size": 16,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 2,
-    "num_experts": 8,
-    "num_experts_per_tok": 2,
-    "eos_token_id": 1,
-    "pad_token_id": 2,
-}
+# The special tokens of write_tokenizer(). experiment=olmoe_sft has the released number of key-value heads.
+MODEL = SIZES | {"vocab_size": 320, "num_key_value_heads": 4, "eos_token_id": 1, "pad_token_id": 2}
 TALKS = [
     [
         turn("user", f"what is {i}?"),
@@ -48,7 +39,7 @@ def test_fine_tuning_keeps_the_chat_template(tmp_path: Path) -> None:
     assert (result := olmoe("prepare", *prepare, cwd=tmp_path)).returncode == 0, result.stderr
     train = [
         *("experiment=olmoe_sft", "model.init_from=base", "data.dir=chats", "run_dir=run"),
-        *(f"model.{key}={value}" for key, value in MODEL.items()),
+        *overrides(section("model", MODEL)),
         *("trainer.global_batch_size=4", "trainer.micro_batch_size=2", "trainer.precision=fp32"),
         *(
             "data.sequence_length=128",

@@ -10,16 +10,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from olmoe_train.model import OlmoeConfig, OlmoeForCausalLM
+from tests.support import sizes
 
-SIZES: dict[str, Any] = {
-    "vocab_size": 64,
-    "hidden_size": 32,
-    "intermediate_size": 16,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_experts": 4,
-    "num_experts_per_tok": 2,
-}
+SIZES = sizes.SIZES | {"num_hidden_layers": 2}  # each layer is a call
+
 IDS = torch.arange(2, 26).view(2, 12)
 
 

@@ -13,6 +13,7 @@ from olmoe_train.model import OlmoeConfig, OlmoeForCausalLM, attention, transfor
 from olmoe_train.model.attention import documents_and_positions
 from olmoe_train.model.losses import router_losses_from_stats
 from olmoe_train.model.moe.router_stats import RouterStats
+from tests.support.sizes import SIZES
 
 # Two rows of 12: documents of 5, 1, 6 and 3, 7; and padding of 2.
 ROWS = [[5, 1, 6], [3, 7, 2]]
@@ -23,22 +24,7 @@ PARTS = [slice(a, b) for a, b in pairwise(OFFSETS.tolist())][:-1]  # without the
 
 def make(**options: Any) -> OlmoeForCausalLM:
     torch.manual_seed(0)
-    return OlmoeForCausalLM(
-        OlmoeConfig(
-            **{
-                "vocab_size": 64,
-                "hidden_size": 32,
-                "intermediate_size": 16,
-                "num_hidden_layers": 3,
-                "num_attention_heads": 4,
-                "num_experts": 8,
-                "num_experts_per_tok": 2,
-                "initializer_range": 0.3,
-                "eos_token_id": 0,
-                **options,
-            }
-        )
-    )
+    return OlmoeForCausalLM(OlmoeConfig(**SIZES | {"initializer_range": 0.3} | options))
 
 
 IDS = torch.randint(2, 64, (2, LENGTH), generator=torch.Generator().manual_seed(1))

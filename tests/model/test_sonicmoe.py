@@ -1,6 +1,7 @@
-"""model.experts_backend=sonicmoe: what is handed to the package, and where it is refused.
+"""model.experts_backend=sonicmoe: the call of the package computes the experts, and the reasons for refusal.
 
-Its kernels run where CUDA, a Hopper or Blackwell GPU and the package are: parity there is the last test's.
+The kernels need CUDA, a Hopper or Blackwell GPU and the package. Where these are, the last test runs them.
+Elsewhere the package's function is computed by its definition.
 """
 
 import sys
@@ -20,25 +21,46 @@ EXPERTS, TOP_K, HIDDEN, WIDTH, TOKENS = 6, 2, 16, 24, 40
 MISSING = why_not_here(torch.cuda.is_available())
 
 
-def as_documented(
-    x: Tensor, scores: Tensor, tokens: Tensor, experts: Tensor, w1: Tensor, b1: None, w2: Tensor, b2: None,
-    count: int, stream: int, activation: str, *, concat_layout: bool,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """sonicmoe.moe_general_routing_inputs, in plain torch, with what its comments ask of the arguments."""
-    assert (activation, concat_layout, b1, b2) == ("swiglu", True, None, None)
-    assert scores.dtype == torch.float32
-    assert tokens.dtype == experts.dtype == torch.int32
-    assert scores.shape == tokens.shape == experts.shape
-    assert tokens.equal(tokens.sort().values)
+def routing_by_definition(
+    x: Tensor,
+    router_scores: Tensor,
+    token_indices: Tensor,
+    expert_indices: Tensor,
+    w1: Tensor,
+    b1: Tensor | None,
+    w2: Tensor,
+    b2: Tensor | None,
+    E: int,
+    stream_id: int,
+    activation_type: str,
+    is_inference_mode_enabled: bool = False,
+    concat_layout: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """Compute sonicmoe.moe_general_routing_inputs row by row, after checking what it asks of its arguments.
+
+    The signature and the requirements are those of release 0.1.2.post1, sonicmoe/functional/__init__.py: "We
+    assume token_indices is already SORTED ascendingly"; as many tokens, experts and scores; int32 indices;
+    GLU activations alone; w1 of shape (2 F, D, E) and w2 of shape (D, F, E), with strides in the order (2, 0,
+    1). With concat_layout the rows of w1 are all gates, then all ups; without it, gates and ups alternate.
+    """
+    assert activation_type == "swiglu"
+    assert b1 is None
+    assert b2 is None
+    assert token_indices.dtype == expert_indices.dtype == torch.int32
+    assert router_scores.shape == token_indices.shape == expert_indices.shape
+    assert token_indices.equal(token_indices.sort().values)
     width, hidden = w1.shape[0] // 2, x.shape[1]
-    assert (w1.shape, w2.shape) == ((2 * width, hidden, count), (hidden, width, count))
+    assert (w1.shape, w2.shape) == ((2 * width, hidden, E), (hidden, width, E))
     for matrix in (w1, w2):
-        assert matrix.permute(2, 0, 1).is_contiguous()  # "stride order (2, 0, 1)"
+        assert matrix.permute(2, 0, 1).is_contiguous()
     out = torch.zeros_like(x)
-    for score, token, expert in zip(scores, tokens.long(), experts.long(), strict=True):
-        gate, up = (w1[:, :, expert] @ x[token]).chunk(2)
+    for score, token, expert in zip(
+        router_scores.float(), token_indices.long(), expert_indices.long(), strict=True
+    ):
+        inner = w1[:, :, expert] @ x[token]
+        gate, up = inner.chunk(2) if concat_layout else (inner[::2], inner[1::2])
         out = out.index_add(0, token[None], (score * (w2[:, :, expert] @ (F.silu(gate) * up)))[None])
-    return out, experts.bincount(minlength=count)
+    return out, expert_indices.bincount(minlength=E)
 
 
 def results(backend: str, device: str = "cpu", dtype: torch.dtype = torch.float32) -> list[Tensor]:
@@ -71,9 +93,9 @@ def test_the_experts_of_a_routing_are_those_it_was_made_of() -> None:
     assert expert_indices(sort_by_expert(indices_NJ, EXPERTS)).equal(indices_NJ)
 
 
-def test_what_the_package_is_given(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_call_computes_the_experts(monkeypatch: pytest.MonkeyPatch) -> None:
     package, enums = ModuleType("sonicmoe"), ModuleType("sonicmoe.enums")
-    package.moe_general_routing_inputs = as_documented
+    package.moe_general_routing_inputs = routing_by_definition
     enums.ActivationType = SimpleNamespace(SWIGLU="swiglu")
     monkeypatch.setitem(sys.modules, "sonicmoe", package)
     monkeypatch.setitem(sys.modules, "sonicmoe.enums", enums)

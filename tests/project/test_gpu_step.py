@@ -1,4 +1,4 @@
-"""benchmarks/gpu_step.py, tried out on the CPU: that it runs with torch alone, and notices what is wrong."""
+"""benchmarks/gpu_step.py as a program on the CPU: it needs torch alone, and it notices a wrong gradient."""
 
 import os
 import re
@@ -8,10 +8,6 @@ import tomllib
 from pathlib import Path
 
 import pytest
-from torch import Tensor
-
-from benchmarks import gpu_models, gpu_step
-from olmoe_train.model import OlmoeForCausalLM
 
 ROOT = Path(__file__).parents[2]
 OPTIONS = {
@@ -28,13 +24,28 @@ OPTIONS = {
     "micro-batches": 2,
     "rounds": 1,
 }
-SHAPE = [f"--{name}={value}" for name, value in OPTIONS.items()] + ["--no-compile"]
-# Runs a file as a program in a process that can import none of the modules named first.
+SHAPE = [f"--{name}={value}" for name, value in OPTIONS.items()] + ["--no-compile", "--profile"]
+# Programs that run the benchmark as a program, in a process that is changed first.
+# ALONE: the process can import none of the modules that its first argument names.
 ALONE = """
 import runpy, sys
 for name in sys.argv[1].split(","):
     sys.modules[name] = None
 sys.argv = sys.argv[2:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+# WRONG_GRADIENT: the gradient of the package's experts is too large by a half.
+WRONG_GRADIENT = """
+import runpy, sys
+from olmoe_train.model.moe import experts
+
+def half_more(weight):
+    weight = weight.clone()
+    weight.register_hook(lambda gradient: 1.5 * gradient)
+    return weight
+
+experts.all_experts = half_more
+sys.argv = sys.argv[1:]
 runpy.run_path(sys.argv[0], run_name="__main__")
 """
 
@@ -48,53 +59,43 @@ def imports_of_the_package() -> list[str]:
     return [*sorted(name.replace("hydra-core", "hydra") for name in names), "transformers"]
 
 
+def run(*program: str, cwd: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Run the benchmark with the tiny shape. program: options of Python before the file's name."""
+    command = [sys.executable, *program, str(ROOT / "benchmarks" / "gpu_step.py"), *SHAPE]
+    inherited = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+    return subprocess.run(
+        command,
+        cwd=cwd,
+        env=inherited | environment,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=300,
+    )
+
+
 @pytest.mark.slow
 def test_it_needs_torch_numpy_and_safetensors_alone(tmp_path: Path) -> None:
-    program = [sys.executable, "-c", ALONE, ",".join(imports_of_the_package())]
-    command = [*program, str(ROOT / "benchmarks" / "gpu_step.py"), *SHAPE]
-    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
-    run = subprocess.run(
-        command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False, timeout=300
-    )
-    assert run.returncode == 0, run.stderr
-    assert "parity: not checked, transformers is not installed" in run.stdout
-    assert run.stdout.count("| ours, grouped_mm |") == 3  # expert layer, step, step of 16 layers
-
-
-def run(monkeypatch: pytest.MonkeyPatch, *options: str) -> int:
-    monkeypatch.setattr(sys, "argv", ["gpu_step.py", *SHAPE, *options])
-    return gpu_step.main()
+    done = run("-c", ALONE, ",".join(imports_of_the_package()), cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "parity: not checked, transformers is not installed" in done.stdout
+    assert done.stdout.count("| ours, grouped_mm |") == 3  # expert layer, step, step of 16 layers
 
 
 @pytest.mark.slow
-def test_it_compares_with_transformers(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert run(monkeypatch, "--profile") == 0
-    told = capsys.readouterr().out
+def test_it_compares_with_transformers(tmp_path: Path) -> None:
+    done = run(cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
     for name in ("ours, grouped_mm", "ours, loop", "transformers"):
-        assert re.search(rf"parity: {name}: .*: passed", told)
-        assert told.count(f"| {name} |") == 3
-    assert "aten::mm" in told
+        assert re.search(rf"parity: {name}: .*: passed", done.stdout)
+        assert done.stdout.count(f"| {name} |") == 3
+    assert "aten::mm" in done.stdout
 
 
-def test_it_notices_a_wrong_gradient(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """Of the experts of one layer, by a half."""
-    real = gpu_models.our_loss
-
-    def half_more(weight: Tensor) -> Tensor:
-        weight = weight.clone()
-        weight.register_hook(lambda gradient: 1.5 * gradient)
-        return weight
-
-    def wrong(model: OlmoeForCausalLM, backend: str, router: bool = True) -> gpu_models.Loss:
-        model.model.layers[1].mlp.experts.own = half_more
-        return real(model, backend, router)
-
-    monkeypatch.setattr(gpu_models, "our_loss", wrong)
-    assert run(monkeypatch, "--backends", "grouped_mm") == 1
-    told = capsys.readouterr().out
+@pytest.mark.slow
+def test_it_notices_a_wrong_gradient(tmp_path: Path) -> None:
+    done = run("-c", WRONG_GRADIENT, cwd=tmp_path, PYTHONPATH=str(ROOT))
+    assert done.returncode == 1, done.stderr
+    told = done.stdout
     assert re.search(r"ours, grouped_mm: .* FAILED .*'model.layers.1.mlp.experts.down_proj'", told)
     assert re.search(r"transformers: .*: passed", told)

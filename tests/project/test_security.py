@@ -33,7 +33,8 @@ from olmoe_train.utils.redaction import HIDDEN, redact, redact_text
 from tests.support.data import prepare_config
 from tests.support.faults import at_step, config, run, write_data
 from tests.support.ranks import run_ranks
-from tests.support.tiny import SIZES, build, train_step
+from tests.support.sizes import SIZES
+from tests.support.tiny import build, train_step
 
 CPU = torch.device("cpu")
 

@@ -5,17 +5,15 @@ import subprocess
 import sys
 from pathlib import Path
 
+from tests.support.sizes import SIZES, overrides, section
+
 REPO = Path(__file__).parents[2]
 
-# A model and a run that take seconds. Every other value is that of the quickstart.
+# A model and a run that take seconds. Every other value is that of the quickstart, with the vocabulary. Two
+# layers, because the commands of a test make several runs.
+MODEL = {key: value for key, value in SIZES.items() if key != "vocab_size"} | {"num_hidden_layers": 2}
 TINY = [
-    "model.hidden_size=32",
-    "model.intermediate_size=16",
-    "model.num_hidden_layers=2",
-    "model.num_attention_heads=2",
-    "model.num_key_value_heads=2",
-    "model.num_experts=8",
-    "model.num_experts_per_tok=2",
+    *overrides(section("model", MODEL)),
     "data.sequence_length=64",
     "trainer.max_steps=6",
     "trainer.global_batch_size=8",

@@ -32,6 +32,7 @@ from olmoe_train.training.engine.base import Engine
 from olmoe_train.training.state import TrainState
 from olmoe_train.utils.exit_codes import OK, STOPPED_BY_SIGNAL
 from tests.support.data import write_prepared
+from tests.support.sizes import SIZES
 
 LENGTH = 16
 Fault = Callable[[], Callback | None]
@@ -50,16 +51,9 @@ def config(data: Path, run_dir: Path, /, **changes: Any) -> TrainConfig:
     changes: by section name, a dict of the section's fields; or by field name, a value of `TrainConfig`.
     """
     sections = {
+        # The vocabulary of write_data(). Two layers, because a test makes several runs.
         "model": ModelConfig(
-            vocab_size=64,
-            hidden_size=16,
-            intermediate_size=8,
-            num_hidden_layers=2,
-            num_attention_heads=2,
-            num_experts=4,
-            num_experts_per_tok=2,
-            max_position_embeddings=LENGTH,
-            eos_token_id=0,
+            **SIZES | {"vocab_size": 64, "num_hidden_layers": 2, "max_position_embeddings": LENGTH}
         ),
         "data": DataConfig(dir=str(data), sequence_length=LENGTH),
         "trainer": TrainerConfig(

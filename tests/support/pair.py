@@ -8,18 +8,16 @@ import transformers
 from torch import Tensor
 
 from olmoe_train.model import OlmoeConfig, OlmoeForCausalLM
+from tests.support.sizes import SIZES
 
-# The head dimension is 8, so RoPE has 4 frequency pairs.
-TINY: dict[str, Any] = {
+# The head dimension is 8, so RoPE has 4 frequency pairs. With width 24 no matrix of an expert is square, and
+# experts can be cut into halves and thirds. The scaled RoPE forms extend 64 positions or fewer.
+TINY: dict[str, Any] = SIZES | {
     "vocab_size": 80,
-    "hidden_size": 32,
     "intermediate_size": 24,
     "num_hidden_layers": 2,
-    "num_attention_heads": 4,
     "num_experts": 6,
-    "num_experts_per_tok": 2,
     "max_position_embeddings": 64,
-    "pad_token_id": 1,
     "eos_token_id": 2,
 }
 ROPES: list[dict[str, Any]] = [

@@ -5,29 +5,17 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import hydra
-from hydra.core.config_store import ConfigStore
-from omegaconf import OmegaConf
-
+from olmoe_train import config
 from olmoe_train.config.choices import ActivationCheckpointing, Offload, Packing, Precision, Strategy
-from olmoe_train.config.compose import to_config
 from olmoe_train.config.data import MixtureSource
-from olmoe_train.config.reference import config_directory
 from olmoe_train.config.train import ParallelConfig, TrainConfig
-from olmoe_train.config.variants import writable
 from tests.support.data import write_prepared
+from tests.support.sizes import SIZES, overrides, section
 
 STEPS, SEQUENCES, LENGTH = 6, 16, 32
 TINY: dict[str, Any] = {
-    "model.vocab_size": 320,
-    "model.hidden_size": 32,
-    "model.intermediate_size": 16,
-    "model.num_hidden_layers": 3,
-    "model.num_attention_heads": 4,
-    "model.num_experts": 8,
-    "model.num_experts_per_tok": 2,
-    "model.max_position_embeddings": LENGTH,
-    "model.eos_token_id": 0,
+    # One token per byte of real_tokens(), and more.
+    **section("model", SIZES | {"vocab_size": 320, "max_position_embeddings": LENGTH}),
     "data.sequence_length": LENGTH,
     # Large enough that the experts contribute to the gradient norm.
     "model.initializer_range": 0.15,
@@ -96,11 +84,9 @@ class Layout:
         return replace(tiny, run_dir=str(run_dir), trainer=trainer, parallel=parallel, data=data)
 
 
-def compose(overrides: dict[str, Any]) -> TrainConfig:
-    ConfigStore.instance().store("train_schema", node=writable(OmegaConf.structured(TrainConfig)))
-    arguments = [f"{key}={'null' if value is None else value}" for key, value in overrides.items()]
-    with hydra.initialize_config_dir(str(config_directory()), version_base="1.3"):
-        return to_config(hydra.compose("train", arguments))
+def compose(values: dict[str, Any]) -> TrainConfig:
+    """Return the configuration that the package composes from values by key."""
+    return config.compose(*overrides(values))
 
 
 def real_tokens() -> list[list[int]]:

@@ -11,19 +11,9 @@ from olmoe_train.distributed.materialize import initialise
 from olmoe_train.distributed.mesh import build_mesh, init_distributed
 from olmoe_train.distributed.parallelize import parallelize
 from olmoe_train.model import OlmoeConfig, OlmoeForCausalLM
+from tests.support.sizes import SIZES
 
-VOCABULARY, LENGTH, SEQUENCES = 97, 16, 8
-SIZES = {
-    "vocab_size": VOCABULARY,
-    "hidden_size": 32,
-    "intermediate_size": 16,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "num_experts": 8,
-    "num_experts_per_tok": 2,
-    "pad_token_id": 1,
-    "eos_token_id": 0,
-}
+LENGTH, SEQUENCES = 16, 8
 
 
 def build(
@@ -52,7 +42,7 @@ def build(
 def global_batch(step: int) -> Tensor:
     """Return input_ids, int64 [SEQUENCES, LENGTH]. They are the same for every layout."""
     generator = torch.Generator().manual_seed(step)
-    return torch.randint(2, VOCABULARY, (SEQUENCES, LENGTH), generator=generator)
+    return torch.randint(2, SIZES["vocab_size"], (SEQUENCES, LENGTH), generator=generator)
 
 
 def backward(model: OlmoeForCausalLM, ids_BS: Tensor, document_offsets: Tensor | None = None) -> float:

@@ -15,16 +15,7 @@ from olmoe_train.config.choices import ActivationCheckpointing
 from olmoe_train.distributed.activation_checkpointing import checkpoint_activations
 from olmoe_train.model import OlmoeConfig, OlmoeForCausalLM
 from olmoe_train.model.losses import router_losses_from_stats
-
-SIZES = {
-    "vocab_size": 128,
-    "hidden_size": 64,
-    "intermediate_size": 32,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_experts": 8,
-    "num_experts_per_tok": 2,
-}
+from tests.support.sizes import SIZES
 
 
 def fake_step(mode: ActivationCheckpointing, plant: Callable[[Tensor], None] | None = None) -> None:

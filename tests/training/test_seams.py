@@ -290,14 +290,23 @@ def test_a_balancer_with_a_buffer(data: Path, tmp_path: Path) -> None:
         open_stored_model(tmp_path / "whole")
 
 
-def test_a_bias_evens_out_the_load(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    changes = ONE_RANK | {"trainer": {"max_steps": 20}, "checkpoint": {"every": 0}}
+def saved_bias(run_dir: Path, step: int) -> Tensor:
+    tensors = saved_tensors(run_dir, step)
+    return next(tensors[name] for name in tensors if name.endswith("balancer.bias_LE"))
+
+
+def test_a_bias_decides_where_tokens_go(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The bias exceeds any probability: in step 2 no token goes to the experts that had too many in step 1."""
     use_bias(monkeypatch)
-    violation = []
-    for rate in (0.0, 0.01):
-        train(config(data, tmp_path / str(rate), balancing=BiasConfig(rate=rate), **changes))
-        violation.append(metrics(tmp_path / str(rate))[-1]["router/max_violation"])
-    assert violation[1] < 0.5 * violation[0]
+    train(config(data, tmp_path, balancing=BiasConfig(rate=10.0), **ONE_RANK))
+    first, second = (
+        [record[f"router/layer_{n:02d}/load"] for n in (0, 1)] for record in metrics(tmp_path)[:2]
+    )
+    first_LE, second_LE = torch.tensor(first), torch.tensor(second)
+    even = 1 / first_LE.shape[1]
+    assert torch.equal(saved_bias(tmp_path, 1), 10 * (even - first_LE).sign())
+    assert (first_LE < even).sum(1).min() >= 2, "a token needs two experts"
+    assert (second_LE[first_LE > even] == 0).all()
 
 
 def test_a_skipped_step_does_not_move_the_bias(
@@ -306,10 +315,7 @@ def test_a_skipped_step_does_not_move_the_bias(
     monkeypatch.setattr(train_module, "build_engine", train_module.build_engine)  # restored afterwards
     fault = spoil_activations(0, range(2, 3), math.nan)
     train(config(data, tmp_path, balancing=use_bias(monkeypatch), **ONE_RANK), callbacks=(fault,))
-    bias = [
-        next(value for name, value in saved_tensors(tmp_path, step).items() if name.endswith("bias_LE"))
-        for step in (1, 2, 3)
-    ]
+    bias = [saved_bias(tmp_path, step) for step in (1, 2, 3)]
     assert torch.equal(bias[0], bias[1])
     assert not torch.equal(bias[1], bias[2])
 
@@ -346,10 +352,11 @@ import sys, time
 from olmoe_train.config import compose
 from olmoe_train.train import train
 from tests.support.runs import TINY
+from tests.support.sizes import overrides
 
-overrides = TINY | {"data.dir": sys.argv[1], "trainer.max_steps": 4, "trainer.timeout": 1.0}
-overrides |= {"trainer.global_batch_size": 2, "trainer.micro_batch_size": 2, "run_dir": sys.argv[2]}
-cfg = compose(*(f"{key}={'null' if value is None else value}" for key, value in overrides.items()))
+values = TINY | {"data.dir": sys.argv[1], "trainer.max_steps": 4, "trainer.timeout": 1.0}
+values |= {"trainer.global_batch_size": 2, "trainer.micro_batch_size": 2, "run_dir": sys.argv[2]}
+cfg = compose(*overrides(values))
 
 def batches():
     import torch

@@ -15,10 +15,10 @@ from olmoe_train.model import OlmoeConfig, OlmoeForCausalLM
 from olmoe_train.model.initialization import initial_value
 from olmoe_train.utils.errors import UserError
 from tests.support.data import write_prepared
-from tests.support.hf_directories import SIZES
+from tests.support.hf_directories import TINY
 
 # Hidden 8, an MLP of width 6; weights large enough that an error in one shows in the logits.
-DENSE: dict[str, Any] = SIZES | {"num_experts": 1, "num_experts_per_tok": 1, "initializer_range": 0.5}
+DENSE: dict[str, Any] = TINY | {"num_experts": 1, "num_experts_per_tok": 1, "initializer_range": 0.5}
 GATE_UP, DOWN = "model.layers.1.mlp.experts.gate_up_proj", "model.layers.1.mlp.experts.down_proj"
 ROUTER = "model.layers.1.mlp.gate.weight"
 
@@ -95,7 +95,7 @@ def test_wrong_values(dense: Path, experts: int, top_k: int, options: dict[str, 
 def test_wrong_sources(dense: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"source=.*nothing: neither an HF directory"):
         weights(tmp_path / "nothing", "moe", 4, 2)
-    OlmoeForCausalLM(OlmoeConfig(**SIZES)).save_pretrained(tmp_path / "sparse")
+    OlmoeForCausalLM(OlmoeConfig(**TINY)).save_pretrained(tmp_path / "sparse")
     with pytest.raises(UserError, match="not a dense model: it has 3 experts per layer"):
         weights(tmp_path / "sparse", "moe", 4, 2)
     (dense / "model.safetensors").unlink()

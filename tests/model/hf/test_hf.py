@@ -15,7 +15,7 @@ from olmoe_train.model import OlmoeConfig, OlmoeForCausalLM, OlmoeModel
 from olmoe_train.model.hf.directory import holds_model, hub_parts, plan_shards, write_directory
 from olmoe_train.utils.errors import UserError
 from olmoe_train.utils.tensor_files import byte_count
-from tests.support.hf_directories import SIZES, assert_same, edit_json, make, tensors_of
+from tests.support.hf_directories import TINY, assert_same, edit_json, make, tensors_of
 
 
 def test_hub_names_and_places() -> None:
@@ -235,7 +235,7 @@ def test_holds_model_compares_config_and_every_bit(tmp_path: Path) -> None:
     model.save_pretrained(tmp_path)
 
     def holds(**changes: Any) -> bool:
-        config = OlmoeConfig(**{**SIZES, **changes})
+        config = OlmoeConfig(**TINY | changes)
         return holds_model(OlmoeForCausalLM, tmp_path, config, parameters.__getitem__, torch.float32)
 
     assert holds()

@@ -1,0 +1,29 @@
+"""Tests and benchmarks do not import each other, and the package imports neither."""
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+
+
+def imported_packages(path: Path) -> Iterator[str]:
+    """Yield the top-level package of every import in a file, inside functions as well."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name.split(".")[0] for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
+            yield node.module.split(".")[0]
+
+
+@pytest.mark.parametrize(
+    ("tree", "forbidden"),
+    [("tests", {"benchmarks"}), ("benchmarks", {"tests"}), ("olmoe_train", {"benchmarks", "tests"})],
+)
+def test_trees_do_not_import_each_other(tree: str, forbidden: set[str]) -> None:
+    files = list((ROOT / tree).rglob("*.py"))
+    imports = {path.relative_to(ROOT).as_posix(): set(imported_packages(path)) for path in files}
+    assert any("olmoe_train" in names for names in imports.values())  # the walk sees imports
+    assert not {path: names & forbidden for path, names in imports.items() if names & forbidden}
