@@ -296,7 +296,7 @@ def saved_bias(run_dir: Path, step: int) -> Tensor:
 
 
 def test_a_bias_decides_where_tokens_go(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The bias exceeds any probability: in step 2 no token goes to the experts that had too many in step 1."""
+    """The bias exceeds any probability: in step 2 no token goes to experts that had too many in step 1."""
     use_bias(monkeypatch)
     train(config(data, tmp_path, balancing=BiasConfig(rate=10.0), **ONE_RANK))
     first, second = (
