@@ -120,7 +120,7 @@ def race(directory: Path) -> tuple[dict[str, list[float]], dict[str, list[float]
     device, rank = init_distributed("cpu"), dist.get_rank()
     cfg = replace(CONFIG, run_dir=str(directory), model=replace(MODEL, init_from=str(directory)))
     stored = build_model(cfg, build_mesh(cfg.parallel, device))
-    own = ZeroEngine(cfg, stored, device)
+    own = ZeroEngine(stored, device, Path(cfg.run_dir), cfg.trainer, cfg.parallel, cfg.optimizer)
     autoep = autoep_engine(directory)
     losses: dict[str, list[float]] = {"own": [], "autoep": []}
     seconds: dict[str, list[float]] = {"own": [], "autoep": []}

@@ -12,6 +12,7 @@ from functools import partial
 import torch.distributed as dist
 
 from olmoe_train.cli.app import run_verb
+from olmoe_train.config.compose import plain_values
 from olmoe_train.config.train import TrainConfig
 from olmoe_train.data.loader import TrainingData
 from olmoe_train.distributed.mesh import init_distributed
@@ -27,10 +28,11 @@ from olmoe_train.training.build import (
     count_steps,
 )
 from olmoe_train.training.callbacks.base import Callback, StepReport
+from olmoe_train.training.compatibility import resume_fingerprint
 from olmoe_train.training.engine.base import Engine
 from olmoe_train.training.metrics import StepTerms
 from olmoe_train.training.objectives.base import Objective
-from olmoe_train.training.resume import load_callbacks, resume
+from olmoe_train.training.resume import resume, start_callbacks
 from olmoe_train.training.state import TrainState, seed_dropout
 from olmoe_train.utils.exit_codes import OK, STOPPED_BY_SIGNAL
 
@@ -59,15 +61,14 @@ def train(
         schedule = build_schedule(cfg, last_step)
         engine = build_engine(cfg, device)
         objective = build_objective(cfg, engine.model, device)
-        saved = resume(cfg, run, engine, data, schedule)
+        identity = resume_fingerprint(plain_values(cfg), schedule, data)
+        saved = resume(cfg.checkpoint, run, engine, identity)
         run.write_config(cfg)
         state = TrainState.from_saved(saved, last_step)
         guard = SkipGuard(cfg.trainer, saved and saved["guard"], device)
         steps = build_step_batches(cfg, data, state.samples, objective.columns, batches)
-        hooks = build_callbacks(cfg, run, engine, objective, guard, data, steps, schedule, state, callbacks)
-        load_callbacks(hooks, saved)
-        for hook in hooks:
-            hook.on_start(state)
+        hooks = build_callbacks(cfg, run, engine, objective, guard, data, steps, identity, state, callbacks)
+        start_callbacks(hooks, saved, state)
 
         end = min(last_step, cfg.trainer.stop_at_step or last_step)
         while state.step < end and not run.stopping:

@@ -40,6 +40,13 @@ def compose(*overrides: str) -> TrainConfig:
         raise UserError(explain(error, TrainConfig)) from error
 
 
+def plain_values(cfg: Any) -> dict[str, Any]:
+    """Return a configuration as plain values, with enums by name."""
+    values = OmegaConf.to_container(OmegaConf.structured(cfg), enum_to_str=True)
+    assert isinstance(values, dict)
+    return {str(key): value for key, value in values.items()}
+
+
 def register_schema(verb: str, schema: type) -> None:
     """Make the schema of a verb known to Hydra; configs/<verb>.yaml starts from `<verb>_schema`.
 

@@ -22,7 +22,6 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 from olmoe_train.config.choices import ActivationCheckpointing
 from olmoe_train.distributed.compile import compute_parts
 from olmoe_train.model import OlmoeForCausalLM
-from olmoe_train.model.decoder_layer import OlmoeDecoderLayer
 from olmoe_train.model.moe.block import OlmoeSparseMoeBlock
 from olmoe_train.model.moe.experts import Routing
 
@@ -56,8 +55,7 @@ def checkpoint_activations(model: OlmoeForCausalLM, mode: ActivationCheckpointin
     recompute = partial(
         checkpoint, use_reentrant=False, preserve_rng_state=model.config.attention_dropout > 0
     )
-    for layer in model.model.layers:
-        assert isinstance(layer, OlmoeDecoderLayer)
+    for layer in model.decoder_layers:
         if mode is ActivationCheckpointing.full:
             layer.forward = partial(  # type: ignore[method-assign]
                 recompute, layer.forward, context_fn=partial(_contexts, layer.mlp)

@@ -21,8 +21,7 @@ def compile_layers(model: OlmoeForCausalLM) -> None:
     The layer as a whole is not compiled, for two reasons: activation checkpointing must see the routing, and
     values that depend on the host (the sizes of the all-to-all) would break the graph.
     """
-    for layer in model.model.layers:
-        assert isinstance(layer, OlmoeDecoderLayer)
+    for layer in model.decoder_layers:
         for part in compute_parts(layer):
             part.forward = torch.compile(part.forward)
         experts = layer.mlp.experts

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from olmoe_train.config.choices import Offload, Precision
-from olmoe_train.config.train import TrainConfig
+from olmoe_train.config.train import ParallelConfig, TrainerConfig
 from olmoe_train.utils.errors import UserError
 
 # Elements per bucket. DeepSpeed's default of 5e8 reserves 2 GB per rank for each bucket; this size also
@@ -13,11 +13,15 @@ from olmoe_train.utils.errors import UserError
 BUCKET = 50_000_000
 
 
-def deepspeed_config(cfg: TrainConfig, world_size: int, cuda: bool) -> dict[str, Any]:
+def deepspeed_config(
+    trainer: TrainerConfig, parallel: ParallelConfig, max_grad_norm: float, world_size: int, cuda: bool
+) -> dict[str, Any]:
     """Build the configuration that DeepSpeed receives and that the run writes to run_dir/deepspeed.json.
 
     Args:
-        cfg: The validated configuration of the run.
+        trainer: Batch sizes and precision.
+        parallel: ZeRO stage, offloading and the user's file.
+        max_grad_norm: Norm to which gradients are clipped.
         world_size: Number of ranks.
         cuda: Whether the run computes on GPUs; offloaded tensors are then in pinned memory.
 
@@ -28,9 +32,9 @@ def deepspeed_config(cfg: TrainConfig, world_size: int, cuda: bool) -> dict[str,
         UserError: The file in parallel.deepspeed_config cannot be read, is not a JSON object, or sets a value
             that an option of olmoe-train decides.
     """
-    ours = _decided(cfg, world_size, cuda)
+    ours = _decided(trainer, parallel, max_grad_norm, world_size, cuda)
     merged = _merge(_defaults(), ours)
-    path = cfg.parallel.deepspeed_config
+    path = parallel.deepspeed_config
     if path is None:
         return merged
     theirs = _read(path)
@@ -39,8 +43,9 @@ def deepspeed_config(cfg: TrainConfig, world_size: int, cuda: bool) -> dict[str,
     return _merge(merged, theirs, keep="auto")
 
 
-def _decided(cfg: TrainConfig, world_size: int, cuda: bool) -> dict[str, Any]:
-    trainer, parallel = cfg.trainer, cfg.parallel
+def _decided(
+    trainer: TrainerConfig, parallel: ParallelConfig, max_grad_norm: float, world_size: int, cuda: bool
+) -> dict[str, Any]:
     zero: dict[str, Any] = {"stage": parallel.zero_stage}
     if parallel.offload is not Offload.none:
         zero["offload_optimizer"] = {"device": "cpu", "pin_memory": cuda}
@@ -53,7 +58,7 @@ def _decided(cfg: TrainConfig, world_size: int, cuda: bool) -> dict[str, Any]:
         "managed_gradient_accumulation": False,  # the training loop marks the last micro-batch
         # Stage 0 averages the norms of the ranks. With expert parallelism that average is not the norm of
         # the gradient, so olmoe-train clips the gradients in stage 0.
-        "gradient_clipping": cfg.optimizer.max_grad_norm if parallel.zero_stage else 0.0,
+        "gradient_clipping": max_grad_norm if parallel.zero_stage else 0.0,
         "bf16": {"enabled": trainer.precision is Precision.bf16},
         "data_types": {"grad_accum_dtype": "fp32"},
         "communication_data_type": "fp32",  # for gradients, as with FSDP2

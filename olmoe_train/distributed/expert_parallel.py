@@ -20,7 +20,6 @@ from torch.distributed.tensor import Shard, distribute_tensor
 
 from olmoe_train.distributed.mesh import local_tensor
 from olmoe_train.model import OlmoeForCausalLM
-from olmoe_train.model.decoder_layer import OlmoeDecoderLayer
 from olmoe_train.model.moe.block import OlmoeSparseMoeBlock
 from olmoe_train.model.moe.experts import (
     Routing,
@@ -54,8 +53,7 @@ def apply_expert_parallelism(model: OlmoeForCausalLM, mesh: DeviceMesh) -> None:
         mesh: One-dimensional mesh of P ranks; P divides E.
     """
     group = mesh.get_group()
-    for layer in model.model.layers:
-        assert isinstance(layer, OlmoeDecoderLayer)
+    for layer in model.decoder_layers:
         for name, parameter in list(layer.mlp.experts.named_parameters(recurse=False)):
             # src_data_rank=None: each rank takes its shard from its local tensor, without communication.
             part = distribute_tensor(parameter, mesh, [Shard(0)], src_data_rank=None)

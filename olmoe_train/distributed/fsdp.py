@@ -6,37 +6,37 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import Shard
 
 from olmoe_train.config.choices import Precision, Strategy
-from olmoe_train.config.train import TrainConfig
+from olmoe_train.config.train import ParallelConfig
 from olmoe_train.distributed.mesh import Mesh
 from olmoe_train.model import OlmoeForCausalLM
 from olmoe_train.model.decoder_layer import OlmoeDecoderLayer
 
 
-def shard(model: OlmoeForCausalLM, mesh: Mesh, cfg: TrainConfig) -> None:
+def shard(model: OlmoeForCausalLM, mesh: Mesh, precision: Precision, parallel: ParallelConfig) -> None:
     """Apply FSDP2 over the mesh, in place.
 
     Each decoder layer is one unit. Embedding, final norm and head belong to the root unit. With expert
     parallelism the experts of a layer are a separate unit, sharded over the ranks that hold the same experts.
     In bf16 the router of a layer is a separate unit, too.
 
-    With trainer.precision=bf16, fp32 parameters are cast to bf16 when they are gathered, and gradients are
+    With precision bf16, fp32 parameters are cast to bf16 when they are gathered, and gradients are
     summed in fp32.
 
     Args:
         model: The model, after activation checkpointing and torch.compile.
         mesh: The ranks.
-        cfg: The configuration of the run; reads trainer.precision and parallel.*.
+        precision: Precision of the computation.
+        parallel: Strategy, resharding and prefetch.
     """
     policy = MixedPrecisionPolicy()
-    if cfg.trainer.precision is Precision.bf16:
+    if precision is Precision.bf16:
         # The model's code casts to fp32 where necessary. With cast_forward_inputs, FSDP would cast every
         # layer input to bf16.
         policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)
     layers = []
-    for layer in model.model.layers:
-        assert isinstance(layer, OlmoeDecoderLayer)
-        layers.append(_shard_layer(layer, mesh, policy, cfg.parallel.reshard_after_forward))
-    _prefetch(layers, cfg.parallel.prefetch if cfg.parallel.strategy is Strategy.fsdp else 0)
+    for layer in model.decoder_layers:
+        layers.append(_shard_layer(layer, mesh, policy, parallel.reshard_after_forward))
+    _prefetch(layers, parallel.prefetch if parallel.strategy is Strategy.fsdp else 0)
     data = _data_mesh(mesh.dense, "shard")
     fully_shard(model, mesh=data, mp_policy=policy, reshard_after_forward=False)
     register_fsdp_forward_method(model, "training_forward")

@@ -6,7 +6,7 @@ parameters stay whole and only gradients are reduced. Gradients are summed over 
 loss is already divided by counts over the whole global batch, whatever the share of each rank.
 """
 
-from olmoe_train.config.train import TrainConfig
+from olmoe_train.config.train import ParallelConfig, TrainerConfig
 from olmoe_train.distributed.activation_checkpointing import checkpoint_activations
 from olmoe_train.distributed.compile import compile_layers
 from olmoe_train.distributed.expert_parallel import apply_expert_parallelism
@@ -15,7 +15,9 @@ from olmoe_train.distributed.mesh import Mesh
 from olmoe_train.model import OlmoeForCausalLM
 
 
-def parallelize(model: OlmoeForCausalLM, cfg: TrainConfig, mesh: Mesh) -> OlmoeForCausalLM:
+def parallelize(
+    model: OlmoeForCausalLM, trainer: TrainerConfig, parallel: ParallelConfig, mesh: Mesh
+) -> OlmoeForCausalLM:
     """Apply the configured parallelism to a model, in place. Parameters become DTensors.
 
     Call this function before building the optimizer. Afterwards `materialize.initialise` allocates and fills
@@ -23,7 +25,8 @@ def parallelize(model: OlmoeForCausalLM, cfg: TrainConfig, mesh: Mesh) -> OlmoeF
 
     Args:
         model: The model, on the meta device or with weights.
-        cfg: The configuration of the run.
+        trainer: Reads precision, compile and activation_checkpointing.
+        parallel: Strategy, resharding and prefetch. The sizes are already in `mesh`.
         mesh: The ranks, from `build_mesh`.
 
     Returns:
@@ -31,8 +34,8 @@ def parallelize(model: OlmoeForCausalLM, cfg: TrainConfig, mesh: Mesh) -> OlmoeF
     """
     if mesh.expert is not None:
         apply_expert_parallelism(model, mesh.expert["expert"])
-    checkpoint_activations(model, cfg.trainer.activation_checkpointing)
-    if cfg.trainer.compile:
+    checkpoint_activations(model, trainer.activation_checkpointing)
+    if trainer.compile:
         compile_layers(model)
-    shard(model, mesh, cfg)
+    shard(model, mesh, trainer.precision, parallel)
     return model

@@ -8,7 +8,7 @@ torch.compile to the modules from outside.
 """
 
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -238,6 +238,11 @@ class OlmoeForCausalLM(OlmoePreTrainedModel):
         if self.config.tie_word_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight
 
+    @property
+    def decoder_layers(self) -> list[OlmoeDecoderLayer]:
+        """The layers in their order."""
+        return cast(list[OlmoeDecoderLayer], list(self.model.layers))
+
     def set_balancer(self, balancer: Balancer) -> None:
         """Set how the load of the experts is kept even. Only training uses the balancer's loss.
 
@@ -246,8 +251,7 @@ class OlmoeForCausalLM(OlmoePreTrainedModel):
                 the model's state.
         """
         self.balancer = balancer
-        for index, layer in enumerate(self.model.layers):
-            assert isinstance(layer, OlmoeDecoderLayer)
+        for index, layer in enumerate(self.decoder_layers):
             layer.mlp.gate.scores = partial(balancer.scores, index)
 
     def set_experts_backend(self, backend: str) -> None:

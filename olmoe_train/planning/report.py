@@ -12,7 +12,7 @@ import torch
 
 from olmoe_train.config.choices import ActivationCheckpointing, Offload, Precision, Strategy
 from olmoe_train.config.model import olmoe_config
-from olmoe_train.config.train import ParallelConfig, TrainConfig
+from olmoe_train.config.train import ParallelConfig
 from olmoe_train.config.verbs import PlanConfig
 from olmoe_train.planning.duration import tokens_per_step, total_steps
 from olmoe_train.planning.flops import FlopsPerToken, parameter_counts, peak_flops, train_flops_per_token
@@ -94,7 +94,7 @@ def plan_layout(cfg: PlanConfig) -> ParallelLayout:
     )
 
 
-def plan_micro_batch(cfg: TrainConfig) -> MicroBatch:
+def plan_micro_batch(cfg: PlanConfig) -> MicroBatch:
     """The micro-batch of the configuration's sections `trainer` and `data`."""
     trainer = cfg.trainer
     return MicroBatch(

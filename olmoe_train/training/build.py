@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -10,6 +11,7 @@ from olmoe_train.checkpoint.convert.stored_model import load_into
 from olmoe_train.checkpoint.saver import Saver
 from olmoe_train.config.balancing import AuxiliaryLossConfig, BalancingConfig
 from olmoe_train.config.choices import BalanceScope, Strategy
+from olmoe_train.config.compose import plain_values
 from olmoe_train.config.model import olmoe_config
 from olmoe_train.config.objective import NextTokenConfig, ObjectiveConfig
 from olmoe_train.config.train import TrainConfig
@@ -35,7 +37,6 @@ from olmoe_train.training.callbacks.evaluation import Evaluate
 from olmoe_train.training.callbacks.exports import Exports
 from olmoe_train.training.callbacks.logging import Logging
 from olmoe_train.training.callbacks.stragglers import Stragglers
-from olmoe_train.training.compatibility import config_values, resume_fingerprint
 from olmoe_train.training.engine.base import Engine
 from olmoe_train.training.engine.fsdp import FsdpEngine
 from olmoe_train.training.objectives.base import Objective
@@ -64,7 +65,7 @@ def build_model(cfg: TrainConfig, mesh: Mesh) -> OlmoeForCausalLM:
         model = OlmoeForCausalLM(olmoe_config(cfg.model))
     model.set_experts_backend(cfg.model.experts_backend.value)
     model.set_balancer(build_balancer(cfg, model.config))
-    model = parallelize(model, cfg, mesh)
+    model = parallelize(model, cfg.trainer, cfg.parallel, mesh)
     initialise(model, mesh.device, cfg.seed)
     if cfg.model.init_from is not None:
         load_into(model, cfg.model.init_from, cfg.model.trust_pickle)
@@ -78,7 +79,7 @@ def build_engine(cfg: TrainConfig, device: torch.device) -> Engine:
         # Imported here: DeepSpeed is large, and other strategies do without it.
         from olmoe_train.training.engine.deepspeed import ZeroEngine
 
-        return ZeroEngine(cfg, model, device)
+        return ZeroEngine(model, device, Path(cfg.run_dir), cfg.trainer, cfg.parallel, cfg.optimizer)
     optimizer = build_optimizer(model.parameters(), cfg.optimizer)
     return FsdpEngine(model, optimizer, cfg.optimizer.max_grad_norm, device)
 
@@ -173,7 +174,7 @@ def build_callbacks(
     guard: SkipGuard,
     data: TrainingData,
     batches: StepBatches,
-    schedule: Schedule,
+    fingerprint: dict[str, Any],
     state: TrainState,
     extra: tuple[Callback, ...],
 ) -> list[Callback]:
@@ -184,7 +185,7 @@ def build_callbacks(
     same step, as a save may end the run. `extra` callbacks come last, when the step is complete and saved.
     """
     run_dir, device = Path(cfg.run_dir), engine.device
-    metrics = MetricsLog(run_dir, cfg.logging.wandb, redact(config_values(cfg)), state.step)
+    metrics = MetricsLog(run_dir, cfg.logging.wandb, redact(plain_values(cfg)), state.step)
     run.close_at_end(metrics.close)
     throughput = Throughput(
         engine.model.config, cfg.data.sequence_length, cfg.trainer.precision, device, state.tokens
@@ -210,7 +211,6 @@ def build_callbacks(
         for callback in [*callbacks, *extra]:
             callback.on_save(checkpoint)
 
-    fingerprint = resume_fingerprint(cfg, schedule, data)
     saver = Saver(cfg.checkpoint, run_dir, engine.state, state.step, on_save)
     checkpoints = Checkpoints(
         saver,

@@ -5,13 +5,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from omegaconf import OmegaConf
-
 from olmoe_train.config.aliases import current_key, current_saved_config
-from olmoe_train.config.balancing import AuxiliaryLossConfig
 from olmoe_train.config.choices import BalanceScope
 from olmoe_train.config.choices import Schedule as Shape
-from olmoe_train.config.train import TrainConfig
 from olmoe_train.data.loader import TrainingData
 from olmoe_train.optim.schedule import Schedule
 from olmoe_train.utils.errors import UserError
@@ -69,18 +65,12 @@ class Change:
         return f"{self.key}: {self.before} in the checkpoint, {self.now} now"
 
 
-def config_values(cfg: TrainConfig) -> dict[str, Any]:
-    """Return the configuration as plain values, with enums by name."""
-    values = OmegaConf.to_container(OmegaConf.structured(cfg), enum_to_str=True)
-    assert isinstance(values, dict)
-    return {str(key): value for key, value in values.items()}
-
-
-def resume_fingerprint(cfg: TrainConfig, schedule: Schedule, data: TrainingData) -> dict[str, Any]:
+def resume_fingerprint(config: dict[str, Any], schedule: Schedule, data: TrainingData) -> dict[str, Any]:
     """Return what a checkpoint records about its run: configuration, schedule and data order.
 
     Args:
-        cfg: The configuration of the run. Secrets are redacted, and `run_dir` is left out.
+        config: The configuration as plain values (`plain_values`). Secrets are redacted, and `run_dir` is
+            left out.
         schedule: The learning-rate schedule.
         data: The training data.
 
@@ -88,30 +78,31 @@ def resume_fingerprint(cfg: TrainConfig, schedule: Schedule, data: TrainingData)
         JSON values with the keys `config`, `schedule` and `fingerprint`.
     """
     steps = {"step at which the warm-up ends": schedule.warmup_end}
-    if cfg.scheduler.kind is not Shape.constant:
+    if schedule.cfg.kind is not Shape.constant:
         steps["step at which the decay ends"] = schedule.decay_end
-    config = config_values(cfg)
-    del config["run_dir"]
+    config = {key: value for key, value in config.items() if key != "run_dir"}
     return {"config": redact(config), "schedule": steps, "fingerprint": data.fingerprint()}
 
 
-def check_changes(saved: dict[str, Any], now: dict[str, Any], cfg: TrainConfig, checkpoint: Path) -> None:
+def check_changes(
+    saved: dict[str, Any], now: dict[str, Any], allow_changes: list[str], checkpoint: Path
+) -> None:
     """Compare a checkpoint's saved state with this run, and log the changes that are allowed.
 
     Args:
         saved: The saved state of the checkpoint.
         now: The `resume_fingerprint` of this run.
-        cfg: The configuration of this run.
+        allow_changes: Keys that the user lets change (checkpoint.allow_changes).
         checkpoint: The checkpoint, for the message.
 
     Raises:
         UserError: A change affects the result and checkpoint.allow_changes does not name its key. The message
             lists all such changes.
     """
-    allowed = [current_key(key) for key in cfg.checkpoint.allow_changes]
+    allowed = [current_key(key) for key in allow_changes]
     refused = []
     for change in changes(saved, now):
-        if not changes_the_result(change.key, cfg):
+        if not changes_the_result(change.key, now["config"]):
             log.info("changed since the checkpoint: %s", change)
         elif _within(change.key, allowed):
             log.warning("WARNING: changed since the checkpoint, and allowed to: %s", change)
@@ -139,19 +130,18 @@ def changes(saved: dict[str, Any], now: dict[str, Any]) -> list[Change]:
     return [Change(key, before.get(key), after.get(key)) for key in keys]
 
 
-def changes_the_result(key: str, cfg: TrainConfig) -> bool:
-    """Return whether a change of this key affects the weights.
+def changes_the_result(key: str, config: dict[str, Any]) -> bool:
+    """Return whether a change of this key of a run's configuration affects the weights.
 
     The micro-batch size affects the weights only if the load-balancing loss has a weight and is computed per
     micro-batch. The keys of the schedule count as no change, because the schedule itself is compared.
     """
-    if key == "trainer.micro_batch_size" and _scope(cfg) is BalanceScope.micro_batch:
-        return cfg.loss.router_aux_loss_coef != 0
+    if (
+        key == "trainer.micro_batch_size"
+        and config["balancing"].get("scope") == BalanceScope.micro_batch.name
+    ):
+        return bool(config["loss"]["router_aux_loss_coef"] != 0)
     return not _within(key, SAFE_TO_CHANGE) and key not in SCHEDULE_KEYS
-
-
-def _scope(cfg: TrainConfig) -> BalanceScope | None:
-    return cfg.balancing.scope if isinstance(cfg.balancing, AuxiliaryLossConfig) else None
 
 
 def _within(key: str, names: tuple[str, ...] | list[str]) -> bool:

@@ -14,14 +14,12 @@ from olmoe_train.checkpoint.directory import (
     verify,
 )
 from olmoe_train.checkpoint.sharded import saved_state as read_saved_state
-from olmoe_train.config.train import TrainConfig
-from olmoe_train.data.loader import TrainingData
+from olmoe_train.config.train import CheckpointConfig
 from olmoe_train.distributed.collectives import on_rank_0
-from olmoe_train.optim.schedule import Schedule
 from olmoe_train.optim.skip_step import SkipGuard
 from olmoe_train.run.directory import Run
 from olmoe_train.training.callbacks.base import Callback
-from olmoe_train.training.compatibility import check_changes, resume_fingerprint
+from olmoe_train.training.compatibility import check_changes
 from olmoe_train.training.engine.base import Engine
 from olmoe_train.training.state import TrainState
 from olmoe_train.utils.errors import UserError
@@ -30,17 +28,16 @@ log = logging.getLogger(__name__)
 
 
 def resume(
-    cfg: TrainConfig, run: Run, engine: Engine, data: TrainingData, schedule: Schedule
+    cfg: CheckpointConfig, run: Run, engine: Engine, fingerprint: dict[str, Any]
 ) -> dict[str, Any] | None:
     """Load the checkpoint that checkpoint.resume asks for, if there is one, into the engine.
 
-    A damaged checkpoint is named and quarantined, and the one before it is used. Returns the checkpoint's
-    JSON state; None for a new run.
+    A damaged checkpoint is named and quarantined, and the one before it is used. fingerprint: of this run,
+    compared with the checkpoint's. Returns the checkpoint's JSON state; None for a new run.
     """
-    fingerprint = resume_fingerprint(cfg, schedule, data)
-    for checkpoint in checkpoints_to_resume(run.path, cfg.checkpoint.resume):
+    for checkpoint in checkpoints_to_resume(run.path, cfg.resume):
         try:
-            check_changes(read_saved_state(checkpoint), fingerprint, cfg, checkpoint)
+            check_changes(read_saved_state(checkpoint), fingerprint, cfg.allow_changes, checkpoint)
             saved = engine.load(checkpoint)
         except CheckpointError as error:
             quarantine(run.path, checkpoint, error)
@@ -63,16 +60,17 @@ def saved_state(
     }
 
 
-def load_callbacks(callbacks: list[Callback], saved: dict[str, Any] | None) -> None:
-    """Give each callback its state of the checkpoint that the run resumes from."""
-    if saved is None:
-        return
-    # Checkpoints from before there were callbacks hold the one state there was by itself.
-    older = {"logging": {"expert_last_used": saved.get("expert_last_used")}}
-    states = saved.get("callbacks", older)
+def start_callbacks(callbacks: list[Callback], saved: dict[str, Any] | None, state: TrainState) -> None:
+    """Give each callback its state of the checkpoint that the run resumes from, if any; then start them."""
+    if saved is not None:
+        # Checkpoints from before there were callbacks hold the one state there was by itself.
+        older = {"logging": {"expert_last_used": saved.get("expert_last_used")}}
+        states = saved.get("callbacks", older)
+        for callback in callbacks:
+            if callback.name in states:
+                callback.load_state_dict(states[callback.name])
     for callback in callbacks:
-        if callback.name in states:
-            callback.load_state_dict(states[callback.name])
+        callback.on_start(state)
 
 
 def checkpoints_to_resume(run_dir: Path, choice: str) -> list[Path]:

@@ -4,6 +4,7 @@ works."""
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -32,6 +33,10 @@ def config(trainer: TrainerConfig = TRAINER, **parallel: object) -> TrainConfig:
     )
 
 
+def generated(cfg: TrainConfig, world_size: int = 1, cuda: bool = False) -> dict[str, Any]:
+    return deepspeed_config(cfg.trainer, cfg.parallel, cfg.optimizer.max_grad_norm, world_size, cuda)
+
+
 def with_file(tmp_path: Path, content: object) -> TrainConfig:
     path = tmp_path / "mine.json"
     path.write_text(content if isinstance(content, str) else json.dumps(content))
@@ -39,7 +44,7 @@ def with_file(tmp_path: Path, content: object) -> TrainConfig:
 
 
 def test_the_generated_json_says_what_the_options_say() -> None:
-    made = deepspeed_config(config(zero_stage=3, offload=Offload.parameters), world_size=4, cuda=True)
+    made = generated(config(zero_stage=3, offload=Offload.parameters), world_size=4, cuda=True)
     assert made["train_batch_size"] == 16
     assert made["train_micro_batch_size_per_gpu"] == 2
     assert made["gradient_accumulation_steps"] == 2
@@ -48,12 +53,7 @@ def test_the_generated_json_says_what_the_options_say() -> None:
     assert made["zero_optimization"]["stage"] == 3
     for what in ("offload_optimizer", "offload_param"):
         assert made["zero_optimization"][what] == {"device": "cpu", "pin_memory": True}
-    assert (
-        "offload_param"
-        not in deepspeed_config(config(offload=Offload.optimizer), world_size=4, cuda=False)[
-            "zero_optimization"
-        ]
-    )
+    assert "offload_param" not in generated(config(offload=Offload.optimizer))["zero_optimization"]
 
 
 def test_a_users_json_adds_to_it(tmp_path: Path) -> None:
@@ -63,7 +63,7 @@ def test_a_users_json_adds_to_it(tmp_path: Path) -> None:
         "gradient_clipping": "auto",
         "wall_clock_breakdown": True,
     }
-    made = deepspeed_config(with_file(tmp_path, theirs), world_size=1, cuda=False)
+    made = generated(with_file(tmp_path, theirs))
     assert made["zero_optimization"]["reduce_bucket_size"] == 7
     assert made["zero_optimization"]["overlap_comm"] is True
     assert made["zero_optimization"]["allgather_bucket_size"] > 0
@@ -81,7 +81,7 @@ def test_every_conflict_is_named_with_the_key_to_set(tmp_path: Path) -> None:
         "communication_data_type": "bf16",
     }
     with pytest.raises(UserError) as caught:
-        deepspeed_config(with_file(tmp_path, theirs), world_size=1, cuda=False)
+        generated(with_file(tmp_path, theirs))
     text = str(caught.value)
     assert str(tmp_path / "mine.json") in text
     for line in (
@@ -106,7 +106,7 @@ def test_a_file_that_is_no_json_object(tmp_path: Path, content: str | None, mess
     if content is None:
         (tmp_path / "mine.json").unlink()
     with pytest.raises(UserError, match=f"parallel.deepspeed_config=.*mine.json: {message}"):
-        deepspeed_config(cfg, world_size=1, cuda=False)
+        generated(cfg)
 
 
 @pytest.mark.parametrize("file", ["global_step8", "bf16_zero_pp_rank_0_mp_rank_00_optim_states.pt"])

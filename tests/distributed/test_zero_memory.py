@@ -89,7 +89,9 @@ def measure(directory: Path) -> dict[str, int]:
         )
         before = held()
         model = build_model(cfg, build_mesh(cfg.parallel, init_distributed("cpu")))
-        engine = ZeroEngine(cfg, model, torch.device("cpu"))
+        engine = ZeroEngine(
+            model, torch.device("cpu"), Path(cfg.run_dir), cfg.trainer, cfg.parallel, cfg.optimizer
+        )
         del model
         ids = torch.randint(2, 2048, (1, 16))
         for micro_batch in range(3):

@@ -1,5 +1,6 @@
 """The import contract of .importlinter holds for the package and fails for a copy that breaks it."""
 
+import ast
 import os
 import shutil
 import subprocess
@@ -46,6 +47,21 @@ def test_an_import_that_does_not_go_down_is_found(package: Path, importer: str, 
     run = lint_imports(package)
     assert run.returncode == 1, run.stdout + run.stderr
     assert f"olmoe_train.{importer}.planted -> olmoe_train.{imported}" in run.stdout
+
+
+def names_the_whole_configuration(path: Path) -> bool:
+    nodes = ast.walk(ast.parse(path.read_text()))
+    return any(isinstance(node, ast.alias) and node.name == "TrainConfig" for node in nodes)
+
+
+def test_few_see_the_whole_configuration() -> None:
+    """The loop, `build`, the preflight checks, and config/ itself; all else gets a section or an object."""
+    root = REPO / "olmoe_train"
+    seeing = {path.relative_to(root) for path in root.rglob("*.py") if names_the_whole_configuration(path)}
+    allowed = {Path("train.py"), Path("training/build.py")}
+    places = (Path("config"), Path("training/preflight"))
+    assert allowed <= seeing, "the search finds nothing"
+    assert {path for path in seeing - allowed if not any(place in path.parents for place in places)} == set()
 
 
 def test_a_package_on_no_floor_is_found(package: Path) -> None:

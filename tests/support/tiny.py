@@ -34,7 +34,7 @@ def build(
     mesh = build_mesh(cfg.parallel, init_distributed("cpu"))
     with torch.device("meta"):
         model = OlmoeForCausalLM(OlmoeConfig(**SIZES | sizes))
-    model = parallelize(model, cfg, mesh)
+    model = parallelize(model, cfg.trainer, cfg.parallel, mesh)
     initialise(model, mesh.device, seed)
     return model, torch.optim.AdamW(model.parameters(), lr=1e-2, fused=True)
 

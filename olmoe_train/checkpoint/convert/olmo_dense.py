@@ -26,7 +26,6 @@ from torch import Tensor, nn
 
 from olmoe_train.checkpoint.convert.stored_model import StoredModel
 from olmoe_train.model import OlmoeConfig, OlmoeForCausalLM
-from olmoe_train.model.decoder_layer import OlmoeDecoderLayer
 from olmoe_train.model.hf.directory import check_tied_head, ignored_tensors, parameter_shapes
 from olmoe_train.model.hf.special_tokens import read_generation_config
 from olmoe_train.utils.errors import UserError
@@ -139,8 +138,7 @@ def olmo_model(config: OlmoeConfig) -> OlmoeForCausalLM:
 
 def without_qk_norm(model: OlmoeForCausalLM) -> OlmoeForCausalLM:
     """Replace q_norm and k_norm of every layer by the identity, in place; returns the model."""
-    for layer in model.model.layers:
-        assert isinstance(layer, OlmoeDecoderLayer)
+    for layer in model.decoder_layers:
         layer.self_attn.register_module("q_norm", nn.Identity())
         layer.self_attn.register_module("k_norm", nn.Identity())
     return model

@@ -29,7 +29,8 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from olmoe_train.checkpoint.sharded import MOMENTS, load_checkpoint, persistent_buffers
 from olmoe_train.config.choices import Precision
-from olmoe_train.config.train import TrainConfig
+from olmoe_train.config.optimizer import OptimizerConfig
+from olmoe_train.config.train import ParallelConfig, TrainerConfig
 from olmoe_train.distributed.activation_checkpointing import checkpoint_activations
 from olmoe_train.distributed.compile import compile_layers
 from olmoe_train.distributed.deepspeed_config import deepspeed_config
@@ -38,7 +39,6 @@ from olmoe_train.distributed.fsdp import shard
 from olmoe_train.distributed.materialize import shard_slices
 from olmoe_train.distributed.mesh import build_mesh, local_tensor
 from olmoe_train.model import OlmoeForCausalLM
-from olmoe_train.model.decoder_layer import OlmoeDecoderLayer
 from olmoe_train.model.moe.experts import OlmoeExperts
 from olmoe_train.model.outputs import TrainingOutput
 from olmoe_train.optim.build import build_optimizer, scale_learning_rates
@@ -53,41 +53,55 @@ class ZeroEngine:
     model: The model. Call its `training_forward`, as with every engine. ZeRO-3 gathers the parameters there.
     """
 
-    def __init__(self, cfg: TrainConfig, initial: OlmoeForCausalLM, device: torch.device) -> None:
+    def __init__(
+        self,
+        initial: OlmoeForCausalLM,
+        device: torch.device,
+        run_dir: Path,
+        trainer: TrainerConfig,
+        parallel: ParallelConfig,
+        optimizer: OptimizerConfig,
+    ) -> None:
         """Start DeepSpeed and write its configuration to run_dir/deepspeed.json. Collective.
 
         Args:
-            cfg: The configuration of the run.
             initial: A model with the initial weights, sharded in CPU memory by `build_model`.
             device: The device to train on.
+            run_dir: Directory of the run.
+            trainer: Batch sizes, precision and what is recomputed.
+            parallel: ZeRO stage, offloading and expert parallelism.
+            optimizer: AdamW's options.
 
         Raises:
             UserError: The model has buffers, a C++ compiler is missing, or DeepSpeed rejects the options.
         """
-        self.cfg, self.stage, self.device = cfg, cfg.parallel.zero_stage, device
+        self.trainer, self.parallel, self.optimizer_config = trainer, parallel, optimizer
+        self.stage, self.device = parallel.zero_stage, device
         if buffers := persistent_buffers(initial):
             raise UserError(
                 f"parallel.strategy=deepspeed: this engine does not keep the model's buffers "
                 f"({', '.join(buffers)}); use parallel.strategy=fsdp"
             )
-        config = deepspeed_config(cfg, dist.get_world_size(), device.type == "cuda")
+        config = deepspeed_config(
+            trainer, parallel, optimizer.max_grad_norm, dist.get_world_size(), device.type == "cuda"
+        )
         if dist.get_rank() == 0:
-            (Path(cfg.run_dir) / "deepspeed.json").write_text(json.dumps(config, indent=2) + "\n")
+            (run_dir / "deepspeed.json").write_text(json.dumps(config, indent=2) + "\n")
         with redirect_stdout(io.StringIO()):  # DeepSpeed prints its progress on every rank
             import_deepspeed(device)
             self._start(initial, config)
 
     def _start(self, initial: OlmoeForCausalLM, config: dict[str, Any]) -> None:
-        self.model = _build(self.cfg, initial, config, self.device)
+        self.model = _build(self.trainer, self.parallel, initial, config, self.device)
         self._parameters: list[nn.Parameter] = list(self.model.parameters())
-        optimizer = build_optimizer(_parameter_groups(self.model), self.cfg.optimizer)
+        optimizer = build_optimizer(_parameter_groups(self.model), self.optimizer_config)
         assert isinstance(optimizer, torch.optim.AdamW), "preflight refuses other optimizers"
         self._adamw = optimizer
         self._norm = torch.zeros((), device=self.device)
         if self.stage == 0:
             self._adamw.register_step_pre_hook(self._clip_whole_gradients)
         self._adamw.register_step_pre_hook(self._skip_not_finite)
-        self._engine = _start(self.model, self._adamw, config, self.cfg)
+        self._engine = _start(self.model, self._adamw, config, self.parallel)
         self.optimizer = self._engine.optimizer
         for parameter, source in zip(self._parameters, initial.parameters(), strict=True):
             self._write(parameter, None, _gather(source))
@@ -120,7 +134,7 @@ class ZeroEngine:
         count = next(state["step"] for state in self._adamw.state.values() if "step" in state)
         for parameter, target in zip(self._parameters, stored.parameters(), strict=True):
             index = shard_slices(target)
-            if self.cfg.parallel.expert_parallel_size > 1 and target.ndim == 3:
+            if self.parallel.expert_parallel_size > 1 and target.ndim == 3:
                 index = (slice(None), *index[1:])  # `_read` returns only this rank's experts
             state: dict[str, Tensor] = {"step": count.cpu().clone()}
             state |= {moment: torch.zeros_like(target, requires_grad=False) for moment in MOMENTS}
@@ -147,14 +161,14 @@ class ZeroEngine:
 
     def _sharded_copy(self) -> tuple[OlmoeForCausalLM, torch.optim.AdamW]:
         """Return a model and an optimizer in CPU memory, sharded as FSDP2 shards them, with unset values."""
-        mesh = build_mesh(self.cfg.parallel, torch.device("cpu"))
+        mesh = build_mesh(self.parallel, torch.device("cpu"))
         with torch.device("meta"):
             stored = OlmoeForCausalLM(self.model.config)
         if mesh.expert is not None:
             apply_expert_parallelism(stored, mesh.expert["expert"])
-        shard(stored, mesh, self.cfg)
+        shard(stored, mesh, self.trainer.precision, self.parallel)
         stored.to_empty(device="cpu")
-        adamw = build_optimizer(stored.parameters(), self.cfg.optimizer)
+        adamw = build_optimizer(stored.parameters(), self.optimizer_config)
         assert isinstance(adamw, torch.optim.AdamW)
         return stored, adamw
 
@@ -218,12 +232,12 @@ class ZeroEngine:
     def _clip_whole_gradients(self, *_: Any) -> None:
         """Clip by the exact global norm. DeepSpeed's ZeRO-0 clips by the mean of the ranks' norms, which is
         not the global norm with expert parallelism."""
-        self._norm = clip_gradients(self._parameters, self.cfg.optimizer.max_grad_norm, self._copies)
+        self._norm = clip_gradients(self._parameters, self.optimizer_config.max_grad_norm, self._copies)
 
     def _copies(self, parameter: nn.Parameter) -> int:
         """Return on how many ranks a parameter exists: every rank, or for experts every
         expert_parallel_size-th rank."""
-        return dist.get_world_size() // (self.cfg.parallel.expert_parallel_size if parameter.ndim == 3 else 1)
+        return dist.get_world_size() // (self.parallel.expert_parallel_size if parameter.ndim == 3 else 1)
 
     @torch.no_grad()
     def _skip_not_finite(self, *_: Any) -> None:
@@ -278,7 +292,11 @@ def parse_config(config: dict[str, Any], path: str | None) -> Any:
 
 
 def _build(
-    cfg: TrainConfig, stored: OlmoeForCausalLM, config: dict[str, Any], device: torch.device
+    trainer: TrainerConfig,
+    parallel: ParallelConfig,
+    stored: OlmoeForCausalLM,
+    config: dict[str, Any],
+    device: torch.device,
 ) -> OlmoeForCausalLM:
     """Build the model with this rank's experts and with zeros as weights. With ZeRO-3 each part of the model
     is partitioned as soon as it is allocated."""
@@ -286,15 +304,15 @@ def _build(
 
     with torch.device("meta"):
         model = OlmoeForCausalLM(stored.config)
-    model.set_experts_backend(cfg.model.experts_backend.value)
+    model.set_experts_backend(stored.decoder_layers[0].mlp.experts.backend)
     if stored.balancer is not None:
         model.set_balancer(stored.balancer)
-    if cfg.parallel.expert_parallel_size > 1:
-        _keep_own_experts(model, cfg.parallel.expert_parallel_size)
-    checkpoint_activations(model, cfg.trainer.activation_checkpointing)
-    if cfg.trainer.compile:
+    if parallel.expert_parallel_size > 1:
+        _keep_own_experts(model, parallel.expert_parallel_size)
+    checkpoint_activations(model, trainer.activation_checkpointing)
+    if trainer.compile:
         compile_layers(model)
-    if cfg.trainer.precision is Precision.bf16:
+    if trainer.precision is Precision.bf16:
         model.bfloat16()
     for part in (model.model.embed_tokens, *model.model.layers, model.model.norm, model.lm_head):
         part.to_empty(device=device)
@@ -302,9 +320,9 @@ def _build(
             model.tie_weights()
         for parameter in part.parameters():
             parameter.data.zero_()
-        if cfg.parallel.expert_parallel_size > 1:
-            _mark_experts(part, cfg.parallel.expert_parallel_size)
-        if cfg.parallel.zero_stage == 3:
+        if parallel.expert_parallel_size > 1:
+            _mark_experts(part, parallel.expert_parallel_size)
+        if parallel.zero_stage == 3:
             deepspeed.zero.Init(module=part, config_dict_or_path=config)
     return model
 
@@ -314,8 +332,7 @@ def _keep_own_experts(model: OlmoeForCausalLM, size: int) -> None:
     from deepspeed.utils import groups
 
     groups._create_expert_and_data_parallel(size)
-    for layer in model.model.layers:
-        assert isinstance(layer, OlmoeDecoderLayer)
+    for layer in model.decoder_layers:
         for name, parameter in list(layer.mlp.experts.named_parameters(recurse=False)):
             own = nn.Parameter(parameter.detach()[: len(parameter) // size])
             layer.mlp.experts.register_parameter(name, own)
@@ -349,7 +366,7 @@ def _parameter_groups(model: OlmoeForCausalLM) -> list[dict[str, Any]]:
 
 
 def _start(
-    model: OlmoeForCausalLM, adamw: torch.optim.AdamW, config: dict[str, Any], cfg: TrainConfig
+    model: OlmoeForCausalLM, adamw: torch.optim.AdamW, config: dict[str, Any], parallel: ParallelConfig
 ) -> Any:
     """Return DeepSpeed's engine for a model, and redirect the model's `training_forward` to the engine."""
     from deepspeed import DeepSpeedEngine
@@ -362,7 +379,7 @@ def _start(
             self.has_moe_layers = True
 
     # ZeRO-3 reads ds_zero_placement_family instead.
-    experts = cfg.parallel.expert_parallel_size > 1 and cfg.parallel.zero_stage < 3
+    experts = parallel.expert_parallel_size > 1 and parallel.zero_stage < 3
     forward = model.training_forward
     # To detect the start of backward, DeepSpeed looks for tensors in tuples but not in dataclasses.
     model.forward = lambda *inputs, **named: _as_tuple(forward(*inputs, **named))  # type: ignore[method-assign]
@@ -372,7 +389,7 @@ def _start(
         optimizer=adamw,
         dist_init_required=False,
         config=config,
-        config_class=parse_config(config, cfg.parallel.deepspeed_config),
+        config_class=parse_config(config, parallel.deepspeed_config),
     )
     model.training_forward = lambda *inputs, **named: TrainingOutput(  # type: ignore[method-assign]
         *engine(*inputs, **named)

@@ -132,7 +132,9 @@ def deepspeed_file_errors(cfg: TrainConfig, world_size: int) -> list[str]:
     if cfg.parallel.strategy is not Strategy.deepspeed or path is None:
         return []
     try:
-        config = deepspeed_config(cfg, world_size, cuda=False)
+        config = deepspeed_config(
+            cfg.trainer, cfg.parallel, cfg.optimizer.max_grad_norm, world_size, cuda=False
+        )
         if dist.is_initialized():
             from olmoe_train.training.engine.deepspeed import import_deepspeed, parse_config  # takes seconds
 
