@@ -12,7 +12,6 @@ rank's missing file. The hashes in the manifest detect both.
 
 import json
 import math
-import os
 import shutil
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -42,7 +41,7 @@ from olmoe_train.checkpoint.directory import (
 from olmoe_train.distributed.collectives import Group, everywhere, on_rank_0
 from olmoe_train.distributed.mesh import local_tensor
 from olmoe_train.utils.errors import UserError
-from olmoe_train.utils.files import fsync_path
+from olmoe_train.utils.files import fsync_path, publish_directory, write_json
 
 # AdamW's state tensors per parameter, besides the step count.
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -163,17 +162,17 @@ def _commit(directory: Path, partial: Path, files: dict[str, Any], content: dict
             f"{partial}: rank 0 does not see what the ranks wrote ({lost[0]} and {len(lost) - 1} more): "
             "run_dir must be on a file system that all nodes share"
         )
-    _write_json(partial / STATE, content)
+    write_json(partial / STATE, content)
+    fsync_path(partial / STATE)
     manifest = {
         "format": 1,
         "step": step_of(directory),
         "world_size": dist.get_world_size(),
         "files": dict(sorted((files | {STATE: entry_of(partial / STATE)}).items())),
     }
-    _write_json(partial / MANIFEST, manifest)
-    fsync_path(partial)
-    partial.rename(directory)
-    fsync_path(directory.parent)
+    write_json(partial / MANIFEST, manifest)
+    fsync_path(partial / MANIFEST)
+    publish_directory(partial, directory)
 
 
 def _write_shards(tensors: dict[str, Tensor], writer: HuggingFaceStorageWriter, group: Group) -> None:
@@ -191,13 +190,6 @@ def _files(tensors: Mapping[str, Tensor]) -> dict[str, int]:
         numbers[name] = 1 + written // (FILE_BYTES * dist.get_world_size())
         written += tensor.nbytes
     return numbers
-
-
-def _write_json(path: Path, content: dict[str, Any]) -> None:
-    with path.open("w", encoding="utf-8") as file:
-        json.dump(content, file, indent=1)
-        file.flush()
-        os.fsync(file.fileno())
 
 
 # --- reading ----------------------------------------------------------------------------------------------

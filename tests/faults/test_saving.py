@@ -32,10 +32,10 @@ def kill_at(function: str, part: str) -> None:
     """kill -9 rank 0 where checkpoint.training calls `function` with a path that has `part` in it."""
     original = getattr(training, function)
 
-    def deadly(path: Path) -> object:
+    def deadly(path: Path, *rest: Path) -> object:
         if part in str(path) and dist.get_rank() == 0:
             os.kill(os.getpid(), signal.SIGKILL)
-        return original(path)
+        return original(path, *rest)
 
     setattr(training, function, deadly)
 
@@ -56,7 +56,7 @@ def kill_half_way_through_deleting() -> None:
     ("fault", "left"),
     [
         (partial(kill_at, "entry_of", "00000003.partial"), [1, 2]),  # there are shards, and no manifest
-        (partial(kill_at, "fsync_path", "00000003.partial"), [1, 2]),  # all is there, but the name
+        (partial(kill_at, "publish_directory", "00000003.partial"), [1, 2]),  # all is there, but the name
         (kill_half_way_through_deleting, [2, 3]),  # at step 3 retention gives up step 1
     ],
     ids=["mid-save", "between write and rename", "during retention"],
