@@ -38,7 +38,7 @@ from olmoe_train.checkpoint.directory import (
     step_of,
     verify,
 )
-from olmoe_train.distributed.collectives import Group, everywhere, on_rank_0
+from olmoe_train.distributed.collectives import Group, gather_from_all, on_rank_0
 from olmoe_train.distributed.mesh import local_tensor
 from olmoe_train.utils.errors import UserError
 from olmoe_train.utils.files import fsync_path, publish_directory, write_json
@@ -99,7 +99,7 @@ def take_snapshot(
     tensors, adam_steps = _training_tensors(model, optimizer)
     shards = [shard for shard in map(local_tensor, tensors.values()) if shard.numel()]
     finite = torch.stack(torch._foreach_norm(shards, math.inf)).isfinite().all() if shards else True
-    bad = [rank for rank, of_rank in enumerate(everywhere(lambda: bool(finite))) if not of_rank]
+    bad = [rank for rank, of_rank in enumerate(gather_from_all(lambda: bool(finite))) if not of_rank]
     if bad:
         raise FloatingPointError(f"not saved: parameters or moments on rank {bad[0]} are not finite")
     return Snapshot(stager.stage(tensors) if stager is not None else tensors, adam_steps)
@@ -118,8 +118,8 @@ def write_checkpoint(
         _write_shards(tensors, writer, group)
         # DCP numbers the shards of rank 0 as 1. Each rank hashes its own files, which are still in its page
         # cache.
-        own = sorted(partial.glob(f"shard-{dist.get_rank() + 1:05d}-*.safetensors"))
-        hashes = everywhere(lambda: {path.name: entry_of(path) for path in own}, group)
+        written = sorted(partial.glob(f"shard-{dist.get_rank() + 1:05d}-*.safetensors"))
+        hashes = gather_from_all(lambda: {path.name: entry_of(path) for path in written}, group)
         files = {name: entry for of_rank in hashes for name, entry in of_rank.items()}
         content = {"state": state, "adam_steps": snapshot.adam_steps}
         on_rank_0(lambda: _commit(directory, partial, files, content), group)
@@ -138,7 +138,7 @@ def verify_together(directory: Path, group: Group = None) -> None:
     """
     files = sorted(read_manifest(directory)["files"])
     share = files[dist.get_rank() :: dist.get_world_size()]
-    everywhere(lambda: verify(directory, share), group)
+    gather_from_all(lambda: verify(directory, share), group)
 
 
 def _start(directory: Path, partial: Path) -> None:

@@ -104,11 +104,11 @@ def _record(block: OlmoeSparseMoeBlock, first: list[tuple[Tensor, Routing]]) -> 
 
 @contextmanager
 def _replay(block: OlmoeSparseMoeBlock, first: list[tuple[Tensor, Routing]]) -> Iterator[None]:
-    dispatch, choose = block.dispatch, block.gate.choose
+    dispatch, choose = block.dispatch, block.gate.select_experts
     ((indices_TK, routing),) = first
-    block.gate.choose = lambda probs_TE, top_k: indices_TK
+    block.gate.select_experts = lambda probs_TE, top_k: indices_TK
     block.dispatch = partial(dispatch, routing=routing)
     try:
         yield
     finally:
-        block.dispatch, block.gate.choose = dispatch, choose
+        block.dispatch, block.gate.select_experts = dispatch, choose

@@ -14,7 +14,7 @@ Group = dist.ProcessGroup | None
 own group."""
 
 
-def everywhere(work: Callable[[], Result], group: Group = None) -> list[Result]:
+def gather_from_all(work: Callable[[], Result], group: Group = None) -> list[Result]:
     """Run `work` on every rank and gather the results on every rank.
 
     Args:
@@ -54,7 +54,7 @@ def on_rank_0(work: Callable[[], object], group: Group = None) -> None:
         UserError: On every rank, if `work` raised this UserError.
         RuntimeError: On every rank, if `work` raised another exception.
     """
-    everywhere(work if dist.get_rank() == 0 else lambda: None, group)
+    gather_from_all(work if dist.get_rank() == 0 else lambda: None, group)
 
 
 def on_any_rank(flag: bool) -> bool:

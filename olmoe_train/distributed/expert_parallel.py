@@ -39,7 +39,7 @@ class Exchange:
     """Rows sent to each of the P ranks; the sum is R."""
     received: list[int]
     """Rows received from each of the P ranks; the sum is N."""
-    home: Routing
+    local_routing: Routing
     """Routing that sorted this rank's tokens before they were sent."""
 
 
@@ -58,7 +58,7 @@ def apply_expert_parallelism(model: OlmoeForCausalLM, mesh: DeviceMesh) -> None:
             # src_data_rank=None: each rank takes its shard from its local tensor, without communication.
             part = distribute_tensor(parameter, mesh, [Shard(0)], src_data_rank=None)
             layer.mlp.experts.register_parameter(name, nn.Parameter(part))
-        layer.mlp.experts.own = local_tensor
+        layer.mlp.experts.local_experts = local_tensor
         exchange_tokens(layer.mlp, group)
 
 
@@ -94,7 +94,7 @@ def dispatch(
     """
     routing = routing or plan_exchange(expert_indices_TK, num_experts, group)
     exchange: Exchange = routing.exchange
-    rows_RD = _CopyRows.apply(x_TD, exchange.home)
+    rows_RD = _CopyRows.apply(x_TD, exchange.local_routing)
     return _ExchangeRows.apply(rows_RD, exchange.received, exchange.sent, group), None, routing
 
 
@@ -109,15 +109,15 @@ def plan_exchange(expert_indices_TK: Tensor, num_experts: int, group: dist.Proce
     Returns:
         Routing of the N rows that this rank will receive; `exchange` is set.
     """
-    home = sort_by_expert(expert_indices_TK, num_experts)
-    sent_PQ = home.counts_E.view(group.size(), -1)
+    local_routing = sort_by_expert(expert_indices_TK, num_experts)
+    sent_PQ = local_routing.counts_E.view(group.size(), -1)
     received_PQ = _all_to_all(sent_PQ, None, None, group)
     # The only host sync per layer. The all-to-all of rows allocates its output, and NCCL takes the number of
     # rows per rank, sent and received, as host integers. One copy transfers both lists.
     sent, received = torch.stack([sent_PQ.sum(1), received_PQ.sum(1)]).tolist()
-    arrival_N, place_N = _sort_arrivals(received_PQ, sum(received))
-    exchange = Exchange(sent, received, home)
-    return Routing(arrival_N, arrival_N, place_N[:, None], received_PQ.sum(0), exchange=exchange)
+    source_N, position_N = _sort_arrivals(received_PQ, sum(received))
+    exchange = Exchange(sent, received, local_routing)
+    return Routing(source_N, source_N, position_N[:, None], received_PQ.sum(0), exchange=exchange)
 
 
 def combine(out_ND: Tensor, weights_TK: Tensor, routing: Routing, *, group: dist.ProcessGroup) -> Tensor:
@@ -134,7 +134,7 @@ def combine(out_ND: Tensor, weights_TK: Tensor, routing: Routing, *, group: dist
     """
     exchange: Exchange = routing.exchange
     rows_RD = _ExchangeRows.apply(out_ND, exchange.sent, exchange.received, group)
-    return _WeighAndSum.apply(rows_RD, weights_TK, exchange.home)
+    return _WeighAndSum.apply(rows_RD, weights_TK, exchange.local_routing)
 
 
 def _sort_arrivals(received_PQ: Tensor, total: int) -> tuple[Tensor, Tensor]:
@@ -148,7 +148,7 @@ def _sort_arrivals(received_PQ: Tensor, total: int) -> tuple[Tensor, Tensor]:
         total: N, the sum of `received_PQ`.
 
     Returns:
-        arrival_N, int64: position of arrival of each sorted row; place_N, int64: sorted position of each
+        source_N, int64: position of arrival of each sorted row; position_N, int64: sorted position of each
         received row.
     """
     ranks, experts = received_PQ.shape
@@ -156,10 +156,10 @@ def _sort_arrivals(received_PQ: Tensor, total: int) -> tuple[Tensor, Tensor]:
     targets_PQ = exclusive_sum(received_PQ.t().reshape(-1)).view(experts, ranks).t()
     shifts = (targets_PQ - starts_PQ).reshape(-1)
     arange_N = torch.arange(total, device=received_PQ.device)
-    place_N = arange_N + shifts.repeat_interleave(received_PQ.reshape(-1), output_size=total)
-    arrival_N = torch.empty_like(place_N)
-    arrival_N[place_N] = arange_N
-    return arrival_N, place_N
+    position_N = arange_N + shifts.repeat_interleave(received_PQ.reshape(-1), output_size=total)
+    source_N = torch.empty_like(position_N)
+    source_N[position_N] = arange_N
+    return source_N, position_N
 
 
 def _all_to_all(
@@ -198,31 +198,31 @@ class _CopyRows(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: FunctionCtx, x_TD: Tensor, home: Routing) -> Tensor:
-        ctx.home = home  # type: ignore[attr-defined]
-        return x_TD.index_select(0, home.token_R)
+    def forward(ctx: FunctionCtx, x_TD: Tensor, local_routing: Routing) -> Tensor:
+        ctx.local_routing = local_routing  # type: ignore[attr-defined]
+        return x_TD.index_select(0, local_routing.token_R)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: FunctionCtx, d_rows_RD: Tensor) -> tuple[Tensor, None]:
-        return sum_rows(d_rows_RD, ctx.home), None  # type: ignore[attr-defined]
+        return sum_rows(d_rows_RD, ctx.local_routing), None  # type: ignore[attr-defined]
 
 
 class _WeighAndSum(torch.autograd.Function):
     """out_TD = sum over the K choices of weight x row."""
 
     @staticmethod
-    def forward(ctx: FunctionCtx, rows_RD: Tensor, weights_TK: Tensor, home: Routing) -> Tensor:
+    def forward(ctx: FunctionCtx, rows_RD: Tensor, weights_TK: Tensor, local_routing: Routing) -> Tensor:
         ctx.save_for_backward(rows_RD, weights_TK)
-        ctx.home = home  # type: ignore[attr-defined]
-        return sum_rows(rows_RD, home, weights_TK)
+        ctx.local_routing = local_routing  # type: ignore[attr-defined]
+        return sum_rows(rows_RD, local_routing, weights_TK)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: FunctionCtx, d_out_TD: Tensor) -> tuple[Tensor, Tensor, None]:
         rows_RD, weights_TK = ctx.saved_tensors  # type: ignore[attr-defined]
-        home: Routing = ctx.home  # type: ignore[attr-defined]
-        d_rows_RD = d_out_TD.index_select(0, home.token_R)
+        local_routing: Routing = ctx.local_routing  # type: ignore[attr-defined]
+        d_rows_RD = d_out_TD.index_select(0, local_routing.token_R)
         d_weights_R = (d_rows_RD * rows_RD).sum(-1, dtype=torch.float32)
-        d_rows_RD *= sorted_weights(weights_TK, home, d_rows_RD.dtype)[:, None]
-        return d_rows_RD, unsort_weights(d_weights_R, home).to(weights_TK.dtype), None
+        d_rows_RD *= sorted_weights(weights_TK, local_routing, d_rows_RD.dtype)[:, None]
+        return d_rows_RD, unsort_weights(d_weights_R, local_routing).to(weights_TK.dtype), None

@@ -72,7 +72,9 @@ def _shard_layer(
     unit = fully_shard(
         layer,
         mesh=data,
-        shard_placement_fn=lambda parameter: Shard(1) if cut_inside(parameter.shape, ranks) else None,
+        shard_placement_fn=lambda parameter: (
+            Shard(1) if shards_within_experts(parameter.shape, ranks) else None
+        ),
         mp_policy=policy,
         reshard_after_forward=reshard and _gathered(mesh.dense, "shard"),
     )
@@ -103,7 +105,7 @@ def _prefetch(layers: list[list[FSDPModule]], ahead: int) -> None:
             part.set_modules_to_backward_prefetch([part])
 
 
-def cut_inside(shape: torch.Size, ranks: int) -> bool:
+def shards_within_experts(shape: torch.Size, ranks: int) -> bool:
     """Whether FSDP2 shards stacked expert weights inside each expert, without expert parallelism.
 
     The weights are sharded inside each expert if the ranks do not divide the number of experts. Sharding

@@ -10,7 +10,7 @@ from olmoe_train.model.initialization import initial_value
 
 
 @torch.no_grad()
-def initialise(model: OlmoeForCausalLM, device: torch.device, seed: int) -> None:
+def materialize(model: OlmoeForCausalLM, device: torch.device, seed: int) -> None:
     """Allocate a parallelized meta model and fill it with initial weights, in place.
 
     The weights are the same in every layout, bit for bit. Of stacked expert weights, each rank generates only

@@ -20,7 +20,7 @@ def parallelize(
 ) -> OlmoeForCausalLM:
     """Apply the configured parallelism to a model, in place. Parameters become DTensors.
 
-    Call this function before building the optimizer. Afterwards `materialize.initialise` allocates and fills
+    Call this function before building the optimizer. Afterwards `materialize.materialize` allocates and fills
     a meta model.
 
     Args:

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from olmoe_train.config.choices import Offload, Strategy
-from olmoe_train.distributed.fsdp import cut_inside
+from olmoe_train.distributed.fsdp import shards_within_experts
 from olmoe_train.model import OlmoeConfig, OlmoeForCausalLM
 
 
@@ -95,7 +95,7 @@ def count_units(config: OlmoeConfig, layout: ParallelLayout) -> Units:
     FSDP2 divides a parameter into shard_size parts of ceil(size / shard_size) along dimension 0. The last
     parts may be shorter or empty; gathering pads them. Experts are divided along dimension 1, inside each
     expert, if they are expert-parallel or if their number is not a multiple of the ranks
-    (distributed/fsdp.py, cut_inside).
+    (distributed/fsdp.py, shards_within_experts).
     """
     shapes = _one_layer_shapes(config)
     layer = {name: shape for name, shape in shapes.items() if name.startswith("model.layers.0.")}
@@ -118,6 +118,6 @@ def _unit(shapes: Mapping[str, torch.Size], shard_size: int, inside: bool = Fals
     """A unit of parameters of these shapes; inside: divide along dimension 1 (expert-parallel experts)."""
     sharded = 0
     for shape in shapes.values():
-        cut = 1 if inside or cut_inside(shape, shard_size) else 0
+        cut = 1 if inside or shards_within_experts(shape, shard_size) else 0
         sharded += -(-shape[cut] // shard_size) * shape.numel() // shape[cut]
     return Unit(sharded, sharded * shard_size, shard_size)

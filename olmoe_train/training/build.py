@@ -17,7 +17,7 @@ from olmoe_train.config.objective import NextTokenConfig, ObjectiveConfig
 from olmoe_train.config.train import TrainConfig
 from olmoe_train.data.loader import TrainingData, build_train_loader
 from olmoe_train.data.mixture import mixture_components
-from olmoe_train.distributed.materialize import initialise
+from olmoe_train.distributed.materialize import materialize
 from olmoe_train.distributed.mesh import Mesh, build_mesh
 from olmoe_train.distributed.parallelize import parallelize
 from olmoe_train.model import OlmoeForCausalLM
@@ -66,7 +66,7 @@ def build_model(cfg: TrainConfig, mesh: Mesh) -> OlmoeForCausalLM:
     model.set_experts_backend(cfg.model.experts_backend.value)
     model.set_balancer(build_balancer(cfg, model.config))
     model = parallelize(model, cfg.trainer, cfg.parallel, mesh)
-    initialise(model, mesh.device, cfg.seed)
+    materialize(model, mesh.device, cfg.seed)
     if cfg.model.init_from is not None:
         load_into(model, cfg.model.init_from, cfg.model.trust_pickle)
     return model

@@ -98,7 +98,7 @@ def step(model: OlmoeForCausalLM) -> TrainingOutput:
 def route_evenly(model: OlmoeForCausalLM) -> None:
     """Every expert gets as many rows, from every rank."""
     for layer in model.model.layers:
-        layer.mlp.gate.choose = lambda probs_TE, top_k: (
+        layer.mlp.gate.select_experts = lambda probs_TE, top_k: (
             torch.arange(len(probs_TE) * top_k).view(-1, top_k) % EXPERTS
         )
 

@@ -30,7 +30,7 @@ def break_ties_anew_each_time(model: OlmoeForCausalLM) -> None:
             generator = torch.Generator().manual_seed(next(calls))
             return torch.rand(probs_TE.shape, generator=generator).topk(top_k, dim=-1).indices
 
-        layer.mlp.gate.choose = choose
+        layer.mlp.gate.select_experts = choose
 
 
 def gradients(checkpointing: str, experts: int, ties: bool, **sizes: float) -> dict[str, Tensor]:

@@ -7,7 +7,7 @@ from torch.distributed.tensor import DTensor
 
 from olmoe_train.config.choices import ActivationCheckpointing, Precision
 from olmoe_train.config.train import ParallelConfig, TrainConfig, TrainerConfig
-from olmoe_train.distributed.materialize import initialise
+from olmoe_train.distributed.materialize import materialize
 from olmoe_train.distributed.mesh import build_mesh, init_distributed
 from olmoe_train.distributed.parallelize import parallelize
 from olmoe_train.model import OlmoeConfig, OlmoeForCausalLM
@@ -35,7 +35,7 @@ def build(
     with torch.device("meta"):
         model = OlmoeForCausalLM(OlmoeConfig(**SIZES | sizes))
     model = parallelize(model, cfg.trainer, cfg.parallel, mesh)
-    initialise(model, mesh.device, seed)
+    materialize(model, mesh.device, seed)
     return model, torch.optim.AdamW(model.parameters(), lr=1e-2, fused=True)
 
 

@@ -90,8 +90,8 @@ class OlmoeTopKRouter(nn.Module):
     """Token-choice router, computed in fp32.
 
     `scores` is an attribute so that a balancer can replace what top-k sees (balancing.py); the weights stay
-    the probabilities. `choose` is an attribute so that activation checkpointing can replace the function and
-    replay the choice of the first pass.
+    the probabilities. `select_experts` is an attribute so that activation checkpointing can replace the
+    function and replay the choice of the first pass.
     """
 
     def __init__(self, config: OlmoeConfig) -> None:
@@ -99,7 +99,7 @@ class OlmoeTopKRouter(nn.Module):
         self.top_k = config.num_experts_per_tok
         self.norm_topk_prob = config.norm_topk_prob
         self.scores: Scores = probabilities
-        self.choose: Choose = choose_top_k
+        self.select_experts: Choose = choose_top_k
         self.weight = nn.Parameter(torch.empty(config.num_experts, config.hidden_size))
 
     def forward(self, x_TD: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -113,7 +113,7 @@ class OlmoeTopKRouter(nn.Module):
         """
         logits_TE = _RouterLogits.apply(x_TD, self.weight)
         probs_TE = logits_TE.softmax(-1)
-        indices_TK = self.choose(self.scores(probs_TE.detach()), self.top_k)
+        indices_TK = self.select_experts(self.scores(probs_TE.detach()), self.top_k)
         weights_TK = probs_TE.gather(1, indices_TK)
         if self.norm_topk_prob:
             weights_TK = weights_TK / weights_TK.sum(-1, keepdim=True)

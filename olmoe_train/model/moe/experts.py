@@ -153,9 +153,9 @@ def all_experts(weight: Tensor) -> Tensor:
 class OlmoeExperts(nn.Module):
     """E gated MLPs, down(act(gate(x)) * up(x)), with weights stacked by expert and with gate and up fused.
 
-    Three functions are attributes so that other modules can replace them. Expert parallelism replaces `own`,
-    which selects this rank's experts. distributed/compile.py replaces `gated` and `gated_backward` by
-    compiled functions.
+    Three functions are attributes so that other modules can replace them. Expert parallelism replaces
+    `local_experts`, which selects this rank's experts. distributed/compile.py replaces `gated` and
+    `gated_backward` by compiled functions.
     """
 
     def __init__(self, config: OlmoeConfig) -> None:
@@ -165,7 +165,7 @@ class OlmoeExperts(nn.Module):
         self.down_proj = nn.Parameter(torch.empty(experts, hidden, width))
         self.activation = ACTIVATIONS[config.hidden_act]
         self.backend = "auto"
-        self.own: Callable[[Tensor], Tensor] = all_experts
+        self.local_experts: Callable[[Tensor], Tensor] = all_experts
         self.gated = gated
         self.gated_backward = gated_backward
 
@@ -180,7 +180,7 @@ class OlmoeExperts(nn.Module):
         Returns:
             out_ND.
         """
-        gate_up_EHD, down_EDF = self.own(self.gate_up_proj), self.own(self.down_proj)
+        gate_up_EHD, down_EDF = self.local_experts(self.gate_up_proj), self.local_experts(self.down_proj)
         if self.backend == "sonicmoe":
             assert weights_NJ is not None, "refused with expert parallelism"
             return sonic_experts(x_ND, weights_NJ, expert_indices(routing), gate_up_EHD, down_EDF)
@@ -221,10 +221,10 @@ class _Experts(torch.autograd.Function):
         # is a sync on CUDA.
         groups: Groups = counts_E.cumsum(0).to(torch.int32) if grouped else counts_E.tolist()
         x_RD = x_ND.index_select(0, routing.token_R)
-        gate_up_RH = multiply_rows(x_RD, gate_up_EHD.transpose(1, 2), groups)
+        gate_up_RH = grouped_matmul(x_RD, gate_up_EHD.transpose(1, 2), groups)
         del x_RD
         gated_RF = experts.gated(experts.activation, gate_up_RH)
-        out_RD = multiply_rows(gated_RF, down_EDF.transpose(1, 2), groups)
+        out_RD = grouped_matmul(gated_RF, down_EDF.transpose(1, 2), groups)
         ctx.save_for_backward(x_ND, weights_NJ, gate_up_EHD, down_EDF, gate_up_RH)
         ctx.routing, ctx.experts, ctx.groups = routing, experts, groups
         return sum_rows(out_RD, routing, weights_NJ)
@@ -240,15 +240,15 @@ class _Experts(torch.autograd.Function):
         weight_R = None
         if weights_NJ is not None:
             weight_R = sorted_weights(weights_NJ, routing, x_ND.dtype)
-        d_gated_RF = multiply_rows(d_out_RD, down_EDF, groups)
+        d_gated_RF = grouped_matmul(d_out_RD, down_EDF, groups)
         weighted_RF, d_weight_R, d_gate_up_RH = experts.gated_backward(
             experts.activation, gate_up_RH, d_gated_RF, weight_R
         )
-        d_down_EDF = multiply_columns(d_out_RD, weighted_RF, groups)
+        d_down_EDF = grouped_weight_grad(d_out_RD, weighted_RF, groups)
         x_RD = x_ND.index_select(0, routing.token_R)
-        d_gate_up_EHD = multiply_columns(d_gate_up_RH, x_RD, groups)
+        d_gate_up_EHD = grouped_weight_grad(d_gate_up_RH, x_RD, groups)
         del d_out_RD, x_RD, weighted_RF
-        d_x_ND = sum_rows(multiply_rows(d_gate_up_RH, gate_up_EHD, groups), routing)
+        d_x_ND = sum_rows(grouped_matmul(d_gate_up_RH, gate_up_EHD, groups), routing)
         d_weights_NJ = None
         if weights_NJ is not None:
             d_weights_NJ = unsort_weights(d_weight_R, routing).to(weights_NJ.dtype)
@@ -287,7 +287,7 @@ def unsort_weights(weight_R: Tensor, routing: Routing) -> Tensor:
     return weight_R.index_select(0, routing.row_NJ.view(-1)).view_as(routing.row_NJ)
 
 
-def multiply_rows(rows_RI: Tensor, weight_EIO: Tensor, groups: Groups) -> Tensor:
+def grouped_matmul(rows_RI: Tensor, weight_EIO: Tensor, groups: Groups) -> Tensor:
     """Multiply the rows of each expert with the matrix of that expert: [R, I] x [E, I, O] -> [R, O]."""
     if isinstance(groups, Tensor):
         return F.grouped_mm(rows_RI, weight_EIO, offs=groups)
@@ -300,7 +300,7 @@ def multiply_rows(rows_RI: Tensor, weight_EIO: Tensor, groups: Groups) -> Tensor
     return out_RO
 
 
-def multiply_columns(rows_RO: Tensor, rows_RI: Tensor, groups: Groups) -> Tensor:
+def grouped_weight_grad(rows_RO: Tensor, rows_RI: Tensor, groups: Groups) -> Tensor:
     """Sum the outer products of the rows of each expert: [R, O] and [R, I] -> [E, O, I]."""
     if isinstance(groups, Tensor):
         return F.grouped_mm(rows_RO.t(), rows_RI, offs=groups)

@@ -334,8 +334,8 @@ def _keep_own_experts(model: OlmoeForCausalLM, size: int) -> None:
     groups._create_expert_and_data_parallel(size)
     for layer in model.decoder_layers:
         for name, parameter in list(layer.mlp.experts.named_parameters(recurse=False)):
-            own = nn.Parameter(parameter.detach()[: len(parameter) // size])
-            layer.mlp.experts.register_parameter(name, own)
+            local = nn.Parameter(parameter.detach()[: len(parameter) // size])
+            layer.mlp.experts.register_parameter(name, local)
         exchange_tokens(layer.mlp, groups._get_expert_parallel_group(f"ep_size_{size}"))
 
 
