@@ -75,7 +75,7 @@ def compare_with_local(
     mine = slice(rank * per_rank, (rank + 1) * per_rank)
     for name, indices in routings.items():
         whole, part = experts_with_weights(dtype), experts_with_weights(dtype)
-        part.own = lambda weight: weight[mine]
+        part.local_experts = lambda weight: weight[mine]
         expected = [
             run(whole, dispatch_local, combine_local, tokens(r, indices[r], dtype))
             for r in range(group.size())
