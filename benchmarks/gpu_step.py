@@ -10,7 +10,7 @@ transformers it compares; without, it says so and times what there is. In one co
    allows; with fewer, those of 16 are computed from what a layer, and what is no layer, was measured to take.
 
 Every variant computes with the same parameters, in turn; medians. Weights, gradients and both moments are
-bf16, 8 bytes a parameter (52 GiB), so that all layers fit 80 GB: the trainer's fp32 masters and moments would
+bf16, 8 bytes per parameter (52 GiB), so that all layers fit 80 GB: the fp32 masters and moments would
 make 16 bytes, 103 GiB. Their update takes about twice as long (30 bytes read and written, not 14).
 
     python benchmarks/gpu_step.py [--micro-batch 1] [--rounds 7] [--profile]
@@ -251,7 +251,7 @@ def print_steps(
     tokens = args.micro_batch * args.sequence
     passes = max(1, UPDATE_EVERY // tokens)
     flops = train_flops_per_token(OlmoeConfig(**fields(args, layers)), args.sequence).total
-    print(f"\n{title}: {flops / 1e9:.3f} GFLOP a token")
+    print(f"\n{title}: {flops / 1e9:.3f} GFLOP per token")
     print_row("step", "pass, ms", "update, ms", "tokens/s", *RATE, "pass, peak GiB", "x transformers")
     print_row(*["---"] * 8)
     speeds = {name: passes * tokens / (passes * one + update) for name, (one, update) in times.items()}

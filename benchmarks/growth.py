@@ -2,8 +2,8 @@
 and more ranks, everything else as it is.
 
 Experts 8 to 128 at the same active parameters (4 of them, 64 wide, whatever their number), sequences of 512
-to 8,192 at the same tokens a step, 2 to 16 layers, and 1, 2 and 4 gloo ranks with and without expert
-parallelism at the same global batch. Prints tokens/s, and arithmetic a second (forward, backward; flops.py)
+to 8,192 at the same tokens per step, 2 to 16 layers, and 1, 2 and 4 gloo ranks with and without expert
+parallelism at the same global batch. Prints tokens/s, and arithmetic per second (forward, backward; flops.py)
 relative to the first line of each group: where that falls, time grows faster than the work. float32; what a
 group compares is stepped in turn, where it runs on as many ranks.
 
@@ -129,7 +129,8 @@ def main() -> None:
     parser.add_argument("--plot", help="file to draw to, .svg or .png (needs matplotlib)")
     args = parser.parse_args()
     print(
-        f"torch {torch.__version__}, {args.threads} threads, {TOKENS} tokens a step, medians of {args.rounds}"
+        f"torch {torch.__version__}, {args.threads} threads, {TOKENS} tokens per step, "
+        f"medians of {args.rounds}"
     )
     lines: dict[str, list[tuple[str, float]]] = {}
     for group in args.groups:

@@ -130,7 +130,7 @@ def main() -> None:
         )
         ratio = statistics.median(a / b for a, b in zip(loop, bare, strict=True))
         print(
-            f"{name} time: loop {statistics.median(loop):.1f} ms a step, bare step "
+            f"{name} time: loop {statistics.median(loop):.1f} ms per step, bare step "
             f"{statistics.median(bare):.1f} ms; loop / bare {ratio:.3f}"
         )
 

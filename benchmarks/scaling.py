@@ -15,7 +15,7 @@ from olmoe_train.planning.traffic import Links, StepTraffic, step_traffic
 CONFIG = OlmoeConfig(intermediate_size=1024)  # the other defaults are the released model's
 GLOBAL_BATCH = 1024  # sequences of 4096 tokens, as released
 BATCH = MicroBatch(4, 4096, Precision.bf16, ActivationCheckpointing.selective)
-PEAK, MFU = 989.5e12, 0.36  # H100 SXM; 45,000 tokens/s a GPU, were there no communication
+PEAK, MFU = 989.5e12, 0.36  # H100 SXM; 45,000 tokens/s per GPU, were there no communication
 GB, GIB = 1e9, 2**30
 
 
@@ -81,7 +81,7 @@ def print_steps() -> None:
     """Bytes that a rank sends in a step, by collective, and the times."""
     kinds = ("all-gather", "reduce-scatter", "all-reduce", "all-to-all")
     times = ("weights (s)", "tokens (s)", "compute (s)", "step / compute")
-    print_row("GPUs", "layout", "GiB a rank", *(f"{kind} (GB)" for kind in kinds), *times)
+    print_row("GPUs", "layout", "GiB per rank", *(f"{kind} (GB)" for kind in kinds), *times)
     print_row(*["---"] * 11)
     for gpus in (8, 64, 256):
         compute = compute_seconds(gpus)
