@@ -6,9 +6,11 @@
 import ast
 import inspect
 import textwrap
+from collections.abc import Mapping
 from dataclasses import MISSING as NO_DEFAULT
 from dataclasses import Field, dataclass, fields, is_dataclass
 from enum import Enum
+from functools import cache
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, get_args, get_origin
@@ -109,7 +111,8 @@ def _plain_keys(schema: type, prefix: str) -> list[Key]:
     return [key for _, section in key_sections(schema, prefix) for key in section]
 
 
-def _field_docs(schema: type) -> dict[str, str]:
+@cache  # reading and parsing the sources of all schemas takes 50 ms
+def _field_docs(schema: type) -> Mapping[str, str]:
     """The string literal under each field, own or inherited; Python keeps it in the source only."""
     docs = {}
     for ancestor in reversed([cls for cls in schema.__mro__ if is_dataclass(cls)]):

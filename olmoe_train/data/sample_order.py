@@ -57,10 +57,7 @@ def _feistel(value: int, half_bits: int, keys: tuple[int, ...]) -> int:
 
 
 def splitmix64_finalizer(x: int) -> int:
-    """The output function of splitmix64 on 64 bits: every input bit affects every output bit.
-
-    Source: Steele, Lea and Flood 2014.
-    """
+    """Output of splitmix64 (Steele, Lea and Flood 2014): every input bit affects every output bit."""
     x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) & _MASK_64
     x = ((x ^ (x >> 27)) * 0x94D049BB133111EB) & _MASK_64
     return x ^ (x >> 31)

@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -175,7 +176,7 @@ def save_with_a_full_disk_on_rank_1(run_dir: Path) -> str:
     train_step(model, optimizer, 0)
     if torch.distributed.get_rank() == 1:
 
-        def full(path: Path) -> dict[str, object]:
+        def full(path: Path) -> dict[str, Any]:
             raise OSError(28, "No space left on device")
 
         training.entry_of = full

@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -244,7 +245,7 @@ def test_options_without_effect_warn(prepared: str, tmp_path: Path) -> None:
 
 
 def test_options_of_gathering_without_effect_warn(prepared: str) -> None:
-    changed = {"reshard_after_forward": False, "prefetch": 2}
+    changed: dict[str, Any] = {"reshard_after_forward": False, "prefetch": 2}
     for parallel, ranks, reason in (
         (ParallelConfig(strategy=Strategy.ddp, **changed), 2, "parallel.strategy is ddp"),
         (ParallelConfig(replicate_size=2, **changed), 2, "each rank has a whole copy of the model"),

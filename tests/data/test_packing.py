@@ -4,6 +4,7 @@ import itertools
 import pickle
 import threading
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -35,6 +36,10 @@ def test_bins_are_as_full_as_the_textbook_fills_them() -> None:
         bins = best_fit_decreasing(lengths, capacity)
         gaps = capacity - np.bincount(bins, weights=lengths)
         assert sorted(gaps.tolist()) == gaps_of_the_textbook(lengths.tolist(), capacity)
+
+
+def all_packs(packs: Packs) -> list[list[tuple[int, int]]]:
+    return [packs[i] for i in range(len(packs))]
 
 
 def pack(lengths: list[int], capacity: int) -> list[list[tuple[int, int]]]:
@@ -98,7 +103,7 @@ def test_the_index_is_that_of_its_windows_whatever_the_shards(tmp_path: Path) ->
         split = open_split(prepared(tmp_path / str(shard_tokens), shard_tokens), "train")
         write_index(split, 8, tmp_path / f"index-{shard_tokens}", window=5)
         packs = Packs(tmp_path / f"index-{shard_tokens}")
-        assert [packs[i] for i in range(len(packs))] == expected
+        assert all_packs(packs) == expected
 
 
 def test_the_index_is_made_once_and_again_for_other_lengths_splits_and_documents(
@@ -107,7 +112,12 @@ def test_the_index_is_made_once_and_again_for_other_lengths_splits_and_documents
     directory = prepared(tmp_path / "data")
     made = []
     build = packing.pack_documents
-    monkeypatch.setattr(packing, "pack_documents", lambda *a: made.append(a[2]) or build(*a))
+
+    def note(*arguments: Any) -> Any:
+        made.append(arguments[2])
+        return build(*arguments)
+
+    monkeypatch.setattr(packing, "pack_documents", note)
     train, validation = open_split(directory, "train"), open_split(directory, "validation")
     for split, length in ((train, 8), (train, 8), (train, 9), (validation, 8), (train, 8)):
         open_packs(split, length)
@@ -122,7 +132,12 @@ def test_processes_that_start_together_make_it_once(tmp_path: Path, monkeypatch:
     split = open_split(prepared(tmp_path / "data"), "train")
     made = []
     build = packing.write_index
-    monkeypatch.setattr(packing, "write_index", lambda *a: made.append(a) or build(*a))
+
+    def note(*arguments: Any) -> Any:
+        made.append(arguments)
+        return build(*arguments)
+
+    monkeypatch.setattr(packing, "write_index", note)
     results: list[int] = []
     threads = [threading.Thread(target=lambda: results.append(len(open_packs(split, 8)))) for _ in range(4)]
     for thread in threads:
@@ -136,11 +151,11 @@ def test_processes_that_start_together_make_it_once(tmp_path: Path, monkeypatch:
 
 def test_an_index_left_half_written_is_made_anew(tmp_path: Path) -> None:
     split = open_split(prepared(tmp_path / "data"), "train")
-    expected = list(open_packs(split, 8))
+    expected = all_packs(open_packs(split, 8))
     (final,) = (split.directory / "packing").glob("best_fit*")
     partial = final.rename(final.with_name(f".{final.name}.0123abcd.partial"))
     (partial / "pieces.u64").write_bytes(b"torn")
-    assert list(open_packs(split, 8)) == expected
+    assert all_packs(open_packs(split, 8)) == expected
     assert sorted(path.name for path in final.parent.iterdir()) == [final.name, "lock"]
 
 

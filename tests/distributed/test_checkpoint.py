@@ -17,7 +17,7 @@ from tests.support.ranks import run_ranks
 from tests.support.tiny import build, train_step, whole, whole_state
 
 # 6 over 4 ranks is 2, 2, 2 and nothing; 97 over 4 is 25, 25, 25, 22.
-UNEVEN = {"hidden_size": 6, "num_attention_heads": 1, "vocab_size": 97}
+UNEVEN: dict[str, Any] = {"hidden_size": 6, "num_attention_heads": 1, "vocab_size": 97}
 FSDP, HSDP = ParallelConfig(), ParallelConfig(replicate_size=2)
 # Ranks and layout of each run, which goes on from what the one before has saved.
 CHAIN = [
@@ -35,7 +35,7 @@ CHAIN = [
 
 
 def train_and_save(
-    run_dir: Path, parallel: ParallelConfig, sizes: dict[str, int] = UNEVEN
+    run_dir: Path, parallel: ParallelConfig, sizes: dict[str, Any] = UNEVEN
 ) -> tuple[dict[str, Tensor], float]:
     """The state saved after two steps, and the loss of the third, which was not."""
     model, optimizer = build(parallel, **sizes)
@@ -49,7 +49,7 @@ def train_and_save(
 
 
 def resume(
-    run_dir: Path, parallel: ParallelConfig, save_to: Path, sizes: dict[str, int] = UNEVEN
+    run_dir: Path, parallel: ParallelConfig, save_to: Path, sizes: dict[str, Any] = UNEVEN
 ) -> tuple[Any, dict[str, Tensor], float]:
     model, optimizer = build(parallel, seed=999, **sizes)
     train_step(model, optimizer, 5)  # whatever was there before is gone after loading
@@ -60,13 +60,13 @@ def resume(
 
 
 # Two experts are cut inside over four ranks, and one on each of two.
-FEW = {"num_experts": 2, "num_experts_per_tok": 1}
+FEW: dict[str, Any] = {"num_experts": 2, "num_experts_per_tok": 1}
 FEW_CHAIN = [(4, FSDP), (2, FSDP), (4, FSDP)]
 
 
 @pytest.mark.parametrize(("chain", "sizes"), [(CHAIN, UNEVEN), (FEW_CHAIN, FEW)], ids=["uneven", "few"])
 def test_a_checkpoint_goes_on_in_any_layout(
-    tmp_path: Path, chain: list[tuple[int, ParallelConfig]], sizes: dict[str, int]
+    tmp_path: Path, chain: list[tuple[int, ParallelConfig]], sizes: dict[str, Any]
 ) -> None:
     (ranks, layout), *others = chain
     saved, loss = run_ranks(ranks, train_and_save, tmp_path / "0", layout, sizes)[0]
@@ -84,9 +84,11 @@ def test_a_checkpoint_goes_on_in_any_layout(
 
 def load_damaged(run_dir: Path) -> None:
     model, optimizer = build()
+    latest = latest_checkpoint(run_dir)
+    assert latest is not None
     before = {name: whole(parameter) for name, parameter in model.named_parameters()}
     with pytest.raises(CheckpointError, match=r"shard-00002-.* is damaged"):
-        load_checkpoint(latest_checkpoint(run_dir), model, optimizer)
+        load_checkpoint(latest, model, optimizer)
     assert all(torch.equal(whole(p), before[name]) for name, p in model.named_parameters())
     assert not optimizer.state
 
@@ -104,8 +106,10 @@ def test_every_rank_refuses_a_damaged_checkpoint(tmp_path: Path) -> None:
 
 def load_other_model(run_dir: Path) -> None:
     model, optimizer = build(**UNEVEN | {"num_experts": 4})
+    latest = latest_checkpoint(run_dir)
+    assert latest is not None
     with pytest.raises(UserError, match="another model's") as caught:
-        load_checkpoint(latest_checkpoint(run_dir), model, optimizer)
+        load_checkpoint(latest, model, optimizer)
     assert not isinstance(caught.value, CheckpointError)  # the one before it would not fit either
     assert "mlp.experts.gate_up_proj is [8, 32, 6] there, [4, 32, 6] here" in str(caught.value)
 

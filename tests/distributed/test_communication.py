@@ -23,7 +23,7 @@ from tests.support.tiny import LENGTH, SEQUENCES, build, global_batch
 LAYERS, EXPERTS, TOP_K, HIDDEN = (
     int(SIZES[name]) for name in ("num_hidden_layers", "num_experts", "num_experts_per_tok", "hidden_size")
 )
-KEPT = {"reshard_after_forward": False}
+KEPT: dict[str, Any] = {"reshard_after_forward": False}
 DDP = Strategy.ddp
 # Layout, activation checkpointing, precision. 97 tokens, 8 experts: over 4 ranks, padding is gathered, too.
 STEPS = {
@@ -97,8 +97,8 @@ def step(model: OlmoeForCausalLM) -> TrainingOutput:
 
 def route_evenly(model: OlmoeForCausalLM) -> None:
     """Every expert gets as many rows, from every rank."""
-    for layer in model.model.layers:
-        layer.mlp.gate.select_experts = lambda probs_TE, top_k: (
+    for index in range(len(model.model.layers)):
+        model.decoder_layers[index].mlp.gate.select_experts = lambda probs_TE, top_k: (
             torch.arange(len(probs_TE) * top_k).view(-1, top_k) % EXPERTS
         )
 

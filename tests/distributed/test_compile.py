@@ -1,5 +1,7 @@
 """trainer.compile under expert parallelism and recomputation: the same gradients as without it."""
 
+from typing import Any
+
 import pytest
 import torch
 import torch._dynamo
@@ -8,10 +10,10 @@ from torch import Tensor
 
 from olmoe_train.config.train import ParallelConfig
 from tests.support.ranks import run_ranks
-from tests.support.tiny import LENGTH, backward, build, global_batch, train_step, whole
+from tests.support.tiny import LENGTH, backward, build, global_batch, train_step, whole_gradients
 
 # Two layers share one compilation; one more would only take longer.
-SIZES = {"num_hidden_layers": 2}
+SIZES: dict[str, Any] = {"num_hidden_layers": 2}
 
 
 def two_passes(checkpointing: str, documents: bool, compiled: bool) -> tuple[list[float], dict[str, Tensor]]:
@@ -28,7 +30,7 @@ def two_passes(checkpointing: str, documents: bool, compiled: bool) -> tuple[lis
         starts = {*range(0, tokens, LENGTH), *range(0, tokens, 5 + i)}
         offsets = torch.tensor([*sorted(starts), tokens], dtype=torch.int32) if documents else None
         losses.append(backward(model, ids_BS, offsets))
-    return losses, {name: whole(parameter.grad) for name, parameter in model.named_parameters()}
+    return losses, whole_gradients(model)
 
 
 def compare_with_eager() -> None:

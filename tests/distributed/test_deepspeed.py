@@ -16,6 +16,7 @@ from olmoe_train.checkpoint.sharded import load_checkpoint
 from olmoe_train.config.choices import Strategy
 from olmoe_train.config.train import TrainConfig
 from olmoe_train.distributed.mesh import build_mesh, init_distributed
+from olmoe_train.model import OlmoeForCausalLM
 from olmoe_train.optim.build import build_optimizer
 from olmoe_train.train import train
 from olmoe_train.training.build import build_engine, build_model
@@ -122,7 +123,10 @@ def one_step(cfg: TrainConfig, step: int) -> tuple[dict[str, Tensor], dict[str, 
     checkpoint = latest_checkpoint(Path(cfg.run_dir))
     assert checkpoint is not None
     engine.load(checkpoint)
-    return saved, whole_state(*engine.state())
+    model, optimizer = engine.state()
+    assert isinstance(model, OlmoeForCausalLM)
+    assert isinstance(optimizer, torch.optim.AdamW)
+    return saved, whole_state(model, optimizer)
 
 
 def test_a_run_goes_on_in_any_layout(tiny: TrainConfig, tmp_path: Path) -> None:

@@ -107,9 +107,8 @@ def test_what_has_no_effect_is_said_and_nothing_is_said_of_dead_experts(
 
 def held_elements() -> int:
     model, _ = build(num_experts=1, num_experts_per_tok=1)
-    return sum(
-        local_tensor(parameter).numel() for parameter in model.model.layers[0].mlp.experts.parameters()
-    )
+    experts = model.decoder_layers[0].mlp.experts
+    return sum(local_tensor(parameter).numel() for parameter in experts.parameters())
 
 
 def test_a_lone_expert_is_spread_over_the_ranks() -> None:

@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from olmoe_train.config.choices import Strategy
 from olmoe_train.config.train import ParallelConfig
@@ -69,6 +70,7 @@ def compare_with_local(
     routings: dict[str, list[list[list[int]]]], dtype: torch.dtype, tolerance: float
 ) -> None:
     rank, group = dist.get_rank(), dist.group.WORLD
+    assert group is not None
     dispatch = partial(expert_parallel.dispatch, group=group)
     combine = partial(expert_parallel.combine, group=group)
     per_rank = EXPERTS // group.size()
@@ -85,6 +87,8 @@ def compare_with_local(
             torch.testing.assert_close(value, reference, rtol=tolerance, atol=tolerance, msg=name)
         # The local experts saw every rank's tokens one after the other, the parallel ones all at once.
         for value, reference in zip(part.parameters(), whole.parameters(), strict=True):
+            assert value.grad is not None
+            assert reference.grad is not None
             torch.testing.assert_close(
                 value.grad[mine], reference.grad[mine], rtol=tolerance, atol=tolerance, msg=name
             )
@@ -108,11 +112,11 @@ def count_all_to_alls(checkpointing: str) -> list[int]:
     """A step's all-to-alls in forward and backward, and how many of those are of counts, not of rows."""
     dtypes, real = [], dist.all_to_all_single
 
-    def counting(output: Tensor, *args: object) -> None:
+    def counting(output: Tensor, *args: Any) -> None:
         dtypes.append(output.dtype)
         real(output, *args)
 
-    dist.all_to_all_single = counting
+    dist.all_to_all_single = counting  # type: ignore[assignment]
     model, _ = build(ParallelConfig(expert_parallel_size=2), checkpointing)
     ids_BS = global_batch(0)
     output = model.training_forward(ids_BS, ids_BS)
@@ -135,8 +139,11 @@ def test_what_a_layer_sends(checkpointing: str, backward_all_to_alls: int) -> No
 
 def placements(parallel: ParallelConfig) -> tuple[str, tuple[int, ...], str]:
     model, _ = build(parallel)
-    gate_up, router = model.model.layers[0].mlp.experts.gate_up_proj, model.model.layers[0].mlp.gate.weight
+    block = model.decoder_layers[0].mlp
+    gate_up, router = block.experts.gate_up_proj, block.gate.weight
     assert gate_up.shape == (8, 32, 32)
+    assert isinstance(gate_up, DTensor)
+    assert isinstance(router, DTensor)
     return str(gate_up.placements), tuple(gate_up.to_local().shape), str(router.placements)
 
 

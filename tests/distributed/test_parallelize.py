@@ -1,13 +1,18 @@
 """What the layouts leave alone: fp32 routers in bf16, tied embeddings, and the sum of gradients."""
 
+from typing import Any
+
 import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
 
-from olmoe_train.config.train import ParallelConfig, Strategy
+from olmoe_train.config.choices import Strategy
+from olmoe_train.config.train import ParallelConfig
 from tests.support.ranks import run_ranks
-from tests.support.tiny import backward, build, global_batch, whole
+from tests.support.tiny import backward, build, global_batch, whole_gradients
 
 EXPERTS = ParallelConfig(expert_parallel_size=2)
 DDP = ParallelConfig(strategy=Strategy.ddp)
@@ -16,7 +21,7 @@ DDP = ParallelConfig(strategy=Strategy.ddp)
 def dtypes_in_forward(parallel: ParallelConfig) -> tuple[set[str], bool]:
     """What a rank computes in, and whether the router's gradient has more digits than bf16 holds."""
     model, _ = build(parallel, precision="bf16")
-    layer = model.model.layers[0]
+    layer = model.decoder_layers[0]
     seen: set[str] = set()
 
     def look(module: torch.nn.Module, inputs: object, output: tuple[Tensor, ...]) -> None:
@@ -27,7 +32,7 @@ def dtypes_in_forward(parallel: ParallelConfig) -> tuple[set[str], bool]:
 
     layer.mlp.gate.register_forward_hook(look)
     backward(model, global_batch(0).chunk(dist.get_world_size())[dist.get_rank()])
-    gradient = whole(layer.mlp.gate.weight.grad)
+    gradient = whole_gradients(model)["model.layers.0.mlp.gate.weight"]
     return seen, not torch.equal(gradient.bfloat16().float(), gradient)
 
 
@@ -41,9 +46,10 @@ def test_routers_stay_in_fp32_where_the_rest_is_bf16(parallel: ParallelConfig) -
 def tied_gradients(parallel: ParallelConfig) -> dict[str, Tensor]:
     model, _ = build(parallel, tie_word_embeddings=True)
     backward(model, global_batch(0).chunk(dist.get_world_size())[dist.get_rank()])
+    assert isinstance(model, FSDPModule)
     model.reshard()
     assert model.lm_head.weight is model.model.embed_tokens.weight
-    return {name: whole(parameter.grad) for name, parameter in model.named_parameters()}
+    return whole_gradients(model)
 
 
 @pytest.mark.parametrize("parallel", [EXPERTS, DDP], ids=["experts", "ddp"])
@@ -59,10 +65,11 @@ def test_tied_embeddings_stay_tied(parallel: ParallelConfig) -> None:
 def summed(parallel: ParallelConfig, passes: int) -> dict[str, Tensor]:
     """Gradients of the same batch on every rank, `passes` times over."""
     model, _ = build(parallel)
+    assert isinstance(model, FSDPModule)
     for index in range(passes):
         model.set_requires_all_reduce(index == passes - 1)
         backward(model, global_batch(0))
-    return {name: whole(parameter.grad) for name, parameter in model.named_parameters()}
+    return whole_gradients(model)
 
 
 @pytest.mark.parametrize(
@@ -76,15 +83,16 @@ def test_gradients_are_added_up_and_never_averaged(parallel: ParallelConfig) -> 
         torch.testing.assert_close(found[name], 4 * 2 * gradient, rtol=1e-5, atol=1e-7, msg=name)
 
 
-FEW = {"num_experts": 2, "num_experts_per_tok": 1}
+FEW: dict[str, Any] = {"num_experts": 2, "num_experts_per_tok": 1}
 
 
 def few_experts(parallel: ParallelConfig) -> tuple[str, tuple[int, ...], dict[str, Tensor]]:
     """How two experts lie on the ranks, and the gradients of the global batch."""
     model, _ = build(parallel, **FEW)
     backward(model, global_batch(0).chunk(dist.get_world_size())[dist.get_rank()])
-    gate_up = model.model.layers[0].mlp.experts.gate_up_proj
-    gradients = {name: whole(parameter.grad) for name, parameter in model.named_parameters()}
+    gate_up = model.decoder_layers[0].mlp.experts.gate_up_proj
+    assert isinstance(gate_up, DTensor)
+    gradients = whole_gradients(model)
     return str(gate_up.placements), tuple(gate_up.to_local().shape), gradients
 
 

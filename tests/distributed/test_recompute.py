@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from olmoe_train.config.train import ParallelConfig
 from olmoe_train.model import OlmoeForCausalLM
 from tests.support.ranks import run_ranks
-from tests.support.tiny import backward, build, global_batch, whole
+from tests.support.tiny import backward, build, global_batch, whole_gradients
 
 LAYOUTS = [(1, 1), (2, 2)]  # ranks, expert_parallel_size
 
@@ -21,8 +21,9 @@ LAYOUTS = [(1, 1), (2, 2)]  # ranks, expert_parallel_size
 def break_ties_anew_each_time(model: OlmoeForCausalLM) -> None:
     """Every router score tied, and a choice that depends on how often it was made before: what a kernel that
     sums in another order does to a near-tie, at its worst."""
-    for layer in model.model.layers:
-        layer.mlp.gate.weight.data.zero_()
+    for index in range(len(model.model.layers)):
+        gate = model.decoder_layers[index].mlp.gate
+        gate.weight.data.zero_()
         calls = itertools.count()
 
         def choose(probs_TE: Tensor, top_k: int, calls: Any = calls) -> Tensor:
@@ -30,16 +31,16 @@ def break_ties_anew_each_time(model: OlmoeForCausalLM) -> None:
             generator = torch.Generator().manual_seed(next(calls))
             return torch.rand(probs_TE.shape, generator=generator).topk(top_k, dim=-1).indices
 
-        layer.mlp.gate.select_experts = choose
+        gate.select_experts = choose
 
 
-def gradients(checkpointing: str, experts: int, ties: bool, **sizes: float) -> dict[str, Tensor]:
+def gradients(checkpointing: str, experts: int, ties: bool, **sizes: Any) -> dict[str, Tensor]:
     model, _ = build(ParallelConfig(expert_parallel_size=experts), checkpointing, **sizes)
     if ties:
         break_ties_anew_each_time(model)
     torch.manual_seed(5 + dist.get_rank())  # of dropout
     backward(model, global_batch(0).chunk(dist.get_world_size())[dist.get_rank()])
-    return {name: whole(parameter.grad) for name, parameter in model.named_parameters()}
+    return whole_gradients(model)
 
 
 @pytest.mark.parametrize("checkpointing", ["selective", "full"])

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 from omegaconf import OmegaConf
 
@@ -13,8 +14,8 @@ from tests.end_to_end.conftest import Quickstart
 from tests.support.commands import TINY, command_environment, olmoe, run, train_command
 
 
-def status(run_dir: Path) -> dict[str, object]:
-    return json.loads((run_dir / "status.json").read_text())  # type: ignore[no-any-return]
+def status(run_dir: Path) -> dict[str, Any]:
+    return json.loads((run_dir / "status.json").read_text())
 
 
 def test_stopped_and_resumed_in_another_layout_ends_with_the_same_losses(
@@ -37,7 +38,7 @@ def test_stopped_and_resumed_in_another_layout_ends_with_the_same_losses(
 def test_deepspeeds_launcher_starts_what_torchrun_continues(quickstart: Quickstart, tmp_path: Path) -> None:
     options = [f"data.dir={quickstart.data_dir}", f"run_dir={tmp_path}", "logging.wandb.mode=disabled"]
     options += ["parallel.strategy=deepspeed", "parallel.zero_stage=3", "parallel.expert_parallel_size=2"]
-    launcher = [Path(sys.executable).with_name("deepspeed"), "--num_gpus=2", "--module"]
+    launcher = [str(Path(sys.executable).with_name("deepspeed")), "--num_gpus=2", "--module"]
     training = [
         "olmoe_train.train",
         "experiment=quickstart",

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -59,12 +60,12 @@ def test_fine_tuning_keeps_the_chat_template(tmp_path: Path) -> None:
     assert (result := olmoe("export", *export, cwd=tmp_path)).returncode == 0, result.stderr
 
     AutoModelForCausalLM.from_pretrained(tmp_path / "tuned")
-    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "tuned")
+    tokenizer: Any = AutoTokenizer.from_pretrained(tmp_path / "tuned")
     rendered = [tokenizer.apply_chat_template(talk)["input_ids"] for talk in TALKS]
     found = [
         document for name in ("train", "validation") for document in read_documents(tmp_path / "chats", name)
     ]
     assert sorted(found) == sorted(rendered)
-    bos = AutoTokenizer.from_pretrained(base)
+    bos: Any = AutoTokenizer.from_pretrained(base)
     bos.chat_template = TULU_3
     assert bos.apply_chat_template(TALKS[0])["input_ids"] == rendered[0]

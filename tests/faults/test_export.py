@@ -23,7 +23,9 @@ from tests.support.ranks import RankError, run_ranks
 
 def assert_exported(run_dir: Path, out: Path) -> None:
     """The newest checkpoint's weights, bit for bit."""
-    read = open_model_tensors(latest_checkpoint(run_dir))
+    checkpoint = latest_checkpoint(run_dir)
+    assert checkpoint is not None
+    read = open_model_tensors(checkpoint)
     for name, parameter in OlmoeForCausalLM.from_pretrained(out).named_parameters():
         assert torch.equal(parameter, read(name)), name
 
@@ -31,7 +33,7 @@ def assert_exported(run_dir: Path, out: Path) -> None:
 def kill_at_the_second_shard() -> None:
     original, calls = hf.save_file, [0]
 
-    def deadly(*arguments: object, **options: object) -> None:
+    def deadly(*arguments: Any, **options: Any) -> None:
         calls[0] += 1
         if calls[0] == 2:
             os.kill(os.getpid(), signal.SIGKILL)
@@ -93,7 +95,7 @@ def test_an_export_never_holds_the_model(data: Path, tmp_path: Path) -> None:
 def spoil_what_is_written() -> None:
     original = hf.save_file
 
-    def spoiling(tensors: dict, path: Path, **options: object) -> None:
+    def spoiling(tensors: dict[str, Any], path: Path, **options: Any) -> None:
         original(tensors, path, **options)
         content = bytearray(path.read_bytes())
         content[-1] ^= 1

@@ -240,7 +240,8 @@ def test_strict_run_goes_on_in_quarantine(
         (corpus / f"{number}.jsonl").write_text("\n".join(line for line in lines if line != "not JSON"))
     prepare(config(tmp_path / "whole", corpus, shard_tokens=1500), LIMITS)
     given = tmp_path / "whole/tokenizer"
-    arguments = {"paths": [str(corpus)], "kind": SourceKind.files, "shard_tokens": 1500, "tokenizer": given}
+    arguments: dict[str, Any] = {"kind": SourceKind.files, "shard_tokens": 1500, "tokenizer": given}
+    arguments["paths"] = [str(corpus)]
     with pytest.raises(UserError, match=r"3\.jsonl:9: malformed JSON"):
         prepare(prepare_config(tmp_path / "data", **arguments), LIMITS)
     kept = json.loads((tmp_path / ".data.partial/progress.json").read_text())

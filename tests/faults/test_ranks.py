@@ -7,7 +7,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -44,7 +44,7 @@ def freeze() -> None:
     ids=["hangs", "frozen"],
 )
 def test_a_rank_that_hangs_is_named_with_its_place(
-    data: Path, tmp_path: Path, fault: object, reason: str
+    data: Path, tmp_path: Path, fault: Callable[[], None], reason: str
 ) -> None:
     cfg = config(data, tmp_path, trainer={"timeout": TIMEOUT})
     with pytest.raises(RankError) as caught:

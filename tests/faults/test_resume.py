@@ -152,9 +152,9 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(
 
 # --- changes ------------------------------------------------------------------------------------------------
 
-REFUSED = {
+REFUSED: dict[str, dict[str, Any]] = {
     "seed": {"seed": 1},
-    "model.intermediate_size": {"model": {"intermediate_size": 16}},
+    "model.intermediate_size": {"model": {"intermediate_size": 8}},
     "data.sequence_length": {"data": {"sequence_length": 8}},
     "trainer.global_batch_size": {"trainer": {"global_batch_size": 8}},
     "optimizer.lr": {"optimizer": {"lr": 2e-2}},

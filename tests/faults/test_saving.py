@@ -7,6 +7,7 @@ import threading
 import time
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch.distributed as dist
@@ -16,6 +17,7 @@ from olmoe_train.checkpoint import sharded as training
 from olmoe_train.checkpoint.directory import checkpoint_path, verify
 from olmoe_train.config.train import TrainConfig
 from tests.support.faults import (
+    Fault,
     assert_same_end,
     at_step,
     config,
@@ -61,7 +63,7 @@ def kill_half_way_through_deleting() -> None:
     ],
     ids=["mid-save", "between write and rename", "during retention"],
 )
-def test_kill_9(data: Path, twin: Path, tmp_path: Path, fault: partial, left: list[int]) -> None:
+def test_kill_9(data: Path, twin: Path, tmp_path: Path, fault: Fault, left: list[int]) -> None:
     cfg = config(data, tmp_path, checkpoint={"keep": 2})
     with pytest.raises(RankError, match="rank 0: died without a word, exit code -9"):
         run_ranks(2, run, cfg, fault)
@@ -167,7 +169,7 @@ def count_saves_at_a_time(most: list[int]) -> None:
     """The most saves that ever ran at the same time, into `most`; each takes long enough to meet another."""
     original, running, lock = saver.write_checkpoint, [0], threading.Lock()
 
-    def counted(*arguments: object) -> Path:
+    def counted(*arguments: Any) -> Path:
         with lock:
             running[0] += 1
             most[0] = max(most[0], running[0])
@@ -181,7 +183,7 @@ def count_saves_at_a_time(most: list[int]) -> None:
     saver.write_checkpoint = counted
 
 
-def run_counted(cfg: object) -> int:
+def run_counted(cfg: TrainConfig) -> int:
     most = [0]
     run(cfg, partial(count_saves_at_a_time, most))
     return most[0]
@@ -199,7 +201,7 @@ def spoil_the_newest(step: int) -> None:
     """A bit of the checkpoint of `step` flips between its commit and retention."""
     original = training.write_checkpoint
 
-    def spoiling(*arguments: object) -> Path:
+    def spoiling(*arguments: Any) -> Path:
         path = original(*arguments)
         if path.name == f"step-{step:08d}" and dist.get_rank() == 0:
             shard = next(path.glob("shard-00001-*"))

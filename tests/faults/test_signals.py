@@ -5,6 +5,7 @@ import signal
 import time
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch.distributed as dist
@@ -41,7 +42,7 @@ def signal_while_saving(step: int) -> None:
     """SIGTERM to rank 1 as it hashes what it has written."""
     original = training.entry_of
 
-    def signalling(path: Path) -> dict:
+    def signalling(path: Path) -> dict[str, Any]:
         if f"{step:08d}.partial" in str(path) and dist.get_rank() == 1:
             send(signal.SIGTERM)
         return original(path)
@@ -59,7 +60,7 @@ def test_a_signal_during_a_save_finishes_that_one_and_begins_no_other(data: Path
 def save_slowly() -> None:
     original = saver.write_checkpoint
 
-    def slow(*arguments: object) -> Path:
+    def slow(*arguments: Any) -> Path:
         time.sleep(2.0)
         return original(*arguments)
 

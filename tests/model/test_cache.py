@@ -47,6 +47,7 @@ def test_gradients_flow_through_cached_keys_and_values() -> None:
     start = 0
     for key, length in zip(keys, PIECES, strict=True):
         expected = torch.arange(start, start + length)[:, None].expand(2, 3, length, 4)
+        assert key.grad is not None
         assert torch.equal(key.grad, expected.float())
         start += length
 

@@ -14,6 +14,7 @@ from olmoe_train.model.attention import documents_and_positions
 from olmoe_train.model.losses import router_losses_from_stats
 from olmoe_train.model.moe.router_stats import RouterStats
 from tests.support.sizes import SIZES
+from tests.support.tiny import whole_gradients
 
 # Two rows of 12: documents of 5, 1, 6 and 3, 7; and padding of 2.
 ROWS = [[5, 1, 6], [3, 7, 2]]
@@ -83,7 +84,7 @@ def test_losses_and_gradients_are_those_of_the_documents_alone() -> None:
     output = model.training_forward(IDS, LABELS, MASK, document_offsets=OFFSETS)
     balance, z = router_losses_from_stats(output.router, top_k=2)
     (output.ce_sum + balance + z).backward()
-    gradients = {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
+    gradients = whole_gradients(model)
     model.zero_grad()
 
     ce_sum, router = torch.zeros(()), []

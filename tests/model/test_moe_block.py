@@ -1,6 +1,7 @@
 """The slow oracle against numbers worked by hand, and the fast block against the oracle."""
 
 import math
+from functools import partial
 from typing import Any
 
 import pytest
@@ -86,6 +87,4 @@ def test_the_block_is_the_reference(changes: dict[str, Any], backend: str, token
     )
     torch.testing.assert_close(stats.squared_logsumexp_L[0], expected_logits.logsumexp(-1).square().sum())
     for name, mine, other in zip(inputs, got, expected, strict=True):
-        torch.testing.assert_close(
-            mine, other, rtol=1e-4, atol=1e-5, msg=lambda text, name=name: f"{name}: {text}"
-        )
+        torch.testing.assert_close(mine, other, rtol=1e-4, atol=1e-5, msg=partial("{}: {}".format, name))

@@ -24,13 +24,19 @@ def frequencies(length: int | None = None, **kwargs: Any) -> tuple[list[float], 
     return frequency_P.tolist(), scale
 
 
+def assert_frequencies(expected: list[float], expected_scale: float, **kwargs: Any) -> None:
+    got, scale = frequencies(**kwargs)
+    assert got == pytest.approx(expected)
+    assert scale == pytest.approx(expected_scale)
+
+
 def test_default_frequencies_are_powers_of_theta() -> None:
     # 100^(-0/4) and 100^(-2/4)
-    assert frequencies() == (pytest.approx([1.0, 0.1]), 1.0)
+    assert_frequencies([1.0, 0.1], 1.0)
 
 
 def test_linear_divides_every_frequency() -> None:
-    assert frequencies(rope_type="linear", factor=4.0) == (pytest.approx([0.25, 0.025]), 1.0)
+    assert_frequencies([0.25, 0.025], 1.0, rope_type="linear", factor=4.0)
 
 
 def test_dynamic_raises_theta_only_beyond_the_pretraining_length() -> None:
@@ -41,20 +47,20 @@ def test_dynamic_raises_theta_only_beyond_the_pretraining_length() -> None:
 
 
 def test_longrope_has_a_list_for_short_and_one_for_long_inputs() -> None:
-    rope = {
+    rope: dict[str, Any] = {
         "rope_type": "longrope",
         "short_factor": [1.0, 2.0],
         "long_factor": [4.0, 5.0],
         "original_max_position_embeddings": 16,
     }
     # factor 64 / 16 = 4; sqrt(1 + ln 4 / ln 16) = sqrt(1.5)
-    scale = pytest.approx(math.sqrt(1.5))
-    assert frequencies(16, **rope) == (pytest.approx([1.0, 0.05]), scale)
-    assert frequencies(17, **rope) == (pytest.approx([0.25, 0.02]), scale)
+    scale = math.sqrt(1.5)
+    assert_frequencies([1.0, 0.05], scale, length=16, **rope)
+    assert_frequencies([0.25, 0.02], scale, length=17, **rope)
 
 
 def test_llama3_keeps_fast_divides_slow_and_blends_between() -> None:
-    rope = {
+    rope: dict[str, Any] = {
         "rope_type": "llama3",
         "factor": 8.0,
         "low_freq_factor": 1.0,
@@ -68,7 +74,7 @@ def test_llama3_keeps_fast_divides_slow_and_blends_between() -> None:
 
 
 def test_yarn_keeps_fast_divides_slow_and_scales_cos_and_sin() -> None:
-    rope = {
+    rope: dict[str, Any] = {
         "rope_type": "yarn",
         "factor": 10.0,
         "original_max_position_embeddings": 200 * math.pi,  # so that frequency f turns 100 f times

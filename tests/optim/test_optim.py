@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -82,7 +83,7 @@ def test_epochs_are_rounded_up_to_whole_steps(
         ({"warmup_fraction": 0.1, "decay_steps": 30}, (3.0, 30.0)),
     ],
 )
-def test_horizons_in_every_unit(scheduler: dict[str, object], expected: tuple[float, float]) -> None:
+def test_horizons_in_every_unit(scheduler: dict[str, Any], expected: tuple[float, float]) -> None:
     cfg = config(**scheduler)
     found = warmup_and_decay_steps(cfg.scheduler, tokens_per_step=200, last_step=21)
     assert found == pytest.approx(expected)

@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.distributed.fsdp import FSDPModule
 
 from olmoe_train.cli.plan import is_valid
 from olmoe_train.config.choices import ActivationCheckpointing, ExpertsBackend, Precision, Strategy
@@ -125,7 +126,7 @@ def test_activations_of_the_released_model() -> None:
     ids=["released", "grouped_query", "clip_qkv", "norm_topk_prob"],
 )
 def test_saved_activations_are_autograds(
-    variant: dict[str, object], precision: Precision, mode: ActivationCheckpointing
+    variant: dict[str, Any], precision: Precision, mode: ActivationCheckpointing
 ) -> None:
     """Every storage alive between forward and backward, parameters aside."""
     config = OlmoeConfig(**SMALL | variant)
@@ -194,6 +195,7 @@ def measure(cfg: TrainConfig) -> tuple[int, int, int, int]:
     model = build_model(cfg, build_mesh(cfg.parallel, device))
     optimizer = build_optimizer(model.parameters(), cfg.optimizer)
     objective = build_objective(cfg, model, device)
+    assert isinstance(model, FSDPModule)
     with LiveBytes(model.parameters()) as live:
         for step in range(2):
             live.peak = 0

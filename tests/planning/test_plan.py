@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -117,7 +118,7 @@ def test_what_fits() -> None:
         ),
     ],
 )
-def test_wrong_values(changes: dict[str, object], message: str) -> None:
+def test_wrong_values(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError) as caught:
         check(plan_config(**changes))
     assert message in str(caught.value)

@@ -89,6 +89,7 @@ def save(run_dir: Path) -> None:
 def test_pickles_in_a_checkpoint(tmp_path: Path, pickled: bytes, mark: Path, name: str) -> None:
     run_ranks(1, save, tmp_path / "run")
     checkpoint = latest_checkpoint(tmp_path / "run")
+    assert checkpoint is not None
     (checkpoint / name).write_bytes(pickled)
     with pytest.raises(CheckpointError, match=name):
         open_model_tensors(checkpoint)
@@ -99,6 +100,8 @@ def test_remote_code_beside_a_model(hf_dir: Path, mark: Path) -> None:
     code = hf_dir / "modeling_evil.py"
     code.write_text(f"import os\nos.mkdir({str(mark)!r})\nclass Evil: pass\n")
     spec = importlib.util.spec_from_file_location("modeling_evil", code)
+    assert spec is not None
+    assert spec.loader is not None
     spec.loader.exec_module(importlib.util.module_from_spec(spec))
     mark.rmdir()  # it does run where it is imported
 

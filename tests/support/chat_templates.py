@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
@@ -149,5 +150,5 @@ def write_tokenizer(
     return directory
 
 
-def turn(role: str, content: str, **more: object) -> dict[str, object]:
+def turn(role: str, content: str, **more: object) -> dict[str, Any]:
     return {"role": role, "content": content, **more}

@@ -1,5 +1,7 @@
 """A tiny OLMoE on all ranks of the process group, and a training step that needs only the model."""
 
+from typing import Any
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -22,9 +24,9 @@ def build(
     precision: str = "fp32",
     compiled: bool = False,
     seed: int = 3,
-    **sizes: int | bool | float,
+    **sizes: Any,
 ) -> tuple[OlmoeForCausalLM, torch.optim.AdamW]:
-    """Return the parallelized, initialized model and its optimizer."""
+    """Return the parallelized, initialized model and its optimizer. sizes: fields of OlmoeConfig."""
     trainer = TrainerConfig(
         precision=Precision(precision),
         activation_checkpointing=ActivationCheckpointing(checkpointing),
@@ -69,6 +71,15 @@ def train_step(model: OlmoeForCausalLM, optimizer: torch.optim.AdamW, step: int)
 
 def whole(tensor: Tensor) -> Tensor:
     return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach().clone()
+
+
+def whole_gradients(model: OlmoeForCausalLM) -> dict[str, Tensor]:
+    """Return the gradient of every parameter, gathered, by name."""
+    gradients = {}
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None, name
+        gradients[name] = whole(parameter.grad)
+    return gradients
 
 
 def whole_state(model: OlmoeForCausalLM, optimizer: torch.optim.AdamW) -> dict[str, Tensor]:

@@ -105,7 +105,7 @@ def writer(tmp_path: Path, mode: WandbMode = WandbMode.disabled, step: int = 0) 
     return MetricsLog(tmp_path, WandbConfig(mode=mode), {}, step)
 
 
-def records(tmp_path: Path) -> list[dict[str, object]]:
+def records(tmp_path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
 
 

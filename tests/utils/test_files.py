@@ -56,7 +56,12 @@ def test_files_of_a_directory_are_replaced_and_the_decisive_one_last(
         (final / name).write_text("old")
     moved = []
     replace = Path.replace
-    monkeypatch.setattr(Path, "replace", lambda *paths: moved.append(paths[0].name) or replace(*paths))
+
+    def note(path: Path, target: Path) -> Path:
+        moved.append(path.name)
+        return replace(path, target)
+
+    monkeypatch.setattr(Path, "replace", note)
     with atomic_directory(final, last="config.json") as partial:
         for name in ("z.json", "a.json", "config.json"):
             (partial / name).write_text("new")

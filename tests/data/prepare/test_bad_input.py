@@ -239,7 +239,7 @@ def test_word_that_the_tokenizer_lacks(tmp_path: Path) -> None:
     words.save(str(tmp_path / "tokenizer.json"))
     texts = ["good words", "good", "bad words", "words words"]
     (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
-    paths = {"tokenizer": tmp_path / "tokenizer.json", "validation_fraction": 0.0}
+    paths: dict[str, Any] = {"tokenizer": tmp_path / "tokenizer.json", "validation_fraction": 0.0}
     with pytest.raises(UserError, match=r"a\.jsonl:3: the tokenizer cannot encode it: .*UNK"):
         prepare(config(tmp_path / "data", tmp_path / "a.jsonl", **paths))
     manifest: Manifest = prepare(config(tmp_path / "data", tmp_path / "a.jsonl", quarantine=True, **paths))

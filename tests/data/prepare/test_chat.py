@@ -48,7 +48,7 @@ def config(
     cfg = prepare_config(directory, tokenizer=tokenizer, kind=SourceKind.files, paths=[str(corpus)], **source)
     template_date = None if template is None else "2024-07-04"
     given = dataclasses.replace(
-        cfg.tokenizer, chat_template=template and str(template), template_date=template_date
+        cfg.tokenizer, chat_template=None if template is None else str(template), template_date=template_date
     )
     return dataclasses.replace(cfg, tokenizer=given)
 
@@ -58,7 +58,7 @@ def write_lines(path: Path, *records: Any) -> Path:
     return path
 
 
-def chats(path: Path, *conversations: list[dict[str, object]]) -> Path:
+def chats(path: Path, *conversations: list[dict[str, Any]]) -> Path:
     return write_lines(path, *({"id": i, "messages": one} for i, one in enumerate(conversations)))
 
 
@@ -182,7 +182,11 @@ def test_prompts_and_completions(tmp_path: Path) -> None:
         {"question": "", "answer": "Yes</s>"},
         {"question": "Hello", "answer": ""},
     ]
-    fields = {"prompt_field": "question", "completion_field": "answer", "records": Records.prompt_completion}
+    fields: dict[str, Any] = {
+        "prompt_field": "question",
+        "completion_field": "answer",
+        "records": Records.prompt_completion,
+    }
     corpus = write_lines(tmp_path / "a.jsonl", *records)
     manifest = prepare(config(tmp_path / "data", corpus, tokenizer, **fields))
     assert learnt(tmp_path / "data") == [[" It is\n</s>"], [], ["Yes</s>"], ["</s>"]]
@@ -224,7 +228,7 @@ def test_quarantine_keeps_bad_conversations(tmp_path: Path) -> None:
     tokenizer = write_tokenizer(tmp_path / "hf", MISTRAL)
     records = [{"messages": CONVERSATION}, *(record for record, _ in BAD)]
     corpus = write_lines(tmp_path / "a.jsonl", *records)
-    options = {"on_bad_record": OnBadRecord.quarantine, "max_bad_fraction": 1.0}
+    options: dict[str, Any] = {"on_bad_record": OnBadRecord.quarantine, "max_bad_fraction": 1.0}
     manifest = prepare(config(tmp_path / "data", corpus, tokenizer, **options))
     assert (manifest.train.documents, manifest.quarantined_records) == (1, len(BAD))
     lines = (tmp_path / "data/quarantine.jsonl").read_text().splitlines()
@@ -282,7 +286,7 @@ def test_given_template_replaces_the_tokenizers_and_travels(tmp_path: Path) -> N
     files = contents(tmp_path / "data/tokenizer")
     assert files["chat_template.jinja"] == TULU_3.encode()
     assert files["tokenizer_config.json"] == (tokenizer / "tokenizer_config.json").read_bytes()
-    theirs = AutoTokenizer.from_pretrained(tmp_path / "data/tokenizer")
+    theirs: Any = AutoTokenizer.from_pretrained(tmp_path / "data/tokenizer")
     [document] = read_documents(tmp_path / "data", "train")
     assert theirs.apply_chat_template(CONVERSATION)["input_ids"] == document
     with pytest.raises(UserError, match=r"other settings:\n    chat template: sha256:"):
@@ -340,7 +344,7 @@ def test_same_masks_from_one_process_and_from_three(tmp_path: Path) -> None:
         [turn("user", f"{i} Hello"), turn("assistant", "It is " * (i % 5) + str(i))] for i in range(60)
     ]
     corpus = chats(tmp_path / "a.jsonl", *conversations)
-    options = {"validation_fraction": 0.2, "shard_tokens": 200}
+    options: dict[str, Any] = {"validation_fraction": 0.2, "shard_tokens": 200}
     one: Manifest = prepare(config(tmp_path / "one", corpus, tokenizer, **options, processes=1), limits)
     prepare(config(tmp_path / "three", corpus, tokenizer, **options, processes=3), limits)
     assert contents(tmp_path / "one") == contents(tmp_path / "three")
@@ -357,7 +361,7 @@ def test_entropy_is_that_of_the_targets(tmp_path: Path) -> None:
     train = {"prompt": "Hello there", "completion": "aaab"}
     corpus = write_lines(tmp_path / "a.jsonl", train, train)
     held = write_lines(tmp_path / "b.jsonl", {"prompt": "what is it?", "completion": "bb"})
-    options = {"records": Records.prompt_completion, "validation_paths": [str(held)]}
+    options: dict[str, Any] = {"records": Records.prompt_completion, "validation_paths": [str(held)]}
     manifest = prepare(config(tmp_path / "data", corpus, tokenizer, **options))
     total = 10 + manifest.vocab_size
     # b is 2 of the 10, eos 2 of the 10.

@@ -41,7 +41,7 @@ def files(tmp_path: Path) -> Path:
 
 
 def config(directory: Path, files: Path, tokenizer: Path | None = None, **options: Any) -> PrepareConfig:
-    values = {"eos_token_id": EOS, "vocab_size": 100}
+    values: dict[str, Any] = {"eos_token_id": EOS, "vocab_size": 100}
     values |= {key: options.pop(key) for key in ("dtype", "eos_token_id", "vocab_size") if key in options}
     source = {"paths": [str(files)], "validation_paths": [f"{files}/held"], "processes": 1, **options}
     return PrepareConfig(
@@ -125,7 +125,7 @@ def test_with_a_tokenizer(files: Path, tmp_path: Path) -> None:
 def test_uint32(tmp_path: Path) -> None:
     files = tmp_path / "olmo"
     write_tokens(files / "a.npy", [[70_000, 5, EOS]], "<u4")
-    options = {"dtype": TokenDtype.uint32, "vocab_size": 100_278, "validation_paths": []}
+    options: dict[str, Any] = {"dtype": TokenDtype.uint32, "vocab_size": 100_278, "validation_paths": []}
     manifest = index_olmo_files(config(tmp_path / "data", files, **options))
     assert open_split(tmp_path / "data", "train").read(0, 3).tolist() == [70_000, 5, EOS]
     assert manifest.validation.tokens == 0

@@ -3,6 +3,7 @@
 import gzip
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +41,8 @@ def write(path: Path, raw: bytes) -> None:
     """Compressed by the suffix; as several members or frames, as parallel compressors write them."""
     path.parent.mkdir(parents=True, exist_ok=True)
     half = len(raw) // 2
-    compress = {".gz": gzip.compress, ".zst": zstandard.compress}.get(path.suffix)
+    compressors: dict[str, Callable[[bytes], bytes]] = {".gz": gzip.compress, ".zst": zstandard.compress}
+    compress = compressors.get(path.suffix)
     path.write_bytes(compress(raw[:half]) + compress(raw[half:]) if compress else raw)
 
 
@@ -168,7 +170,12 @@ def test_streamed_dataset(corpus: Path, tmp_path: Path) -> None:
     for split, records in (("train", RECORDS[:50]), ("validation", RECORDS[50:])):
         columns = {"url": [r["id"] for r in records], "body": [r["text"] for r in records]}
         pq.write_table(pa.table(columns), make(tmp_path / f"hub/data/{split}-0.parquet"))
-    source = {"kind": "datasets", "name": str(tmp_path / "hub"), "text_field": "body", "id_field": "url"}
+    source: dict[str, Any] = {
+        "kind": "datasets",
+        "name": str(tmp_path / "hub"),
+        "text_field": "body",
+        "id_field": "url",
+    }
     prepare(files(tmp_path / "given", validation_split="validation", **source))
     assert read_texts(tmp_path / "given", "train") == TEXTS[:50]
     assert read_texts(tmp_path / "given", "validation") == TEXTS[50:]

@@ -48,7 +48,7 @@ def test_single_file_has_the_hub_tensors(tmp_path: Path) -> None:
     tensors = tensors_of(tmp_path / "out")
     # embedding, final norm, head; a layer: 2 norms, 4 projections, 2 q/k norms, router, 3 x 3 expert matrices
     assert len(tensors) == 3 + 2 * (2 + 4 + 2 + 1 + 9)
-    block = model.model.layers[1].mlp.experts
+    block = model.decoder_layers[1].mlp.experts
     prefix = "model.layers.1.mlp.experts.2"
     assert torch.equal(tensors[f"{prefix}.gate_proj.weight"], block.gate_up_proj[2, :6])
     assert torch.equal(tensors[f"{prefix}.up_proj.weight"], block.gate_up_proj[2, 6:])
@@ -143,7 +143,7 @@ def test_fused_names_are_read_layer_by_layer(tmp_path: Path) -> None:
     tensors = tensors_of(tmp_path)
     for name in [name for name in tensors if "layers.0.mlp.experts." in name]:
         del tensors[name]
-    experts = model.model.layers[0].mlp.experts
+    experts = model.decoder_layers[0].mlp.experts
     tensors["model.layers.0.mlp.experts.gate_up_proj"] = experts.gate_up_proj.detach()
     tensors["model.layers.0.mlp.experts.down_proj"] = experts.down_proj.detach()
     save_file(tensors, tmp_path / "model.safetensors")
