@@ -127,6 +127,7 @@ def test_a_resumed_run_forgets_the_steps_that_come_again(tmp_path: Path) -> None
     assert records(tmp_path) == []
 
 
+@pytest.mark.slow
 def test_wandb_offline_writes_a_run_and_disabled_writes_nothing(tmp_path: Path) -> None:
     assert start_wandb(WandbConfig(mode=WandbMode.disabled), tmp_path, {}) is None
     assert not (tmp_path / "wandb").exists()
