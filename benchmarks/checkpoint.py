@@ -25,6 +25,7 @@ from olmoe_train.config.choices import Precision
 from olmoe_train.config.data import DataConfig
 from olmoe_train.config.model import ModelConfig
 from olmoe_train.config.train import CheckpointConfig, TrainConfig, TrainerConfig
+from olmoe_train.distributed.collectives import group_of_all_ranks
 
 SEQUENCES = 8  # in all
 CONFIG = TrainConfig(
@@ -59,7 +60,7 @@ def measure(rounds: int, steps: int, directory: str) -> dict[str, list[tuple[flo
         )
         for name in ("synchronous", "asynchronous")
     }
-    group = dist.new_group(backend="gloo")
+    group = group_of_all_ranks()
     for _ in range(2):
         train_step(batch, totals)
     live = take_snapshot(model, optimizer)  # shares its memory with the model and the optimizer

@@ -14,15 +14,21 @@ find_python() {  # prints the first Python >= 3.11 that runs and can make enviro
     return 1
 }
 
+# make_venv DIRECTORY: makes a Python environment there, unless one that runs is there.
+make_venv() {
+    local python
+    if ! "$1/bin/python" -c '' 2>/dev/null; then
+        python=$(find_python)
+        echo "== making $1 with $python"
+        "$python" -m venv --clear "$1"
+    fi
+}
+
 # ensure_venv REPO [EXTRA]: makes REPO/.venv if missing, installs the project into it, editable and pinned by
 # constraints.txt, and puts it first on PATH. A stamp remembers what was installed, so that the next call takes no time.
 ensure_venv() {
-    local repo=$1 extra=${2:-} python stamp wanted
-    if ! "$repo/.venv/bin/python" -c '' 2>/dev/null; then
-        python=$(find_python)
-        echo "== making $repo/.venv with $python"
-        "$python" -m venv --clear "$repo/.venv"
-    fi
+    local repo=$1 extra=${2:-} stamp wanted
+    make_venv "$repo/.venv"
     stamp=$repo/.venv/installed
     wanted=$(cat "$repo/pyproject.toml" "$repo/constraints.txt" | cksum)
     if ! grep -qxF -e "$wanted$extra" -e "$wanted[test]" "$stamp" 2>/dev/null; then  # [test] holds all that runs need
@@ -39,4 +45,16 @@ share_cores() {
     local threads
     threads=$(( $(nproc 2>/dev/null || getconf _NPROCESSORS_ONLN) / $1 ))
     export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$(( threads > 0 ? threads : 1 ))}
+}
+
+# run_checks [PYTEST ARGUMENTS]: linters, import contract, type checker, documentation and tests, with the tools on PATH.
+run_checks() {
+    ruff check .
+    ruff format --check .
+    codespell
+    lint-imports
+    mypy
+    mkdocs build --strict
+    # Ranks of the distributed tests share the cores; one thread each keeps them from fighting over the cores.
+    OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} python -m pytest "$@"
 }

@@ -8,12 +8,4 @@ repo=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 cd "$repo"
 source launch/common.sh
 ensure_venv "$repo" "[test]"
-
-ruff check .
-ruff format --check .
-codespell
-lint-imports
-mypy
-mkdocs build --strict
-# Ranks of the distributed tests share the cores; one thread each keeps them from fighting over the cores.
-OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} python -m pytest "$@"
+run_checks "$@"

@@ -15,7 +15,7 @@ from torch.distributed.checkpoint.staging import BlockingAsyncStager
 from olmoe_train.checkpoint.directory import CheckpointError, delete, set_aside, superseded
 from olmoe_train.checkpoint.sharded import Snapshot, take_snapshot, verify_together, write_checkpoint
 from olmoe_train.config.train import CheckpointConfig
-from olmoe_train.distributed.collectives import on_any_rank, on_rank_0
+from olmoe_train.distributed.collectives import group_of_all_ranks, on_any_rank, on_rank_0
 from olmoe_train.utils.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -47,7 +47,7 @@ class Saver:
             on_save: Called on rank 0 with each complete checkpoint, in the thread that saved the checkpoint.
         """
         self.cfg, self.run_dir, self._stored, self._on_save = cfg, run_dir, stored, on_save
-        self.group = dist.new_group(backend="gloo") if cfg.async_save else None
+        self.group = group_of_all_ranks() if cfg.async_save else None
         # A cached copy is in pinned memory. CUDA copies to pinned memory several times as fast.
         stager = BlockingAsyncStager(cache_staged_state_dict=torch.cuda.is_available())
         self.stager = stager if cfg.async_save else None

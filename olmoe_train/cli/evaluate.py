@@ -8,6 +8,7 @@ import sys
 
 from olmoe_train.checkpoint.convert.stored_model import load_stored_model
 from olmoe_train.cli.app import run_verb
+from olmoe_train.config.choices import StripPrefix
 from olmoe_train.config.verbs import EvaluateConfig
 from olmoe_train.data.mixture import VALIDATION, mixture_errors, read_manifests, verify
 from olmoe_train.data.tokens import Manifest
@@ -24,9 +25,9 @@ def main(cfg: EvaluateConfig) -> None:
     manifest = next(iter(read_manifests(cfg.data).values()))
     verify(cfg.data)
     device = resolve_device()
-    model, _ = load_stored_model(cfg.source, device, cfg.trust_pickle)
+    model, _ = load_stored_model(cfg.source, device, cfg.trust_pickle, cfg.strip_prefix is StripPrefix.auto)
     check_data(model.config, manifest, cfg)
-    results = evaluate_data(model, cfg.data, cfg.evaluation, device)
+    results = evaluate_data(model, cfg.data, cfg.evaluation, device, check_finite=True)
     total = results.pop(VALIDATION)
     print(f"source           {cfg.source}")
     for name, part in results.items():

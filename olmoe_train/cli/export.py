@@ -9,7 +9,7 @@ from pathlib import Path
 from olmoe_train.checkpoint.convert.export import DTYPES, with_overrides, write_export
 from olmoe_train.checkpoint.convert.stored_model import StoredModel, open_stored_model
 from olmoe_train.cli.app import run_verb
-from olmoe_train.config.choices import ExportFormat
+from olmoe_train.config.choices import ExportFormat, StripPrefix
 from olmoe_train.config.verbs import ExportConfig
 from olmoe_train.utils.errors import UserError
 
@@ -18,7 +18,7 @@ def main(cfg: ExportConfig) -> None:
     """Export the model, and print where it is and how large."""
     if cfg.format is ExportFormat.olmo and cfg.max_shard_size != ExportConfig.max_shard_size:
         print(f"warning: max_shard_size={cfg.max_shard_size} has no effect: format=olmo writes a single file")
-    stored = open_stored_model(cfg.source, cfg.step, cfg.trust_pickle)
+    stored = open_stored_model(cfg.source, cfg.step, cfg.trust_pickle, cfg.strip_prefix is StripPrefix.auto)
     dtype = stored.config.dtype if cfg.precision is None else DTYPES[cfg.precision]
     assert dtype is not None
     out = output_directory(cfg, stored)

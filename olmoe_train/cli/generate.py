@@ -11,6 +11,7 @@ from tokenizers.decoders import DecodeStream
 
 from olmoe_train.checkpoint.convert.stored_model import load_stored_model
 from olmoe_train.cli.app import run_verb
+from olmoe_train.config.choices import StripPrefix
 from olmoe_train.config.verbs import GenerateConfig
 from olmoe_train.data.tokenizer import load_tokenizer
 from olmoe_train.distributed.mesh import resolve_device
@@ -21,7 +22,9 @@ from olmoe_train.utils.errors import UserError
 def main(cfg: GenerateConfig) -> None:
     """Print the prompt and, token by token, its continuation."""
     device = resolve_device()
-    model, directory = load_stored_model(cfg.source, device, cfg.trust_pickle)
+    model, directory = load_stored_model(
+        cfg.source, device, cfg.trust_pickle, cfg.strip_prefix is StripPrefix.auto
+    )
     tokenizer = load_tokenizer(directory)
     ids = tokenizer.encode(cfg.prompt).ids
     if not ids:

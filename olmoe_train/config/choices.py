@@ -13,6 +13,11 @@ class ExportFormat(Enum):
     olmo = "olmo"
 
 
+class StripPrefix(Enum):
+    none = "none"
+    auto = "auto"
+
+
 class Device(Enum):
     auto = "auto"
     cpu = "cpu"

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Any
 
-from olmoe_train.config.choices import ExpertsBackend
+from olmoe_train.config.choices import ExpertsBackend, StripPrefix
 from olmoe_train.model.configuration import OlmoeConfig
 
 
@@ -16,6 +16,9 @@ class ModelConfig:
     trust_pickle: bool = False
     """If init_from has no safetensors, read its weights from a pickle (pytorch_model.bin, or OLMo's model.pt)
     with torch.load(weights_only=True)."""
+    strip_prefix: StripPrefix = StripPrefix.none
+    """auto: take the prefixes of wrappers, _orig_mod. (torch.compile) and module. (DDP), off the names of
+    init_from's tensors."""
     vocab_size: int = 50304
     """Rows of the embedding and of the head: at least the tokenizer's vocabulary. May be padded to a larger
     size for speed."""
@@ -68,7 +71,7 @@ class ModelConfig:
 
 
 # Fields of ModelConfig that are not part of the architecture: where weights come from and how to compute.
-_NOT_ARCHITECTURE = {"init_from", "trust_pickle", "experts_backend"}
+_NOT_ARCHITECTURE = {"init_from", "trust_pickle", "strip_prefix", "experts_backend"}
 
 
 def olmoe_config(model: ModelConfig) -> OlmoeConfig:

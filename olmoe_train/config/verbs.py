@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 
 from omegaconf import MISSING
 
-from olmoe_train.config.choices import ExportFormat, Precision
+from olmoe_train.config.choices import ExportFormat, Precision, StripPrefix
 from olmoe_train.config.data import DataConfig, TokenizerConfig
 from olmoe_train.config.train import EvaluationConfig, TrainConfig
 
@@ -41,6 +41,9 @@ class ExportConfig:
     trust_pickle: bool = False
     """Read weights from a pickle (pytorch_model.bin, or OLMo's model.pt) with
     torch.load(weights_only=True)."""
+    strip_prefix: StripPrefix = StripPrefix.none
+    """auto: take the prefixes of wrappers, _orig_mod. (torch.compile) and module. (DDP), off the names of the
+    tensors."""
     tokenizer: str | None = None
     """Directory of tokenizer files, or a tokenizer.json, to export with the model; null: those of the
     source."""
@@ -71,6 +74,9 @@ class GenerateConfig:
     trust_pickle: bool = False
     """Read weights from a pickle (pytorch_model.bin, or OLMo's model.pt) with
     torch.load(weights_only=True)."""
+    strip_prefix: StripPrefix = StripPrefix.none
+    """auto: take the prefixes of wrappers, _orig_mod. (torch.compile) and module. (DDP), off the names of the
+    tensors."""
 
 
 @dataclass(frozen=True)
@@ -84,6 +90,9 @@ class EvaluateConfig:
     trust_pickle: bool = False
     """Read weights from a pickle (pytorch_model.bin, or OLMo's model.pt) with
     torch.load(weights_only=True)."""
+    strip_prefix: StripPrefix = StripPrefix.none
+    """auto: take the prefixes of wrappers, _orig_mod. (torch.compile) and module. (DDP), off the names of the
+    tensors."""
 
 
 @dataclass(frozen=True)
@@ -125,6 +134,9 @@ class UpcycleConfig:
     """Size limit of a safetensors file, such as 5GB or 200MB."""
     trust_pickle: bool = False
     """Read weights from a pickle (pytorch_model.bin) with torch.load(weights_only=True)."""
+    strip_prefix: StripPrefix = StripPrefix.none
+    """auto: take the prefixes of wrappers, _orig_mod. (torch.compile) and module. (DDP), off the names of the
+    tensors."""
     tokenizer: str | None = None
     """Directory of tokenizer files, or a tokenizer.json, to write with the model; null: those of the
     source."""

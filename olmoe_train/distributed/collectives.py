@@ -14,6 +14,13 @@ Group = dist.ProcessGroup | None
 own group."""
 
 
+def group_of_all_ranks() -> dist.ProcessGroup:
+    """A new gloo group. Collective."""
+    group = dist.new_group(backend="gloo")
+    assert isinstance(group, dist.ProcessGroup)  # torch 2.14: or a mark, on ranks outside the group
+    return group
+
+
 def gather_from_all(work: Callable[[], Result], group: Group = None) -> list[Result]:
     """Run `work` on every rank and gather the results on every rank.
 

@@ -18,6 +18,8 @@ from olmoe_train.data.loader import build_eval_batches
 from olmoe_train.data.mixture import VALIDATION, mixture_components, read_manifests
 from olmoe_train.model import OlmoeForCausalLM
 from olmoe_train.model.cross_entropy import IGNORE_INDEX
+from olmoe_train.utils.errors import UserError
+from olmoe_train.utils.finite import first_not_finite
 
 Batches = Iterable[dict[str, Tensor]]
 
@@ -43,6 +45,7 @@ def evaluate_data(
     cfg: EvaluationConfig,
     device: torch.device,
     with_heartbeat: Callable[[Batches], Batches] = iter,
+    check_finite: bool = False,
 ) -> dict[str, Evaluation]:
     """Evaluate a model on the validation split of every source of the data. Collective, if there are ranks.
 
@@ -52,13 +55,14 @@ def evaluate_data(
         cfg: Batch size, and number of sequences per source.
         device: The device of this rank.
         with_heartbeat: Wraps the batches, to report progress to the watchdog.
+        check_finite: As for `evaluate_model`.
 
     Returns:
         Name of the source -> result, for every source that has a validation split. The last one,
         "validation", is the result over the tokens of all sources.
 
     Raises:
-        UserError: No source has a validation split.
+        UserError: No source has a validation split; or as `evaluate_model`.
     """
     rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     manifests = read_manifests(data)
@@ -70,7 +74,7 @@ def evaluate_data(
     for source in with_validation or mixture_components(data)[:1]:
         one = replace(data, dir=str(source.directory), mixture=[])
         batches = build_eval_batches(one, rank, world_size, cfg.micro_batch_size, cfg.max_sequences)
-        results[source.name] = evaluate_model(model, with_heartbeat(batches), device)
+        results[source.name] = evaluate_model(model, with_heartbeat(batches), device, check_finite)
     parts = list(results.values())
     if len(parts) > 1:
         tokens = sum(part.tokens for part in parts)
@@ -79,7 +83,9 @@ def evaluate_data(
     return results | {VALIDATION: parts[-1]}
 
 
-def evaluate_model(model: OlmoeForCausalLM, batches: Batches, device: torch.device) -> Evaluation:
+def evaluate_model(
+    model: OlmoeForCausalLM, batches: Batches, device: torch.device, check_finite: bool = False
+) -> Evaluation:
     """Evaluate a model on batches. Collective, if there are ranks. The model's mode is restored.
 
     Args:
@@ -87,9 +93,14 @@ def evaluate_model(model: OlmoeForCausalLM, batches: Batches, device: torch.devi
         batches: Keyword arguments of `training_forward`, tensors [B, S] on any device. Every rank must have
             equally many, because the forward pass of a sharded model is a collective.
         device: The device of this rank.
+        check_finite: Whether to stop at a loss that is not finite. Only for a whole model: the logits are
+            computed again, without the other ranks.
 
     Returns:
         The result over the target tokens of all ranks. Sums are fp64.
+
+    Raises:
+        UserError: `check_finite` is true, and a loss is not finite; the message names the first such logit.
     """
     was_training = model.training
     model.eval()
@@ -97,10 +108,30 @@ def evaluate_model(model: OlmoeForCausalLM, batches: Batches, device: torch.devi
     with torch.no_grad():
         for batch in batches:
             inputs = {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
-            sums[0] += model.training_forward(**inputs).ce_sum
+            ce_sum = model.training_forward(**inputs).ce_sum
+            if check_finite and not ce_sum.isfinite():
+                raise UserError(_why_not_finite(model, inputs))
+            sums[0] += ce_sum
             sums[1] += (inputs["targets"] != IGNORE_INDEX).sum()
     model.train(was_training)
     if dist.is_initialized():
         dist.all_reduce(sums)
     loss_sum, tokens = sums.tolist()
     return Evaluation(loss_sum / tokens if tokens else math.nan, int(tokens))
+
+
+def _why_not_finite(model: OlmoeForCausalLM, inputs: dict[str, Tensor]) -> str:
+    """Compute the logits of a batch whose loss is not finite, and name the first one that is not finite."""
+    hidden_states: list[Tensor] = []
+    handle = model.model.norm.register_forward_hook(lambda module, args, out: hidden_states.append(out))
+    try:
+        model.training_forward(**inputs)
+    finally:
+        handle.remove()
+    logits_BSV = model.lm_head(hidden_states[0])
+    found = first_not_finite(logits_BSV)
+    what = f"logits{found} (sequence, position, token)" if found else "the logits are finite, but huge"
+    return (
+        f"the loss of a batch is not finite: {what}: the weights are damaged, or {logits_BSV.dtype} cannot "
+        "hold what the model computes"
+    )

@@ -3,6 +3,7 @@
 Shapes: B batch, S prompt length, C cached and new tokens, V vocabulary.
 """
 
+import logging
 from collections.abc import Iterator, Sequence
 from typing import Any, Protocol
 
@@ -14,6 +15,9 @@ from olmoe_train.model.configuration import OlmoeConfig
 from olmoe_train.model.hf.special_tokens import generation_defaults
 from olmoe_train.model.kv_cache import KVCache
 from olmoe_train.utils.errors import UserError
+from olmoe_train.utils.finite import first_not_finite
+
+log = logging.getLogger(__name__)
 
 DEFAULT_NEW_TOKENS = 20
 """Tokens to add if neither max_new_tokens nor max_length is given; the default of Transformers."""
@@ -69,7 +73,7 @@ def generate(
         Prompts and continuations, int64 [B, up to S + max_new_tokens].
 
     Raises:
-        UserError: An argument is invalid, or a row ends with padding.
+        UserError: An argument is invalid, a row ends with padding, or a logit is not finite.
     """
     if max_new_tokens is None:
         max_new_tokens = DEFAULT_NEW_TOKENS if max_length is None else max_length - input_ids.shape[1]
@@ -110,6 +114,8 @@ def stream_tokens(
 ) -> Iterator[Tensor]:
     """Decode one token per row at a time, until all rows have ended.
 
+    A row that grows longer than the model's max_position_embeddings is warned of, once.
+
     Args:
         temperature: Temperature of the softmax; 0: greedy decoding. All others are those of `generate`.
 
@@ -128,12 +134,17 @@ def stream_tokens(
     filler = pad if pad is not None else (stops or [0])[0]
     stop_ids = torch.tensor(stops, dtype=torch.long, device=input_ids.device)
     ended_B = torch.zeros(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
-    position_BS = None
+    position_BS, longest = None, input_ids.shape[1]
     if mask_BC is not None:
         position_BS = (mask_BC.cumsum(1) - 1).clamp(min=0)
+        longest = int(position_BS.max()) + 1
         mask_BC = F.pad(mask_BC, (0, max_new_tokens), value=1)  # for all tokens at once; the loop slices it
+    first_beyond = max(0, model.config.max_position_embeddings - longest + 1)
     cache, new_BS = KVCache(), input_ids
-    for length in range(input_ids.shape[1], input_ids.shape[1] + max_new_tokens):
+    for step in range(max_new_tokens):
+        length = input_ids.shape[1] + step
+        if step == first_beyond:
+            _warn_of_length(model.config)
         output = model(
             new_BS,
             None if mask_BC is None else mask_BC[:, :length],
@@ -144,7 +155,9 @@ def stream_tokens(
             logits_to_keep=1,
             return_dict=True,
         )
-        token_B = sample_token(output.logits[:, -1].float(), temperature, top_k, top_p, generator)
+        logits_BV = output.logits[:, -1].float()
+        _check_finite(logits_BV, length, output.logits.dtype)
+        token_B = sample_token(logits_BV, temperature, top_k, top_p, generator)
         if stops:
             token_B = token_B.masked_fill(ended_B, filler)
             ended_B |= torch.isin(token_B, stop_ids)
@@ -206,6 +219,23 @@ def _check_arguments(
         raise UserError(f"top_k={top_k} must be at least 1, or null")
     if top_p is not None and not 0 < top_p <= 1:
         raise UserError(f"top_p={top_p} must be above 0 and at most 1, or null")
+
+
+def _warn_of_length(config: OlmoeConfig) -> None:
+    log.warning(
+        "warning: the text is longer than the model's max_position_embeddings=%d: it is not made for "
+        "positions beyond",
+        config.max_position_embeddings,
+    )
+
+
+def _check_finite(logits_BV: Tensor, length: int, dtype: torch.dtype) -> None:
+    """Raise a UserError that names the first logit that is not finite, after `length` tokens."""
+    if found := first_not_finite(logits_BV):
+        raise UserError(
+            f"after {length} tokens, logits{found} (row, token): the weights are damaged, or {dtype} cannot "
+            "hold what the model computes"
+        )
 
 
 def _as_list(ids: int | Sequence[int] | None) -> list[int]:

@@ -25,6 +25,12 @@ class _Output:
         values = (getattr(self, item.name) for item in fields(self))
         return tuple(value for value in values if value is not None)
 
+    @property
+    def cache(self) -> KVCache | None:
+        """The name of `past_key_values` since Transformers 5.24."""
+        cache: KVCache | None = self["past_key_values"]
+        return cache
+
     def __getitem__(self, key: int | slice | str) -> Any:
         return getattr(self, key) if isinstance(key, str) else self.to_tuple()[key]
 

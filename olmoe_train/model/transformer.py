@@ -76,6 +76,7 @@ class OlmoeModel(OlmoePreTrainedModel):
         output_attentions: bool | None = None,
         cache_position: Tensor | None = None,
         return_dict: bool | None = None,
+        cache: KVCache | None = None,
     ) -> MoeModelOutputWithPast | tuple[Any, ...]:
         """Run the decoder without the head.
 
@@ -93,16 +94,19 @@ class OlmoeModel(OlmoePreTrainedModel):
             output_attentions: Whether to return the attention probabilities.
             cache_position: [S] int64, positions of the new tokens; used if `position_ids` is None.
             return_dict: False returns a tuple of the fields that are not None.
+            cache: The name of `past_key_values` since Transformers 5.24.
 
         Returns:
             The output; `last_hidden_state` has shape [B, S, D].
 
         Raises:
-            ValueError: Not exactly one of `input_ids` and `inputs_embeds` is given.
+            ValueError: Not exactly one of `input_ids` and `inputs_embeds` is given, or both names of the
+                cache.
         """
         config = self.config
         use_cache = _given(use_cache, config.use_cache)
-        cache = KVCache() if use_cache and past_key_values is None else past_key_values
+        cache = _one_cache(past_key_values, cache)
+        cache = KVCache() if use_cache and cache is None else cache
         decoded = self.run_layers(
             input_ids,
             attention_mask,
@@ -279,6 +283,7 @@ class OlmoeForCausalLM(OlmoePreTrainedModel):
         output_attentions: bool | None = None,
         cache_position: Tensor | None = None,
         return_dict: bool | None = None,
+        cache: KVCache | None = None,
     ) -> MoeCausalLMOutputWithPast | tuple[Any, ...]:
         """Run the decoder and the head; with labels, also compute the loss as Transformers does.
 
@@ -294,7 +299,7 @@ class OlmoeForCausalLM(OlmoePreTrainedModel):
             The output; `logits` has shape [B, S, V] for logits_to_keep=0.
 
         Raises:
-            ValueError: Not exactly one of `input_ids` and `inputs_embeds` is given.
+            ValueError: As OlmoeModel.forward.
         """
         output_router_logits = _given(output_router_logits, self.config.output_router_logits)
         outputs = self.model(
@@ -309,6 +314,7 @@ class OlmoeForCausalLM(OlmoePreTrainedModel):
             output_attentions,
             cache_position,
             return_dict=True,
+            cache=cache,
         )
         # With logits_to_keep=0 the slice is slice(0, None), which keeps all positions.
         keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
@@ -384,6 +390,13 @@ class OlmoeForCausalLM(OlmoePreTrainedModel):
 
 def _given(value: bool | None, default: bool) -> bool:
     return default if value is None else value
+
+
+def _one_cache(past_key_values: KVCache | None, cache: KVCache | None) -> KVCache | None:
+    """The cache that either name of the argument gives."""
+    if past_key_values is not None and cache is not None:
+        raise ValueError("give past_key_values or cache, not both: they are two names of one argument")
+    return past_key_values if cache is None else cache
 
 
 def _init_unless_meta(module: nn.Module, std: float) -> None:

@@ -10,7 +10,7 @@ import torch.distributed as dist
 from olmoe_train.checkpoint.convert.stored_model import load_into
 from olmoe_train.checkpoint.saver import Saver
 from olmoe_train.config.balancing import AuxiliaryLossConfig, BalancingConfig
-from olmoe_train.config.choices import BalanceScope, Strategy
+from olmoe_train.config.choices import BalanceScope, Strategy, StripPrefix
 from olmoe_train.config.compose import plain_values
 from olmoe_train.config.model import olmoe_config
 from olmoe_train.config.objective import NextTokenConfig, ObjectiveConfig
@@ -68,7 +68,8 @@ def build_model(cfg: TrainConfig, mesh: Mesh) -> OlmoeForCausalLM:
     model = parallelize(model, cfg.trainer, cfg.parallel, mesh)
     materialize(model, mesh.device, cfg.seed)
     if cfg.model.init_from is not None:
-        load_into(model, cfg.model.init_from, cfg.model.trust_pickle)
+        strip_prefix = cfg.model.strip_prefix is StripPrefix.auto
+        load_into(model, cfg.model.init_from, cfg.model.trust_pickle, strip_prefix)
     return model
 
 

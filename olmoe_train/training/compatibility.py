@@ -18,6 +18,8 @@ log = logging.getLogger(__name__)
 # other key changes the result.
 SAFE_TO_CHANGE = (
     "model.init_from",  # sets only the initial weights; the checkpoint has later weights
+    "model.trust_pickle",  # how model.init_from is read
+    "model.strip_prefix",
     "model.experts_backend",
     "data.dir",  # content and shares of the data are compared by fingerprint
     "data.mixture",

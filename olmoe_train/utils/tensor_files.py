@@ -18,6 +18,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from olmoe_train.utils.errors import UserError
+from olmoe_train.utils.finite import first_not_finite
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 LEGACY_WEIGHTS = "pytorch_model.bin"
@@ -27,18 +28,29 @@ _UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
 # The dtypes that a model's weights can have, under the names that safetensors headers use.
 _DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "F64": torch.float64}
 
+# Wrappers keep the wrapped module under these names, so that the names of its tensors contain them: at the
+# start (a wrapped model) or inside (a wrapped layer). No tensor of an OLMo or OLMoE has such a part.
+_WRAPPERS = {
+    "_orig_mod": "torch.compile",
+    "module": "DistributedDataParallel or DeepSpeed",
+    "_fsdp_wrapped_module": "FSDP",
+    "_checkpoint_wrapped_module": "activation checkpointing",
+}
+
 
 @dataclass(frozen=True)
 class StoredTensor:
     """Where a tensor is stored, with its shape and dtype from the file's header."""
 
     path: Path
+    key: str
+    """Its name in the file."""
     shape: tuple[int, ...]
     dtype: torch.dtype
 
 
 class StoredWeights:
-    """The tensors of a model directory, by their names on disk. Only headers are read before `read`.
+    """The tensors of a model directory by name. Only headers are read before `read`.
 
     At most one file is mapped at a time, because the pages of a mapped file count as memory of this process.
 
@@ -46,16 +58,26 @@ class StoredWeights:
         tensors: Name -> file, shape and dtype of each tensor.
     """
 
-    def __init__(self, directory: Path, trust_pickle: bool = False, pickled: str = LEGACY_WEIGHTS) -> None:
+    def __init__(
+        self,
+        directory: Path,
+        trust_pickle: bool = False,
+        strip_prefix: bool = False,
+        pickled: str = LEGACY_WEIGHTS,
+        decode: Callable[[str], str] = str,
+    ) -> None:
         """Read the headers of all weight files.
 
         Args:
             directory: Holds model.safetensors, or model.safetensors.index.json and the files that it lists.
             trust_pickle: If there is no safetensors file, read `pickled` or the files that its index lists.
+            strip_prefix: Leave the wrappers' parts (`_orig_mod.`, `module.`) out of the names.
             pickled: Name of the pickle file.
+            decode: Makes the name of a tensor of its name in the file.
 
         Raises:
-            UserError: A file is missing, unsafe or damaged, or a tensor is not floating point.
+            UserError: A file is missing, unsafe or damaged, a tensor is not floating point, or two tensors
+                have the same name without the wrappers' parts.
         """
         self._path = Path()
         self._file: Any = None
@@ -71,11 +93,39 @@ class StoredWeights:
             self._read_header(directory / name)
         if lost := [f"{key} in {name}" for key, name in listed.items() if key not in self.tensors]:
             raise UserError(f"{index} lists tensors that the files do not hold: {first_few(lost)}")
+        self._rename(lambda key: _without_wrappers(decode(key)) if strip_prefix else decode(key), directory)
 
     def read(self, name: str) -> Tensor:
         """Return a tensor as a view of the mapped file. Copy what has to outlive the next `read`."""
-        file = self._open(self.tensors[name].path)
-        return file[name] if isinstance(file, dict) else file.get_tensor(name)
+        stored = self.tensors[name]
+        file = self._open(stored.path)
+        return file[stored.key] if isinstance(file, dict) else file.get_tensor(stored.key)
+
+    def read_finite(self, name: str) -> Tensor:
+        """Return a tensor as `read` does.
+
+        Raises:
+            UserError: A value is NaN or infinite; the message names the file, the tensor and the first index.
+        """
+        tensor = self.read(name)
+        if found := first_not_finite(tensor):
+            raise UserError(
+                f"{self.tensors[name].path}: {name}{found}; nothing can be computed with weights that are "
+                "not finite: take an earlier checkpoint, or the files from their origin"
+            )
+        return tensor
+
+    def _rename(self, rename: Callable[[str], str], directory: Path) -> None:
+        renamed: dict[str, StoredTensor] = {}
+        for key, stored in self.tensors.items():
+            name = rename(key)
+            if name in renamed:
+                raise UserError(
+                    f"{directory}: {renamed[name].key} and {key} are both {name} without their prefixes; "
+                    "store only one of them"
+                )
+            renamed[name] = stored
+        self.tensors = renamed
 
     def _read_header(self, path: Path) -> None:
         file = self._open(path)
@@ -95,7 +145,7 @@ class StoredWeights:
         if dtype not in _DTYPES.values():
             raise UserError(f"{path}: {name} is stored as {stored_as}; quantized weights cannot be read")
         assert dtype is not None
-        self.tensors[name] = StoredTensor(path, shape, dtype)
+        self.tensors[name] = StoredTensor(path, name, shape, dtype)
 
     def _open(self, path: Path) -> Any:
         if path != self._path:
@@ -215,8 +265,15 @@ def check_tensor_shapes(
 
     Raises:
         UserError: A tensor is missing, unexpected or of the wrong shape. The message lists the tensors of
-            each kind.
+            each kind. If names carry the prefix of a wrapper, the message names the prefix instead.
     """
+    if wrapped := [name for name in found if _without_wrappers(name) != name]:
+        parts = sorted({part for name in wrapped for part in name.split(".") if part in _WRAPPERS})
+        prefixes = " and ".join(f"{part}. (of {_WRAPPERS[part]})" for part in parts)
+        raise UserError(
+            f"{where} {len(wrapped)} of {len(found)} names of tensors carry the prefix {prefixes}, such as "
+            f"{wrapped[0]}; strip_prefix=auto takes it off (model.strip_prefix=auto in training)"
+        )
     problems = {
         "missing": sorted(expected.keys() - found.keys()),
         "unexpected": sorted(found.keys() - expected.keys()),
@@ -229,6 +286,11 @@ def check_tensor_shapes(
     if any(problems.values()):
         lines = [f"tensors {kind}: {first_few(names)}" for kind, names in problems.items() if names]
         raise UserError("\n  ".join([where, *lines]))
+
+
+def _without_wrappers(name: str) -> str:
+    """The name that a tensor has in the module that wrappers hold."""
+    return ".".join(part for part in name.split(".") if part not in _WRAPPERS)
 
 
 def first_few(names: list[str]) -> str:

@@ -120,6 +120,39 @@ def test_tokens_come_as_they_are_decided() -> None:
     assert [token.tolist() for token in stream] == [[4, 9], [5, 1], [6, 1]]
 
 
+@pytest.mark.parametrize(
+    ("prompts", "limit", "new", "first"),
+    [
+        ([[2]], 4, 4, None),  # 2 3 4 5: the last one that is fed is at position 3
+        ([[2]], 4, 5, 4),  # after four new tokens, five are fed
+        ([[2, 3, 4, 5, 6]], 4, 3, 0),  # the prompt alone is longer
+        ([[2, 3, 4, 5]], 4, 3, 1),
+        ([[1, 1, 2, 3], [1, 1, 1, 4]], 4, 5, 3),  # padding takes no position
+    ],
+)
+def test_one_warning_where_the_text_is_longer_than_the_model(
+    prompts: list[list[int]], limit: int, new: int, first: int | None, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = Counter()
+    model.config.max_position_embeddings = limit
+    stream = stream_tokens(model, torch.tensor(prompts), new, eos_token_id=[])
+    warned = [len(caplog.messages) for _ in stream]
+    assert warned == [int(first is not None and step >= first) for step in range(new)]
+    if first is not None:
+        assert f"longer than the model's max_position_embeddings={limit}" in caplog.text
+
+
+def test_logits_that_are_not_finite_are_named_by_row_and_token() -> None:
+    model = Counter()
+    with torch.no_grad():
+        # A token's hidden state is sqrt(40) at its own place, and 0 elsewhere: token 4's product overflows.
+        model.lm_head.weight[13, 4] = 3e38
+    stream = stream_tokens(model, torch.tensor([[2, 2], [6, 3]]), 3)
+    assert next(stream).tolist() == [3, 4]
+    with pytest.raises(UserError, match=r"after 3 tokens, logits\[1, 13\] is inf \(row, token\)"):
+        next(stream)
+
+
 def test_do_sample_as_in_transformers() -> None:
     ids = torch.tensor([[2]])
     greedy = generate(Counter(), ids, 5)

@@ -1,5 +1,6 @@
 """Outputs, losses and every gradient against Transformers 5 in float32, over random small configs."""
 
+import inspect
 from typing import Any
 
 import pytest
@@ -13,6 +14,9 @@ from olmoe_train.model.norm import OlmoeRMSNorm
 from tests.support.pair import ROPES, TINY, make_batch, make_pair, random_config
 
 LOGITS, LOSS, GRADIENT = 2e-4, 1e-5, 1e-4  # max abs, relative, relative to the gradient's norm
+# Transformers renamed past_key_values to cache in 5.24, and removes the old name in 5.40.
+CACHE_NAMES = ("past_key_values", "cache")
+THEIR_CACHE = CACHE_NAMES["cache" in inspect.signature(transformers.OlmoeForCausalLM.forward).parameters]
 
 NAMED: dict[str, dict[str, Any]] = {
     "plain": {},
@@ -137,9 +141,10 @@ def test_exactly_one_of_input_ids_and_inputs_embeds(model_class: Any) -> None:
             model(**arguments)
 
 
+@pytest.mark.parametrize("our_cache", CACHE_NAMES)
 @pytest.mark.parametrize("name", ["plain", "grouped_query", "rope_dynamic", "rope_longrope"])
 @pytest.mark.parametrize("padding", ["none", "left"])
-def test_cache_in_pieces(name: str, padding: str) -> None:
+def test_cache_in_pieces(name: str, padding: str, our_cache: str) -> None:
     """Prefill, several tokens, then one at a time: the same logits, keys and values as Transformers."""
     ours, theirs = make_pair(CONFIGS[name])
     batch = make_batch(2, padding)
@@ -148,9 +153,9 @@ def test_cache_in_pieces(name: str, padding: str) -> None:
     mine = other = None
     for start, end in [(0, 5), (5, 8), (8, 9), (9, 10), (10, 11)]:
         seen = {} if mask is None else {"attention_mask": mask[:, :end]}
-        got = ours(ids[:, start:end], past_key_values=mine, use_cache=True, **seen)
-        expected = theirs(ids[:, start:end], past_key_values=other, use_cache=True, **seen)
-        mine, other = got.past_key_values, expected.past_key_values
+        got = ours(ids[:, start:end], use_cache=True, **{our_cache: mine}, **seen)
+        expected = theirs(ids[:, start:end], use_cache=True, **{THEIR_CACHE: other}, **seen)
+        mine, other = got[our_cache], expected[THEIR_CACHE]
         assert (got.logits - expected.logits)[real[:, start:end]].abs().max() <= LOGITS
         assert mine.get_seq_length() == other.get_seq_length() == end
     for layer in range(TINY["num_hidden_layers"]):
@@ -174,9 +179,24 @@ def test_cache_position() -> None:
 
 def test_use_cache_off_and_on() -> None:
     ours, theirs = make_pair(TINY)
-    for model in (ours, theirs):
-        assert model(batch_of()).past_key_values is not None
-        assert model(batch_of(), use_cache=False).past_key_values is None
+    for model, names in ((ours, CACHE_NAMES), (theirs, (THEIR_CACHE,)), (ours.model, CACHE_NAMES)):
+        for name in names:
+            assert getattr(model(batch_of()), name) is not None
+            assert getattr(model(batch_of(), use_cache=False), name) is None
+
+
+def test_both_names_of_the_cache_are_one_and_the_same() -> None:
+    ours, _ = make_pair(TINY)
+    for model in (ours, ours.model):
+        output = model(batch_of())
+        assert output.cache is output.past_key_values
+        assert output["cache"] is output["past_key_values"]
+        assert sum(item is output.cache for item in output.to_tuple()) == 1
+        again = model(batch_of(), cache=output.cache)
+        assert again.cache is output.cache
+        assert again.cache.get_seq_length() == 2 * batch_of().shape[1]
+        with pytest.raises(ValueError, match="past_key_values or cache, not both"):
+            model(batch_of(), past_key_values=output.cache, cache=output.cache)
 
 
 def test_return_dict_false() -> None:
@@ -209,7 +229,7 @@ def test_config_turns_outputs_on() -> None:
         output = model(batch_of(), labels=batch_of())
         assert output.aux_loss is not None
         assert output.hidden_states is not None
-        assert output.past_key_values is None
+        assert getattr(output, THEIR_CACHE) is None
     for model in make_pair({**TINY, "output_attentions": True}, attention="eager"):
         assert model(batch_of()).attentions is not None
     ours, _ = make_pair({**TINY, "return_dict": False})  # Transformers 5.23 fails on its own tuple here

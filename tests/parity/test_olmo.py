@@ -252,6 +252,29 @@ def test_other_models_of_olmo_are_refused(tmp_path: Path, changes: dict[str, Any
         open_stored_model(write_olmo(tmp_path / "olmo", **changes))
 
 
+@pytest.mark.parametrize("encoded", [False, True], ids=["plain", "encoded"])
+def test_prefixes_of_wrappers_are_named_and_taken_off(tmp_path: Path, encoded: bool) -> None:
+    source = write_olmo(tmp_path / "olmo")
+    expected = open_stored_model(source).read("model.layers.1.mlp.experts.down_proj").clone()
+    tensors = {f"module.{name}": tensor for name, tensor in olmo_tensors().items()}
+    tensors = {olmo_key(name) if encoded else name: tensor for name, tensor in tensors.items()}
+    save_file(tensors, source / "model.safetensors")
+    with pytest.raises(UserError, match=r"carry the prefix module\. .* module\.transformer\."):
+        open_stored_model(source)
+    stored = open_stored_model(source, strip_prefix=True)
+    assert torch.equal(stored.read("model.layers.1.mlp.experts.down_proj"), expected)
+
+
+def test_a_weight_that_is_not_finite_is_named_as_in_olmo(tmp_path: Path) -> None:
+    source = write_olmo(tmp_path / "olmo", "plain")
+    tensors = load_file(source / "model.safetensors")
+    tensors["transformer.blocks.1.ffn.experts.mlp.v1"][30, 7] = math.nan
+    save_file(tensors, source / "model.safetensors")
+    with pytest.raises(UserError, match=r"transformer\.blocks\.1\.ffn\.experts\.mlp\.v1\[30, 7\] is nan"):
+        export(ExportConfig(str(source), out=str(tmp_path / "hf")))
+    assert not (tmp_path / "hf").exists()
+
+
 @pytest.mark.parametrize(
     "changes",
     [

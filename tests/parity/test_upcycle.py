@@ -1,6 +1,7 @@
 """`olmoe upcycle` against Transformers: what the dense model computes, its OLMoE computes."""
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from olmoe_train.checkpoint.convert.olmo_dense import olmo_model, open_dense_olm
 from olmoe_train.checkpoint.convert.streamed_forward import streamed_logits
 from olmoe_train.checkpoint.convert.upcycle import tokens_to_compare
 from olmoe_train.cli.upcycle import main as upcycle
-from olmoe_train.config.choices import Precision
+from olmoe_train.config.choices import Precision, StripPrefix
 from olmoe_train.config.verbs import UpcycleConfig
 from olmoe_train.model import OlmoeConfig, OlmoeForCausalLM
 from olmoe_train.utils.errors import UserError
@@ -154,6 +155,34 @@ def test_what_older_files_have_besides(tmp_path: Path) -> None:
     assert_same_logits(streamed_logits(olmo_model(source.config), source.read, IDS), theirs(IDS).logits)
     with pytest.raises(UserError, match=r"lm_head\.weight differs from the embedding"):
         open_dense_olmo(tmp_path / "other")
+
+
+def test_an_olmo_from_other_hands(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Prefixes of wrappers, a weight that is not finite, quantization, and a dtype that is not the files'."""
+    theirs = make_olmo(tmp_path / "olmo")
+    files = tmp_path / "files"
+    theirs.config.save_pretrained(files)
+    tensors = {f"module.{name}": tensor.contiguous() for name, tensor in theirs.state_dict().items()}
+    save_file(tensors, files / "model.safetensors")
+    with pytest.raises(UserError, match=r"names of tensors carry the prefix module\."):
+        upcycle(UpcycleConfig(str(files), str(tmp_path / "moe"), 8, 2))
+    options = {"num_experts": 4, "num_experts_per_tok": 2, "strip_prefix": StripPrefix.auto}
+    found = run(files, tmp_path / "moe", **options)
+    expected = run(tmp_path / "olmo", tmp_path / "same", num_experts=4, num_experts_per_tok=2)
+    assert torch.equal(found(IDS).logits, expected(IDS).logits)
+    assert caplog.messages == []
+
+    config = json.loads((files / "config.json").read_text())
+    (files / "config.json").write_text(json.dumps(config | {"dtype": "float16"}))
+    open_dense_olmo(files, strip_prefix=True)
+    assert "says float16, and the weights are stored in float32" in caplog.messages[0]
+    tensors["module.model.layers.1.mlp.down_proj.weight"][31, 23] = -math.inf
+    save_file(tensors, files / "model.safetensors")
+    with pytest.raises(UserError, match=r"model\.layers\.1\.mlp\.down_proj\.weight\[31, 23\] is -inf"):
+        run(files, tmp_path / "broken", **options)
+    (files / "config.json").write_text(json.dumps(config | {"quantization_config": {"quant_method": "fp8"}}))
+    with pytest.raises(UserError, match=r"has quantization_config \(quant_method fp8\)"):
+        run(files, tmp_path / "broken", **options)
 
 
 def test_q_norm_and_k_norm_have_the_usual_size_and_it_is_said(

@@ -30,7 +30,7 @@ from omegaconf import OmegaConf
 from torch import Tensor
 
 from olmoe_train.model.configuration import OlmoeConfig
-from olmoe_train.model.hf.directory import parameter_shapes
+from olmoe_train.model.hf.directory import dtype_to_use, parameter_shapes
 from olmoe_train.model.hf.special_tokens import copy_tokenizer
 from olmoe_train.model.transformer import OlmoeForCausalLM
 from olmoe_train.utils.errors import UserError
@@ -201,28 +201,30 @@ def _model_section(path: Path) -> dict[str, Any]:
 # --- tensors ----------------------------------------------------------------------------------------------
 
 
-def open_olmo(directory: Path, trust_pickle: bool = False) -> tuple[OlmoeConfig, Callable[[str], Tensor]]:
+def open_olmo(
+    directory: Path, trust_pickle: bool = False, strip_prefix: bool = False
+) -> tuple[OlmoeConfig, Callable[[str], Tensor]]:
     """Open an OLMo checkpoint. Only file headers are read.
 
     Args:
         directory: Holds config.yaml and the weights.
         trust_pickle: Accept weights in model.pt, a pickle, through torch.load(weights_only=True).
+        strip_prefix: Take the prefixes of wrappers (`_orig_mod.`, `module.`) off the names of the tensors.
 
     Returns:
         The configuration, with the dtype of the weights; and a function that reads one whole parameter by
-        its in-memory name.
+        its in-memory name. The function raises a UserError if a value is not finite.
 
     Raises:
         UserError: As `read_olmo_config`, or the weights are a pickle and `trust_pickle` is false, or a tensor
             is missing, unexpected or of the wrong shape; the message names every such tensor.
     """
     config = read_olmo_config(directory)
-    stored = StoredWeights(directory, trust_pickle, PICKLE)
-    keys = {_decode(key): key for key in stored.tensors}
-    found = {name: stored.tensors[key].shape for name, key in keys.items()}
+    stored = StoredWeights(directory, trust_pickle, strip_prefix, PICKLE, _decode)
+    found = {name: tensor.shape for name, tensor in stored.tensors.items()}
     check_tensor_shapes(f"{directory} does not fit its config.yaml:", olmo_shapes(config), found)
-    config.dtype = next(iter(stored.tensors.values())).dtype
-    return config, lambda name: _from_olmo(config, name, lambda theirs: stored.read(keys[theirs]))
+    config.dtype = dtype_to_use(None, (tensor.dtype for tensor in stored.tensors.values()), directory)
+    return config, lambda name: _from_olmo(config, name, stored.read_finite)
 
 
 def olmo_shapes(config: OlmoeConfig) -> dict[str, tuple[int, ...]]:

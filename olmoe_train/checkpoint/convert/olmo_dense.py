@@ -26,7 +26,13 @@ from torch import Tensor, nn
 
 from olmoe_train.checkpoint.convert.stored_model import StoredModel
 from olmoe_train.model import OlmoeConfig, OlmoeForCausalLM
-from olmoe_train.model.hf.directory import check_tied_head, ignored_tensors, parameter_shapes
+from olmoe_train.model.hf.directory import (
+    check_tied_head,
+    dtype_to_use,
+    ignored_tensors,
+    parameter_shapes,
+    refuse_quantized,
+)
 from olmoe_train.model.hf.special_tokens import read_generation_config
 from olmoe_train.utils.errors import UserError
 from olmoe_train.utils.files import read_json_object
@@ -36,20 +42,21 @@ EPS = 1e-5
 """eps of OLMo's LayerNorms, a constant of its code: config.json has no field for it."""
 
 
-def open_dense_olmo(directory: Path, trust_pickle: bool = False) -> StoredModel:
+def open_dense_olmo(directory: Path, trust_pickle: bool = False, strip_prefix: bool = False) -> StoredModel:
     """Open a dense OLMo as an OLMoE with one expert. Only file headers are read.
 
     Args:
         directory: Holds config.json and the weights.
         trust_pickle: Accept weights in a pickle, through torch.load(weights_only=True).
+        strip_prefix: Take the prefixes of wrappers (`_orig_mod.`, `module.`) off the names of the tensors.
 
     Returns:
         The stored model. `read` returns the weights as stored; the parameters that OLMo does not have are 1
         for norms and 0 for the router.
 
     Raises:
-        UserError: A file cannot be read, or a tensor is missing, unexpected or of the wrong shape; the
-            message names every such tensor.
+        UserError: A file cannot be read, the weights are quantized, or a tensor is missing, unexpected or of
+            the wrong shape; the message names every such tensor.
     """
     path = directory / "config.json"
     values = read_json_object(path)
@@ -59,17 +66,20 @@ def open_dense_olmo(directory: Path, trust_pickle: bool = False) -> StoredModel:
         config = OlmoeConfig.from_dict(values, num_experts=1, num_experts_per_tok=1, rms_norm_eps=EPS)
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
-    stored = StoredWeights(directory, trust_pickle)
+    refuse_quantized(config, directory)
+    stored = StoredWeights(directory, trust_pickle, strip_prefix)
     shapes = {name: tuple(shape) for name, shape in parameter_shapes(OlmoeForCausalLM, config).items()}
     expected = {part: shape for name in shapes for part, shape in _stored_parts(name, shapes[name]).items()}
     ignored = ignored_tensors(config, stored.tensors)
-    found = {name: tensor.shape for name, tensor in stored.tensors.items() if name not in ignored}
+    tensors = {name: tensor for name, tensor in stored.tensors.items() if name not in ignored}
+    found = {name: tensor.shape for name, tensor in tensors.items()}
     check_tensor_shapes(f"{directory} does not fit its config.json:", expected, found)
     check_tied_head(config, stored, directory)
-    dtype = config.dtype = config.dtype or next(iter(stored.tensors.values())).dtype
+    dtypes = (tensor.dtype for tensor in tensors.values())
+    dtype = config.dtype = dtype_to_use(config.dtype, dtypes, directory)
 
     def read(name: str) -> Tensor:
-        parts = [stored.read(part) for part in _stored_parts(name, shapes[name])]
+        parts = [stored.read_finite(part) for part in _stored_parts(name, shapes[name])]
         if not parts:
             return (torch.ones if name.endswith("norm.weight") else torch.zeros)(shapes[name], dtype=dtype)
         return torch.cat(parts)[None] if ".experts." in name else parts[0]

@@ -38,9 +38,10 @@ class StoredModel:
     name: str
     """What to call the model in messages."""
     config: OlmoeConfig
-    """The architecture; `dtype` is that of the stored weights."""
+    """The architecture; `dtype` is the one that the model is loaded and exported in."""
     read: Callable[[str], Tensor]
-    """Returns one whole parameter by its in-memory name, on the CPU, in its stored dtype."""
+    """Returns one whole parameter by its in-memory name, on the CPU, in its stored dtype. It raises a
+    UserError if a value is not finite; a run saves no such values."""
     tokenizer: Path
     """Directory of the tokenizer files. It may have none."""
     generation: dict[str, Any] | None = None
@@ -49,27 +50,31 @@ class StoredModel:
     """The training checkpoint that the weights are in. None: the model is not from a run directory."""
 
 
-def open_stored_model(source: str | Path, step: str = "latest", trust_pickle: bool = False) -> StoredModel:
+def open_stored_model(
+    source: str | Path, step: str = "latest", trust_pickle: bool = False, strip_prefix: bool = False
+) -> StoredModel:
     """Open the model that `source=` names.
 
     Args:
         source: A Hugging Face directory, an OLMo checkpoint, or a run directory.
         step: Which checkpoint of a run directory: a step number, or "latest". All its files are verified.
         trust_pickle: Accept weights in a pickle, through torch.load(weights_only=True).
+        strip_prefix: Take the prefixes of wrappers (`_orig_mod.`, `module.`) off the names of the tensors. A
+            run's checkpoints never have such prefixes.
 
     Raises:
-        UserError: `source` is not such a directory, has no complete checkpoint of this step, is damaged, or
-            has its weights in a pickle and `trust_pickle` is false.
+        UserError: `source` is not such a directory, has no complete checkpoint of this step, is damaged or
+            quantized, or has its weights in a pickle and `trust_pickle` is false.
     """
     directory = Path(source).expanduser()
     is_hf = (directory / "config.json").is_file()
     if (is_hf or is_olmo_directory(directory)) and step != "latest":
         raise UserError(f"step={step}: source={directory} is not a run directory and has no steps; omit step")
     if is_hf:
-        config, read = open_pretrained(OlmoeForCausalLM, directory, trust_pickle)
+        config, read = open_pretrained(OlmoeForCausalLM, directory, trust_pickle, strip_prefix)
         return StoredModel(str(directory), config, read, directory, read_generation_config(directory))
     if is_olmo_directory(directory):
-        config, read = open_olmo(directory, trust_pickle)
+        config, read = open_olmo(directory, trust_pickle, strip_prefix)
         return StoredModel(str(directory), config, read, directory)
     config = run_config(directory)
     config.dtype = torch.float32  # training stores fp32 master weights, whatever trainer.precision is
@@ -85,28 +90,30 @@ def open_stored_model(source: str | Path, step: str = "latest", trust_pickle: bo
 
 
 def load_stored_model(
-    source: str, device: torch.device, trust_pickle: bool = False
+    source: str, device: torch.device, trust_pickle: bool = False, strip_prefix: bool = False
 ) -> tuple[OlmoeForCausalLM, Path]:
     """Load the model that `source=` names onto a device.
 
     Args:
         source: As for `open_stored_model`; the newest checkpoint of a run directory is taken.
         device: Where the parameters go.
-        trust_pickle: As for `open_stored_model`.
+        trust_pickle, strip_prefix: As for `open_stored_model`.
 
     Returns:
-        The model in eval mode, in the dtype it is stored in; and the directory of its tokenizer files.
+        The model in eval mode, in the dtype of the stored model; and the directory of its tokenizer files.
 
     Raises:
-        UserError: As `open_stored_model`.
+        UserError: As `open_stored_model`, or a weight is not finite.
     """
-    stored = open_stored_model(source, trust_pickle=trust_pickle)
+    stored = open_stored_model(source, trust_pickle=trust_pickle, strip_prefix=strip_prefix)
     model = load_model(OlmoeForCausalLM, stored.config, stored.read, device)
     model.generation_config = stored.generation
     return model, stored.tokenizer
 
 
-def load_into(model: OlmoeForCausalLM, source: str | Path, trust_pickle: bool = False) -> None:
+def load_into(
+    model: OlmoeForCausalLM, source: str | Path, trust_pickle: bool = False, strip_prefix: bool = False
+) -> None:
     """Copy the weights of a stored model into a model, in place.
 
     Every rank reads for itself, without communication, and holds one whole parameter in memory at a time.
@@ -114,12 +121,13 @@ def load_into(model: OlmoeForCausalLM, source: str | Path, trust_pickle: bool = 
     Args:
         model: Its parameters may be whole or sharded (DTensor). Values are cast to each parameter's dtype.
         source: As for `open_stored_model`; the newest checkpoint of a run directory is taken.
-        trust_pickle: As for `open_stored_model`.
+        trust_pickle, strip_prefix: As for `open_stored_model`.
 
     Raises:
-        UserError: As `open_stored_model`, or the architectures differ; the message names every such field.
+        UserError: As `open_stored_model`, a weight is not finite, or the architectures differ; the message
+            names every such field.
     """
-    stored = open_stored_model(source, trust_pickle=trust_pickle)
+    stored = open_stored_model(source, trust_pickle=trust_pickle, strip_prefix=strip_prefix)
     check_same_architecture(model.config, stored.config, stored.name)
     with torch.no_grad():
         for name, parameter in model.named_parameters():

@@ -23,6 +23,7 @@ from olmoe_train.checkpoint.convert.olmo_dense import (
 from olmoe_train.checkpoint.convert.stored_model import StoredModel, open_stored_model
 from olmoe_train.checkpoint.convert.streamed_forward import streamed_logits
 from olmoe_train.checkpoint.convert.upcycled_weights import Reinitialization, upcycled_reader
+from olmoe_train.config.choices import StripPrefix
 from olmoe_train.config.model import ModelConfig
 from olmoe_train.config.verbs import UpcycleConfig
 from olmoe_train.data.tokens import open_split, read_manifest
@@ -50,6 +51,7 @@ def open_dense(cfg: UpcycleConfig) -> tuple[StoredModel, bool]:
         UserError: The model cannot be upcycled; the message says why.
     """
     directory = Path(cfg.source).expanduser()
+    strip_prefix = cfg.strip_prefix is StripPrefix.auto
     path = directory / "config.json"
     kind = read_json_object(path).get("model_type", "olmoe") if path.is_file() else "olmoe"
     if kind == "olmo":
@@ -57,7 +59,7 @@ def open_dense(cfg: UpcycleConfig) -> tuple[StoredModel, bool]:
             raise UserError(
                 f"step={cfg.step}: source={directory} is not a run directory and has no steps; omit step"
             )
-        return open_dense_olmo(directory, cfg.trust_pickle), True
+        return open_dense_olmo(directory, cfg.trust_pickle, strip_prefix), True
     if kind in ("olmo2", "olmo3"):
         raise UserError(
             f"source={directory}: model_type {kind!r} cannot be upcycled to an OLMoE. Its layers add "
@@ -69,7 +71,7 @@ def open_dense(cfg: UpcycleConfig) -> tuple[StoredModel, bool]:
             f"source={directory}: model_type is {kind!r}; what can be upcycled is olmo (OLMo 1 in the format "
             "of Transformers) and olmoe with one expert (model=olmo_dense_*)"
         )
-    dense = open_stored_model(directory, cfg.step, cfg.trust_pickle)
+    dense = open_stored_model(directory, cfg.step, cfg.trust_pickle, strip_prefix)
     if dense.config.num_experts != 1:
         raise UserError(
             f"source={directory} is not a dense model: it has {dense.config.num_experts} experts per layer"

@@ -11,6 +11,7 @@ Shapes: E experts, F expert width, D hidden size.
 """
 
 import functools
+import logging
 from collections.abc import Callable, Iterable
 from dataclasses import fields
 from pathlib import Path
@@ -30,6 +31,8 @@ from olmoe_train.model.hf.special_tokens import (
 from olmoe_train.utils.errors import UserError
 from olmoe_train.utils.files import atomic_directory, write_json
 from olmoe_train.utils.tensor_files import INDEX, WEIGHTS, StoredWeights, byte_count, check_tensor_shapes
+
+log = logging.getLogger(__name__)
 
 # Fields that may differ between a stored model and the model that its weights are loaded into. None of them
 # changes what the weights compute for given tokens, except attention_dropout, which each training run sets.
@@ -214,7 +217,10 @@ def _as_written(config: OlmoeConfig, dtype: torch.dtype, model_class: type[nn.Mo
 
 
 def open_pretrained(
-    model_class: type[nn.Module], directory: str | Path, trust_pickle: bool = False
+    model_class: type[nn.Module],
+    directory: str | Path,
+    trust_pickle: bool = False,
+    strip_prefix: bool = False,
 ) -> tuple[OlmoeConfig, Callable[[str], Tensor]]:
     """Open a Hugging Face directory. Only file headers are read.
 
@@ -222,23 +228,65 @@ def open_pretrained(
         model_class: OlmoeForCausalLM or OlmoeModel; the directory may hold either.
         directory: Holds config.json and the weights.
         trust_pickle: Accept weights in pytorch_model.bin, through torch.load(weights_only=True).
+        strip_prefix: Take the prefixes of wrappers (`_orig_mod.`, `module.`) off the names of the tensors.
 
     Returns:
-        The configuration, with the dtype of the weights; and a function that returns one whole parameter by
-        its in-memory name, on the CPU, in its stored dtype.
+        The configuration, with a dtype; and a function that returns one whole parameter by its in-memory
+        name, on the CPU, in its stored dtype. The function raises a UserError if a value is not finite.
 
     Raises:
-        UserError: A file is missing, damaged or unsafe, or the tensors do not fit the configuration; the
-            message names every tensor that does not fit.
+        UserError: A file is missing, damaged or unsafe, the weights are quantized, or the tensors do not fit
+            the configuration; the message names every tensor that does not fit.
     """
     directory = Path(directory)
     config = OlmoeConfig.from_pretrained(directory)
-    stored = StoredWeights(directory, trust_pickle)
-    if config.dtype is None:
-        config.dtype = next(iter(stored.tensors.values())).dtype
+    refuse_quantized(config, directory)
+    stored = StoredWeights(directory, trust_pickle, strip_prefix)
+    ignored = ignored_tensors(config, stored.tensors)
+    dtypes = (tensor.dtype for name, tensor in stored.tensors.items() if name not in ignored)
+    config.dtype = dtype_to_use(config.dtype, dtypes, directory)
     with torch.device("meta"):
         model = model_class(config)
     return config, _reader(model, config, stored, directory)
+
+
+def refuse_quantized(config: OlmoeConfig, directory: Path) -> None:
+    """Raise a UserError if config.json says that the weights are quantized."""
+    for key in ("quantization_config", "compression_config"):  # the second: older compressed-tensors
+        if quantization := config.extra.get(key):
+            method = quantization.get("quant_method") if isinstance(quantization, dict) else None
+            raise UserError(
+                f"{directory}/config.json has {key} (quant_method {method}), and quantized weights cannot be "
+                "read: give the unquantized model (in Transformers: model.dequantize(), then "
+                f"save_pretrained). If the weights in the files are not quantized, delete {key} from "
+                "config.json"
+            )
+
+
+def dtype_to_use(said: torch.dtype | None, stored: Iterable[torch.dtype], directory: Path) -> torch.dtype:
+    """The dtype that stored weights are converted to. If it is not that of all of them, a warning says so.
+
+    Args:
+        said: The dtype in the configuration. None: that of the first weight is used, as in Transformers.
+        stored: The dtypes of the weights in the files, in the order of the weights.
+        directory: Where they are stored.
+    """
+    found = list(dict.fromkeys(stored))
+    used = said or found[0]
+    if found != [used]:
+        log.warning(
+            "warning: %s: the configuration %s, and the weights are stored in %s. They are converted to %s "
+            "unless another type is asked for (precision=, dtype=). Training starts from the stored values",
+            directory,
+            "names no dtype" if said is None else f"says {_name(said)}",
+            " and ".join(map(_name, found)),
+            _name(used),
+        )
+    return used
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def _reader(
@@ -252,7 +300,7 @@ def _reader(
         dtypes = (stored.tensors[stored_name].dtype for stored_name in plan[name])
         whole = torch.empty(shapes[name], dtype=functools.reduce(torch.promote_types, dtypes))
         for stored_name, index in plan[name].items():
-            whole[index] = stored.read(stored_name)
+            whole[index] = stored.read_finite(stored_name)
         return whole
 
     return read

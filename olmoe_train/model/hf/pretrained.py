@@ -37,6 +37,7 @@ class OlmoePreTrainedModel(nn.Module):
         dtype: torch.dtype | None = None,
         device: torch.device | str = "cpu",
         trust_pickle: bool = False,
+        strip_prefix: bool = False,
     ) -> Self:
         """Load a Hugging Face directory.
 
@@ -46,14 +47,17 @@ class OlmoePreTrainedModel(nn.Module):
             dtype: Data type of the parameters. None: as stored.
             device: Where the parameters go.
             trust_pickle: Accept weights in pytorch_model.bin, through torch.load(weights_only=True).
+            strip_prefix: Take the prefixes of wrappers (`_orig_mod.`, `module.`) off the names of the
+                tensors.
 
         Returns:
             The model in eval mode.
 
         Raises:
-            UserError: A file is missing, damaged, or does not fit the configuration.
+            UserError: A file is missing, damaged, or does not fit the configuration; the weights are
+                quantized or not finite.
         """
-        config, read = open_pretrained(cls, directory, trust_pickle)
+        config, read = open_pretrained(cls, directory, trust_pickle, strip_prefix)
         config.dtype = dtype or config.dtype
         model = load_model(cls, config, read, device)
         model.generation_config = read_generation_config(Path(directory))

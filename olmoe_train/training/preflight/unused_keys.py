@@ -3,6 +3,7 @@
 from olmoe_train.config.balancing import AuxiliaryLossConfig
 from olmoe_train.config.choices import BalanceScope, Strategy
 from olmoe_train.config.data import OlmoFilesConfig, SourceConfig
+from olmoe_train.config.model import ModelConfig
 from olmoe_train.config.train import ParallelConfig, TrainConfig
 from olmoe_train.data.tokens import Manifest
 
@@ -46,8 +47,12 @@ def keys_without_effect(cfg: TrainConfig, manifests: dict[str, Manifest]) -> lis
             for name in ("zero_stage", "offload", "deepspeed_config")
             if getattr(cfg.parallel, name) != getattr(ParallelConfig(), name)
         ]
-    if cfg.model.trust_pickle and cfg.model.init_from is None:
-        warnings.append("model.trust_pickle has no effect: model.init_from is null")
+    if cfg.model.init_from is None:
+        warnings += [
+            f"model.{name} has no effect: model.init_from is null"
+            for name in ("trust_pickle", "strip_prefix")
+            if getattr(cfg.model, name) != getattr(ModelConfig(), name)
+        ]
     if cfg.optimizer.max_grad_norm == 0:
         warnings.append("optimizer.max_grad_norm=0: gradients are not clipped")
     return warnings
