@@ -178,7 +178,7 @@ def _rows(config: OlmoeConfig, batch: MicroBatch) -> tuple[int, int]:
 
 def _layer_saved(config: OlmoeConfig, batch: MicroBatch) -> int:
     """Bytes that one decoder layer keeps without recomputation, from the autograd graph of model/. A test
-    (test_plan.py) compares them with the tensors of a real model.
+    (test_memory.py) compares them with the tensors of a real model.
 
     Per token:
     - four norms, over D, H, G and D elements: the fp32 input (4 bytes per element), the normalized value (b
