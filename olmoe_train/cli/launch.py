@@ -7,12 +7,10 @@ arguments are those of torchrun:
     python -m olmoe_train.cli.launch --standalone --nproc-per-node 2 -m olmoe_train.train run_dir=RUN ...
 """
 
-import json
 import logging
 import os
 import signal
 import sys
-from pathlib import Path
 
 from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
@@ -25,6 +23,7 @@ from torch.distributed.elastic.rendezvous.api import (
 from torch.distributed.run import main as torchrun
 from torch.distributed.run import parse_args
 
+from olmoe_train.cli.run_status import run_status
 from olmoe_train.utils.exit_codes import BAD_INPUT, FAILED, STOPPED_BY_SIGNAL
 
 SIGNALS = "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"
@@ -63,7 +62,9 @@ def main(arguments: list[str]) -> int:
         except SignalException as error:
             # torchrun passed the signal on and waited for the workers, but does not report how they ended.
             # The run directory records it.
-            return STOPPED_BY_SIGNAL if stopped_and_saved(arguments) else 128 + error.sigval
+            return (
+                STOPPED_BY_SIGNAL if stopped_and_saved(options.training_script_args) else 128 + error.sigval
+            )
         except RendezvousError as error:
             _say(f"error: {_no_rendezvous(error)} (--rdzv-endpoint={options.rdzv_endpoint})")
             if not isinstance(error, RendezvousConnectionError) or not restarts_left:
@@ -109,17 +110,14 @@ def _say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
-def stopped_and_saved(arguments: list[str]) -> bool:
-    """Whether the status.json of the run directory says that a signal stopped the run after it saved.
+def stopped_and_saved(overrides: list[str]) -> bool:
+    """Whether the run directory says that a signal stopped the run after it saved.
 
     Args:
-        arguments: torchrun's arguments, among which the last run_dir=DIR names the run directory.
+        overrides: Arguments of the training.
     """
-    run_dirs = [a.removeprefix("run_dir=") for a in arguments if a.startswith("run_dir=")]
-    status = Path(run_dirs[-1]) / "status.json" if run_dirs else None
-    if status is None or not status.is_file():
-        return False
-    return bool(json.loads(status.read_text())["state"] == "stopped")
+    status = run_status(overrides)
+    return status.get("state") == "stopped" and status["reason"] == "signal"
 
 
 if __name__ == "__main__":

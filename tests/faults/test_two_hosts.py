@@ -4,15 +4,13 @@ import os
 import signal
 import subprocess
 import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from olmoe_train.checkpoint.directory import checkpoint_path
 from tests.support.faults import assert_same_end, saved_steps, status
-from tests.support.hosts import Host, reason_to_skip, two_hosts, wait_for_child
+from tests.support.hosts import Host, reason_to_skip, two_hosts, wait_for_child, wait_until
 
 REPO = Path(__file__).parents[2]
 OPTIONS = [
@@ -24,13 +22,6 @@ pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(bool(reason_to_skip()), reason=reason_to_skip()),
 ]
-
-
-def wait_until(condition: Callable[[], bool], seconds: float, what: str) -> None:
-    until = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < until, f"not within {seconds} s: {what}"
-        time.sleep(0.1)
 
 
 class Launcher:
