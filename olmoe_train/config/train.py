@@ -52,6 +52,9 @@ class TrainerConfig:
     timeout: float = 600.0
     """Longest time for one step or one save, in seconds. After that, every rank reports where it is, and the
     run ends."""
+    rendezvous_timeout: float = 600.0
+    """Longest time that ranks wait for each other when the run starts, until all have met, and when it ends,
+    after the last save; in seconds. After that, the run ends."""
     max_skipped_steps: int = 10
     """The run stops if more than this many of the last 128 steps were skipped (for example because the
     gradient was not finite)."""

@@ -9,15 +9,16 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.rendezvous import rendezvous
 from torch.distributed.tensor import DTensor
 
 from olmoe_train.config.choices import Device, Strategy
-from olmoe_train.config.train import ParallelConfig
+from olmoe_train.config.train import ParallelConfig, TrainerConfig
+from olmoe_train.distributed.rendezvous import join
 from olmoe_train.utils.errors import UserError
 
 # Time that a collective waits for the slowest rank; long enough for a first step that compiles.
 COLLECTIVE_TIMEOUT = timedelta(minutes=10)
+RENDEZVOUS_TIMEOUT = timedelta(seconds=TrainerConfig.rendezvous_timeout)
 
 
 @dataclass(frozen=True)
@@ -55,20 +56,22 @@ def resolve_device(device: str | Device = Device.auto) -> torch.device:
     return torch.device("cuda" if available and device is not Device.cpu else "cpu")
 
 
-def init_distributed(device: str = "auto", timeout: timedelta = COLLECTIVE_TIMEOUT) -> torch.device:
+def init_distributed(device: str = "auto", timeout: timedelta = RENDEZVOUS_TIMEOUT) -> torch.device:
     """Join the process group of torchrun's environment, or create a group of one rank without torchrun.
 
     CPU tensors always use gloo, and CUDA tensors use NCCL. If a process group exists, the function keeps it.
 
     Args:
         device: "auto" (cuda if torch can use a GPU, else cpu), "cpu" or "cuda".
-        timeout: Time that a collective waits for the slowest rank.
+        timeout: Maximum time until all ranks have met. After it, the process reports which ranks are missing
+            and exits with 1.
 
     Returns:
         The device of this rank; for cuda with the index LOCAL_RANK.
 
     Raises:
-        UserError: There is no GPU for "cuda", or the ranks cannot connect to each other.
+        UserError: There is no GPU for "cuda", or the address of rank 0 cannot be used.
+        ConnectionError: The connection to rank 0 was refused or lost.
     """
     cuda = resolve_device(device).type == "cuda"
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
@@ -77,27 +80,11 @@ def init_distributed(device: str = "auto", timeout: timedelta = COLLECTIVE_TIMEO
     if not dist.is_initialized():
         backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
         if "WORLD_SIZE" in os.environ:
-            _join(backend, timeout)
+            join(backend, timeout, COLLECTIVE_TIMEOUT)
         else:
             store = dist.HashStore()  # type: ignore[attr-defined]
-            dist.init_process_group(backend, store=store, rank=0, world_size=1, timeout=timeout)
+            dist.init_process_group(backend, store=store, rank=0, world_size=1, timeout=COLLECTIVE_TIMEOUT)
     return torch.device("cuda", local_rank) if cuda else torch.device("cpu")
-
-
-def _join(backend: str, timeout: timedelta) -> None:
-    try:
-        store, rank, world_size = next(rendezvous("env://", timeout=timeout))
-        # Workers that torchrun restarts receive the store of the previous workers. Without a new prefix they
-        # would find the previous workers' entries and try to connect to those workers (torch 2.13).
-        restart = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-        store = dist.PrefixStore(f"restart-{restart}", store)  # type: ignore[attr-defined]
-        dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
-    except dist.DistNetworkError as error:
-        address = ", ".join(f"{key}={os.environ.get(key)}" for key in ("MASTER_ADDR", "MASTER_PORT"))
-        raise UserError(
-            f"the ranks cannot meet at {address}: {str(error).splitlines()[0]}\n  "
-            "Choose a port that is not in use (torchrun --standalone takes a free one), or end what uses it."
-        ) from None
 
 
 def build_mesh(parallel: ParallelConfig, device: torch.device) -> Mesh:

@@ -19,7 +19,7 @@ import socket
 import sys
 import time
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -28,6 +28,7 @@ import torch.distributed as dist
 from omegaconf import OmegaConf
 
 from olmoe_train.distributed.collectives import on_any_rank, on_rank_0
+from olmoe_train.distributed.rendezvous import TIMEOUT_KEY, time_limit
 from olmoe_train.run.lock import RunLock
 from olmoe_train.run.signals import Signals
 from olmoe_train.run.watchdog import Watchdog, ended_ranks, ranks_of
@@ -46,11 +47,20 @@ class Run:
     status.json first.
     """
 
-    def __init__(self, run_dir: str, step_timeout_s: float, tokenizer: Path, warnings: list[str]) -> None:
+    def __init__(
+        self,
+        run_dir: str,
+        step_timeout_s: float,
+        rendezvous_timeout_s: float,
+        tokenizer: Path,
+        warnings: list[str],
+    ) -> None:
         """
         Args:
             run_dir: created if missing.
             step_timeout_s: seconds without a heartbeat after which the watchdog ends the process.
+            rendezvous_timeout_s: seconds that this rank waits for the others before the watchdog starts and
+                after it has ended; then the process ends.
             tokenizer: directory of tokenizer files to copy into the run directory, if it exists.
             warnings: logged once the log is open.
         """
@@ -60,18 +70,20 @@ class Run:
         self.saved_step = 0
         """Newest step that is saved; 0: none."""
         self._is_writer = dist.get_rank() == 0
-        self._timeout, self._tokenizer, self._warnings = step_timeout_s, tokenizer, warnings
+        self._timeout, self._rendezvous_timeout = step_timeout_s, rendezvous_timeout_s
+        self._tokenizer, self._warnings = tokenizer, warnings
         self._to_close = ExitStack()
 
     def __enter__(self) -> "Run":
-        on_rank_0(self._make)
         try:
-            self._to_close.callback(close_log)
-            open_log(self.path, logging.INFO if self._is_writer else logging.ERROR)
-            on_rank_0(self._open)
-            for warning in self._warnings:
-                log.warning("warning: %s", warning)
-            self.watchdog = Watchdog(self.path, self._timeout, self._give_up)
+            with self._waiting_for_ranks("start"):
+                on_rank_0(self._make)
+                self._to_close.callback(close_log)
+                open_log(self.path, logging.INFO if self._is_writer else logging.ERROR)
+                on_rank_0(self._open)
+                for warning in self._warnings:
+                    log.warning("warning: %s", warning)
+                self.watchdog = Watchdog(self.path, self._timeout, self._give_up)
             self._to_close.callback(self.watchdog.close)
             self.write_status("running", "started", 0, 0)
             self.signals = Signals(lambda: self._give_up("a second interrupt: left at once"))
@@ -107,20 +119,41 @@ class Run:
 
     def finish(self, last_step: int) -> None:
         """Record in log and status.json how the run ended: `saved_step` of `last_step` steps; collective."""
-        self.watchdog.close()
-        dist.barrier()  # until no watchdog can take a rank that has finished for one that died
-        self.signals.close()
         step = self.saved_step
-        if step >= last_step:
+        done = step >= last_step
+        reason = "signal" if self.stopping else "trainer.stop_at_step"
+        # Before any rank leaves: a launcher reads status.json as soon as the ranks of its node have ended.
+        if done:
             self.write_status("done", "reached the last step", step, last_step)
+        else:
+            self.write_status("stopped", reason, step, last_step)
+        self.watchdog.close()
+        with self._waiting_for_ranks("end"):
+            dist.barrier()  # until no watchdog can take a rank that has finished for one that died
+        self.signals.close()
+        if done:
             log.info("done: step %d of %d; everything is in %s", step, last_step, self.path)
         else:
-            reason = "signal" if self.stopping else "trainer.stop_at_step"
-            self.write_status("stopped", reason, step, last_step)
             again = "run the same command again to continue"
             log.info("stopped at step %d of %d (%s); %s", step, last_step, reason, again)
         if self._lock is not None:
             self._lock.release()
+
+    def _waiting_for_ranks(self, moment: str) -> AbstractContextManager[None]:
+        """End this process if the others do not come; no watchdog does so here. moment: start or end."""
+
+        def expired() -> None:
+            place = f"rank {dist.get_rank()} (host {socket.gethostname()}, process {os.getpid()})"
+            reason = (
+                f"{place} waited {TIMEOUT_KEY}={self._rendezvous_timeout:g} s for the other ranks "
+                f"at the {moment} of the run"
+            )
+            if moment == "start":  # status.json is still the one of an earlier run, or of another
+                log.error("ERROR: %s", reason)
+            else:
+                self._give_up(reason)
+
+        return time_limit(self._rendezvous_timeout, expired)
 
     def write_status(self, state: str, reason: str, step: int, last_step: int) -> None:
         if self._is_writer:

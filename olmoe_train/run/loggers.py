@@ -7,7 +7,9 @@ import json
 import logging
 import math
 import os
+import secrets
 from collections.abc import Callable
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -38,23 +40,26 @@ class MetricsLog:
         self._path = run_dir / "metrics.jsonl"
         self._wandb: Any = None
         if dist.get_rank() == 0:
+            self._piece = WandbPiece()
+            if wandb.mode is not WandbMode.disabled:
+                self._piece = begin_piece(run_dir / "wandb.json", step, last_logged_step(self._path))
             forget_after(self._path, step)
-            self._wandb = start_wandb(wandb, run_dir, config)
+            self._wandb = start_wandb(wandb, run_dir, config, self._piece.id)
 
     def write(self, values: dict[str, Any]) -> None:
         """Append one record. values: `step`, and metrics by name: numbers, None, or lists of numbers.
 
-        wandb gets the numbers only. NaN and infinity are written as null, since JSON has neither.
+        wandb gets the numbers only, and how often the run was resumed. NaN and infinity are written as null,
+        since JSON has neither.
         """
         if dist.get_rank() != 0:
             return
         clean = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
         with self._path.open("a") as file:
             file.write(json.dumps(clean) + "\n")
-        scalars = {
-            k: v for k, v in clean.items() if k != "step" and v is not None and not isinstance(v, list)
-        }
-        self._send(lambda run: run.log(scalars, step=clean["step"]))
+        scalars = {k: v for k, v in clean.items() if v is not None and not isinstance(v, list)}
+        scalars["resumes"] = self._piece.resumes
+        self._send(lambda run: run.log(scalars, step=values["step"] + self._piece.shift))
 
     def close(self) -> None:
         self._send(lambda run: run.finish())
@@ -79,8 +84,45 @@ def forget_after(path: Path, step: int) -> None:
     atomic_write_text(path, "".join(kept))
 
 
-def start_wandb(cfg: WandbConfig, run_dir: Path, config: dict[str, Any]) -> Any:
-    """A wandb run, or None where wandb is disabled or cannot start."""
+@dataclass(frozen=True)
+class WandbPiece:
+    """What one start of a run adds to its wandb run; kept in run_dir/wandb.json."""
+
+    id: str = ""
+    """Id of the wandb run, which all starts in this run directory share."""
+    resumes: int = 0
+    """How many starts came before."""
+    shift: int = 0
+    """wandb's own step is the step of the training plus this number. wandb takes steps in increasing order
+    only, and a start repeats the steps after its checkpoint."""
+
+
+def begin_piece(path: Path, step: int, last_logged: int | None) -> WandbPiece:
+    """The next piece of the wandb run of this run directory.
+
+    Args:
+        path: File that holds the piece of the previous start; replaced.
+        step: Step from which the run continues.
+        last_logged: Last step that the previous starts logged; None: nothing was logged.
+    """
+    if path.is_file():
+        before = WandbPiece(**json.loads(path.read_text()))
+        again = max(0, last_logged - step) + 1 if last_logged is not None else 0
+        piece = WandbPiece(before.id, before.resumes + 1, before.shift + again)
+    else:
+        piece = WandbPiece(os.environ.get("WANDB_RUN_ID") or secrets.token_hex(4))
+    atomic_write_text(path, json.dumps(asdict(piece)) + "\n")
+    return piece
+
+
+def last_logged_step(path: Path) -> int | None:
+    """The highest step in metrics.jsonl, or None if there is none."""
+    lines = path.read_text().splitlines(keepends=True) if path.is_file() else []
+    return max((json.loads(line)["step"] for line in lines if line.endswith("\n")), default=None)
+
+
+def start_wandb(cfg: WandbConfig, run_dir: Path, config: dict[str, Any], run_id: str | None = None) -> Any:
+    """The wandb run with this id, created or continued; None where wandb is disabled or cannot start."""
     if cfg.mode is WandbMode.disabled:
         return None
     try:
@@ -95,8 +137,10 @@ def start_wandb(cfg: WandbConfig, run_dir: Path, config: dict[str, Any]) -> Any:
         )
         mode = "offline"
     try:
-        return wandb.init(
+        run = wandb.init(
             project=cfg.project,
+            id=run_id,
+            resume="allow",
             name=redact_text(cfg.name or run_dir.resolve().name),
             dir=str(run_dir),
             mode=mode,
@@ -111,6 +155,9 @@ def start_wandb(cfg: WandbConfig, run_dir: Path, config: dict[str, Any]) -> Any:
                 x_disable_meta=True,
             ),
         )
+        run.define_metric("step")
+        run.define_metric("*", step_metric="step")  # the axis of all charts; wandb's own step may be shifted
+        return run
     except Exception as error:
         log.warning("warning: wandb could not start (%s); metrics.jsonl has everything", error)
         return None

@@ -56,7 +56,7 @@ def build_run(cfg: TrainConfig) -> Run:
     """
     warnings = validate(cfg, dist.get_world_size())
     tokenizer = mixture_components(cfg.data)[0].directory / "tokenizer"
-    return Run(cfg.run_dir, cfg.trainer.timeout, tokenizer, warnings)
+    return Run(cfg.run_dir, cfg.trainer.timeout, cfg.trainer.rendezvous_timeout, tokenizer, warnings)
 
 
 def build_model(cfg: TrainConfig, mesh: Mesh) -> OlmoeForCausalLM:

@@ -31,6 +31,7 @@ SAFE_TO_CHANGE = (
     "trainer.device",
     "trainer.log_every",
     "trainer.timeout",
+    "trainer.rendezvous_timeout",
     "trainer.max_skipped_steps",
     "trainer.spike_sigmas",
     "trainer.compile",

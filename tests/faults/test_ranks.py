@@ -19,8 +19,10 @@ from torch import Tensor
 
 from olmoe_train.checkpoint.directory import checkpoint_path
 from olmoe_train.distributed.mesh import init_distributed
+from olmoe_train.run.watchdog import Watchdog
 from olmoe_train.training import build
 from olmoe_train.utils.errors import UserError
+from olmoe_train.utils.exit_codes import FAILED
 from tests.support.faults import assert_same_end, at_step, config, run, saved_steps, status
 from tests.support.ranks import RankError, run_ranks
 
@@ -148,6 +150,45 @@ def test_a_port_in_use_is_named() -> None:
         message = run_ranks(1, join_at, port)[0]
     assert f"MASTER_PORT={port}" in message
     assert "in use" in message
+
+
+# --- ranks that do not meet -------------------------------------------------------------------------------
+
+
+def test_ranks_that_do_not_come_are_named() -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    place = {"RANK": "0", "WORLD_SIZE": "3", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    program = "from datetime import timedelta; from olmoe_train.distributed.mesh import init_distributed; "
+    program += "init_distributed('cpu', timedelta(seconds=2))"
+    command = [sys.executable, "-c", program]
+    result = subprocess.run(command, env=os.environ | place, capture_output=True, text=True, timeout=60)
+    last_line = result.stderr.splitlines()[-1]
+    assert result.returncode == FAILED, result.stderr
+    assert re.search(r"^error: rank 0 \(host .*\) waited trainer\.rendezvous_timeout=2 s ", last_line)
+    assert last_line.endswith(" for ranks 1, 2")
+
+
+def freeze_once_the_watchdog_is_closed(rank: int) -> None:
+    original = Watchdog.close
+
+    def closing(watchdog: Watchdog) -> None:
+        original(watchdog)
+        if dist.get_rank() == rank:
+            freeze()
+
+    Watchdog.close = closing
+
+
+def test_a_rank_that_freezes_at_the_very_end(data: Path, tmp_path: Path) -> None:
+    cfg = config(data, tmp_path, trainer={"rendezvous_timeout": TIMEOUT})
+    with pytest.raises(RankError, match="rank 0: died without a word, exit code 1"):
+        run_ranks(2, run, cfg, partial(freeze_once_the_watchdog_is_closed, 1), timeout=60)
+    ended = status(tmp_path)
+    assert ended["state"] == "failed"
+    assert re.search(r"^rank 0 \(.*\) waited trainer\.rendezvous_timeout=3 s .* at the end ", ended["reason"])
+    assert saved_steps(tmp_path)[-1] == 6
 
 
 # --- under torchrun ---------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from olmoe_train.config.train import TrainConfig
 from olmoe_train.config.variants import variant_errors
+from olmoe_train.distributed.rendezvous import launcher_warnings
 from olmoe_train.training.preflight.backend import backend_errors, machine_errors
 from olmoe_train.training.preflight.model_and_data import data_errors, model_errors
 from olmoe_train.training.preflight.parallel import deepspeed_file_errors, parallel_errors
@@ -17,7 +18,7 @@ def validate(cfg: TrainConfig, world_size: int) -> list[str]:
         world_size: Number of ranks.
 
     Returns:
-        Warnings: keys that are set and have no effect in this run.
+        Warnings: keys that are set and have no effect in this run, and a launcher that cannot restart nodes.
 
     Raises:
         UserError: lists everything that is wrong, each with key, value and fix.
@@ -29,7 +30,11 @@ def validate(cfg: TrainConfig, world_size: int) -> list[str]:
         errors = deepspeed_file_errors(cfg, world_size)
     if errors:
         raise configuration_error(errors)
-    return [*keys_without_effect(cfg, manifests), *gathering_without_effect(cfg.parallel, world_size)]
+    return [
+        *keys_without_effect(cfg, manifests),
+        *gathering_without_effect(cfg.parallel, world_size),
+        *launcher_warnings(),
+    ]
 
 
 def configuration_errors(cfg: TrainConfig, world_size: int) -> list[str]:
@@ -85,6 +90,7 @@ def _positive(cfg: TrainConfig) -> dict[str, float]:
         "trainer.micro_batch_size": trainer.micro_batch_size,
         "trainer.log_every": trainer.log_every,
         "trainer.timeout": trainer.timeout,
+        "trainer.rendezvous_timeout": trainer.rendezvous_timeout,
         "trainer.spike_sigmas": trainer.spike_sigmas,
         "logging.dead_expert_steps": cfg.logging.dead_expert_steps,
         "parallel.expert_parallel_size": parallel.expert_parallel_size,

@@ -1,0 +1,73 @@
+"""launch/slurm.sbatch on a SLURM with two nodes."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.support.commands import REPO, command_environment
+from tests.support.faults import metrics, status, write_data
+from tests.support.hosts import reason_to_skip, wait_until
+from tests.support.runs import TINY
+from tests.support.slurm import PROGRAMS, Slurm, slurm_cluster
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(bool(reason_to_skip(*PROGRAMS)), reason=reason_to_skip(*PROGRAMS)),
+]
+STEPS = 300
+
+
+@pytest.fixture(scope="module")
+def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Slurm]:
+    with slurm_cluster(tmp_path_factory.mktemp("slurm")) as cluster:
+        yield cluster
+
+
+def submit(slurm: Slurm, run_dir: Path, data: Path, python_path: str = "") -> str:
+    """Submit a training of a tiny model on two nodes from the repository; returns the number of the job."""
+    changes = TINY | {
+        "model.vocab_size": 64,
+        "data.dir": data,
+        "run_dir": run_dir,
+        "trainer.max_steps": STEPS,
+    }
+    overrides = [f"{key}={value}" for key, value in changes.items()]
+    environment = command_environment()
+    path = f"{python_path}:{environment['PYTHONPATH']}"
+    sbatch = ["sbatch", "--parsable", "--nodes=2", f"--output={run_dir}.log", "launch/slurm.sbatch"]
+    return slurm.run(*sbatch, *overrides, cwd=REPO, **environment | {"PYTHONPATH": path})
+
+
+def test_a_job_that_is_told_to_stop_is_requeued_and_finishes(slurm: Slurm, tmp_path: Path) -> None:
+    data, run_dir = write_data(tmp_path / "data"), tmp_path / "run"
+    job = submit(slurm, run_dir, data)
+    wait_until(lambda: (run_dir / "metrics.jsonl").exists(), 90, "the first step")
+    slurm.run(
+        "scancel", "--signal=TERM", job
+    )  # as before the time limit: to the steps, not to the batch script
+    slurm.wait_for(job, 60, "PENDING")
+    stopped = status(run_dir)
+    assert (stopped["state"], stopped["reason"]) == ("stopped", "signal")
+    ended = slurm.wait_for(job, 180, "COMPLETED", "FAILED", "CANCELLED")
+    assert (ended["JobState"], ended["Restarts"]) == ("COMPLETED", "1"), Path(f"{run_dir}.log").read_text()
+    assert status(run_dir)["state"] == "done"
+    assert [record["step"] for record in metrics(run_dir)] == list(range(1, STEPS + 1))
+    assert (
+        f"resumed from {run_dir}/checkpoints/step-{stopped['step']:08d}" in (run_dir / "log.txt").read_text()
+    )
+
+
+def test_a_node_that_dies_before_the_rendezvous_ends_the_job(slurm: Slurm, tmp_path: Path) -> None:
+    data, run_dir, shim = write_data(tmp_path / "data"), tmp_path / "run", tmp_path / "shim"
+    shim.mkdir()
+    die = "import os\nif os.environ.get('SLURM_NODEID') == '1':\n    os.kill(os.getpid(), 9)\n"
+    (shim / "sitecustomize.py").write_text(die)
+    # Left by an earlier attempt. It says nothing of this one, which must not be put back into the queue.
+    run_dir.mkdir()
+    (run_dir / "status.json").write_text(json.dumps({"state": "stopped", "reason": "signal", "time": 1.0}))
+    job = submit(slurm, run_dir, data, str(shim))
+    # Long before the 600 s for which torchrun waits for all nodes.
+    ended = slurm.wait_for(job, 90, "COMPLETED", "FAILED", "CANCELLED")
+    assert (ended["JobState"], ended["Restarts"]) == ("FAILED", "0"), Path(f"{run_dir}.log").read_text()

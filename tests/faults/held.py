@@ -1,0 +1,25 @@
+"""For torchrun: `held.py DATA RUN_DIR` trains the tiny model.
+
+Rank 0 waits before step N while RUN_DIR/hold-N exists.
+"""
+
+import sys
+import time
+from functools import partial
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from tests.support.faults import BeforeStep, config, run
+
+
+def wait(run_dir: Path, step: int) -> None:
+    while dist.get_rank() == 0 and (run_dir / f"hold-{step}").exists():
+        time.sleep(0.05)
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    data, run_dir = Path(sys.argv[1]), Path(sys.argv[2])
+    sys.exit(run(config(data, run_dir), partial(BeforeStep, partial(wait, run_dir))))
