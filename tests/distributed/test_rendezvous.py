@@ -24,7 +24,7 @@ def meet(store: Store) -> set[str]:
 
 def test_every_attempt_has_one_prefix_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "0")  # a launcher that has not seen the restarts
-    store = dist.HashStore()
+    store = dist.HashStore()  # type: ignore[attr-defined]
     first, second = meet(store), meet(store)
     # Two ranks of a third attempt die: one before rank 0 answers, one before it has heard the answer.
     store.set("question/1", "asked by a rank that has died")

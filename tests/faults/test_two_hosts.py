@@ -28,7 +28,8 @@ class Launcher:
     """`olmoe_train.cli.launch` on one host, with one worker."""
 
     def __init__(self, host: Host, log: Path, *arguments: str | Path) -> None:
-        command = [sys.executable, "-m", "olmoe_train.cli.launch", *OPTIONS, REPO / "tests/faults/held.py"]
+        program = str(REPO / "tests/faults/held.py")
+        command = [sys.executable, "-m", "olmoe_train.cli.launch", *OPTIONS, program]
         environment = os.environ | {"PYTHONPATH": str(REPO), "OMP_NUM_THREADS": "1"}
         self.process = subprocess.Popen(
             host.command(*command, *arguments),

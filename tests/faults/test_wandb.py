@@ -155,7 +155,7 @@ def test_starts_of_one_run_directory_are_one_wandb_run(data: Path, tmp_path: Pat
         pieces = sorted(run_dir.glob("wandb/offline-run-*"))
         assert len(pieces) == (3 if mode is WandbMode.offline else 0)
         for piece in pieces:
-            wandb = [Path(sys.executable).with_name("wandb"), "sync", piece]
+            wandb = [str(Path(sys.executable).with_name("wandb")), "sync", str(piece)]
             subprocess.run(wandb, env=environment(port, tmp_path), check=True, capture_output=True)
         assert list(runs) == [json.loads((run_dir / "wandb.json").read_text())["id"]]
         (rows,) = runs.values()
