@@ -24,6 +24,7 @@ from torch.distributed.run import main as torchrun
 from torch.distributed.run import parse_args
 
 from olmoe_train.cli.run_status import run_status
+from olmoe_train.utils.errors import UserError
 from olmoe_train.utils.exit_codes import BAD_INPUT, FAILED, STOPPED_BY_SIGNAL
 
 SIGNALS = "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"
@@ -116,7 +117,10 @@ def stopped_and_saved(overrides: list[str]) -> bool:
     Args:
         overrides: Arguments of the training.
     """
-    status = run_status(overrides)
+    try:
+        status = run_status(overrides)
+    except UserError:
+        return False
     return status.get("state") == "stopped" and status["reason"] == "signal"
 
 

@@ -12,33 +12,42 @@ from typing import Any
 
 from olmoe_train.config import compose
 from olmoe_train.utils.errors import UserError
+from olmoe_train.utils.exit_codes import BAD_INPUT, OK
 
 
-def run_directory(overrides: list[str]) -> Path | None:
-    """The run directory that a training with these overrides uses, or None if that cannot be known.
+def run_directory(overrides: list[str]) -> Path:
+    """The run directory that a training with these overrides uses.
 
     Args:
         overrides: Arguments of the training. Without run_dir=DIR among them, a preset sets the directory.
+
+    Raises:
+        UserError: There is no run_dir=DIR, and the configuration is wrong.
     """
     try:
         return Path(compose(*(word for word in overrides if not word.startswith("-"))).run_dir)
     except UserError:  # presets of another --config-dir, or arguments that are no overrides
         named = [word.partition("=")[2] for word in overrides if word.lstrip("+").startswith("run_dir=")]
-        return Path(named[-1]) if named else None
+        if not named:
+            raise
+        return Path(named[-1])
 
 
 def run_status(overrides: list[str]) -> dict[str, Any]:
     """The content of status.json in that directory; empty if there is none."""
-    directory = run_directory(overrides)
-    if directory is None or not (directory / "status.json").is_file():
-        return {}
-    return dict(json.loads((directory / "status.json").read_text()))
+    path = run_directory(overrides) / "status.json"
+    return dict(json.loads(path.read_text())) if path.is_file() else {}
 
 
-def main(overrides: list[str]) -> None:
-    status = run_status(overrides)
+def main(overrides: list[str]) -> int:
+    try:
+        status = run_status(overrides)
+    except UserError as error:
+        print(f"error: the run directory is not known; give run_dir=DIR. {error}", file=sys.stderr)
+        return BAD_INPUT
     print(*(status.get(key, "none") for key in ("state", "reason", "time")))
+    return OK
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    sys.exit(main(sys.argv[1:]))

@@ -18,7 +18,6 @@ from olmoe_train.utils.errors import UserError
 
 # Time that a collective waits for the slowest rank; long enough for a first step that compiles.
 COLLECTIVE_TIMEOUT = timedelta(minutes=10)
-RENDEZVOUS_TIMEOUT = timedelta(seconds=TrainerConfig.rendezvous_timeout)
 
 
 @dataclass(frozen=True)
@@ -56,15 +55,17 @@ def resolve_device(device: str | Device = Device.auto) -> torch.device:
     return torch.device("cuda" if available and device is not Device.cpu else "cpu")
 
 
-def init_distributed(device: str = "auto", timeout: timedelta = RENDEZVOUS_TIMEOUT) -> torch.device:
+def init_distributed(
+    device: str = "auto", timeout_s: float = TrainerConfig.rendezvous_timeout
+) -> torch.device:
     """Join the process group of torchrun's environment, or create a group of one rank without torchrun.
 
     CPU tensors always use gloo, and CUDA tensors use NCCL. If a process group exists, the function keeps it.
 
     Args:
         device: "auto" (cuda if torch can use a GPU, else cpu), "cpu" or "cuda".
-        timeout: Maximum time until all ranks have met. After it, the process reports which ranks are missing
-            and exits with 1.
+        timeout_s: Maximum time until all ranks have met, in seconds. After it, the process reports which
+            ranks are missing and exits with 1.
 
     Returns:
         The device of this rank; for cuda with the index LOCAL_RANK.
@@ -80,7 +81,7 @@ def init_distributed(device: str = "auto", timeout: timedelta = RENDEZVOUS_TIMEO
     if not dist.is_initialized():
         backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
         if "WORLD_SIZE" in os.environ:
-            join(backend, timeout, COLLECTIVE_TIMEOUT)
+            join(backend, timedelta(seconds=timeout_s), COLLECTIVE_TIMEOUT)
         else:
             store = dist.HashStore()  # type: ignore[attr-defined]
             dist.init_process_group(backend, store=store, rank=0, world_size=1, timeout=COLLECTIVE_TIMEOUT)

@@ -1,6 +1,7 @@
 """Stopping, resuming and failing: what `train` does when it is launched as people launch it."""
 
 import json
+import re
 import signal
 import subprocess
 import sys
@@ -84,7 +85,17 @@ def test_bad_configuration_is_reported_once_and_whole(quickstart: Quickstart, tm
     for part in ("trainer.global_batch_size=7:", "data.dir=nowhere:", "num_experts_per_tok=9 is more"):
         assert result.stderr.count(part) == 1, result.stderr
     assert "Traceback" not in result.stderr
+    message = result.stderr[result.stderr.index("error: ") :].splitlines()
+    assert all(line.startswith(("error: ", "  ")) for line in message)  # no word of torchrun after it
     assert not (tmp_path / "run").exists()
+
+
+def test_the_last_line_names_a_killed_rank(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "olmoe_train.cli.launch", "--standalone", "--no-python"]
+    result = run(*command, "bash", "-c", "kill -KILL $BASHPID", cwd=tmp_path)
+    assert result.returncode == 128 + signal.SIGKILL
+    last = result.stderr.splitlines()[-1]
+    assert re.match(r"error: the process with local rank 0 \(process \d+\) was killed by SIGKILL; see ", last)
 
 
 def test_a_missing_source_is_the_users_to_mend(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(bool(reason_to_skip(*PROGRAMS)), reason=reason_to_skip(*PROGRAMS)),
 ]
-STEPS = 300
+STEPS = 150
 
 
 @pytest.fixture(scope="module")
