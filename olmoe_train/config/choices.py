@@ -85,7 +85,20 @@ class SourceKind(Enum):
 class Records(Enum):
     text = "text"
     messages = "messages"
+    sharegpt = "sharegpt"
+    alpaca = "alpaca"
     prompt_completion = "prompt_completion"
+
+
+class LearnedTurns(Enum):
+    all = "all"
+    last = "last"
+    marked = "marked"
+
+
+class Turns(Enum):
+    together = "together"
+    expand = "expand"
 
 
 class OnBadRecord(Enum):

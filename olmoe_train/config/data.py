@@ -5,7 +5,16 @@ from typing import Any
 
 from omegaconf import MISSING
 
-from olmoe_train.config.choices import DataFormat, OnBadRecord, Packing, Records, SourceKind, TokenDtype
+from olmoe_train.config.choices import (
+    DataFormat,
+    LearnedTurns,
+    OnBadRecord,
+    Packing,
+    Records,
+    SourceKind,
+    TokenDtype,
+    Turns,
+)
 
 
 @dataclass  # not frozen, for the same reason as MixtureSource
@@ -43,12 +52,39 @@ class SourceConfig:
     records: Records = Records.text
     """What a record contains. text: text_field; all of it contributes to the loss. messages: messages_field,
     a conversation that the tokenizer's chat template renders; only the assistant's turns contribute to the
-    loss. prompt_completion: prompt_field and completion_field; only the completion contributes to the
-    loss."""
+    loss. sharegpt: conversations_field, a conversation in the form of ShareGPT. alpaca: instruction_field,
+    input_field and output_field, a conversation of one question and its answer. prompt_completion:
+    prompt_field and completion_field; only the completion contributes to the loss."""
     text_field: str = "text"
     """Field or column with the text of a document."""
     messages_field: str = "messages"
-    """Field or column with a conversation: a list of {"role": ..., "content": ...}."""
+    """Field or column with a conversation: a list of {"role": ..., "content": ...}. The content is a string
+    or a list of text parts; an assistant message may have tool_calls instead."""
+    conversations_field: str = "conversations"
+    """Field or column with a conversation of records=sharegpt: a list of {"from": ..., "value": ...}, from
+    human, gpt, system, function_call, tool or observation. A field `system` is its system message."""
+    instruction_field: str = "instruction"
+    """Field or column with the question of records=alpaca, a string."""
+    input_field: str = "input"
+    """Field or column with a text that belongs to the question of records=alpaca. It follows the question
+    after a blank line; a record may lack it. Fields `system` (a string) and `history` (a list of [question,
+    answer]) are earlier messages."""
+    output_field: str = "output"
+    """Field or column with the answer of records=alpaca, a string."""
+    tools_field: str | None = "tools"
+    """Field or column with the tools of a conversation, for the chat template: a list of JSON schemas, or
+    such a list as a JSON string. A record may lack it. null: no tools."""
+    template_kwargs_field: str | None = "chat_template_kwargs"
+    """Field or column with variables of a conversation for the chat template, an object such as
+    {"enable_thinking": false}. They override tokenizer.chat_template_kwargs. A record may lack it. null:
+    none."""
+    learn: LearnedTurns = LearnedTurns.all
+    """Which turns of the assistant contribute to the loss. all: every turn. last: the last one. marked: every
+    turn except those whose message has "weight": 0 or "train": false. An empty turn never does."""
+    turns: Turns = Turns.together
+    """What becomes of a conversation with several turns. together: one document. expand: a document for each
+    turn that contributes to the loss, which ends with this turn; the turns before it are read only. For chat
+    templates that render an earlier turn differently from the last one, such as those that drop thoughts."""
     prompt_field: str = "prompt"
     """Field or column with a prompt, a string."""
     completion_field: str = "completion"
@@ -74,7 +110,7 @@ class SourceConfig:
     """Greatest fraction of the records that may be quarantined. `olmoe prepare` stops if there are more."""
     validation_fraction: float = 0.05
     """Fraction of the documents to hold out for validation. A hash of a document's identity decides whether
-    it is held out."""
+    it is held out. Of two or more documents at least one is held out, and at least one is not. 0: none."""
     shard_tokens: int = 100_000_000
     """Greatest number of tokens in a shard file."""
     processes: int = 0
@@ -147,6 +183,9 @@ class TokenizerConfig:
     chat_template: str | None = None
     """Chat template to use instead of the tokenizer's own: a Jinja file, or the name of one in
     configs/chat_templates (tulu). It is copied into data.dir and exports. null: the tokenizer's own."""
+    chat_template_kwargs: dict[str, Any] = field(default_factory=dict)
+    """Variables for the chat template, as apply_chat_template of Transformers takes them: {enable_thinking:
+    false}."""
     template_date: str | None = None
     """Date (YYYY-MM-DD) for a chat template that contains the current date, so that the same command always
     produces the same tokens."""

@@ -19,6 +19,10 @@ EOS = "<|endoftext|>"
 PAD = "<|padding|>"
 SMALLEST_VOCABULARY = 2 + 256  # the two special tokens and one token per byte value
 CHAT_TEMPLATE = "chat_template.jinja"
+# Transformers uses this template, by its name, for conversations with tools.
+_TOOL_USE = "tool_use"
+_TOOL_USE_TEMPLATE = f"additional_chat_templates/{_TOOL_USE}.jinja"
+_FILES = (*TOKENIZER_FILES, _TOOL_USE_TEMPLATE)
 
 _HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
 # The names that chat templates and Transformers use for special tokens.
@@ -52,18 +56,29 @@ class TokenizerFiles:
     @property
     def chat_template(self) -> str | None:
         """The template in chat_template.jinja, else that in tokenizer_config.json (of several, "default")."""
-        if CHAT_TEMPLATE in self.files:
-            return self.files[CHAT_TEMPLATE].decode("utf-8")
+        return self._templates().get("default")
+
+    @property
+    def tool_use_template(self) -> str | None:
+        """The template for conversations with tools. None: they have none of their own."""
+        return self._templates().get(_TOOL_USE)
+
+    def _templates(self) -> dict[str, str]:
+        files = {"default": CHAT_TEMPLATE, _TOOL_USE: _TOOL_USE_TEMPLATE}
+        found = {name: self.files[path].decode("utf-8") for name, path in files.items() if path in self.files}
+        if found:  # Transformers ignores the configuration then
+            return found
         template = json.loads(self.files.get("tokenizer_config.json", b"{}")).get("chat_template")
         if isinstance(template, list):
-            return next((entry["template"] for entry in template if entry["name"] == "default"), None)
-        return template
+            return {entry["name"]: entry["template"] for entry in template}
+        return {} if template is None else {"default": template}
 
     def with_chat_template(self, template: str | None) -> "TokenizerFiles":
-        """Return a copy with this chat template. None: return the same tokenizer."""
+        """Return a copy with this chat template only. None: return the same tokenizer."""
         if template is None:
             return self
-        return replace(self, files={**self.files, CHAT_TEMPLATE: template.encode()})
+        files = {name: content for name, content in self.files.items() if name != _TOOL_USE_TEMPLATE}
+        return replace(self, files={**files, CHAT_TEMPLATE: template.encode()})
 
     @property
     def sha256(self) -> str:
@@ -73,6 +88,7 @@ class TokenizerFiles:
         """Write the files into a new directory."""
         directory.mkdir()
         for name, contents in self.files.items():
+            (directory / name).parent.mkdir(exist_ok=True)
             (directory / name).write_bytes(contents)
 
 
@@ -108,7 +124,7 @@ def chat_template_from_config(cfg: TokenizerConfig, tokenizer: TokenizerFiles | 
     source = tokenizer.chat_template if tokenizer else template_from_config(cfg)
     if source is None:
         raise UserError(
-            f"data.source.records=messages: the tokenizer (tokenizer.path={cfg.path}) has no chat template.\n"
+            f"data.source.records: the tokenizer (tokenizer.path={cfg.path}) has no chat template.\n"
             "  Name one (tokenizer.chat_template=tulu) or give a file (tokenizer.chat_template=FILE.jinja)."
         )
     if cfg.chat_template:
@@ -116,7 +132,9 @@ def chat_template_from_config(cfg: TokenizerConfig, tokenizer: TokenizerFiles | 
     else:
         origin = f"the chat template of tokenizer.path={cfg.path}"
     special = tokenizer.special_tokens if tokenizer else {"eos_token": EOS, "pad_token": PAD}
-    return open_template(source, special, cfg.template_date, origin)
+    tool_use = tokenizer.tool_use_template if tokenizer else None
+    kwargs = dict(cfg.chat_template_kwargs)
+    return open_template(source, special, cfg.template_date, origin, tool_use, kwargs)
 
 
 def train_tokenizer(texts: Iterator[str], vocab_size: int) -> TokenizerFiles:
@@ -184,7 +202,7 @@ def read_tokenizer_files(path: str | Path, revision: str | None = None) -> Token
         )
     if main is path:
         return _describe({"tokenizer.json": main.read_bytes()}, origin)
-    files = {name: (path / name).read_bytes() for name in TOKENIZER_FILES if (path / name).is_file()}
+    files = {name: (path / name).read_bytes() for name in _FILES if (path / name).is_file()}
     return _describe(files, origin)
 
 
@@ -193,7 +211,7 @@ def _download(name: str, revision: str | None) -> Path:
     from huggingface_hub import snapshot_download  # takes half a second to import, and is rarely needed
 
     try:
-        return Path(snapshot_download(name, revision=revision, allow_patterns=list(TOKENIZER_FILES)))
+        return Path(snapshot_download(name, revision=revision, allow_patterns=list(_FILES)))
     except (OSError, ValueError) as error:  # whatever the hub's client raises: no network, no such name, ...
         reason = str(error).strip().splitlines()[0]
         raise UserError(

@@ -57,16 +57,31 @@ class Split:
 
 @dataclass(frozen=True)
 class Targets:
-    """Counts over both splits for data in which not every token is a target."""
+    """Counts over both splits for data in which not every token is a target.
+
+    The last five are 0 in older manifests and for prompts with completions.
+    """
 
     conversations: int
-    """Documents: conversations, or prompts with their completions."""
+    """Records: conversations, or prompts with their completions. With data.source.turns=expand, several
+    documents are made of one."""
     unaligned: int
     """Documents in which the target text could not be located among the tokens. They have no targets."""
     without_target: int
     """Documents without any target token, the unaligned ones included."""
     tokens: int
     """Target tokens."""
+    empty_turns: int = 0
+    """Turns to learn in which the assistant says nothing. They are not learnt."""
+    excluded_turns: int = 0
+    """Turns of the assistant that say "weight": 0 or "train": false. They are not learnt if
+    data.source.learn=marked."""
+    system_only: int = 0
+    """Conversations that have system messages only."""
+    ends_with_user: int = 0
+    """Conversations whose last message is the user's. It has no answer to learn."""
+    gain_by_expanding: int = 0
+    """Conversations without targets that would have some with data.source.turns=expand."""
 
 
 @dataclass(frozen=True)

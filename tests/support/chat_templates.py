@@ -87,6 +87,101 @@ MODERN = """
 {% endfor %}
 {%- if add_generation_prompt %}{{ head("assistant") }}{% endif %}
 """
+# The features of Qwen 3's: tools, calls, results of tools in the user's turn, thoughts only after the last
+# question, and an empty thought before a last answer without one.
+QWEN_3 = """
+{%- if tools %}
+    {{- "<|im_start|>system\\n" }}
+    {%- if messages[0].role == "system" %}{{- messages[0].content + "\\n\\n" }}{%- endif %}
+    {{- "# Tools\\n\\n<tools>" }}
+    {%- for tool in tools %}{{- "\\n" ~ (tool | tojson) }}{%- endfor %}
+    {{- "\\n</tools><|im_end|>\\n" }}
+{%- elif messages[0].role == "system" %}
+    {{- "<|im_start|>system\\n" + messages[0].content + "<|im_end|>\\n" }}
+{%- endif %}
+{%- set ns = namespace(searching=true, last_query=messages | length - 1) %}
+{%- for message in messages[::-1] %}
+    {%- if ns.searching and message.role == "user" and message.content is string %}
+        {%- set ns.searching = false %}
+        {%- set ns.last_query = messages | length - 1 - loop.index0 %}
+    {%- endif %}
+{%- endfor %}
+{%- for message in messages %}
+    {%- set content = message.content if message.content is string else "" %}
+    {%- if message.role == "user" or (message.role == "system" and not loop.first) %}
+        {{- "<|im_start|>" + message.role + "\\n" + content + "<|im_end|>\\n" }}
+    {%- elif message.role == "assistant" %}
+        {%- set thought = "" %}
+        {%- if message.reasoning_content is string %}
+            {%- set thought = message.reasoning_content %}
+        {%- elif "</think>" in content %}
+            {%- set thought = content.split("</think>")[0].rstrip("\\n").split("<think>")[-1].lstrip("\\n") %}
+            {%- set content = content.split("</think>")[-1].lstrip("\\n") %}
+        {%- endif %}
+        {{- "<|im_start|>assistant\\n" }}
+        {%- if loop.index0 > ns.last_query and (loop.last or thought) %}
+            {{- "<think>\\n" + thought.strip("\\n") + "\\n</think>\\n\\n" + content.lstrip("\\n") }}
+        {%- else %}
+            {{- content }}
+        {%- endif %}
+        {%- for call in message.tool_calls or [] %}
+            {%- if not loop.first or content %}{{- "\\n" }}{%- endif %}
+            {%- if call.function %}{%- set call = call.function %}{%- endif %}
+            {{- '<tool_call>\\n{"name": "' ~ call.name ~ '", "arguments": ' }}
+            {{- call.arguments if call.arguments is string else call.arguments | tojson }}
+            {{- "}\\n</tool_call>" }}
+        {%- endfor %}
+        {{- "<|im_end|>\\n" }}
+    {%- elif message.role == "tool" %}
+        {%- if loop.first or messages[loop.index0 - 1].role != "tool" %}{{- "<|im_start|>user" }}{%- endif %}
+        {{- "\\n<tool_response>\\n" + content + "\\n</tool_response>" }}
+        {%- if loop.last or messages[loop.index0 + 1].role != "tool" %}{{- "<|im_end|>\\n" }}{%- endif %}
+    {%- endif %}
+{%- endfor %}
+{%- if add_generation_prompt %}
+    {{- "<|im_start|>assistant\\n" }}
+    {%- if enable_thinking is defined and enable_thinking is false %}
+        {{- "<think>\\n\\n</think>\\n\\n" }}
+    {%- endif %}
+{%- endif %}"""
+# The features of open-instruct's thinkers: OLMo's ends a last turn with eos and an earlier one with
+# <|im_end|>, and has a field of its own for calls; Tulu's (in the style of R1) drops earlier thoughts.
+OLMO_THINKER = (
+    "{% for message in messages %}{% if message['role'] == 'assistant' %}{{ '<|im_start|>assistant\n' }}"
+    "{% if message.get('content', none) is not none %}{{ message['content'] }}{% endif %}"
+    "{% if message.get('function_calls', none) is not none %}"
+    "{{ '<function_calls>' + message['function_calls'] + '</function_calls>' }}{% endif %}"
+    "{% if not loop.last %}{{ '<|im_end|>\n' }}{% else %}{{ eos_token }}{% endif %}{% else %}"
+    "{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}{% endif %}"
+    "{% if loop.last and add_generation_prompt %}{{ '<|im_start|>assistant\n<think>' }}{% endif %}"
+    "{% endfor %}"
+)
+TULU_THINKER = (
+    "{% for message in messages %}{% if message['role'] == 'assistant' %}"
+    "{% set content = message['content'] %}{% if '</think>' in content and not loop.last %}"
+    "{% set content = content.split('</think>')[-1] %}{% endif %}"
+    "{{ '<|assistant|>\n' + content + eos_token }}{% if not loop.last %}{{ '\n' }}{% endif %}"
+    "{% else %}{{ '<|' + message['role'] + '|>\n' + message['content'] + '\n' }}{% endif %}"
+    "{% if loop.last and add_generation_prompt %}{{ '<|assistant|>\n<think>' }}{% endif %}{% endfor %}"
+)
+# The features of Llama 3.2's: content may be a list of parts.
+PARTS = (
+    "{{ bos_token }}{% for message in messages %}"
+    "{{ '<|start_header_id|>' + message['role'] + '<|end_header_id|>' }}"
+    "{% if message['content'] is string %}{{ message['content'] }}{% else %}"
+    "{% for part in message['content'] %}{{ '[' + part['text'] + ']' }}{% endfor %}{% endif %}"
+    "{{ '<|eot_id|>' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>' }}{% endif %}"
+)
+# As Nemotron's: an empty thought is inserted within what the template marks.
+MARKED_THINKER = (
+    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' }}"
+    "{% if message['role'] == 'assistant' %}{% generation %}"
+    "{{ '<think></think>' + message['content'] + '<|im_end|>' }}{% endgeneration %}"
+    "{% else %}{{ message['content'] + '<|im_end|>' }}{% endif %}{{ '\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}"
+    "{% if enable_thinking is defined and not enable_thinking %}{{ '<think></think>' }}{% endif %}{% endif %}"
+)
 TEMPLATES = {
     "chatml": CHATML,
     "llama 2": LLAMA_2,
@@ -95,6 +190,11 @@ TEMPLATES = {
     "tulu 3": TULU_3,
     "mistral": MISTRAL,
     "modern": MODERN,
+    "qwen 3": QWEN_3,
+    "olmo thinker": OLMO_THINKER,
+    "tulu thinker": TULU_THINKER,
+    "parts": PARTS,
+    "marked thinker": MARKED_THINKER,
 }
 SPECIAL = ["<s>", "</s>", "<pad>", "<|im_start|>", "<|im_end|>", "<|start_header_id|>", "<|end_header_id|>"]
 SPECIAL += ["<|eot_id|>"]
@@ -115,13 +215,14 @@ LLAMA = pre_tokenizers.Sequence(
 
 def write_tokenizer(
     directory: Path,
-    template: str,
+    template: str | list[dict[str, str]],
     pre_tokenizer: pre_tokenizers.PreTokenizer = GPT_2,
     in_config: bool = False,
 ) -> Path:
     """Write a Hugging Face tokenizer directory with a byte-level BPE tokenizer, and return the directory.
 
-    in_config: write the chat template to tokenizer_config.json instead of to chat_template.jinja.
+    in_config: write the chat template to tokenizer_config.json instead of to chat_template.jinja. Several
+    templates, as [{"name": ..., "template": ...}], can only be there.
     """
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizer
@@ -136,13 +237,13 @@ def write_tokenizer(
     tokenizer.train_from_iterator([text] * 40, trainer)
     directory.mkdir(parents=True)
     tokenizer.save(str(directory / "tokenizer.json"))
-    config = {
+    config: dict[str, object] = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "bos_token": "<s>",
         "eos_token": {"content": "</s>", "__type": "AddedToken", "special": True},
         "pad_token": "<pad>",
     }
-    if in_config:
+    if in_config or isinstance(template, list):
         config["chat_template"] = template
     else:
         (directory / "chat_template.jinja").write_text(template, encoding="utf-8")
@@ -150,5 +251,5 @@ def write_tokenizer(
     return directory
 
 
-def turn(role: str, content: str, **more: object) -> dict[str, Any]:
+def turn(role: str, content: object, **more: object) -> dict[str, Any]:
     return {"role": role, "content": content, **more}

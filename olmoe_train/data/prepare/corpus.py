@@ -162,18 +162,17 @@ def python_stdlib_files(root: Path) -> list[CorpusFile]:
     return sorted((_corpus_file(path, root, validation=False) for path in files), key=lambda file: file.name)
 
 
-def held_out(identity: str, fraction: float, seed: int) -> bool:
-    """Return whether a document belongs to the validation split.
+def split_hash(identity: str, seed: int) -> int:
+    """Return a number in [0, 2^64) that chooses the split of a document: the smallest ones are held out.
 
     It depends only on the arguments, so a document keeps its split when others are added or removed.
 
     Args:
         identity: What identifies the document: its id, or its file and line.
-        fraction: Expected share of the documents that are held out.
         seed: Selects which documents are held out.
     """
     digest = hashlib.blake2b(f"{seed}:{identity}".encode("utf-8", "surrogateescape"), digest_size=8).digest()
-    return int.from_bytes(digest, "little") < fraction * 2**64
+    return int.from_bytes(digest, "little")
 
 
 def digest(rows: list[Any]) -> str:

@@ -4,7 +4,7 @@ import multiprocessing
 import os
 import signal
 import threading
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Executor, Future, ProcessPoolExecutor
 from contextlib import contextmanager
@@ -16,7 +16,7 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from olmoe_train.config.choices import Records
-from olmoe_train.data.chat_template import Span
+from olmoe_train.data.chat_template import Span, TemplateError
 from olmoe_train.data.prepare.batches import Batch, Work
 from olmoe_train.data.prepare.loss_mask import align_spans, mark_targets
 from olmoe_train.data.prepare.record_spec import Filtered, RecordSpec
@@ -41,6 +41,12 @@ class EncodedSplit:
     """Documents in which the target text could not be located among the tokens. They have no targets."""
     without_target: int
     """Documents without any target token, the unaligned ones included."""
+    further: int
+    """Documents that are not the first one of their record (data.source.turns=expand)."""
+    turns: Counter[str]
+    """TURN_COUNTS of the documents."""
+    hashes: tuple[int, int] | None
+    """Least and greatest split_hash of the documents. None: no document has one."""
 
 
 @dataclass(frozen=True)
@@ -91,7 +97,9 @@ class Encoder:
     def _encode(self, batch: list[Document], bad: list[BadRecord]) -> EncodedSplit:
         dtype = DTYPES[self.dtype]
         arrays, masks = [np.empty(0, dtype)], [np.empty(0, np.uint8)]
-        text_bytes = unaligned = without_target = 0
+        text_bytes = unaligned = without_target = further = 0
+        turns: Counter[str] = Counter()
+        hashes: list[int] = []
         for document, ids in zip(batch, self._ids([document.text for document in batch]), strict=True):
             if isinstance(ids, str):
                 record = BadRecord(document.where, ids, document.text.encode())
@@ -100,6 +108,9 @@ class Encoder:
                 bad.append(record)
                 continue
             text_bytes += len(document.text.encode())
+            further += document.further
+            turns.update(document.counts)
+            hashes += [] if document.split_hash is None else [document.split_hash]
             if self._all_targets:
                 arrays.append(np.array([*ids, self.eos_token_id], dtype))
                 continue
@@ -110,10 +121,21 @@ class Encoder:
             arrays.append(np.array(ids, dtype))
             masks.append(targets)
             unaligned += spans is None
+            turns["gain_by_expanding"] += spans is None and self._gains_by_expanding(document)
             without_target += not targets.any()
         mask = None if self._all_targets else np.concatenate(masks)
         lengths = [len(array) for array in arrays[1:]]
-        return EncodedSplit(np.concatenate(arrays), mask, lengths, text_bytes, unaligned, without_target)
+        return EncodedSplit(
+            np.concatenate(arrays),
+            mask,
+            lengths,
+            text_bytes,
+            unaligned,
+            without_target,
+            further,
+            turns,
+            (min(hashes), max(hashes)) if hashes else None,
+        )
 
     @property
     def _all_targets(self) -> bool:
@@ -123,12 +145,24 @@ class Encoder:
         """Return the document's target spans in tokens. None if they cannot be located."""
         if document.target_spans is None:
             return None
+        return align_spans(document.text, document.target_spans, ids, self._encode_text)
+
+    def _encode_text(self, text: str) -> list[int]:
         tokenizer = _tokenizer(self.tokenizer_json, self._all_targets)
+        return tokenizer.encode_batch_fast([text], add_special_tokens=False)[0].ids
 
-        def encode(text: str) -> list[int]:
-            return tokenizer.encode_batch_fast([text], add_special_tokens=False)[0].ids
-
-        return align_spans(document.text, document.target_spans, ids, encode)
+    def _gains_by_expanding(self, document: Document) -> bool:
+        """Return whether data.source.turns=expand would find targets in a conversation without any."""
+        if document.turns is None or self.spec.template is None:
+            return False
+        try:
+            expanded = self.spec.template.expand(*document.turns)
+        except TemplateError:
+            return False
+        for one in expanded:
+            if one.spans and align_spans(one.text, one.spans, self._encode_text(one.text), self._encode_text):
+                return True
+        return False
 
     def _ids(self, texts: list[str]) -> list[list[int] | str]:
         """Return the token ids of each text, or the reason why it cannot be encoded."""

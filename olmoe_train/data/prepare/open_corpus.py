@@ -3,6 +3,7 @@
 import platform
 import sysconfig
 from dataclasses import asdict, dataclass
+from enum import Enum
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ from olmoe_train.config.choices import Records, SourceKind
 from olmoe_train.config.data import SourceConfig
 from olmoe_train.data.prepare.corpus import CorpusFile, FileFormat, digest, find_files, python_stdlib_files
 from olmoe_train.data.prepare.hub import HubDataset, hub_splits, open_hub_dataset
-from olmoe_train.data.prepare.record_spec import CONTENT_KEYS
+from olmoe_train.data.prepare.record_spec import CONTENT_KEYS, CONVERSATIONS
 from olmoe_train.utils.errors import UserError
 
 
@@ -65,11 +66,25 @@ def source_errors(source: SourceConfig) -> list[str]:
         for key, is_unused in unused.items()
         if is_unused and (value := getattr(source, key))
     ]
+    if source.records not in CONVERSATIONS:
+        errors += [
+            f"data.source.{key}={value}: has no effect with data.source.records={source.records.value}"
+            for key, value in changed_conversation_keys(source).items()
+        ]
     if source.records is not Records.text and source.kind is SourceKind.python_stdlib:
         errors.append(
             f"data.source.records={source.records.value}: {kind} has only text files; see data=chat"
         )
     return errors
+
+
+def changed_conversation_keys(source: SourceConfig) -> dict[str, Any]:
+    """Return the keys for conversations that are not at their defaults, with their values as in YAML."""
+    keys = ("learn", "turns", "input_field", "tools_field", "template_kwargs_field")
+    changed = {
+        key: getattr(source, key) for key in keys if getattr(source, key) != getattr(SourceConfig, key)
+    }
+    return {key: value.value if isinstance(value, Enum) else value for key, value in changed.items()}
 
 
 def open_corpus(source: SourceConfig) -> Corpus:
@@ -128,6 +143,7 @@ def source_settings(source: SourceConfig, corpus: Corpus) -> dict[str, Any]:
         settings["data.source.records"] = source.records.value
         for key in CONTENT_KEYS[source.records]:
             settings[f"data.source.{key}_field"] = getattr(source, f"{key}_field")
+        settings |= {f"data.source.{key}": value for key, value in changed_conversation_keys(source).items()}
     if source.keep:
         settings["data.source.keep"] = [asdict(one) for one in source.keep]
     for key in ("min_characters", "max_characters"):

@@ -7,7 +7,7 @@ worker processes encode (encode.py).
 
 import sys
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,14 +24,22 @@ from olmoe_train.data.prepare.open_corpus import Corpus, open_corpus, source_err
 from olmoe_train.data.prepare.progress import (
     PROGRESS,
     QUARANTINE,
+    Counts,
     OutputWriter,
     PrepareProgress,
     read_progress,
 )
-from olmoe_train.data.prepare.record_spec import RecordSpec
+from olmoe_train.data.prepare.record_spec import CONVERSATIONS, RecordSpec
 from olmoe_train.data.prepare.records import BadRecord, Document, ValidationSplit, documents
 from olmoe_train.data.prepare.shards import ChangedError, clear, resumable_directory
-from olmoe_train.data.prepare.summary import check_same_settings, progress_bar, summary, unigram_entropy
+from olmoe_train.data.prepare.summary import (
+    check_same_settings,
+    no_targets,
+    progress_bar,
+    summary,
+    unigram_entropy,
+)
+from olmoe_train.data.prepare.validation_split import held_out_below
 from olmoe_train.data.tokenizer import (
     SMALLEST_VOCABULARY,
     TokenizerFiles,
@@ -74,7 +82,7 @@ def prepare(cfg: PrepareConfig, limits: Limits = DEFAULT_LIMITS) -> Manifest:
     _check(cfg)
     final = Path(cfg.data.dir).expanduser().resolve()
     tokenizer = tokenizer_from_config(cfg.tokenizer)
-    chats = cfg.data.source.records is Records.messages
+    chats = cfg.data.source.records in CONVERSATIONS
     template = chat_template_from_config(cfg.tokenizer, tokenizer) if chats else None
     spec = RecordSpec.from_config(cfg.data.source, template)
     corpus = open_corpus(cfg.data.source)
@@ -135,8 +143,13 @@ def _check(cfg: PrepareConfig) -> None:
 
 def _tokenizer_errors(cfg: PrepareConfig) -> list[str]:
     errors = []
-    if cfg.tokenizer.template_date and cfg.data.source.records is not Records.messages:
-        errors.append("tokenizer.template_date: has no effect without data.source.records=messages")
+    if cfg.data.source.records not in CONVERSATIONS:
+        chats = " or ".join(records.value for records in CONVERSATIONS)
+        errors += [
+            f"tokenizer.{key}: has no effect without data.source.records={chats}"
+            for key in ("template_date", "chat_template_kwargs")
+            if getattr(cfg.tokenizer, key)
+        ]
     if cfg.tokenizer.revision and not cfg.tokenizer.path:
         errors.append("tokenizer.revision: has no effect without tokenizer.path")
     if cfg.tokenizer.train_bytes < 1:
@@ -164,7 +177,7 @@ def _settings(
     if tokenizer is None and cfg.tokenizer.train_bytes != TokenizerConfig.train_bytes:
         settings["tokenizer.train_bytes"] = cfg.tokenizer.train_bytes  # older manifests have no such key
     if spec.template is not None:
-        settings["chat template"] = digest([asdict(spec.template)])
+        settings["chat template"] = digest([spec.template.identity])
     redacted: dict[str, Any] = redact(settings)
     return redacted
 
@@ -192,12 +205,29 @@ class _Preparation:
 
     def run(self, tokenizer: TokenizerFiles | None) -> Manifest:
         """Fill the directory, the manifest last. tokenizer: None if it has to be trained."""
+        manifest, counts = self._attempt(tokenizer, None)
+        below = held_out_below(manifest, counts, self.validation.fraction)
+        if below is not None:
+            # Anew from the start: a tokenizer is trained on the training split alone.
+            clear(self.directory)
+            manifest, _ = self._attempt(tokenizer, below)
+        _check_splits(manifest, self.cfg.data.source, self.corpus)
+        write_manifest(self.directory, manifest)
+        return manifest
+
+    def _attempt(self, tokenizer: TokenizerFiles | None, below: int | None) -> tuple[Manifest, Counts]:
+        """Fill the directory except the manifest.
+
+        Args:
+            tokenizer: None if it has to be trained.
+            below: ValidationSplit.below. What an interrupted run left overrides it.
+        """
         source = self.cfg.data.source
         with progress_bar() as bar:
-            tokenizer, progress = self._start(tokenizer, bar)
+            tokenizer, progress = self._start(tokenizer, below, bar)
             encoder = Encoder(
                 spec=self.spec,
-                validation=self.validation,
+                validation=replace(self.validation, below=progress.held_out_below),
                 tokenizer_json=self.directory / TOKENIZER / "tokenizer.json",
                 eos_token_id=tokenizer.eos_token_id,
                 vocab_size=tokenizer.vocab_size,
@@ -214,13 +244,10 @@ class _Preparation:
                 )
             self._encode(encoder, output, progress.position, bar)
         output.finish()
-        manifest = _manifest(self.settings, self.corpus, tokenizer, encoder.dtype, output, source)
-        _check_splits(manifest, source.validation_fraction)
-        write_manifest(self.directory, manifest)
-        return manifest
+        return _manifest(self.settings, self.corpus, tokenizer, encoder.dtype, output, source), output.counts
 
     def _start(
-        self, tokenizer: TokenizerFiles | None, bar: Progress
+        self, tokenizer: TokenizerFiles | None, below: int | None, bar: Progress
     ) -> tuple[TokenizerFiles, PrepareProgress]:
         """Continue from what an interrupted run left, or save (and train first, if needed) the tokenizer."""
         settings = {**self.settings, "corpus in place": self.corpus.fingerprint_in_place()}
@@ -234,15 +261,17 @@ class _Preparation:
         trained = tokenizer is None
         if tokenizer is None:
             cfg = self.cfg.tokenizer
-            texts = _first_bytes(self._training_texts(bar), cfg.train_bytes)
+            texts = _first_bytes(
+                self._training_texts(replace(self.validation, below=below), bar), cfg.train_bytes
+            )
             tokenizer = train_tokenizer(texts, cfg.vocab_size).with_chat_template(template_from_config(cfg))
         tokenizer.save(self.directory / TOKENIZER)
-        progress = PrepareProgress.start(settings, tokenizer.sha256)
+        progress = PrepareProgress.start(settings, tokenizer.sha256, below)
         if trained:  # training takes long enough to keep its result, like a shard
             progress.write(self.directory)
         return tokenizer, progress
 
-    def _training_texts(self, bar: Progress) -> Iterator[str]:
+    def _training_texts(self, validation: ValidationSplit, bar: Progress) -> Iterator[str]:
         """Yield the texts of the training split.
 
         If strict, raises UserError (path:line) for the first bad record. Otherwise encoding reports them.
@@ -250,7 +279,7 @@ class _Preparation:
         task = bar.add_task("training the tokenizer", total=self.corpus.size, rate="")
         batches = read_batches(self.corpus.files, START, self.spec, self.corpus.hub, self.limits)
         for batch in batches:
-            for record in documents(batch.work, self.spec, self.validation):
+            for record in documents(batch.work, self.spec, validation):
                 if isinstance(record, BadRecord):
                     if self.strict:
                         raise record.error()
@@ -297,7 +326,10 @@ def _manifest(
     tokens, counts, targets = train.tokens + validation.tokens, output.counts, None
     if source.records is not Records.text:
         target_tokens = int(output.train.counts.sum() + output.validation.counts.sum())
-        targets = Targets(counts.documents, counts.unaligned, counts.without_target, target_tokens)
+        conversations = counts.documents - counts.further
+        targets = Targets(
+            conversations, counts.unaligned, counts.without_target, target_tokens, **counts.turns
+        )
     return Manifest(
         settings=settings,
         source=redact_text(corpus.description),
@@ -317,7 +349,7 @@ def _manifest(
     )
 
 
-def _check_splits(manifest: Manifest, fraction: float) -> None:
+def _check_splits(manifest: Manifest, source: SourceConfig, corpus: Corpus) -> None:
     """Raise UserError if a split has no documents, or the data has no targets."""
     train, validation = manifest.train.documents, manifest.validation.documents
     if not train + validation:
@@ -327,15 +359,17 @@ def _check_splits(manifest: Manifest, fraction: float) -> None:
             f"{filters if manifest.filtered_records else ''}."
         )
     if manifest.targets and not manifest.targets.tokens:
+        raise UserError(no_targets(manifest.targets, train + validation))
+    if corpus.has_validation_files and not (train and validation):
         raise UserError(
-            f"data.source.records: no training target in {manifest.targets.conversations:,} documents; in "
-            f"{manifest.targets.unaligned:,} of them the target text was not found among the tokens.\n"
-            "  docs/guides/fine-tune.md says what a chat template must satisfy."
+            f"data.source: no document of {train + validation} is in the files of the "
+            f"{'validation' if train else 'training'} split."
         )
-    if not train or (fraction > 0 and not validation):
+    # One record may be several documents (data.source.turns=expand). It is not divided.
+    records = manifest.targets.conversations if manifest.targets else train + validation
+    if not train or (source.validation_fraction > 0 and not validation and records > 1):
         raise UserError(
-            f"data.source.validation_fraction={fraction}: no document of {train + validation} is in the "
-            f"{'validation' if train else 'training'} split.\n"
-            f"  {'Raise' if train else 'Lower'} it, or change the seed; "
-            "documents with equal ids stay together (data.source.id_field=null: use their lines instead)."
+            f"data.source.validation_fraction={source.validation_fraction}: all {records:,} documents have "
+            "the same id, and documents with equal ids stay together in one split.\n"
+            f"  Set data.source.id_field=null (now {source.id_field}), so that their lines identify them."
         )

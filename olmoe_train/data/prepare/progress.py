@@ -3,7 +3,8 @@
 import base64
 import json
 import time
-from dataclasses import asdict, dataclass
+from collections import Counter
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import numpy as np
 from olmoe_train.config.choices import Records
 from olmoe_train.config.data import SourceConfig
 from olmoe_train.data.prepare.batches import START, Batch, Position
-from olmoe_train.data.prepare.encode import Encoded
+from olmoe_train.data.prepare.encode import Encoded, EncodedSplit
 from olmoe_train.data.prepare.limits import DEFAULT_LIMITS, Limits
 from olmoe_train.data.prepare.records import BadRecord
 from olmoe_train.data.prepare.shards import ChangedError, SplitWriter
@@ -37,10 +38,29 @@ class Counts:
     """Documents in which the target text could not be located."""
     without_target: int = 0
     """Documents without any target token."""
+    further: int = 0
+    """Documents that are not the first one of their record (data.source.turns=expand)."""
+    turns: dict[str, int] = field(default_factory=dict)
+    """TURN_COUNTS over all documents."""
+    least_hash: int | None = None
+    """Least split_hash of a document. None: no document has one."""
+    greatest_hash: int | None = None
 
     @property
     def records(self) -> int:
-        return self.documents + self.empty + self.quarantined + self.filtered
+        return self.documents - self.further + self.empty + self.quarantined + self.filtered
+
+    def add(self, new: EncodedSplit) -> None:
+        """Add the documents of a batch."""
+        self.documents += len(new.lengths)
+        self.unaligned += new.unaligned
+        self.without_target += new.without_target
+        self.further += new.further
+        self.turns = dict(Counter(self.turns) + new.turns)
+        if new.hashes is not None:
+            least, greatest = new.hashes
+            self.least_hash = least if self.least_hash is None else min(self.least_hash, least)
+            self.greatest_hash = greatest if self.greatest_hash is None else max(self.greatest_hash, greatest)
 
 
 @dataclass(frozen=True)
@@ -58,11 +78,15 @@ class PrepareProgress:
     train: dict[str, Any] | None
     """Result of SplitWriter.save. None: nothing is encoded yet."""
     validation: dict[str, Any] | None
+    held_out_below: int | None = None
+    """ValidationSplit.below: the documents with a smaller split_hash are held out."""
 
     @classmethod
-    def start(cls, settings: dict[str, Any], tokenizer_sha256: str) -> "PrepareProgress":
+    def start(
+        cls, settings: dict[str, Any], tokenizer_sha256: str, held_out_below: int | None
+    ) -> "PrepareProgress":
         """Return the progress of a run that has a tokenizer and has encoded nothing."""
-        return cls(settings, tokenizer_sha256, START, Counts(), 0, None, None)
+        return cls(settings, tokenizer_sha256, START, Counts(), 0, None, None, held_out_below)
 
     def write(self, directory: Path) -> None:
         """Write progress.json. After a crash, the directory holds the old or the new progress."""
@@ -132,9 +156,7 @@ class OutputWriter:
         shards = self.shards_closed
         for split, new in ((self.train, encoded.train), (self.validation, encoded.validation)):
             split.add(new.tokens, new.lengths, new.text_bytes, new.targets)
-            self.counts.documents += len(new.lengths)
-            self.counts.unaligned += new.unaligned
-            self.counts.without_target += new.without_target
+            self.counts.add(new)
         self.counts.empty += encoded.empty
         self.counts.filtered += encoded.filtered
         self.counts.quarantined += len(encoded.bad)
@@ -151,7 +173,14 @@ class OutputWriter:
         counts, size = self.counts, self._quarantine.size
         started = self._started
         progress = PrepareProgress(
-            started.settings, started.tokenizer_sha256, self._position, counts, size, train, validation
+            started.settings,
+            started.tokenizer_sha256,
+            self._position,
+            counts,
+            size,
+            train,
+            validation,
+            started.held_out_below,
         )
         progress.write(self._directory)
         self._saved_at = time.monotonic()

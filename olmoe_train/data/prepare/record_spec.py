@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Any
 
-from olmoe_train.config.choices import Records
+from olmoe_train.config.choices import LearnedTurns, Records, Turns
 from olmoe_train.config.data import SourceConfig
 from olmoe_train.data.chat_template import ChatTemplate
 from olmoe_train.utils.errors import UserError
@@ -22,7 +22,8 @@ class RecordSpec:
 
     records: Records
     content_fields: tuple[str, ...]
-    """Fields with the content: the text, the messages, or the prompt and the completion."""
+    """Fields with the content: the text, the messages, the prompt and the completion, or the question and the
+    answer."""
     id_field: str | None
     """Field that identifies a document. None: its file and line do."""
     max_record_bytes: int
@@ -32,13 +33,20 @@ class RecordSpec:
     min_characters: int = 0
     max_characters: int | None = None
     template: ChatTemplate | None = None
-    """Renders messages."""
+    """Renders conversations."""
+    learn: LearnedTurns = LearnedTurns.all
+    turns: Turns = Turns.together
+    input_field: str | None = None
+    """Of an alpaca record: the field that the question is about. Records may lack it."""
+    tools_field: str | None = None
+    template_kwargs_field: str | None = None
     excerpt_bytes: int = 1000
     """Bytes that are kept of a record longer than max_record_bytes: enough to recognize it."""
 
     @classmethod
     def from_config(cls, source: SourceConfig, template: ChatTemplate | None) -> "RecordSpec":
         """Build the specification from data.source. `template` renders records=messages."""
+        chats = source.records in CONVERSATIONS
         return cls(
             source.records,
             content_fields(source),
@@ -48,7 +56,19 @@ class RecordSpec:
             source.min_characters,
             source.max_characters,
             template,
+            source.learn,
+            source.turns,
+            source.input_field if source.records is Records.alpaca else None,
+            source.tools_field if chats else None,
+            source.template_kwargs_field if chats else None,
         )
+
+    @property
+    def optional_fields(self) -> set[str]:
+        """Fields of the content that a record may lack."""
+        extra = {Records.sharegpt: ("system",), Records.alpaca: ("system", "history")}.get(self.records, ())
+        named = (self.input_field, self.tools_field, self.template_kwargs_field)
+        return {*extra, *(field for field in named if field is not None)}
 
     def columns(self, where: str, names: list[str]) -> list[str]:
         """Select the columns of a table that have to be read.
@@ -65,9 +85,11 @@ class RecordSpec:
         for column, key in wanted.items():
             if column not in names:
                 raise UserError(
-                    f"{where}: no column {column!r}; it has {', '.join(names)}.\n  Set {key} to one of these."
+                    f"{where}: no column {column!r}; it has {', '.join(names)}.\n"
+                    f"  Set {key} to one of these{_or_records(names)}."
                 )
-        return [name for name in names if name in wanted or name == self.id_field]
+        others = {self.id_field, *self.optional_fields}
+        return [name for name in names if name in wanted or name in others]
 
     def key_of(self, content_field: str) -> str:
         """Return the configuration key that names a content field."""
@@ -87,8 +109,14 @@ class RecordSpec:
 CONTENT_KEYS = {
     Records.text: ("text",),
     Records.messages: ("messages",),
+    Records.sharegpt: ("conversations",),
+    Records.alpaca: ("instruction", "output"),
     Records.prompt_completion: ("prompt", "completion"),
 }
+
+
+CONVERSATIONS = (Records.messages, Records.sharegpt, Records.alpaca)
+"""Records that a chat template renders."""
 
 
 def content_fields(source: SourceConfig) -> tuple[str, ...]:
@@ -106,6 +134,12 @@ def lookup(record: dict[str, Any], field: str) -> Any:
             return None
         value = value[name]
     return value
+
+
+def _or_records(names: list[str]) -> str:
+    """Name the form of records that has columns of these names, if there is one."""
+    form = next((form.value for form, keys in CONTENT_KEYS.items() if set(keys) <= set(names)), None)
+    return f", or data.source.records={form}" if form else ""
 
 
 def _column(field: str, names: list[str]) -> str:

@@ -1,16 +1,29 @@
 """Decodes records into documents, or says what is wrong with them. Runs in the worker processes."""
 
 import json
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from olmoe_train.config.choices import Records
-from olmoe_train.data.chat_template import Message, Span, TemplateError
+from olmoe_train.config.choices import LearnedTurns, Records, Turns
+from olmoe_train.data.chat_template import (
+    Conversation,
+    Message,
+    Span,
+    TemplateError,
+    assistant_turns,
+)
 from olmoe_train.data.prepare.batches import DAMAGE, Lines, WholeFiles, Work, chunks, damaged
-from olmoe_train.data.prepare.corpus import CorpusFile, held_out
-from olmoe_train.data.prepare.record_spec import Filtered, RecordSpec
+from olmoe_train.data.prepare.corpus import CorpusFile, FileFormat, split_hash
+from olmoe_train.data.prepare.record_forms import (
+    FormError,
+    conversation_of,
+    fitting_form,
+    json_type,
+    without_nulls,
+)
+from olmoe_train.data.prepare.record_spec import CONVERSATIONS, Filtered, RecordSpec
 from olmoe_train.utils.errors import UserError
 
 
@@ -26,6 +39,18 @@ class Document:
     target_spans: list[Span] | None = None
     """Characters [start, end) that are training targets, in a conversation or a prompt with its completion.
     None: they could not be found. Of plain text also None: all of it is a target."""
+    split_hash: int | None = None
+    """Chooses the split. None: the document's file does."""
+    counts: tuple[str, ...] = ()
+    """Names of TURN_COUNTS that count this document's record, one entry each time."""
+    further: bool = False
+    """The document is not the first one of its record (data.source.turns=expand)."""
+    turns: tuple[Conversation, list[int]] | None = None
+    """The conversation and its turns to learn, to try data.source.turns=expand on if they cannot be found."""
+
+
+# What `olmoe prepare` counts in conversations, by the names that the manifest gives the counts.
+TURN_COUNTS = ("empty_turns", "excluded_turns", "system_only", "ends_with_user", "gain_by_expanding")
 
 
 @dataclass(frozen=True)
@@ -53,6 +78,12 @@ class ValidationSplit:
     fraction: float
     """Expected share of the documents."""
     seed: int
+    below: int | None = None
+    """Hash below which a document is held out, instead of the fraction."""
+
+    def selects(self, hashed: int) -> bool:
+        """Return whether the document with this hash (corpus.split_hash) is held out."""
+        return hashed < (self.fraction * 2**64 if self.below is None else self.below)
 
 
 class _BadRecordError(Exception):
@@ -74,44 +105,52 @@ def documents(
         for number, line, size in work.lines:
             try:
                 record = _parse_line(line, size, spec)
-                yield _document(work.file, number, record, spec, validation)
+                yield from _documents(work.file, number, record, spec, validation)
             except _BadRecordError as bad:
                 yield BadRecord(f"{work.file.path}:{number}", str(bad), line)
     else:
         for number, row in work.rows:
             try:
-                yield _document(work.file, number, row, spec, validation)
+                yield from _documents(work.file, number, row, spec, validation)
             except _BadRecordError as bad:
                 raw = json.dumps(row, ensure_ascii=False, default=repr).encode("utf-8", "backslashreplace")
                 kept = raw[: spec.excerpt_bytes] if len(raw) > spec.max_record_bytes else raw
                 yield BadRecord(f"{work.file.path}:{number}", str(bad), kept)
 
 
-def _document(
+def _documents(
     file: CorpusFile,
     number: int,
     record: dict[str, Any] | None,
     spec: RecordSpec,
     validation: ValidationSplit,
-) -> Document | Filtered:
-    """Make a document of a record. None is a file without lines, which counts as an empty document."""
+) -> Sequence[Document | Filtered]:
+    """Make the documents of a record. None is a file without lines, which counts as an empty document."""
     where = f"{file.path}:{number}"
     if record is None:
-        return Document("", file.validation, where)
+        return [Document("", file.validation, where)]
     if not spec.keeps(record):
-        return Filtered.FILTERED
-    text, spans = _content(record, spec)
+        return [Filtered.FILTERED]
+    found = _content(record, spec, is_row=file.format is not FileFormat.lines)
     document_id = record.get(spec.id_field) if spec.id_field is not None else None
     # An id stays with its document when the document moves to another line or file.
     identity = f"{file.name}:{number}" if document_id is None else f"id:{document_id}"
-    is_validation = file.validation or held_out(identity, validation.fraction, validation.seed)
-    return _filter_by_length(Document(text, is_validation, where, spans), spec)
+    hashed = None if file.validation else split_hash(identity, validation.seed)
+    is_validation = hashed is None or validation.selects(hashed)
+    documents = [
+        replace(document, validation=is_validation, where=where, split_hash=hashed) for document in found
+    ]
+    counts = documents[0].counts
+    kept = [
+        replace(document, further=place > 0, counts=() if place else counts)
+        for place, document in enumerate(one for one in documents if _is_kept(one, spec))
+    ]
+    return kept or [Filtered.FILTERED]
 
 
-def _filter_by_length(document: Document, spec: RecordSpec) -> Document | Filtered:
+def _is_kept(document: Document, spec: RecordSpec) -> bool:
     """Apply the length filters. Empty documents pass, because they are counted as empty, not as filtered."""
-    empty = not document.text.strip()
-    return document if empty or spec.keeps_length(len(document.text)) else Filtered.FILTERED
+    return not document.text.strip() or spec.keeps_length(len(document.text))
 
 
 def _parse_line(line: bytes, size: int, spec: RecordSpec) -> dict[str, Any] | None:
@@ -129,51 +168,85 @@ def _parse_line(line: bytes, size: int, spec: RecordSpec) -> dict[str, Any] | No
         raise _BadRecordError(f"malformed JSON: {error}") from None
     if not isinstance(record, dict):
         field = spec.content_fields[0]
-        raise _BadRecordError(f"a JSON {_json_type(record)}, not an object with a field {field!r}")
+        raise _BadRecordError(f"a JSON {json_type(record)}, not an object with a field {field!r}")
     return record
 
 
-def _content(record: dict[str, Any], spec: RecordSpec) -> tuple[str, list[Span] | None]:
-    """Return the text of a record and its target spans (Document.target_spans)."""
-    for field in spec.content_fields:
-        if field not in record:
-            there = ", ".join(map(repr, list(record)[:10])) or "no fields"
-            raise _BadRecordError(f"no field {field!r} ({spec.key_of(field)}); it has {there}")
+def _content(record: dict[str, Any], spec: RecordSpec, is_row: bool) -> list[Document]:
+    """Return the documents of a record, without their place and their split."""
+    try:
+        for field in spec.content_fields:
+            if field not in record:
+                there = ", ".join(map(repr, list(record)[:10])) or "no fields"
+                raise FormError(f"no field {field!r} ({spec.key_of(field)}); it has {there}")
+        if spec.records in CONVERSATIONS:
+            if is_row:
+                record = {field: without_nulls(value) for field, value in record.items()}
+            conversation = conversation_of(record, spec)
+            documents = _of_conversation(conversation, spec)
+        else:
+            documents = [_of_strings(record, spec)]
+    except FormError as error:
+        raise _BadRecordError(f"{error}{fitting_form(record, spec)}") from None
+    for document in documents:
+        _check_text(document.text, spec)
+    return documents
+
+
+def _of_strings(record: dict[str, Any], spec: RecordSpec) -> Document:
     values = [record[field] for field in spec.content_fields]
-    spans: list[Span] | None = None
-    if spec.records is Records.messages:
-        assert spec.template is not None
-        try:
-            text, spans = spec.template.render_conversation(_messages(values[0], spec.content_fields[0]))
-        except TemplateError as error:
-            raise _BadRecordError(str(error)) from None
-    else:
-        for field, value in zip(spec.content_fields, values, strict=True):
-            if not isinstance(value, str):
-                raise _BadRecordError(f"its {field!r} is a JSON {_json_type(value)}, not a string")
-        text = "".join(values)
-        if spec.records is Records.prompt_completion:
-            spans = [(len(values[0]), len(text))]
-    _check_text(text, spec)
-    return text, spans
+    for field, value in zip(spec.content_fields, values, strict=True):
+        if not isinstance(value, str):
+            raise FormError(f"its {field!r} is a JSON {json_type(value)}, not a string")
+    text = "".join(values)
+    spans = [(len(values[0]), len(text))] if spec.records is Records.prompt_completion else None
+    return Document(text, False, "", spans)
 
 
-def _messages(value: Any, field: str) -> list[Message]:
-    """Check that a value is a list of messages, each with a role and a content that are strings."""
-    if not isinstance(value, list):
-        raise _BadRecordError(f"its {field!r} is a JSON {_json_type(value)}, not a list")
-    if not value:
-        raise _BadRecordError(f"its {field!r} has no message")
-    for number, message in enumerate(value, start=1):
-        if not isinstance(message, dict):
-            raise _BadRecordError(f"message {number} is a JSON {_json_type(message)}, not an object")
-        for name in ("role", "content"):
-            if name not in message:
-                raise _BadRecordError(f"message {number} has no {name!r}")
-            if not isinstance(message[name], str):
-                kind = _json_type(message[name])
-                raise _BadRecordError(f"the {name!r} of message {number} is a JSON {kind}, not a string")
-    return value
+def _of_conversation(conversation: Conversation, spec: RecordSpec) -> list[Document]:
+    """Render a conversation: as one document, or as one for each turn to learn."""
+    assert spec.template is not None
+    messages = conversation.messages
+    turns = assistant_turns(messages)
+    excluded = [index for index in turns if _is_excluded(messages[index])]
+    if spec.learn is LearnedTurns.last:
+        turns = turns[-1:]
+    elif spec.learn is LearnedTurns.marked:
+        for index in turns:
+            _check_marks(messages[index], index + 1)
+        turns = [index for index in turns if index not in excluded]
+    try:
+        conversation = spec.template.with_text_content(conversation)
+        whole = spec.template.render_conversation(conversation, turns)
+        expand = spec.turns is Turns.expand and turns
+        expanded = spec.template.expand(conversation, turns) if expand else []
+    except TemplateError as error:
+        raise _BadRecordError(str(error)) from None
+    first, *others = expanded or [whole]
+    counts = [
+        *["empty_turns"] * whole.empty_turns,
+        *["excluded_turns"] * len(excluded),
+        *["system_only"] * all(message["role"] == "system" for message in messages),
+        *["ends_with_user"] * (messages[-1]["role"] == "user"),
+    ]
+    # A conversation that is expanded cannot gain by it.
+    retry = None if expanded or not turns else (conversation, turns)
+    return [
+        Document(first.text, False, "", first.spans, counts=tuple(counts), turns=retry),
+        *(Document(other.text, False, "", other.spans) for other in others),
+    ]
+
+
+def _is_excluded(message: Message) -> bool:
+    """Return whether a message says of itself that it is not to be learnt."""
+    return message.get("weight") == 0 or message.get("train") == 0  # False equals 0, null does not
+
+
+def _check_marks(message: Message, number: int) -> None:
+    for name in ("weight", "train"):
+        if message.get(name) not in (None, 0, 1):
+            allowed = "0 or 1" if name == "weight" else "true or false"
+            raise FormError(f"the {name!r} of message {number} is {message[name]!r}, not {allowed}")
 
 
 def _check_text(text: str, spec: RecordSpec) -> None:
@@ -192,13 +265,6 @@ def _check_size(size: int, spec: RecordSpec) -> None:
         )
 
 
-def _json_type(value: Any) -> str:
-    if value is None:
-        return "null"
-    names = {bool: "boolean", int: "number", float: "number", str: "string", list: "list", dict: "object"}
-    return names.get(type(value), type(value).__name__)
-
-
 def _not_utf8(contents: bytes, error: UnicodeDecodeError) -> str:
     return f"byte 0x{contents[error.start]:02x} is not UTF-8 ({error.reason})"
 
@@ -211,16 +277,17 @@ def _whole_file(
         contents = _read(file, spec.max_record_bytes)
     except DAMAGE as error:
         raise damaged(file.path, 1, error) from error
-    is_validation = file.validation or held_out(file.name, validation.fraction, validation.seed)
+    hashed = None if file.validation else split_hash(file.name, validation.seed)
+    is_validation = hashed is None or validation.selects(hashed)
     if len(contents) > spec.max_record_bytes:
         reason = f"more than data.source.max_record_bytes={spec.max_record_bytes} bytes"
         return BadRecord(f"{file.path}:1", reason, contents[: spec.excerpt_bytes])
     try:
-        document = Document(contents.decode("utf-8"), is_validation, f"{file.path}:1")
+        document = Document(contents.decode("utf-8"), is_validation, f"{file.path}:1", split_hash=hashed)
     except UnicodeDecodeError as error:
         line = contents.count(b"\n", 0, error.start) + 1
         return BadRecord(f"{file.path}:{line}", _not_utf8(contents, error), contents)
-    return _filter_by_length(document, spec)
+    return document if _is_kept(document, spec) else Filtered.FILTERED
 
 
 def _read(file: CorpusFile, limit: int) -> bytes:

@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
 from olmoe_train.data.prepare.progress import QUARANTINE
-from olmoe_train.data.tokens import Manifest
+from olmoe_train.data.tokens import Manifest, Targets
 from olmoe_train.utils.errors import UserError
 
 
@@ -59,6 +59,34 @@ def progress_bar() -> Progress:
     )
 
 
+def no_targets(targets: Targets, documents: int) -> str:
+    """Say why data without any target is refused."""
+    gain = targets.gain_by_expanding
+    return (
+        f"data.source.records: no training target in {documents:,} documents; in "
+        f"{targets.unaligned:,} of them the target text was not found among the tokens.\n"
+        + (f"  With data.source.turns=expand, {gain:,} conversations would have targets.\n" if gain else "")
+        + "  docs/guides/fine-tune.md says what a chat template must satisfy."
+    )
+
+
+def _turns(found: Targets, marks_count: bool) -> list[str]:
+    """Describe what is peculiar about the conversations, one line each. Nothing that does not occur."""
+    learnt = "are not learnt" if marks_count else "are learnt; data.source.learn=marked leaves them out"
+    lines = {
+        f"{found.empty_turns:,} empty turns of the assistant are not learnt": found.empty_turns,
+        f'{found.excluded_turns:,} turns with "weight": 0 or "train": false {learnt}': found.excluded_turns,
+        f"{found.system_only:,} conversations have a system message only": found.system_only,
+        f"{found.ends_with_user:,} conversations end with the user": found.ends_with_user,
+        f"{found.gain_by_expanding:,} conversations without targets would have some with "
+        "data.source.turns=expand": found.gain_by_expanding,
+    }
+    return [
+        f"  {'turns' if not place else '':<11} {line}"
+        for place, line in enumerate(line for line, count in lines.items() if count)
+    ]
+
+
 def summary(directory: Path, manifest: Manifest) -> str:
     """Describe prepared data in a few lines."""
     rows = [f"  source      {manifest.source}"]
@@ -74,6 +102,7 @@ def summary(directory: Path, manifest: Manifest) -> str:
             f"{found.without_target:,} documents have none (in {found.unaligned:,} the target text was not "
             "found among the tokens)"
         )
+        rows += _turns(found, manifest.settings.get("data.source.learn") == "marked")
     if manifest.filtered_records:
         rows.append(f"  filtered    {manifest.filtered_records:,} records")
     if manifest.skipped_empty_documents:

@@ -14,11 +14,10 @@ from transformers import AutoTokenizer
 
 from olmoe_train.config.choices import OnBadRecord, Records, SourceKind
 from olmoe_train.config.reference import config_directory
-from olmoe_train.config.verbs import PrepareConfig
-from olmoe_train.data.chat_template import open_template, read_template
+from olmoe_train.data.chat_template import Conversation, open_template, read_template
 from olmoe_train.data.prepare.limits import Limits
 from olmoe_train.data.prepare.pipeline import prepare
-from olmoe_train.data.tokens import Manifest, Targets, read_manifest
+from olmoe_train.data.tokens import Manifest, Targets
 from olmoe_train.utils.errors import UserError
 from tests.support.chat_templates import (
     EOS,
@@ -31,7 +30,9 @@ from tests.support.chat_templates import (
     turn,
     write_tokenizer,
 )
-from tests.support.data import contents, prepare_config, read_documents
+from tests.support.chats import chat_config as config
+from tests.support.chats import chats, learnt, write_lines
+from tests.support.data import contents, read_documents
 
 CONVERSATION = [
     turn("user", "Hello there"),
@@ -39,51 +40,6 @@ CONVERSATION = [
     turn("user", "what?"),
     turn("assistant", "Yes"),
 ]
-
-
-def config(
-    directory: Path, corpus: Path, tokenizer: Path | None, template: Path | None = None, **source: Any
-) -> PrepareConfig:
-    source = {"records": Records.messages, "validation_fraction": 0.0, **source}
-    cfg = prepare_config(directory, tokenizer=tokenizer, kind=SourceKind.files, paths=[str(corpus)], **source)
-    template_date = None if template is None else "2024-07-04"
-    given = dataclasses.replace(
-        cfg.tokenizer, chat_template=None if template is None else str(template), template_date=template_date
-    )
-    return dataclasses.replace(cfg, tokenizer=given)
-
-
-def write_lines(path: Path, *records: Any) -> Path:
-    path.write_text("".join(json.dumps(record) + "\n" for record in records))
-    return path
-
-
-def chats(path: Path, *conversations: list[dict[str, Any]]) -> Path:
-    return write_lines(path, *({"id": i, "messages": one} for i, one in enumerate(conversations)))
-
-
-def learnt(directory: Path, split: str = "train") -> list[list[str]]:
-    """Of each document, the texts of its runs of target tokens."""
-    tokenizer = Tokenizer.from_file(str(directory / "tokenizer/tokenizer.json"))
-    mask = np.concatenate(
-        [np.fromfile(directory / shard.mask_path, np.uint8) for shard in shards(directory, split)]
-    )
-    found, start = [], 0
-    for document in read_documents(directory, split):
-        of_document = mask[start : start + len(document)].tolist()
-        start += len(document)
-        runs: list[list[int]] = []
-        for previous, is_target, token in zip([0, *of_document], of_document, document, strict=False):
-            if is_target:
-                runs = runs if previous else [*runs, []]
-                runs[-1].append(token)
-        found.append([tokenizer.decode(run, skip_special_tokens=False) for run in runs])
-    assert start == len(mask)
-    return found
-
-
-def shards(directory: Path, split: str) -> Any:
-    return getattr(read_manifest(directory), split).shards
 
 
 @pytest.mark.parametrize(
@@ -125,7 +81,14 @@ def test_a_conversation_that_cannot_be_aligned_is_masked_and_counted(
     manifest = prepare(config(tmp_path / "data", corpus, tokenizer))
     assert learnt(tmp_path / "data") == [["It is.</s>"], [], []]
     tokens = len(Tokenizer.from_file(str(tokenizer / "tokenizer.json")).encode("It is.</s>").ids)
-    assert manifest.targets == Targets(conversations=3, unaligned=1, without_target=2, tokens=tokens)
+    assert manifest.targets == Targets(
+        conversations=3,
+        unaligned=1,
+        without_target=2,
+        tokens=tokens,
+        ends_with_user=1,
+        gain_by_expanding=1,  # its first turn would be found
+    )
     line = f"targets     {tokens} tokens of 3 documents; 2 documents have none (in 1 the target text was not"
     assert line in capsys.readouterr().out
 
@@ -154,9 +117,10 @@ NOT_PREFIXES = {
 @pytest.mark.parametrize("name", NOT_PREFIXES)
 def test_a_template_that_does_not_let_turns_be_told(tmp_path: Path, name: str) -> None:
     tokenizer = write_tokenizer(tmp_path / "hf", NOT_PREFIXES[name])
-    text, turns = open_template(NOT_PREFIXES[name], {}, None, "here").render_conversation(CONVERSATION)
-    assert "what?" in text
-    assert turns is None
+    template = open_template(NOT_PREFIXES[name], {}, None, "here")
+    rendered = template.render_conversation(Conversation(CONVERSATION))
+    assert "what?" in rendered.text
+    assert rendered.spans is None
     corpus = chats(tmp_path / "a.jsonl", CONVERSATION, CONVERSATION)
     with pytest.raises(
         UserError, match=r"no training target in 2 documents; in 2 of them the target text was not"
