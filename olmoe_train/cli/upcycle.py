@@ -37,7 +37,8 @@ def main(cfg: UpcycleConfig) -> None:
 
     out = Path(cfg.out).expanduser()
     upcycled = replace(dense, config=config, read=read, checkpoint=None)
-    card = upcycled_card(config, Path(cfg.source).expanduser().resolve().name, notes, model_card_of(dense))
+    name = Path(cfg.source).expanduser().resolve().name
+    card = upcycled_card(config, name, notes, model_card_of(dense), dense.tokenizer)
     dtype = dense.config.dtype if cfg.precision is None else DTYPES[cfg.precision]
     assert dtype is not None
     if not write_export(upcycled, out, dtype, cfg.max_shard_size, card=card):

