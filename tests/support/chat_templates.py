@@ -237,7 +237,7 @@ def write_tokenizer(
     tokenizer.train_from_iterator([text] * 40, trainer)
     directory.mkdir(parents=True)
     tokenizer.save(str(directory / "tokenizer.json"))
-    config: dict[str, object] = {
+    config: dict[str, Any] = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "bos_token": "<s>",
         "eos_token": {"content": "</s>", "__type": "AddedToken", "special": True},
@@ -251,5 +251,5 @@ def write_tokenizer(
     return directory
 
 
-def turn(role: str, content: object, **more: object) -> dict[str, Any]:
+def turn(role: str, content: object, **more: Any) -> dict[str, Any]:
     return {"role": role, "content": content, **more}

@@ -28,7 +28,7 @@ def chat_config(
     template_date = None if template is None else "2024-07-04"
     given = dataclasses.replace(
         cfg.tokenizer,
-        chat_template=template and str(template),
+        chat_template=None if template is None else str(template),
         template_date=template_date,
         chat_template_kwargs=template_kwargs or {},
     )
@@ -40,7 +40,7 @@ def write_lines(path: Path, *records: Any) -> Path:
     return path
 
 
-def chats(path: Path, *conversations: list[dict[str, object]]) -> Path:
+def chats(path: Path, *conversations: list[dict[str, Any]]) -> Path:
     return write_lines(path, *({"id": i, "messages": one} for i, one in enumerate(conversations)))
 
 

@@ -2,7 +2,9 @@
 
 import json
 import re
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 from tokenizers import Regex, Tokenizer, pre_tokenizers
@@ -43,13 +45,15 @@ def test_gpt_2_is_right_for_a_tokenizer_of_ones_own(tokenizer: Path) -> None:
     assert commands(card_with(tokenizer / "tokenizer.json")) == [command]
 
 
+def replace_pre_tokenizer(pre_tokenizer: object, content: dict[str, Any]) -> None:
+    content["pre_tokenizer"] = pre_tokenizer
+
+
 def test_other_tokenizers_are_left_to_the_converter(tokenizer: Path, tmp_path: Path) -> None:
     split = {"type": "Split", "pattern": {"Regex": "\\d"}, "behavior": "Isolated", "invert": False}
     plain = json.loads((tokenizer / "tokenizer.json").read_text())["pre_tokenizer"] | {"use_regex": False}
     for other in (None, split, plain, {"type": "Sequence", "pretokenizers": [split, plain]}):
-        edit_json(
-            tokenizer / "tokenizer.json", lambda content, other=other: content.update(pre_tokenizer=other)
-        )
+        edit_json(tokenizer / "tokenizer.json", partial(replace_pre_tokenizer, other))
         assert not splits_as_gpt2(tokenizer)
     assert not splits_as_gpt2(tmp_path)
     (command,) = commands(card_with(tokenizer))

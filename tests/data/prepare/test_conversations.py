@@ -94,7 +94,7 @@ def test_turns_that_are_rendered_otherwise_as_last_ones_can_be_expanded(
     assert expanded.train.documents == 3
     found = targets(expanded)
     assert (found.conversations, found.unaligned, found.gain_by_expanding) == (2, 0, 0)
-    reference = AutoTokenizer.from_pretrained(tokenizer)
+    reference: Any = AutoTokenizer.from_pretrained(tokenizer)
     documents = read_documents(tmp_path / "data", "train")
     masks = np.fromfile(tmp_path / "data/train/shard-00000.mask.u8", np.uint8)
     start = 0
@@ -121,7 +121,7 @@ def test_a_corpus_that_only_expanding_gives_targets_says_so(tmp_path: Path) -> N
 def test_the_documents_of_a_conversation_stay_in_one_split(tmp_path: Path) -> None:
     """A single conversation is not divided; of two, one is held out."""
     tokenizer = write_tokenizer(tmp_path / "hf", TULU_3)
-    options = {"turns": Turns.expand, "validation_fraction": 0.5}
+    options: dict[str, Any] = {"turns": Turns.expand, "validation_fraction": 0.5}
     one = chats(tmp_path / "one.jsonl", TALK)
     manifest = prepare(chat_config(tmp_path / "one", one, tokenizer, **options))
     assert (manifest.train.documents, manifest.validation.documents) == (2, 0)
@@ -282,7 +282,7 @@ def test_tools_from_lines_tables_and_datasets(tmp_path: Path) -> None:
     kwargs: dict[str, Any] = {"turns": Turns.expand, "id_field": None}
     for name, corpus in (("lines", lines), ("text", as_text), ("table", tmp_path / "a.parquet")):
         prepare(chat_config(tmp_path / name, corpus, tokenizer, **kwargs))
-    streamed = {"kind": SourceKind.datasets, "name": str(tmp_path / "hub"), "paths": []}
+    streamed: dict[str, Any] = {"kind": SourceKind.datasets, "name": str(tmp_path / "hub"), "paths": []}
     cfg = chat_config(tmp_path / "hub_data", lines, tokenizer, **kwargs)
     source = dataclasses.replace(cfg.data.source, **streamed)
     prepare(dataclasses.replace(cfg, data=dataclasses.replace(cfg.data, source=source)))
@@ -505,7 +505,7 @@ def test_a_refused_table_names_the_form_that_fits(tmp_path: Path) -> None:
 
 def test_keys_for_conversations_without_conversations(tmp_path: Path) -> None:
     corpus = write_lines(tmp_path / "a.jsonl", {"text": "x"})
-    options = {"records": Records.text, "learn": LearnedTurns.last, "turns": Turns.expand}
+    options: dict[str, Any] = {"records": Records.text, "learn": LearnedTurns.last, "turns": Turns.expand}
     with pytest.raises(UserError) as caught:
         prepare(chat_config(tmp_path / "d", corpus, None, template_kwargs={"a": 1}, **options))
     for key in ("data.source.learn=last", "data.source.turns=expand", "tokenizer.chat_template_kwargs"):
