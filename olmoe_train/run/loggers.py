@@ -105,11 +105,13 @@ def begin_piece(path: Path, step: int, last_logged: int | None) -> WandbPiece:
         step: Step from which the run continues.
         last_logged: Last step that the previous starts logged; None: nothing was logged.
     """
-    if path.is_file():
+    try:
         before = WandbPiece(**json.loads(path.read_text()))
         again = max(0, last_logged - step) + 1 if last_logged is not None else 0
         piece = WandbPiece(before.id, before.resumes + 1, before.shift + again)
-    else:
+    except (FileNotFoundError, ValueError, TypeError) as error:
+        if not isinstance(error, FileNotFoundError):
+            log.warning("warning: %s cannot be read (%s): this start is a new wandb run", path, error)
         piece = WandbPiece(os.environ.get("WANDB_RUN_ID") or secrets.token_hex(4))
     atomic_write_text(path, json.dumps(asdict(piece)) + "\n")
     return piece
