@@ -359,10 +359,10 @@ def ignored_tensors(config: OlmoeConfig, names: Iterable[str], has_head: bool = 
 
 
 def check_tied_head(config: OlmoeConfig, stored: StoredWeights, directory: Path) -> None:
-    """Raise a UserError if the head is tied, and the file has a head that differs from the embedding."""
+    """Raise a UserError if the head is tied, and the file has another head than the embedding."""
     both = ("lm_head.weight", "model.embed_tokens.weight")
     if config.tie_word_embeddings and all(name in stored.tensors for name in both):
-        head, embedding = (stored.read(name) for name in both)
+        head, embedding = (stored.read_finite(name) for name in both)  # a NaN is not equal to itself
         if not torch.equal(head, embedding):
             raise UserError(
                 f"{directory}: tie_word_embeddings is true, but lm_head.weight differs from the embedding; "

@@ -177,7 +177,10 @@ def test_a_tied_head_must_be_the_embedding(tmp_path: Path) -> None:
     make(tie_word_embeddings=True).save_pretrained(tmp_path)
     edit_tensors(tmp_path, lambda t: t.update({"lm_head.weight": t["model.embed_tokens.weight"].clone()}))
     assert_same(OlmoeForCausalLM.from_pretrained(tmp_path), make(tie_word_embeddings=True))
-    edit_tensors(tmp_path, lambda t: t["lm_head.weight"][0].add_(1))
+    edit_tensors(tmp_path, lambda t: [t[name][2].fill_(torch.nan) for name in list(t) if "head" in name])
+    with pytest.raises(UserError, match=r"lm_head\.weight\[2, 0\] is nan"):
+        OlmoeForCausalLM.from_pretrained(tmp_path)
+    edit_tensors(tmp_path, lambda t: t["lm_head.weight"][2].fill_(1))
     with pytest.raises(UserError, match=r"lm_head.weight differs from the embedding"):
         OlmoeForCausalLM.from_pretrained(tmp_path)
 
