@@ -13,6 +13,8 @@ STOP = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 # One Ctrl-C can arrive as several signals: one from the terminal, and others forwarded by torchrun.
 SECONDS_BETWEEN_INTERRUPTS = 1.0
 INTERRUPTED = 130
+END = b"\0"
+"""Tells the thread to end; no signal has the number 0."""
 
 
 class Signals:
@@ -33,7 +35,8 @@ class Signals:
         os.set_blocking(self._write, False)
         signal.set_wakeup_fd(self._write, warn_on_full_buffer=False)
         self._before = {number: signal.signal(number, self._note) for number in STOP}
-        threading.Thread(target=self._listen, name="signals", daemon=True).start()
+        self._thread = threading.Thread(target=self._listen, name="signals", daemon=True)
+        self._thread.start()
 
     def close(self) -> None:
         """Restore the previous signal handlers. Further calls have no effect."""
@@ -42,7 +45,10 @@ class Signals:
         for number, handler in self._before.items():
             signal.signal(number, handler)
         signal.set_wakeup_fd(-1)
-        os.close(self._write)  # ends the thread
+        # The end of the pipe alone may not end the thread: forked loader workers hold the pipe open.
+        os.write(self._write, END)
+        self._thread.join()
+        os.close(self._write)
         self._before = {}
 
     def _note(self, _number: int, _frame: object) -> None:
@@ -50,7 +56,7 @@ class Signals:
 
     def _listen(self) -> None:
         interrupted = None
-        while byte := os.read(self._read, 1):
+        while (byte := os.read(self._read, 1)) != END:
             if byte[0] != signal.SIGINT:
                 continue
             if interrupted is not None and time.monotonic() - interrupted > SECONDS_BETWEEN_INTERRUPTS:
