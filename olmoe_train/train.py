@@ -9,13 +9,12 @@ import sys
 from collections.abc import Iterable
 from functools import partial
 
-import torch.distributed as dist
-
 from olmoe_train.cli.app import run_verb
 from olmoe_train.config.compose import plain_values
 from olmoe_train.config.train import TrainConfig
 from olmoe_train.data.loader import TrainingData
 from olmoe_train.distributed.mesh import init_distributed
+from olmoe_train.distributed.rendezvous import leave_distributed
 from olmoe_train.optim.skip_step import SkipGuard
 from olmoe_train.training.batch import Batch, Totals, count_tokens, to_device
 from olmoe_train.training.build import (
@@ -54,7 +53,7 @@ def train(
     Raises:
         UserError: the configuration or the data is wrong; the message names the key and the fix.
     """
-    device = init_distributed(cfg.trainer.device.value)
+    device = init_distributed(cfg.trainer.device.value, cfg.trainer.rendezvous_timeout)
     with build_run(cfg) as run:
         data = TrainingData(cfg.data, cfg.seed)
         last_step = count_steps(cfg, data)
@@ -114,8 +113,7 @@ def main(cfg: TrainConfig) -> int:
     try:
         return STOPPED_BY_SIGNAL if train(cfg).stopped_by_signal else OK
     finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
+        leave_distributed(cfg.trainer.rendezvous_timeout)
 
 
 def run() -> int:

@@ -98,6 +98,20 @@ def join(backend: str, limit: timedelta, collective_timeout: timedelta) -> None:
         raise ConnectionError(f"lost {waiting_for[0]}: {str(error).splitlines()[0]}{_advice()}") from None
 
 
+def leave_distributed(timeout_s: float) -> None:
+    """Destroy the process group, if there is one. After `timeout_s` seconds the process exits with 1."""
+
+    def expired() -> None:
+        text = f"waited {TIMEOUT_KEY}={timeout_s:g} s for the other ranks, to leave the process group"
+        print(
+            f"error: rank {os.environ.get('RANK', '0')} (host {socket.gethostname()}) {text}", file=sys.stderr
+        )
+
+    if dist.is_initialized():
+        with time_limit(timeout_s, expired):
+            dist.destroy_process_group()
+
+
 def common_prefix(
     store: Store, rank: int, world_size: int, timeout: timedelta, waiting_for: list[str]
 ) -> str:

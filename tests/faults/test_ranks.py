@@ -160,8 +160,8 @@ def test_ranks_that_do_not_come_are_named() -> None:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     place = {"RANK": "0", "WORLD_SIZE": "3", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    program = "from olmoe_train.distributed.mesh import init_distributed; init_distributed('cpu', 2)"
-    command = [sys.executable, "-c", program]
+    options = ["experiment=quickstart", "data.dir=nowhere", "trainer.rendezvous_timeout=2"]
+    command = [sys.executable, "-m", "olmoe_train.train", *options]
     result = subprocess.run(command, env=os.environ | place, capture_output=True, text=True, timeout=60)
     last_line = result.stderr.splitlines()[-1]
     assert result.returncode == FAILED, result.stderr
