@@ -3,6 +3,8 @@
 import sys
 from importlib import import_module
 
+from olmoe_train.utils.console import quietly
+
 VERBS = {
     "prepare": "turn a corpus into tokens on disk",
     "plan": "memory, traffic, layouts and duration of a training run, without running it",
@@ -15,6 +17,10 @@ VERBS = {
 
 
 def main() -> int:
+    return quietly(_main)
+
+
+def _main() -> int:
     if len(sys.argv) < 2 or sys.argv[1] in ("-h", "--help"):
         print("usage: olmoe VERB [key=value ...]      olmoe VERB --help lists a verb's keys\n")
         print("\n".join(f"  {verb:<10} {meaning}" for verb, meaning in VERBS.items()))

@@ -15,8 +15,9 @@ from omegaconf.errors import OmegaConfBaseException
 from olmoe_train.config.aliases import current_overrides
 from olmoe_train.config.compose import explain, register_schema, to_config
 from olmoe_train.config.keys import config_directory, help_text
+from olmoe_train.utils.console import discard_closed_output, quietly
 from olmoe_train.utils.errors import UserError
-from olmoe_train.utils.exit_codes import BAD_INPUT, FAILED, OK
+from olmoe_train.utils.exit_codes import BAD_INPUT, CLOSED_OUTPUT, FAILED, OK
 from olmoe_train.utils.redaction import redact_text
 
 SECONDS_FOR_RANK_0 = 3.0  # to print its message before the other ranks exit
@@ -38,8 +39,13 @@ def run_verb(
 
     Returns:
         The exit code of the process: 0 done, 1 failed, 2 bad configuration or input (one message, no
-        traceback), 75 stopped by a signal after saving, 130 interrupted from the keyboard.
+        traceback), 75 stopped by a signal after saving, 130 interrupted from the keyboard, 141 nobody reads
+        its output.
     """
+    return quietly(lambda: _run_verb(verb, schema, main, description))
+
+
+def _run_verb(verb: str, schema: type, main: Callable[[Any], int | None], description: str | None) -> int:
     # The deepspeed launcher passes --local_rank, which Hydra would reject. LOCAL_RANK has the same value.
     sys.argv = [argument for argument in sys.argv if not argument.startswith("--local_rank=")]
     if any(argument in ("--help", "-h") for argument in sys.argv[1:]):
@@ -69,7 +75,9 @@ def run_verb(
     except KeyboardInterrupt:
         _print_once("interrupted")
         return 130
-    except Exception:
+    except Exception as error:
+        if isinstance(error, BrokenPipeError) and discard_closed_output():
+            return CLOSED_OUTPUT
         print(redact_text(traceback.format_exc()), file=sys.stderr, end="")
         return FAILED
     return exit_code

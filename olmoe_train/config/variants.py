@@ -84,8 +84,13 @@ def variant_errors(cfg: Any) -> list[str]:
 
 
 def writable(node: DictConfig) -> DictConfig:
-    """Lift the read-only flag that a frozen dataclass gives its nodes, so that Hydra can merge into them."""
+    """Lift the read-only flag that a frozen dataclass gives its nodes, so that Hydra can merge into them.
+
+    A mapping that is empty by default takes any key (tokenizer.chat_template_kwargs).
+    """
     OmegaConf.set_readonly(node, None)
+    if OmegaConf.get_type(node) is dict and not node:
+        OmegaConf.set_struct(node, False)
     for key in node:
         child = node._get_node(key)
         if isinstance(child, DictConfig) and not child._is_none() and not child._is_missing():

@@ -32,6 +32,7 @@ from olmoe_train.distributed.rendezvous import TIMEOUT_KEY, time_limit
 from olmoe_train.run.lock import RunLock
 from olmoe_train.run.signals import Signals
 from olmoe_train.run.watchdog import Watchdog, ended_ranks, ranks_of
+from olmoe_train.utils.console import ConsoleHandler
 from olmoe_train.utils.errors import UserError
 from olmoe_train.utils.redaction import RedactingFormatter, redact, redact_text
 
@@ -186,7 +187,7 @@ def open_log(run_dir: Path, level: int) -> None:
     close_log()
     _PACKAGE.propagate = False
     _PACKAGE.setLevel(level)
-    for handler in (logging.StreamHandler(sys.stdout), logging.FileHandler(run_dir / "log.txt", delay=True)):
+    for handler in (ConsoleHandler(sys.stdout), logging.FileHandler(run_dir / "log.txt", delay=True)):
         handler.setFormatter(RedactingFormatter())
         _PACKAGE.addHandler(handler)
 

@@ -19,14 +19,15 @@ def held_out_below(manifest: Manifest, counts: Counts, fraction: float) -> int |
     least, greatest = counts.least_hash, counts.greatest_hash
     if not fraction or least is None or greatest is None or (train and validation):
         return None
+    records = counts.documents - counts.further
     what = f"data.source.validation_fraction={fraction:g}"
     if least == greatest:  # a single document, or several with the same id
-        if counts.documents - counts.further > 1:
+        if records > 1:
             return None
         print(f"{what}: there is only one document, so none is held out for validation")
         return None if train else 0
     if train:
-        print(f"{what}: it chose none of {train:,} documents; one document is held out for validation")
+        print(f"{what}: it chose none of {records:,} documents; one document is held out for validation")
         return least + 1
-    print(f"{what}: it chose all {validation:,} documents for validation; one document is left for training")
+    print(f"{what}: it chose all {records:,} documents for validation; one document is left for training")
     return greatest

@@ -11,7 +11,9 @@ import pyarrow.parquet as pq
 import pytest
 from transformers import AutoTokenizer
 
+from olmoe_train.cli.app import run_verb
 from olmoe_train.config.choices import LearnedTurns, Records, SourceKind, Turns
+from olmoe_train.config.verbs import PrepareConfig
 from olmoe_train.data.prepare.pipeline import prepare
 from olmoe_train.data.tokens import Manifest, Targets
 from olmoe_train.utils.errors import UserError
@@ -501,6 +503,18 @@ def test_a_refused_table_names_the_form_that_fits(tmp_path: Path) -> None:
     pq.write_table(pa.Table.from_pylist([ALPACA]), str(tmp_path / "a.parquet"))
     with pytest.raises(UserError, match=r"no column 'messages'(.|\n)*, or data\.source\.records=alpaca"):
         prepare(chat_config(tmp_path / "data", tmp_path / "a.parquet", tokenizer))
+
+
+@pytest.mark.parametrize(
+    "override", ["tokenizer.chat_template_kwargs={a: 1}", "tokenizer.chat_template_kwargs.a=1"]
+)
+def test_variables_of_a_template_on_the_command_line(
+    tmp_path: Path, override: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[PrepareConfig] = []
+    monkeypatch.setattr("sys.argv", ["olmoe", override, f"data.dir={tmp_path}/data"])
+    assert run_verb("prepare", PrepareConfig, lambda cfg: seen.append(cfg)) == 0
+    assert seen[0].tokenizer.chat_template_kwargs == {"a": 1}
 
 
 def test_keys_for_conversations_without_conversations(tmp_path: Path) -> None:

@@ -115,3 +115,12 @@ def test_documents_that_share_an_id_are_refused(tmp_path: Path) -> None:
         with pytest.raises(UserError, match=r"all 60 documents have the same id(.|\n)*id_field=null"):
             prepare(config(tmp_path / "data", path, fraction))
     prepare(config(tmp_path / "data", path, 0.01, id_field=None))
+
+
+def test_validation_files_without_a_document_are_refused(tmp_path: Path) -> None:
+    """The fraction has no part in it, so the message does not name it."""
+    path = corpus(tmp_path / "a.jsonl", 60)
+    held = corpus(tmp_path / "b.jsonl", 0)
+    cfg = config(tmp_path / "data", path, 0.05, validation_paths=[str(held)])
+    with pytest.raises(UserError, match=r"no document of 60 is in the files of the validation split"):
+        prepare(cfg)
