@@ -33,8 +33,11 @@ class Evaluate(Callback):
     ) -> None:
         self.cfg, self.data, self.model, self.metrics = cfg, data, model, metrics
         self.throughput, self.watchdog, self.device = throughput, watchdog, device
+        self.has_data = any(manifest.validation.tokens for manifest in data.manifests.values())
 
     def on_start(self, state: TrainState) -> None:
+        if not self.has_data:
+            log.warning("WARNING: the data has no validation split, so eval/* is not measured")
         if state.step == 0 and self.cfg.at_start:
             self._evaluate(state)
 
@@ -43,6 +46,8 @@ class Evaluate(Callback):
             self._evaluate(state)
 
     def _evaluate(self, state: TrainState) -> None:
+        if not self.has_data:
+            return
         results = evaluate_data(
             self.model, self.data.cfg, self.cfg, self.device, self.watchdog.with_heartbeat
         )
