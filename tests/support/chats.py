@@ -11,7 +11,37 @@ from tokenizers import Tokenizer
 from olmoe_train.config.choices import Records, SourceKind
 from olmoe_train.config.verbs import PrepareConfig
 from olmoe_train.data.tokens import read_manifest
+from tests.support.chat_templates import turn
 from tests.support.data import prepare_config, read_documents
+
+QUESTION, ANSWER = turn("user", "Hello there"), turn("assistant", "It is.")
+TALK = [QUESTION, ANSWER, turn("user", "what?"), turn("assistant", "Yes")]
+THOUGHTS = [
+    QUESTION,
+    turn("assistant", "<think>\nHm.\n</think>\n\nIt is."),
+    turn("user", "what?"),
+    turn("assistant", "<think>\nWell.\n</think>\n\nYes"),
+]
+WEATHER = {
+    "type": "function",
+    "function": {
+        "name": "weather",
+        "parameters": {"type": "object", "properties": {"at": {"type": "string"}}},
+    },
+}
+
+
+def call(**arguments: Any) -> dict[str, Any]:
+    return {"type": "function", "function": {"name": "weather", "arguments": arguments}}
+
+
+CALLS = [
+    turn("user", "How warm is it there?"),
+    turn("assistant", None, tool_calls=[call(at="Bern"), call(at="Zug")]),
+    turn("tool", "8"),
+    turn("tool", "7"),
+    turn("assistant", "8 and 7."),
+]
 
 
 def chat_config(
