@@ -24,6 +24,7 @@ from olmoe_train.config.verbs import ExportConfig, GenerateConfig
 from olmoe_train.data.tokenizer import load_tokenizer, train_tokenizer
 from olmoe_train.evaluation.perplexity import evaluate_model
 from olmoe_train.model import OlmoeConfig, OlmoeForCausalLM
+from olmoe_train.model.cross_entropy import shift_labels
 from olmoe_train.training.preflight.model_and_data import model_errors
 from olmoe_train.utils.errors import UserError
 from tests.support.ranks import run_ranks
@@ -184,7 +185,7 @@ def test_generate_needs_text_and_its_own_tokenizer(run_dir: Path, tmp_path: Path
 def evaluate(batches_of_rank: list[list[Tensor]]) -> tuple[float, int]:
     model, _ = build()
     rank = torch.distributed.get_rank()
-    batches = [{"input_ids": ids.clamp(min=2), "labels": ids} for ids in batches_of_rank[rank]]
+    batches = [{"input_ids": ids.clamp(min=2), "targets": shift_labels(ids)} for ids in batches_of_rank[rank]]
     result = evaluate_model(model, batches, CPU)
     return result.loss, result.tokens
 
