@@ -5,7 +5,7 @@ The text is the same as that of Transformers 5.23 (test_chat_parity.py compares 
 
 import datetime
 import re
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +47,7 @@ class Conversation:
 
     def until(self, index: int) -> "Conversation":
         """Return the conversation with its first `index` messages."""
-        return Conversation(self.messages[:index], self.tools, self.kwargs)
+        return replace(self, messages=self.messages[:index])
 
 
 @dataclass(frozen=True)
@@ -139,7 +139,7 @@ class ChatTemplate:
                 for message in conversation.messages
             ]
             try:
-                text = self._render(Conversation(messages, conversation.tools, conversation.kwargs))[0]
+                text = self._render(replace(conversation, messages=messages))[0]
             except TemplateError:
                 return 0, 0
             return text.count(_PROBE), text.count(f"'{_PROBE}'") + text.count(f'"{_PROBE}"')
@@ -151,7 +151,7 @@ class ChatTemplate:
             message if message.get("content") is None else {**message, "content": joined_content(message)}
             for message in conversation.messages
         ]
-        return Conversation(messages, conversation.tools, conversation.kwargs)
+        return replace(conversation, messages=messages)
 
     def render_conversation(self, conversation: Conversation, turns: list[int] | None = None) -> Rendered:
         """Render a conversation and find what the model has to learn to write in it.
@@ -215,10 +215,9 @@ class ChatTemplate:
         silent = {"role": ASSISTANT, "content": ""}
         try:
             if not said:
-                messages = [*before, {**message, "content": ""}]
-                through, _ = self._render(Conversation(messages, conversation.tools, conversation.kwargs))
-            messages = [*before, silent]
-            nothing, _ = self._render(Conversation(messages, conversation.tools, conversation.kwargs))
+                blank = [*before, {**message, "content": ""}]
+                through, _ = self._render(replace(conversation, messages=blank))
+            nothing, _ = self._render(replace(conversation, messages=[*before, silent]))
         except TemplateError:
             return not said and message.keys() <= silent.keys()
         return through == nothing

@@ -10,7 +10,7 @@ from typing import Any
 
 from olmoe_train.config.choices import Records
 from olmoe_train.data.chat_template import ASSISTANT, RESERVED, Conversation, Message
-from olmoe_train.data.prepare.record_spec import RecordSpec
+from olmoe_train.data.prepare.record_spec import CONTENT_KEYS, RecordSpec
 
 # The names that data sets in the form of ShareGPT use (FastChat, LLaMA-Factory, axolotl, Unsloth).
 _SHAREGPT_ROLES = {
@@ -72,11 +72,8 @@ def fitting_form(record: dict[str, Any], spec: RecordSpec) -> str:
             found.append((Records.messages, (name,), settings(Records.messages, messages_field=name)))
         elif isinstance(first, dict) and {"from", "value"} <= first.keys():
             found.append((Records.sharegpt, (name,), settings(Records.sharegpt, conversations_field=name)))
-    for records, names in (
-        (Records.alpaca, ("instruction", "output")),
-        (Records.prompt_completion, ("prompt", "completion")),
-        (Records.text, ("text",)),
-    ):
+    for records in (Records.alpaca, Records.prompt_completion, Records.text):
+        names = CONTENT_KEYS[records]
         if all(isinstance(record.get(name), str) for name in names):
             found.append((records, names, settings(records)))
     others = [
@@ -182,9 +179,9 @@ def _called(value: Any, number: int) -> list[dict[str, Any]]:
 
 def _from_alpaca(record: dict[str, Any], spec: RecordSpec) -> list[Message]:
     instruction, output = spec.content_fields
-    question, answer = _string(record[instruction], instruction), _string(record[output], output)
+    question, answer = string_of(record[instruction], instruction), string_of(record[output], output)
     if spec.input_field is not None and record.get(spec.input_field) is not None:
-        about = _string(record[spec.input_field], spec.input_field)
+        about = string_of(record[spec.input_field], spec.input_field)
         question = "\n\n".join(text for text in (question, about) if text)
     messages = _system(record)
     for place, pair in enumerate(record.get("history") or [], start=1):
@@ -194,7 +191,12 @@ def _from_alpaca(record: dict[str, Any], spec: RecordSpec) -> list[Message]:
     return [*messages, {"role": "user", "content": question}, {"role": ASSISTANT, "content": answer}]
 
 
-def _string(value: Any, field: str) -> str:
+def string_of(value: Any, field: str) -> str:
+    """Return the value of a field that has to be a string.
+
+    Raises:
+        FormError: It is none.
+    """
     if not isinstance(value, str):
         raise FormError(f"its {field!r} is a JSON {json_type(value)}, not a string")
     return value
@@ -202,7 +204,7 @@ def _string(value: Any, field: str) -> str:
 
 def _system(record: dict[str, Any]) -> list[Message]:
     """Return the system message that is a field of the record, if there is one."""
-    system = _string(record.get("system") or "", "system")
+    system = string_of(record.get("system") or "", "system")
     return [{"role": "system", "content": system}] if system else []
 
 

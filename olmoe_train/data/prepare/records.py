@@ -21,6 +21,7 @@ from olmoe_train.data.prepare.record_forms import (
     conversation_of,
     fitting_form,
     json_type,
+    string_of,
     without_nulls,
 )
 from olmoe_train.data.prepare.record_spec import CONVERSATIONS, Filtered, RecordSpec
@@ -85,6 +86,13 @@ class ValidationSplit:
         """Return whether the document with this hash (corpus.split_hash) is held out."""
         return hashed < (self.fraction * 2**64 if self.below is None else self.below)
 
+    def place(self, file: CorpusFile, identity: str) -> tuple[bool, int | None]:
+        """Return (whether a document is held out, the split_hash that decides it; None: its file does)."""
+        if file.validation:
+            return True, None
+        hashed = split_hash(identity, self.seed)
+        return self.selects(hashed), hashed
+
 
 class _BadRecordError(Exception):
     """Reason why a record is bad, until a BadRecord is made of it."""
@@ -135,8 +143,7 @@ def _documents(
     document_id = record.get(spec.id_field) if spec.id_field is not None else None
     # An id stays with its document when the document moves to another line or file.
     identity = f"{file.name}:{number}" if document_id is None else f"id:{document_id}"
-    hashed = None if file.validation else split_hash(identity, validation.seed)
-    is_validation = hashed is None or validation.selects(hashed)
+    is_validation, hashed = validation.place(file, identity)
     documents = [
         replace(document, validation=is_validation, where=where, split_hash=hashed) for document in found
     ]
@@ -194,10 +201,7 @@ def _content(record: dict[str, Any], spec: RecordSpec, is_row: bool) -> list[Doc
 
 
 def _of_strings(record: dict[str, Any], spec: RecordSpec) -> Document:
-    values = [record[field] for field in spec.content_fields]
-    for field, value in zip(spec.content_fields, values, strict=True):
-        if not isinstance(value, str):
-            raise FormError(f"its {field!r} is a JSON {json_type(value)}, not a string")
+    values = [string_of(record[field], field) for field in spec.content_fields]
     text = "".join(values)
     spans = [(len(values[0]), len(text))] if spec.records is Records.prompt_completion else None
     return Document(text, False, "", spans)
@@ -277,8 +281,7 @@ def _whole_file(
         contents = _read(file, spec.max_record_bytes)
     except DAMAGE as error:
         raise damaged(file.path, 1, error) from error
-    hashed = None if file.validation else split_hash(file.name, validation.seed)
-    is_validation = hashed is None or validation.selects(hashed)
+    is_validation, hashed = validation.place(file, file.name)
     if len(contents) > spec.max_record_bytes:
         reason = f"more than data.source.max_record_bytes={spec.max_record_bytes} bytes"
         return BadRecord(f"{file.path}:1", reason, contents[: spec.excerpt_bytes])
