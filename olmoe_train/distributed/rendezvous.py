@@ -46,6 +46,11 @@ def time_limit(seconds: float, expired: Callable[[], None]) -> Iterator[None]:
         timer.cancel()
 
 
+def place_of(rank: int) -> str:
+    """Name this process in a message. rank: its rank."""
+    return f"rank {rank} (host {socket.gethostname()}, process {os.getpid()})"
+
+
 def join(backend: str, limit: timedelta, collective_timeout: timedelta) -> None:
     """Create the process group of the ranks in the environment variables of torchrun.
 
@@ -69,8 +74,9 @@ def join(backend: str, limit: timedelta, collective_timeout: timedelta) -> None:
     waiting_for = [f"the store of rank 0 at MASTER_ADDR={host}, MASTER_PORT={port}"]
 
     def expired() -> None:
-        place = f"rank {rank} (host {socket.gethostname()}, process {os.getpid()})"
-        text = f"error: {place} waited {TIMEOUT_KEY}={limit.total_seconds():g} s for {waiting_for[0]}"
+        text = (
+            f"error: {place_of(rank)} waited {TIMEOUT_KEY}={limit.total_seconds():g} s for {waiting_for[0]}"
+        )
         print(text + _advice(), file=sys.stderr)
 
     try:

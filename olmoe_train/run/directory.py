@@ -27,8 +27,9 @@ from typing import Any
 import torch.distributed as dist
 from omegaconf import OmegaConf
 
+from olmoe_train.config.compose import plain_values
 from olmoe_train.distributed.collectives import on_any_rank, on_rank_0
-from olmoe_train.distributed.rendezvous import TIMEOUT_KEY, time_limit
+from olmoe_train.distributed.rendezvous import TIMEOUT_KEY, place_of, time_limit
 from olmoe_train.run.lock import RunLock
 from olmoe_train.run.signals import Signals
 from olmoe_train.run.watchdog import Watchdog, ended_ranks, ranks_of
@@ -115,28 +116,24 @@ class Run:
     def write_config(self, cfg: object) -> None:
         """Write config.yaml, once it is known that the run can continue with it. cfg: a config dataclass."""
         if self._is_writer:
-            values = OmegaConf.to_container(OmegaConf.structured(cfg), enum_to_str=True)
-            OmegaConf.save(OmegaConf.create(redact(values)), self.path / "config.yaml")
+            OmegaConf.save(OmegaConf.create(redact(plain_values(cfg))), self.path / "config.yaml")
 
     def finish(self, last_step: int) -> None:
         """Record in log and status.json how the run ended: `saved_step` of `last_step` steps; collective."""
         step = self.saved_step
-        done = step >= last_step
-        reason = "signal" if self.stopping else "trainer.stop_at_step"
-        # Before any rank leaves: a launcher reads status.json as soon as the ranks of its node have ended.
-        if done:
-            self.write_status("done", "reached the last step", step, last_step)
+        if step >= last_step:
+            state, reason = "done", "reached the last step"
+            line = f"done: step {step} of {last_step}; everything is in {self.path}"
         else:
-            self.write_status("stopped", reason, step, last_step)
+            state, reason = "stopped", "signal" if self.stopping else "trainer.stop_at_step"
+            line = f"stopped at step {step} of {last_step} ({reason}); run the same command again to continue"
+        # Before any rank leaves: a launcher reads status.json as soon as the ranks of its node have ended.
+        self.write_status(state, reason, step, last_step)
         self.watchdog.close()
         with self._waiting_for_ranks("end"):
             dist.barrier()  # until no watchdog can take a rank that has finished for one that died
         self.signals.close()
-        if done:
-            log.info("done: step %d of %d; everything is in %s", step, last_step, self.path)
-        else:
-            again = "run the same command again to continue"
-            log.info("stopped at step %d of %d (%s); %s", step, last_step, reason, again)
+        log.info("%s", line)
         if self._lock is not None:
             self._lock.release()
 
@@ -144,10 +141,9 @@ class Run:
         """End this process if the others do not come; no watchdog does so here. moment: start or end."""
 
         def expired() -> None:
-            place = f"rank {dist.get_rank()} (host {socket.gethostname()}, process {os.getpid()})"
             reason = (
-                f"{place} waited {TIMEOUT_KEY}={self._rendezvous_timeout:g} s for the other ranks "
-                f"at the {moment} of the run"
+                f"{place_of(dist.get_rank())} waited {TIMEOUT_KEY}={self._rendezvous_timeout:g} s "
+                f"for the other ranks at the {moment} of the run"
             )
             if moment == "start":  # status.json is still the one of an earlier run, or of another
                 log.error("ERROR: %s", reason)
