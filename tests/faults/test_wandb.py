@@ -9,7 +9,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from functools import partial
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
@@ -19,7 +19,7 @@ from olmoe_train.config.train import LoggingConfig, WandbConfig
 from olmoe_train.run import loggers
 from tests.support.faults import assert_same_end, at_step, config, metrics, run
 from tests.support.ranks import RankError, run_ranks
-from tests.support.wandb_server import wandb_server
+from tests.support.wandb_server import JsonHandler, wandb_server
 
 ONLINE = LoggingConfig(wandb=WandbConfig(mode=WandbMode.online))
 
@@ -62,21 +62,13 @@ def server_that_stops_answering() -> Iterator[int]:
     """Lets a run begin; what comes after waits for ever."""
     stop = threading.Event()
 
-    class Handler(BaseHTTPRequestHandler):
-        def do_POST(self) -> None:
+    class Handler(JsonHandler):
+        def do_POST(self) -> None:  # noqa: N802 - http.server calls it
             self.rfile.read(int(self.headers["Content-Length"]))
             if not self.path.startswith("/graphql"):
                 stop.wait()
                 return
-            content = json.dumps({"data": ANSWER}).encode()
-            self.send_response(200)
-            self.send_header("Content-Type", "application/json")
-            self.send_header("Content-Length", str(len(content)))
-            self.end_headers()
-            self.wfile.write(content)
-
-        def log_message(self, *_: object) -> None:
-            pass
+            self.reply(json.dumps({"data": ANSWER}).encode())
 
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     threading.Thread(target=server.serve_forever, daemon=True).start()

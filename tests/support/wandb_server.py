@@ -14,7 +14,21 @@ PROJECT = {"id": "1", "name": "p", "entity": {"id": "1", "name": "e"}}
 VIEWER = {"id": "1", "entity": "e", "username": "u", "flags": "{}", "teams": {"edges": []}}
 
 
-class Handler(BaseHTTPRequestHandler):
+class JsonHandler(BaseHTTPRequestHandler):
+    """Answers with JSON, and logs nothing."""
+
+    def reply(self, content: bytes) -> None:
+        self.send_response(200)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(content)))
+        self.end_headers()
+        self.wfile.write(content)
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+class Handler(JsonHandler):
     protocol_version = "HTTP/1.1"
     runs: dict[str, History]
 
@@ -33,16 +47,6 @@ class Handler(BaseHTTPRequestHandler):
     def do_PUT(self) -> None:
         self.rfile.read(int(self.headers["Content-Length"]))
         self.reply(b"")
-
-    def reply(self, content: bytes) -> None:
-        self.send_response(200)
-        self.send_header("Content-Type", "application/json")
-        self.send_header("Content-Length", str(len(content)))
-        self.end_headers()
-        self.wfile.write(content)
-
-    def log_message(self, *_: object) -> None:
-        pass
 
     def answer(self, query: str, variables: dict[str, Any]) -> dict[str, Any]:
         name = variables.get("name", "")
