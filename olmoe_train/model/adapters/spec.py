@@ -1,9 +1,9 @@
 """What an adapter is: its size, its scale and the weights that it adapts.
 
-LoRA (arXiv 2106.09685) adds s B A to a frozen weight W [O, I]: y = x W^T + s (x A^T) B^T, with A [R, I], B [O, R]
-and s = alpha / R. rsLoRA (arXiv 2312.03732) takes s = alpha / sqrt(R). DoRA (arXiv 2402.09353) also trains the
-norm m [O] of every row: y = m / ||W + s B A|| (x W^T + s (x A^T) B^T), where the norm of each row counts as a
-constant in backward.
+LoRA (arXiv 2106.09685) adds s B A to a frozen weight W [O, I]: y = x W^T + s (x A^T) B^T, with A [R, I],
+B [O, R] and s = alpha / R. rsLoRA (arXiv 2312.03732) takes s = alpha / sqrt(R). DoRA (arXiv 2402.09353) also
+trains the norm m [O] of every row: y = m / ||W + s B A|| (x W^T + s (x A^T) B^T). The norm of each row counts
+as a constant in backward (section 4.3).
 
 Shapes: R rank of the adapter, I and O the widths of a weight [O, I], E experts, D hidden, F expert width,
 V vocabulary.

@@ -1,0 +1,141 @@
+"""NF4: frozen weights in 4 bits (QLoRA, arXiv 2305.14314, section 3 and appendix E).
+
+A block of 64 consecutive elements of a row shares one scale, its largest absolute value (absmax, fp32). Each
+element is the index of the nearest of 16 levels times that scale. Two elements are packed into a byte.
+
+The packed weights are buffers, not parameters. Every layout therefore holds them whole on each rank (with
+expert parallelism: this rank's experts), and no optimizer and no checkpoint sees them.
+
+Shapes: O and I the widths of a weight [O, I], E experts.
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+BLOCK = 64
+"""Elements that share a scale."""
+# Appendix E of the paper; the same values as in bitsandbytes.
+LEVELS = (
+    -1.0,
+    -0.6961928009986877,
+    -0.5250730514526367,
+    -0.39491748809814453,
+    -0.28444138169288635,
+    -0.18477343022823334,
+    -0.09105003625154495,
+    0.0,
+    0.07958029955625534,
+    0.16093020141124725,
+    0.24611230194568634,
+    0.33791524171829224,
+    0.44070982933044434,
+    0.5626170039176941,
+    0.7229568362236023,
+    1.0,
+)
+
+
+def quantize_nf4(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Quantize a weight.
+
+    Args:
+        weight: [..., I], any float dtype; I is a multiple of BLOCK.
+
+    Returns:
+        Packed indices, uint8 [..., I / 2], the first of two elements in the high bits; and the scales, fp32
+        [..., I / BLOCK].
+
+    Raises:
+        ValueError: I is not a multiple of BLOCK.
+    """
+    if weight.shape[-1] % BLOCK:
+        raise ValueError(
+            f"NF4 needs rows of a multiple of {BLOCK} elements, and these have {weight.shape[-1]}"
+        )
+    blocks = weight.float().unflatten(-1, (-1, BLOCK))
+    absmax = blocks.abs().amax(-1)
+    # A block of zeros has scale 0; 1 keeps the division finite, and every index is that of level 0.
+    unit = blocks / torch.where(absmax == 0, 1.0, absmax).unsqueeze(-1)
+    levels = torch.tensor(LEVELS, device=weight.device)
+    boundaries = (levels[1:] + levels[:-1]) / 2
+    indices = torch.bucketize(unit, boundaries).to(torch.uint8).flatten(-2)
+    return (indices[..., ::2] << 4) | indices[..., 1::2], absmax
+
+
+def dequantize_nf4(packed: Tensor, absmax: Tensor, dtype: torch.dtype) -> Tensor:
+    """The weight [..., I] that `quantize_nf4` packed: level x absmax in fp32, then rounded to `dtype`."""
+    indices = torch.stack((packed >> 4, packed & 15), dim=-1).flatten(-2)
+    levels = torch.tensor(LEVELS, device=packed.device)
+    blocks = levels[indices.int()].unflatten(-1, (-1, BLOCK)) * absmax.unsqueeze(-1)
+    return blocks.flatten(-2).to(dtype)
+
+
+class Nf4Weight(nn.Module):
+    """A quantized weight [O, I], or [E, O, I] of stacked experts, in place of a parameter."""
+
+    packed: Tensor
+    """uint8 [..., I / 2]."""
+    absmax: Tensor
+    """fp32 [..., I / BLOCK]."""
+
+    def __init__(self, shape: torch.Size, device: torch.device) -> None:
+        super().__init__()
+        *rows, width = shape
+        packed = torch.empty(*rows, width // 2, dtype=torch.uint8, device=device)
+        absmax = torch.empty(*rows, width // BLOCK, device=device)
+        # Not persistent: the base model is not part of a checkpoint.
+        self.register_buffer("packed", packed, persistent=False)
+        self.register_buffer("absmax", absmax, persistent=False)
+
+    @property
+    def shape(self) -> torch.Size:
+        """Shape of the weight that this rank holds."""
+        return torch.Size((*self.packed.shape[:-1], 2 * self.packed.shape[-1]))
+
+    def reset_buffers(self) -> None:
+        """Zeros, until `set_weight`."""
+        self.packed.zero_()
+        self.absmax.zero_()
+
+    def set_weight(self, weight: Tensor) -> None:
+        """Quantize a weight of this shape, one expert at a time if experts are stacked."""
+        assert weight.shape == self.shape, (weight.shape, self.shape)
+        stacked = weight.ndim == 3
+        for index in range(len(weight)) if stacked else [...]:
+            packed, absmax = quantize_nf4(weight[index])
+            self.packed[index].copy_(packed)
+            self.absmax[index].copy_(absmax)
+
+    def keep_experts(self, first: int, count: int) -> None:
+        """Keep `count` experts from `first` on, and drop the others."""
+        self.packed = self.packed[first : first + count].clone()
+        self.absmax = self.absmax[first : first + count].clone()
+
+    def dequantize(self, dtype: torch.dtype, expert: int | None = None) -> Tensor:
+        """The weight [O, I], of one expert if experts are stacked."""
+        if expert is None:
+            return dequantize_nf4(self.packed, self.absmax, dtype)
+        return dequantize_nf4(self.packed[expert], self.absmax[expert], dtype)
+
+
+class _Nf4Linear(torch.autograd.Function):
+    """x @ W.T with W dequantized in forward and again in backward, so that only the 4 bits are kept."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Nf4Weight) -> Tensor:
+        ctx.weight = weight
+        return F.linear(x, weight.dequantize(x.dtype))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, d_out: Tensor) -> tuple[Tensor, None]:
+        return d_out @ ctx.weight.dequantize(d_out.dtype), None
+
+
+def nf4_linear(x: Tensor, weight: Nf4Weight) -> Tensor:
+    """x [..., I] @ W.T -> [..., O] for a frozen quantized weight."""
+    return _Nf4Linear.apply(x, weight)
