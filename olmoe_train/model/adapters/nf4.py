@@ -74,6 +74,13 @@ def dequantize_nf4(packed: Tensor, absmax: Tensor, dtype: torch.dtype) -> Tensor
     return blocks.flatten(-2).to(dtype)
 
 
+def round_trip_nf4(weight: Tensor) -> Tensor:
+    """The values that a model with the quantized weight computes with, fp32."""
+    if weight.ndim == 3:
+        return torch.stack([round_trip_nf4(of_expert) for of_expert in weight])
+    return dequantize_nf4(*quantize_nf4(weight), torch.float32)
+
+
 class Nf4Weight(nn.Module):
     """A quantized weight [O, I], or [E, O, I] of stacked experts, in place of a parameter."""
 
@@ -90,6 +97,8 @@ class Nf4Weight(nn.Module):
         # Not persistent: the base model is not part of a checkpoint.
         self.register_buffer("packed", packed, persistent=False)
         self.register_buffer("absmax", absmax, persistent=False)
+        self.first_expert = 0
+        """Index of the first expert that this rank holds."""
 
     @property
     def shape(self) -> torch.Size:
@@ -102,11 +111,14 @@ class Nf4Weight(nn.Module):
         self.absmax.zero_()
 
     def set_weight(self, weight: Tensor) -> None:
-        """Quantize a weight of this shape, one expert at a time if experts are stacked."""
-        assert weight.shape == self.shape, (weight.shape, self.shape)
-        stacked = weight.ndim == 3
-        for index in range(len(weight)) if stacked else [...]:
-            packed, absmax = quantize_nf4(weight[index])
+        """Quantize a whole weight; of stacked experts this rank's, one at a time."""
+        if weight.ndim == 2:
+            packed, absmax = quantize_nf4(weight)
+            self.packed.copy_(packed)
+            self.absmax.copy_(absmax)
+            return
+        for index in range(len(self.packed)):
+            packed, absmax = quantize_nf4(weight[self.first_expert + index])
             self.packed[index].copy_(packed)
             self.absmax[index].copy_(absmax)
 
@@ -114,6 +126,7 @@ class Nf4Weight(nn.Module):
         """Keep `count` experts from `first` on, and drop the others."""
         self.packed = self.packed[first : first + count].clone()
         self.absmax = self.absmax[first : first + count].clone()
+        self.first_expert += first
 
     def dequantize(self, dtype: torch.dtype, expert: int | None = None) -> Tensor:
         """The weight [O, I], of one expert if experts are stacked."""

@@ -53,3 +53,13 @@ class AdapterSpec:
     def scale(self) -> float:
         """s."""
         return self.alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
+
+
+@dataclass(frozen=True)
+class BaseIdentity:
+    """Which weights an adapter was trained on."""
+
+    path: str
+    """Where they were, absolute."""
+    xxh3_128: str
+    """Hash of their names, dtypes and bytes, in hexadecimal; the same for every file layout."""
