@@ -1,7 +1,7 @@
 """NF4: frozen weights in 4 bits (QLoRA, arXiv 2305.14314, section 3 and appendix E).
 
-A block of 64 consecutive elements of a row shares one scale, its largest absolute value (absmax, fp32). Each
-element is the index of the nearest of 16 levels times that scale. Two elements are packed into a byte.
+A block of 64 consecutive elements shares one scale, its largest absolute value (absmax, fp32). An element is
+the nearest of 16 levels times that scale. The indices of two elements are packed into a byte.
 
 The packed weights are buffers, not parameters. Every layout therefore holds them whole on each rank (with
 expert parallelism: this rank's experts), and no optimizer and no checkpoint sees them.
@@ -39,61 +39,54 @@ LEVELS = (
 )
 
 
-def quantize_nf4(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Quantize a weight.
+def quantize_nf4(weight_OI: Tensor) -> tuple[Tensor, Tensor]:
+    """Quantize a weight. Its elements are taken in row-major order.
 
     Args:
-        weight: [..., I], any float dtype; I is a multiple of BLOCK.
+        weight_OI: Any float dtype; O x I is a multiple of BLOCK.
 
     Returns:
-        Packed indices, uint8 [..., I / 2], the first of two elements in the high bits; and the scales, fp32
-        [..., I / BLOCK].
-
-    Raises:
-        ValueError: I is not a multiple of BLOCK.
+        Packed indices, uint8 [O I / 2], the first of two elements in the high bits; and the scales, fp32
+        [O I / BLOCK].
     """
-    if weight.shape[-1] % BLOCK:
-        raise ValueError(
-            f"NF4 needs rows of a multiple of {BLOCK} elements, and these have {weight.shape[-1]}"
-        )
-    blocks = weight.float().unflatten(-1, (-1, BLOCK))
-    absmax = blocks.abs().amax(-1)
-    # A block of zeros has scale 0; 1 keeps the division finite, and every index is that of level 0.
-    unit = blocks / torch.where(absmax == 0, 1.0, absmax).unsqueeze(-1)
-    levels = torch.tensor(LEVELS, device=weight.device)
+    blocks = weight_OI.float().reshape(-1, BLOCK)
+    absmax = blocks.abs().amax(1)
+    # A block of zeros has scale 0. With 1 the division is finite, and every index is that of level 0.
+    unit = blocks / torch.where(absmax == 0, 1.0, absmax)[:, None]
+    levels = torch.tensor(LEVELS, device=weight_OI.device)
     boundaries = (levels[1:] + levels[:-1]) / 2
-    indices = torch.bucketize(unit, boundaries).to(torch.uint8).flatten(-2)
-    return (indices[..., ::2] << 4) | indices[..., 1::2], absmax
+    indices = torch.bucketize(unit, boundaries).to(torch.uint8).flatten()
+    return (indices[::2] << 4) | indices[1::2], absmax
 
 
-def dequantize_nf4(packed: Tensor, absmax: Tensor, dtype: torch.dtype) -> Tensor:
-    """The weight [..., I] that `quantize_nf4` packed: level x absmax in fp32, then rounded to `dtype`."""
-    indices = torch.stack((packed >> 4, packed & 15), dim=-1).flatten(-2)
+def dequantize_nf4(packed: Tensor, absmax: Tensor) -> Tensor:
+    """The elements that `quantize_nf4` packed, fp32 [O I]: level x scale."""
+    indices = torch.stack((packed >> 4, packed & 15), dim=-1).flatten()
     levels = torch.tensor(LEVELS, device=packed.device)
-    blocks = levels[indices.int()].unflatten(-1, (-1, BLOCK)) * absmax.unsqueeze(-1)
-    return blocks.flatten(-2).to(dtype)
+    return (levels[indices.int()].view(-1, BLOCK) * absmax[:, None]).flatten()
 
 
 def round_trip_nf4(weight: Tensor) -> Tensor:
     """The values that a model with the quantized weight computes with, fp32."""
     if weight.ndim == 3:
         return torch.stack([round_trip_nf4(of_expert) for of_expert in weight])
-    return dequantize_nf4(*quantize_nf4(weight), torch.float32)
+    return dequantize_nf4(*quantize_nf4(weight)).view_as(weight)
 
 
 class Nf4Weight(nn.Module):
     """A quantized weight [O, I], or [E, O, I] of stacked experts, in place of a parameter."""
 
     packed: Tensor
-    """uint8 [..., I / 2]."""
+    """uint8 [O I / 2], or [E, O I / 2]."""
     absmax: Tensor
-    """fp32 [..., I / BLOCK]."""
+    """fp32 [O I / BLOCK], or [E, O I / BLOCK]."""
 
     def __init__(self, shape: torch.Size, device: torch.device) -> None:
         super().__init__()
-        *rows, width = shape
-        packed = torch.empty(*rows, width // 2, dtype=torch.uint8, device=device)
-        absmax = torch.empty(*rows, width // BLOCK, device=device)
+        *experts, self.rows, self.width = shape
+        elements = self.rows * self.width
+        packed = torch.empty(*experts, elements // 2, dtype=torch.uint8, device=device)
+        absmax = torch.empty(*experts, elements // BLOCK, device=device)
         # Not persistent: the base model is not part of a checkpoint.
         self.register_buffer("packed", packed, persistent=False)
         self.register_buffer("absmax", absmax, persistent=False)
@@ -103,7 +96,7 @@ class Nf4Weight(nn.Module):
     @property
     def shape(self) -> torch.Size:
         """Shape of the weight that this rank holds."""
-        return torch.Size((*self.packed.shape[:-1], 2 * self.packed.shape[-1]))
+        return torch.Size((*self.packed.shape[:-1], self.rows, self.width))
 
     def reset_buffers(self) -> None:
         """Zeros, until `set_weight`."""
@@ -130,9 +123,8 @@ class Nf4Weight(nn.Module):
 
     def dequantize(self, dtype: torch.dtype, expert: int | None = None) -> Tensor:
         """The weight [O, I], of one expert if experts are stacked."""
-        if expert is None:
-            return dequantize_nf4(self.packed, self.absmax, dtype)
-        return dequantize_nf4(self.packed[expert], self.absmax[expert], dtype)
+        stored = (self.packed, self.absmax) if expert is None else (self.packed[expert], self.absmax[expert])
+        return dequantize_nf4(*stored).view(self.rows, self.width).to(dtype)
 
 
 class _Nf4Linear(torch.autograd.Function):
