@@ -1,6 +1,7 @@
 """The options of `adapter`, which decides what is trained: one dataclass per kind of adapter."""
 
 from dataclasses import dataclass, field
+from typing import Any
 
 from olmoe_train.config.choices import AdapterScaling, AdapterTarget, QuantizeBase, RouterTraining
 from olmoe_train.config.variants import VariantConfig, register_variant
@@ -86,6 +87,26 @@ def adapter_spec(cfg: AdapterConfig) -> AdapterSpec | None:
         dora=isinstance(cfg, DoraConfig),
         trains_router=cfg.router is RouterTraining.full,
     )
+
+
+def saved_adapter_spec(section: dict[str, Any]) -> AdapterSpec | None:
+    """`adapter_spec` of the plain values of a saved configuration's section `adapter`."""
+    if section.get("name", "none") == "none":
+        return None
+    return AdapterSpec(
+        rank=section["rank"],
+        alpha=section["alpha"],
+        targets=tuple(name for name in TARGETS if name in section["targets"]),
+        dropout=section["dropout"],
+        rslora=section["scaling"] == AdapterScaling.rslora.name,
+        dora=section["name"] == DoraConfig.name,
+        trains_router=section["router"] == RouterTraining.full.name,
+    )
+
+
+def saved_quantizes_base(section: dict[str, Any]) -> bool:
+    """`quantizes_base` of the plain values of a saved configuration's section `adapter`."""
+    return section.get("quantize_base") == QuantizeBase.nf4.name
 
 
 def quantizes_base(cfg: AdapterConfig) -> bool:

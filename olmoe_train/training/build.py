@@ -26,6 +26,7 @@ from olmoe_train.distributed.parallelize import parallelize
 from olmoe_train.model import OlmoeForCausalLM
 from olmoe_train.model.adapters.add import add_adapter, quantize_base
 from olmoe_train.model.configuration import OlmoeConfig
+from olmoe_train.model.hf.directory import check_same_architecture
 from olmoe_train.model.moe.balancing import AuxiliaryLosses, Balancer
 from olmoe_train.model.moe.block import OlmoeTopKRouter
 from olmoe_train.optim.build import build_optimizer, trained_parameters
@@ -106,7 +107,8 @@ def fill_model(model: OlmoeForCausalLM, cfg: ModelConfig) -> None:
         load_into(model, cfg.init_from, cfg.trust_pickle, strip_prefix)
         return
     stored = open_stored_model(cfg.init_from, trust_pickle=cfg.trust_pickle, strip_prefix=strip_prefix)
-    model.base = load_base(model, stored, cfg.init_from)
+    check_same_architecture(model.config, stored.config, stored.name)
+    model.base = load_base(model, stored.read, cfg.init_from)
 
 
 def build_engine(cfg: TrainConfig, device: torch.device) -> Engine:

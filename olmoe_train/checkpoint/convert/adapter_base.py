@@ -4,22 +4,26 @@ A checkpoint of an adapter holds what was trained, and not the base. It records 
 of the base's weights, so that another base is refused.
 """
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import xxhash
 from torch import Tensor
 
-from olmoe_train.checkpoint.convert.stored_model import StoredModel
-from olmoe_train.model import OlmoeForCausalLM
-from olmoe_train.model.adapters.add import (
-    adapted_weight,
-    magnitude_of,
-    quantized_weights,
-)
+from olmoe_train.checkpoint.sharded import model_tensor_names, open_model_tensors, saved_state
+from olmoe_train.config.adapter import saved_adapter_spec, saved_quantizes_base
+from olmoe_train.model import OlmoeConfig, OlmoeForCausalLM
+from olmoe_train.model.adapters.add import adapted_weight, magnitude_of, quantized_weights
+from olmoe_train.model.adapters.merge import adapter_names, merged
 from olmoe_train.model.adapters.nf4 import round_trip_nf4
-from olmoe_train.model.adapters.spec import BaseIdentity
-from olmoe_train.model.hf.directory import assign, check_same_architecture, parameter_shapes
+from olmoe_train.model.adapters.spec import EXPERTS, AdapterSpec, BaseIdentity
+from olmoe_train.model.hf.directory import assign, parameter_shapes
+from olmoe_train.utils.errors import UserError
+
+Read = Callable[[str], Tensor]
 
 
 class WeightHash:
@@ -39,27 +43,23 @@ class WeightHash:
 
 
 @torch.no_grad()
-def load_base(model: OlmoeForCausalLM, stored: StoredModel, source: str | Path) -> BaseIdentity:
+def load_base(model: OlmoeForCausalLM, read: Read, source: str | Path) -> BaseIdentity:
     """Fill the frozen weights of a model with an adapter, quantize those that are to be, and set the
     magnitudes.
 
     Every rank reads for itself, and holds one whole parameter in memory at a time.
 
     Args:
-        model: Its parameters may be whole or sharded (DTensor).
-        stored: The base.
+        model: Its parameters may be whole or sharded (DTensor). It has the architecture of the base.
+        read: Returns one whole weight of the base.
         source: What names the base.
-
-    Raises:
-        UserError: A weight is not finite, or the architectures differ.
     """
-    check_same_architecture(model.config, stored.config, stored.name)
     parameters = dict(model.named_parameters())
     quantized = quantized_weights(model)
     magnitudes = {adapted_weight(name): name for name in parameters if name.endswith("magnitude")}
     digest = WeightHash()
     for name in parameter_shapes(OlmoeForCausalLM, model.config):
-        weight = stored.read(name)
+        weight = read(name)
         digest.add(name, weight)
         if name in quantized:
             quantized[name].set_weight(weight)
@@ -67,7 +67,84 @@ def load_base(model: OlmoeForCausalLM, stored: StoredModel, source: str | Path) 
             weight = weight.to(parameters[name].dtype)
             assign(parameters[name], weight)
         if (magnitude := magnitudes.get(name)) is not None:
-            if name in quantized:
-                weight = round_trip_nf4(weight)
+            weight = round_trip_nf4(weight) if name in quantized else weight
             assign(parameters[magnitude], magnitude_of(magnitude, weight))
     return BaseIdentity(str(Path(source).expanduser().absolute()), digest.hexdigest())
+
+
+def check_base(config: OlmoeConfig, read: Read, expected: BaseIdentity, where: str) -> None:
+    """Check that a base is the one that an adapter was trained on. Reads all its weights.
+
+    Args:
+        config: Architecture of the base.
+        read: Returns one whole weight of the base.
+        expected: As the adapter's checkpoint records it.
+        where: What to call the base in the message.
+
+    Raises:
+        UserError: It is another one.
+    """
+    digest = WeightHash()
+    for name in parameter_shapes(OlmoeForCausalLM, config):
+        digest.add(name, read(name))
+    if digest.hexdigest() != expected.xxh3_128:
+        raise UserError(
+            f"{where} has other weights than the base that the adapter was trained on (hash "
+            f"{digest.hexdigest()}, in the checkpoint {expected.xxh3_128}): bring that model back to "
+            f"{expected.path}, or set model.init_from in the run's config.yaml to where it is"
+        )
+
+
+@dataclass(frozen=True)
+class SavedAdapter:
+    """The adapter of a training checkpoint, whose tensors are read one at a time."""
+
+    spec: AdapterSpec
+    quantized: bool
+    """Whether the base was in NF4."""
+    base: BaseIdentity
+    names: frozenset[str]
+    """Names of all trained tensors, those of a trained router included."""
+    read: Read
+    """Returns one whole tensor, fp32."""
+
+    def reader_of_merged(self, read_base: Read) -> Read:
+        """A function that returns a weight of the base with the adapter added in fp32, by its name.
+
+        An NF4 base is quantized and dequantized first: the result is what the adapter was trained with.
+        """
+
+        def read(name: str) -> Tensor:
+            if name in self.names:
+                return self.read(name)  # a trained router
+            weight = read_base(name)
+            if self.quantized and adapter_names(name)[0] in self.names and quantizable_name(name):
+                weight = round_trip_nf4(weight)
+            return merged(name, weight, set(self.names), self.read, self.spec)
+
+        return read
+
+
+def quantizable_name(name: str) -> bool:
+    """Whether a weight that has an adapter is one that NF4 quantizes: an attention projection or experts."""
+    return ".self_attn." in name or f".mlp.{EXPERTS}." in name
+
+
+def open_adapter(checkpoint: Path) -> SavedAdapter | None:
+    """The adapter of a training checkpoint; None if the checkpoint holds a whole model.
+
+    Raises:
+        CheckpointError: A file is missing or damaged.
+    """
+    state: dict[str, Any] = saved_state(checkpoint)
+    section = state["config"].get("adapter") or {}
+    spec = saved_adapter_spec(section)
+    if spec is None:
+        return None
+    return SavedAdapter(
+        spec,
+        saved_quantizes_base(section),
+        BaseIdentity(**state["base"]),
+        frozenset(model_tensor_names(checkpoint)),
+        open_model_tensors(checkpoint),
+    )
