@@ -1,5 +1,6 @@
 """Builds what a run needs from its configuration. This file and the loop see the configuration whole."""
 
+import logging
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,7 @@ from olmoe_train.model.moe.block import OlmoeTopKRouter
 from olmoe_train.optim.build import build_optimizer, trained_parameters
 from olmoe_train.optim.schedule import Schedule
 from olmoe_train.optim.skip_step import SkipGuard
+from olmoe_train.planning.adapter import adapter_counts
 from olmoe_train.planning.duration import tokens_per_step, total_steps, warmup_and_decay_steps
 from olmoe_train.run.directory import Run
 from olmoe_train.run.loggers import MetricsLog
@@ -53,6 +55,8 @@ from olmoe_train.training.state import TrainState
 from olmoe_train.training.throughput import Throughput
 from olmoe_train.utils.redaction import redact
 
+log = logging.getLogger(__name__)
+
 
 def build_run(cfg: TrainConfig) -> Run:
     """The run in its directory, to be entered; the configuration has passed the preflight checks.
@@ -71,8 +75,10 @@ def build_model(cfg: TrainConfig, mesh: Mesh) -> OlmoeForCausalLM:
         model = OlmoeForCausalLM(olmoe_config(cfg.model))
     spec = adapter_spec(cfg.adapter)
     if spec is not None:
+        quantized = quantizes_base(cfg.adapter)
+        log.info("adapter=%s: %s", cfg.adapter.name, adapter_counts(model.config, spec, quantized))
         add_adapter(model, spec)
-        freeze_base(model, cfg.trainer.precision, quantizes_base(cfg.adapter))
+        freeze_base(model, cfg.trainer.precision, quantized)
     model.set_experts_backend(cfg.model.experts_backend.value)
     model.set_balancer(build_balancer(cfg, model.config))
     model = parallelize(model, cfg.trainer, cfg.parallel, mesh)

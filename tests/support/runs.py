@@ -18,6 +18,7 @@ from olmoe_train.config.choices import (
     Strategy,
 )
 from olmoe_train.config.data import MixtureSource
+from olmoe_train.config.optimizer import AdamWConfig
 from olmoe_train.config.train import ParallelConfig, TrainConfig
 from tests.support.data import write_prepared
 from tests.support.sizes import SIZES, overrides, section
@@ -105,6 +106,7 @@ class Layout:
         cfg = replace(tiny, run_dir=str(run_dir), trainer=trainer, parallel=parallel, data=data)
         if not self.adapter:
             return cfg
+        assert isinstance(cfg.optimizer, AdamWConfig)
         return replace(
             cfg,
             adapter=ADAPTERS[self.adapter],
