@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from olmoe_train.model.adapters.linear import add_parameters, gain, row_norms
@@ -41,6 +41,12 @@ Weight = Tensor | Nf4Weight
 class LoraExperts(OlmoeExperts):
     """Frozen experts with an adapter. The base weights keep their names, unless they are quantized."""
 
+    gate_up_lora_A: nn.Parameter
+    gate_up_lora_B: nn.Parameter
+    gate_up_magnitude: nn.Parameter | None
+    down_lora_A: nn.Parameter
+    down_lora_B: nn.Parameter
+    down_magnitude: nn.Parameter | None
     gate_up_nf4: Nf4Weight | None
     down_nf4: Nf4Weight | None
 

@@ -45,8 +45,8 @@ def _nf4_errors(cfg: TrainConfig) -> list[str]:
         "model.hidden_size squared": hidden**2,
     }
     return [
-        f"adapter.quantize_base=nf4: {name}={elements} must be a multiple of {BLOCK}, the elements that share "
-        "a scale; set adapter.quantize_base=none"
+        f"adapter.quantize_base=nf4: {name}={elements} must be a multiple of {BLOCK}, the elements that "
+        "share a scale; set adapter.quantize_base=none"
         for name, elements in matrices.items()
         if elements % BLOCK
     ]
@@ -60,10 +60,13 @@ def _sharding_errors(cfg: TrainConfig, adapter: LoraConfig, world_size: int) -> 
     shards = world_size // max(1, parallel.replicate_size) // parallel.expert_parallel_size
     if shards < 1 or adapter.rank % shards == 0 or cfg.model.intermediate_size % shards == 0:
         return []
+    nearest = max(1, round(adapter.rank / shards)) * shards
+    width = cfg.model.intermediate_size
     return [
-        f"adapter.rank={adapter.rank}: must be a multiple of the {shards} ranks that hold the same experts, "
-        f"because model.intermediate_size={cfg.model.intermediate_size} is not; the nearest is "
-        f"{max(1, round(adapter.rank / shards)) * shards}"
+        (
+            f"adapter.rank={adapter.rank}: must be a multiple of the {shards} ranks that hold the same "
+            f"experts, as model.intermediate_size={width} is not; the nearest is {nearest}"
+        )
     ]
 
 
@@ -81,8 +84,8 @@ def adapter_warnings(cfg: TrainConfig) -> list[str]:
         ]
     if quantizes_base(adapter) and AdapterTarget.experts not in adapter.targets:
         warnings.append(
-            "adapter.quantize_base=nf4 quantizes only the weights that adapter.targets names: without experts "
-            "most of the model stays in 16 or 32 bits"
+            "adapter.quantize_base=nf4 quantizes only the weights that adapter.targets names: without "
+            "experts most of the model stays in 16 or 32 bits"
         )
     if adapter.dropout and adapter.targets == [AdapterTarget.embeddings]:
         warnings.append("adapter.dropout has no effect: it does not apply to embeddings, the only target")
