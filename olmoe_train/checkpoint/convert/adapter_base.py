@@ -137,7 +137,7 @@ def open_adapter(checkpoint: Path) -> SavedAdapter | None:
         CheckpointError: A file is missing or damaged.
     """
     state: dict[str, Any] = saved_state(checkpoint)
-    section = state["config"].get("adapter") or {}
+    section = state.get("config", {}).get("adapter") or {}
     spec = saved_adapter_spec(section)
     if spec is None:
         return None
