@@ -60,7 +60,7 @@ def train(
         schedule = build_schedule(cfg, last_step)
         engine = build_engine(cfg, device)
         objective = build_objective(cfg, engine.model, device)
-        identity = resume_fingerprint(plain_values(cfg), schedule, data)
+        identity = resume_fingerprint(plain_values(cfg), schedule, data, engine.model.base)
         saved = resume(cfg.checkpoint, run, engine, identity)
         run.write_config(cfg)
         state = TrainState.from_saved(saved, last_step)

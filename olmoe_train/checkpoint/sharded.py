@@ -308,6 +308,8 @@ def _training_tensors(
             unit.reshard()  # a forward pass without backward leaves the root's parameters gathered
     tensors, steps = {}, {}
     for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue  # the frozen base of an adapter is not part of a checkpoint
         tensors[f"model.{name}"] = parameter.detach()
         state = optimizer.state.get(parameter) if optimizer is not None else None
         for key, value in (state or {}).items():

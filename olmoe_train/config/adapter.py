@@ -1,8 +1,11 @@
 """The options of `adapter`, which decides what is trained: one dataclass per kind of adapter."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
+from olmoe_train.config.choices import AdapterScaling, AdapterTarget, QuantizeBase, RouterTraining
 from olmoe_train.config.variants import VariantConfig, register_variant
+from olmoe_train.model.adapters.spec import TARGETS, AdapterSpec
 
 
 @dataclass(frozen=True)
@@ -17,4 +20,95 @@ class NoAdapterConfig(AdapterConfig):
     name: str = "none"
 
 
+@dataclass(frozen=True)
+class LoraConfig(AdapterConfig):
+    """LoRA (arXiv 2106.09685): the model of model.init_from is frozen, and low-rank updates of its weights
+    are trained. Each expert has its own."""
+
+    name: str = "lora"
+    rank: int = 16
+    """Rank of each update (R)."""
+    alpha: float = 32.0
+    """Numerator of the scale by which each update is multiplied; see adapter.scaling."""
+    dropout: float = 0.0
+    """Dropout probability of the adapter's inputs in training. Does not apply to the embedding."""
+    targets: list[AdapterTarget] = field(
+        default_factory=lambda: [AdapterTarget.attention, AdapterTarget.experts]
+    )
+    """The weights that get an update. attention: q_proj, k_proj, v_proj and o_proj. experts: gate_proj,
+    up_proj and down_proj of every expert. lm_head: the head. embeddings: the token embedding."""
+    router: RouterTraining = RouterTraining.frozen
+    """full: train the routers' own weights, too, with the router losses. frozen: the router losses are
+    reported, and not part of the loss."""
+    scaling: AdapterScaling = AdapterScaling.standard
+    """standard: the scale is alpha / rank. rslora: alpha / sqrt(rank) (arXiv 2312.03732)."""
+    quantize_base: QuantizeBase = QuantizeBase.none
+    """nf4: keep the frozen weights that have an update in 4 bits (QLoRA, arXiv 2305.14314). Every rank then
+    holds these weights whole, with expert parallelism those of its own experts."""
+
+    def errors(self) -> list[str]:
+        errors = []
+        if self.rank < 1:
+            errors.append(f"adapter.rank={self.rank}: must be positive")
+        if not self.alpha > 0:
+            errors.append(f"adapter.alpha={self.alpha}: must be positive")
+        if not 0 <= self.dropout < 1:
+            errors.append(f"adapter.dropout={self.dropout}: must be at least 0 and below 1")
+        if not self.targets:
+            errors.append(f"adapter.targets=[]: nothing would be trained; name some of {', '.join(TARGETS)}")
+        names = [target.value for target in self.targets]
+        errors += [f"adapter.targets: {name} is listed twice" for name in TARGETS if names.count(name) > 1]
+        return errors
+
+
+@dataclass(frozen=True)
+class DoraConfig(LoraConfig):
+    """DoRA (arXiv 2402.09353): LoRA, and the norm of each row of an adapted weight is trained separately."""
+
+    name: str = "dora"
+
+
 register_variant("adapter", NoAdapterConfig)
+register_variant("adapter", LoraConfig)
+register_variant("adapter", DoraConfig)
+
+
+def adapter_spec(cfg: AdapterConfig) -> AdapterSpec | None:
+    """The adapter that `adapter=...` names; None without one."""
+    if not isinstance(cfg, LoraConfig):
+        return None
+    names = {target.value for target in cfg.targets}
+    return AdapterSpec(
+        rank=cfg.rank,
+        alpha=cfg.alpha,
+        targets=tuple(name for name in TARGETS if name in names),
+        dropout=cfg.dropout,
+        rslora=cfg.scaling is AdapterScaling.rslora,
+        dora=isinstance(cfg, DoraConfig),
+        trains_router=cfg.router is RouterTraining.full,
+    )
+
+
+def saved_adapter_spec(section: dict[str, Any]) -> AdapterSpec | None:
+    """`adapter_spec` of the plain values of a saved configuration's section `adapter`."""
+    if section.get("name", "none") == "none":
+        return None
+    return AdapterSpec(
+        rank=section["rank"],
+        alpha=section["alpha"],
+        targets=tuple(name for name in TARGETS if name in section["targets"]),
+        dropout=section["dropout"],
+        rslora=section["scaling"] == AdapterScaling.rslora.name,
+        dora=section["name"] == DoraConfig.name,
+        trains_router=section["router"] == RouterTraining.full.name,
+    )
+
+
+def saved_quantizes_base(section: dict[str, Any]) -> bool:
+    """`quantizes_base` of the plain values of a saved configuration's section `adapter`."""
+    return section.get("quantize_base") == QuantizeBase.nf4.name
+
+
+def quantizes_base(cfg: AdapterConfig) -> bool:
+    """Whether the frozen weights are kept in NF4."""
+    return isinstance(cfg, LoraConfig) and cfg.quantize_base is QuantizeBase.nf4

@@ -116,3 +116,25 @@ class ExpertsBackend(Enum):
     loop = "loop"
     grouped_mm = "grouped_mm"
     sonicmoe = "sonicmoe"
+
+
+class AdapterTarget(Enum):
+    attention = "attention"
+    experts = "experts"
+    lm_head = "lm_head"
+    embeddings = "embeddings"
+
+
+class RouterTraining(Enum):
+    frozen = "frozen"
+    full = "full"
+
+
+class AdapterScaling(Enum):
+    standard = "standard"
+    rslora = "rslora"
+
+
+class QuantizeBase(Enum):
+    none = "none"
+    nf4 = "nf4"

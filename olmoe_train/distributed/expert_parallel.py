@@ -20,8 +20,10 @@ from torch.distributed.tensor import Shard, distribute_tensor
 
 from olmoe_train.distributed.mesh import local_tensor
 from olmoe_train.model import OlmoeForCausalLM
+from olmoe_train.model.adapters.nf4 import Nf4Weight
 from olmoe_train.model.moe.block import OlmoeSparseMoeBlock
 from olmoe_train.model.moe.experts import (
+    OlmoeExperts,
     Routing,
     exclusive_sum,
     sort_by_expert,
@@ -57,9 +59,18 @@ def apply_expert_parallelism(model: OlmoeForCausalLM, mesh: DeviceMesh) -> None:
         for name, parameter in list(layer.mlp.experts.named_parameters(recurse=False)):
             # src_data_rank=None: each rank takes its shard from its local tensor, without communication.
             part = distribute_tensor(parameter, mesh, [Shard(0)], src_data_rank=None)
-            layer.mlp.experts.register_parameter(name, nn.Parameter(part))
+            layer.mlp.experts.register_parameter(name, nn.Parameter(part, parameter.requires_grad))
+        keep_quantized_experts(layer.mlp.experts, mesh.get_local_rank(), mesh.size())
         layer.mlp.experts.local_experts = local_tensor
         exchange_tokens(layer.mlp, group)
+
+
+def keep_quantized_experts(experts: OlmoeExperts, rank: int, size: int) -> None:
+    """Keep this rank's part of quantized experts, in place. They are buffers, which no mesh shards."""
+    for weight in experts.children():
+        if isinstance(weight, Nf4Weight):
+            count = weight.shape[0] // size
+            weight.keep_experts(rank * count, count)
 
 
 def exchange_tokens(block: OlmoeSparseMoeBlock, group: dist.ProcessGroup) -> None:

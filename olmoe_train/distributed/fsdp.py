@@ -1,6 +1,9 @@
 """FSDP2: units of parameters, their sharding, and the prefetch of weights."""
 
+from functools import partial
+
 import torch
+from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import Shard
@@ -62,8 +65,7 @@ def _shard_layer(
         experts = fully_shard(
             layer.mlp.experts,
             mesh=_data_mesh(mesh.expert, "expert_shard"),
-            # Shard inside each expert: the expert dimension is already sharded over the expert ranks.
-            shard_placement_fn=lambda parameter: Shard(1),
+            shard_placement_fn=partial(_inside_experts, mesh.expert["expert_shard"].size()),
             mp_policy=policy,
             reshard_after_forward=reshard and _gathered(mesh.expert, "expert_shard"),
         )
@@ -79,6 +81,15 @@ def _shard_layer(
         reshard_after_forward=reshard and _gathered(mesh.dense, "shard"),
     )
     return [unit, *units]
+
+
+def _inside_experts(ranks: int, parameter: nn.Parameter) -> Shard:
+    """Placement of a parameter of the experts: the expert dimension is already sharded over the expert ranks.
+
+    FSDP2 requires that the ranks divide the dimension. The rank of an adapter may not be a multiple of the
+    ranks; its lora_A is then sharded along its last dimension.
+    """
+    return Shard(1 if parameter.shape[1] % ranks == 0 else 2)
 
 
 def _prefetch(layers: list[list[FSDPModule]], ahead: int) -> None:

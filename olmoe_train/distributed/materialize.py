@@ -6,12 +6,14 @@ from torch.distributed.tensor import DTensor, Shard
 
 from olmoe_train.distributed.mesh import local_tensor
 from olmoe_train.model import OlmoeForCausalLM
+from olmoe_train.model.adapters.add import adapter_initial_value, is_adapter_parameter
 from olmoe_train.model.initialization import initial_value
 
 
 @torch.no_grad()
 def materialize(model: OlmoeForCausalLM, device: torch.device, seed: int) -> None:
-    """Allocate a parallelized meta model and fill it with initial weights, in place.
+    """Allocate a parallelized meta model and fill it with initial weights, in place. Of a model with an
+    adapter, only the adapter is filled.
 
     The weights are the same in every layout, bit for bit. Of stacked expert weights, each rank generates only
     the experts of its shard. Every other parameter is generated whole, one parameter at a time, before the
@@ -25,9 +27,15 @@ def materialize(model: OlmoeForCausalLM, device: torch.device, seed: int) -> Non
     model.to_empty(device=device)
     reset_buffers(model)
     for name, parameter in model.named_parameters():
+        of_adapter = is_adapter_parameter(name)
+        if model.adapter is not None and not of_adapter:
+            continue  # the base is loaded from model.init_from
         index = shard_slices(parameter)
         experts = range(*index[0].indices(parameter.shape[0])) if parameter.ndim == 3 else None
-        value = initial_value(name, parameter.shape, seed, model.config.initializer_range, experts)
+        if of_adapter:
+            value = adapter_initial_value(name, parameter.shape, seed, experts)
+        else:
+            value = initial_value(name, parameter.shape, seed, model.config.initializer_range, experts)
         rest = (slice(None), *index[1:]) if experts is not None else index
         local_tensor(parameter).copy_(value[rest])
 

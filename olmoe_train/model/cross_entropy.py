@@ -1,14 +1,16 @@
 """Chunked cross-entropy of the output head: the full [T, V] logits are never in memory.
 
-Shapes: B batch, S sequence, T tokens, C tokens per chunk, D hidden, V vocabulary.
+Shapes: B batch, S sequence, T tokens, C tokens per chunk, D hidden, V vocabulary, R rank of an adapter.
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import FunctionCtx, once_differentiable
+from torch.autograd.function import once_differentiable
 
 # The label of a position that has no target; the loss ignores such positions.
 IGNORE_INDEX = -100
@@ -48,77 +50,151 @@ def target_log_probs(logits_CV: Tensor, target_C1: Tensor, is_target_C1: Tensor)
     return at_target_C1, log_probs_CV.exp_().mul_(is_target_C1).to(logits_CV.dtype)
 
 
+@dataclass(frozen=True)
+class HeadAdapter:
+    """The adapter's part of the logits: gain x (hidden @ weight.T + low @ b.T) (adapters/linear.py)."""
+
+    low_TR: Tensor
+    """Hidden states times A, scaled."""
+    b_VR: Tensor
+    """B."""
+    gain_V: Tensor | None = None
+    """Factor of each logit; None: 1."""
+
+
 def cross_entropy_sum(
     hidden_TD: Tensor,
     weight_VD: Tensor,
     labels_T: Tensor,
     log_probs: Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]] = target_log_probs,
+    adapter: HeadAdapter | None = None,
 ) -> Tensor:
     """Sum over target tokens of -log softmax(hidden @ weight.T)[label].
 
     The function processes HEAD_CHUNK_ROWS rows at a time and computes the gradients of each chunk in forward.
-    Memory therefore holds one chunk of logits and one fp32 [V, D] weight gradient, but never the [T, V]
-    logits. Softmax and loss are fp32 for every input dtype.
+    Memory therefore holds one chunk of logits and one fp32 [V, D] weight gradient (none for a frozen weight),
+    but never the [T, V] logits. Softmax and loss are fp32 for every input dtype.
 
     Args:
         hidden_TD: Output of the final norm, any float dtype.
         weight_VD: Weight of the head.
         labels_T: int64; IGNORE_INDEX (-100) at positions without a target.
         log_probs: target_log_probs, or a compiled version of that function.
+        adapter: The head's adapter, in the dtype of `hidden_TD`. None: no adapter.
 
     Returns:
         The summed loss in nats, an fp32 scalar.
     """
-    needs_gradient = torch.is_grad_enabled() and (hidden_TD.requires_grad or weight_VD.requires_grad)
-    return _ChunkedCrossEntropy.apply(hidden_TD, weight_VD, labels_T, needs_gradient, log_probs)
+    parts = (None, None, None) if adapter is None else (adapter.low_TR, adapter.b_VR, adapter.gain_V)
+    inputs = [tensor for tensor in (hidden_TD, weight_VD, *parts) if tensor is not None]
+    needs_gradient = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in inputs)
+    return _ChunkedCrossEntropy.apply(hidden_TD, weight_VD, *parts, labels_T, needs_gradient, log_probs)
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: FunctionCtx,
+        ctx: Any,
         hidden_TD: Tensor,
         weight_VD: Tensor,
+        low_TR: Tensor | None,
+        b_VR: Tensor | None,
+        gain_V: Tensor | None,
         labels_T: Tensor,
         needs_gradient: bool,
         log_probs: Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]],
     ) -> Tensor:
         loss = hidden_TD.new_zeros((), dtype=torch.float32)
         logits_chunk = hidden_TD.new_empty(min(HEAD_CHUNK_ROWS, len(hidden_TD)), len(weight_VD))
-        if needs_gradient:
-            d_hidden_TD = torch.empty_like(hidden_TD)
-            # fp32: a bf16 sum would be rounded once per chunk.
-            d_weight_VD = torch.zeros_like(weight_VD, dtype=torch.float32)
+        gradients = _Gradients(hidden_TD, weight_VD, low_TR, b_VR, gain_V) if needs_gradient else None
         for start in range(0, hidden_TD.shape[0], HEAD_CHUNK_ROWS):
             rows = slice(start, start + HEAD_CHUNK_ROWS)
             hidden_CD, labels_C = hidden_TD[rows], labels_T[rows]
             is_target_C1 = (labels_C != IGNORE_INDEX)[:, None]
             target_C1 = labels_C.clamp(min=0)[:, None]
-            logits_CV = torch.mm(hidden_CD, weight_VD.t(), out=logits_chunk[: len(hidden_CD)])
+            raw_CV = torch.mm(hidden_CD, weight_VD.t(), out=logits_chunk[: len(hidden_CD)])
+            if low_TR is not None and b_VR is not None:
+                raw_CV.addmm_(low_TR[rows], b_VR.t())
+            logits_CV = raw_CV if gain_V is None else raw_CV * gain_V
             at_target_C1, d_logits_CV = log_probs(logits_CV, target_C1, is_target_C1)
             loss -= (at_target_C1 * is_target_C1).sum()
-            if needs_gradient:
+            if gradients is not None:
                 # d loss / d logits = softmax - onehot(target). Computing exp(log p) - 1 at the target in fp32
                 # and rounding once keeps precision when p is close to 1.
                 d_target_C1 = (at_target_C1.exp() - 1) * is_target_C1
                 d_logits_CV.scatter_(1, target_C1, d_target_C1.to(d_logits_CV.dtype))
-                torch.mm(d_logits_CV, weight_VD, out=d_hidden_TD[rows])
-                if d_weight_VD.dtype == hidden_CD.dtype:
-                    d_weight_VD.addmm_(d_logits_CV.t(), hidden_CD)
-                else:
-                    d_weight_VD += d_logits_CV.t() @ hidden_CD
-        if needs_gradient:
-            ctx.save_for_backward(d_hidden_TD, d_weight_VD.to(weight_VD.dtype))
+                gradients.add(rows, d_logits_CV, raw_CV)
+        if gradients is not None:
+            ctx.save_for_backward(*gradients.rounded())
         return loss
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: FunctionCtx, d_loss: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
-        d_hidden_TD, d_weight_VD = ctx.saved_tensors  # type: ignore[attr-defined]
-        return (
-            d_hidden_TD * d_loss.to(d_hidden_TD.dtype),
-            d_weight_VD * d_loss.to(d_weight_VD.dtype),
-            None,
-            None,
-            None,
+    def backward(ctx: Any, d_loss: Tensor) -> tuple[Tensor | None, ...]:
+        saved = ctx.saved_tensors
+        gradients = (None if tensor is None else tensor * d_loss.to(tensor.dtype) for tensor in saved)
+        return (*gradients, None, None, None)
+
+
+class _Gradients:
+    """Gradients of the summed loss with respect to the tensor inputs, summed over the chunks."""
+
+    def __init__(
+        self,
+        hidden_TD: Tensor,
+        weight_VD: Tensor,
+        low_TR: Tensor | None,
+        b_VR: Tensor | None,
+        gain_V: Tensor | None,
+    ) -> None:
+        self.hidden_TD, self.weight_VD, self.low_TR, self.b_VR, self.gain_V = (
+            hidden_TD,
+            weight_VD,
+            low_TR,
+            b_VR,
+            gain_V,
         )
+        self.d_hidden_TD = torch.empty_like(hidden_TD)
+        # fp32: a bf16 sum would be rounded once per chunk.
+        self.d_weight_VD = _fp32_zeros(weight_VD) if weight_VD.requires_grad else None
+        self.d_low_TR = None if low_TR is None else torch.empty_like(low_TR)
+        self.d_b_VR = None if b_VR is None else _fp32_zeros(b_VR)
+        self.d_gain_V = None if gain_V is None else _fp32_zeros(gain_V)
+
+    def add(self, rows: slice, d_logits_CV: Tensor, raw_CV: Tensor) -> None:
+        """Add a chunk.
+
+        Args:
+            rows: The tokens of the chunk.
+            d_logits_CV: Gradient of the logits; overwritten.
+            raw_CV: The logits before the gain.
+        """
+        if self.gain_V is not None and self.d_gain_V is not None:
+            self.d_gain_V += (d_logits_CV * raw_CV).sum(0, dtype=self.d_gain_V.dtype)
+            d_logits_CV *= self.gain_V
+        torch.mm(d_logits_CV, self.weight_VD, out=self.d_hidden_TD[rows])
+        if self.d_weight_VD is not None:
+            _add_product(self.d_weight_VD, d_logits_CV.t(), self.hidden_TD[rows])
+        if self.low_TR is not None and self.b_VR is not None:
+            assert self.d_low_TR is not None
+            assert self.d_b_VR is not None
+            torch.mm(d_logits_CV, self.b_VR, out=self.d_low_TR[rows])
+            _add_product(self.d_b_VR, d_logits_CV.t(), self.low_TR[rows])
+
+    def rounded(self) -> tuple[Tensor | None, ...]:
+        """The gradients in the dtypes of the inputs; None for inputs without a gradient."""
+        dtype = self.weight_VD.dtype
+        sums = (self.d_weight_VD, self.d_low_TR, self.d_b_VR, self.d_gain_V)
+        return (self.d_hidden_TD, *(None if tensor is None else tensor.to(dtype) for tensor in sums))
+
+
+def _fp32_zeros(like: Tensor) -> Tensor:
+    return torch.zeros_like(like, dtype=torch.promote_types(like.dtype, torch.float32))
+
+
+def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
+    """total += left @ right, where the total may have a wider dtype."""
+    if total.dtype == right.dtype:
+        total.addmm_(left, right)
+    else:
+        total += left @ right

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from olmoe_train.model.adapters.spec import AdapterSpec, BaseIdentity
 from olmoe_train.model.attention import (
     attention_mask,
     document_mask,
@@ -231,6 +232,8 @@ class OlmoeForCausalLM(OlmoePreTrainedModel):
         self.model = OlmoeModel(config, init=False)
         self.lm_head = OlmoeHead(config)
         self.balancer: Balancer | None = None
+        self.adapter: AdapterSpec | None = None
+        self.base: BaseIdentity | None = None
         self.tie_weights()
         _init_unless_meta(self, config.initializer_range)
 

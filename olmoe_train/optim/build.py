@@ -34,6 +34,11 @@ def build_optimizer(parameters: Parameters, cfg: OptimizerConfig) -> torch.optim
     return optimizer
 
 
+def trained_parameters(model: nn.Module) -> list[nn.Parameter]:
+    """The parameters that are not frozen, in the model's order."""
+    return [parameter for parameter in model.parameters() if parameter.requires_grad]
+
+
 def scale_learning_rates(optimizer: torch.optim.Optimizer, multiplier: float) -> None:
     """Set every group's learning rate to its `initial_lr` times `multiplier`."""
     for group in optimizer.param_groups:

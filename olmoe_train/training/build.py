@@ -1,18 +1,22 @@
 """Builds what a run needs from its configuration. This file and the loop see the configuration whole."""
 
+import logging
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import nn
 
-from olmoe_train.checkpoint.convert.stored_model import load_into
+from olmoe_train.checkpoint.convert.adapter_base import load_base
+from olmoe_train.checkpoint.convert.stored_model import load_into, open_stored_model
 from olmoe_train.checkpoint.saver import Saver
+from olmoe_train.config.adapter import adapter_spec, quantizes_base
 from olmoe_train.config.balancing import AuxiliaryLossConfig, BalancingConfig
-from olmoe_train.config.choices import BalanceScope, Strategy, StripPrefix
+from olmoe_train.config.choices import BalanceScope, Precision, Strategy, StripPrefix
 from olmoe_train.config.compose import plain_values
-from olmoe_train.config.model import olmoe_config
+from olmoe_train.config.model import ModelConfig, olmoe_config
 from olmoe_train.config.objective import NextTokenConfig, ObjectiveConfig
 from olmoe_train.config.train import TrainConfig
 from olmoe_train.data.loader import TrainingData, build_train_loader
@@ -21,11 +25,15 @@ from olmoe_train.distributed.materialize import materialize
 from olmoe_train.distributed.mesh import Mesh, build_mesh
 from olmoe_train.distributed.parallelize import parallelize
 from olmoe_train.model import OlmoeForCausalLM
+from olmoe_train.model.adapters.add import add_adapter, quantize_base
 from olmoe_train.model.configuration import OlmoeConfig
+from olmoe_train.model.hf.directory import check_same_architecture
 from olmoe_train.model.moe.balancing import AuxiliaryLosses, Balancer
-from olmoe_train.optim.build import build_optimizer
+from olmoe_train.model.moe.block import OlmoeTopKRouter
+from olmoe_train.optim.build import build_optimizer, trained_parameters
 from olmoe_train.optim.schedule import Schedule
 from olmoe_train.optim.skip_step import SkipGuard
+from olmoe_train.planning.adapter import adapter_counts
 from olmoe_train.planning.duration import tokens_per_step, total_steps, warmup_and_decay_steps
 from olmoe_train.run.directory import Run
 from olmoe_train.run.loggers import MetricsLog
@@ -47,6 +55,8 @@ from olmoe_train.training.state import TrainState
 from olmoe_train.training.throughput import Throughput
 from olmoe_train.utils.redaction import redact
 
+log = logging.getLogger(__name__)
+
 
 def build_run(cfg: TrainConfig) -> Run:
     """The run in its directory, to be entered; the configuration has passed the preflight checks.
@@ -63,14 +73,48 @@ def build_model(cfg: TrainConfig, mesh: Mesh) -> OlmoeForCausalLM:
     """The model in its layout on this rank, with its initial weights. Memory is allocated after sharding."""
     with torch.device("meta"):
         model = OlmoeForCausalLM(olmoe_config(cfg.model))
+    spec = adapter_spec(cfg.adapter)
+    if spec is not None:
+        quantized = quantizes_base(cfg.adapter)
+        log.info("adapter=%s: %s", cfg.adapter.name, adapter_counts(model.config, spec, quantized))
+        add_adapter(model, spec)
+        freeze_base(model, cfg.trainer.precision, quantized)
     model.set_experts_backend(cfg.model.experts_backend.value)
     model.set_balancer(build_balancer(cfg, model.config))
     model = parallelize(model, cfg.trainer, cfg.parallel, mesh)
     materialize(model, mesh.device, cfg.seed)
     if cfg.model.init_from is not None:
-        strip_prefix = cfg.model.strip_prefix is StripPrefix.auto
-        load_into(model, cfg.model.init_from, cfg.model.trust_pickle, strip_prefix)
+        fill_model(model, cfg.model)
     return model
+
+
+def freeze_base(model: OlmoeForCausalLM, precision: Precision, quantized: bool) -> None:
+    """Give the frozen weights of a meta model the dtype that they are held in, in place.
+
+    In bf16 the frozen weights are held in bf16, as no update needs their fp32 values. The router computes in
+    fp32 and stays fp32.
+    """
+    if precision is Precision.bf16:
+        for module in model.modules():
+            for name, parameter in list(module.named_parameters(recurse=False)):
+                if not parameter.requires_grad and not isinstance(module, OlmoeTopKRouter):
+                    frozen = nn.Parameter(parameter.to(torch.bfloat16), requires_grad=False)
+                    module.register_parameter(name, frozen)
+        model.tie_weights()
+    if quantized:
+        quantize_base(model)
+
+
+def fill_model(model: OlmoeForCausalLM, cfg: ModelConfig) -> None:
+    """Load the weights of model.init_from, and the adapter of model.adapter_from, into a sharded model."""
+    assert cfg.init_from is not None
+    strip_prefix = cfg.strip_prefix is StripPrefix.auto
+    if model.adapter is None:
+        load_into(model, cfg.init_from, cfg.trust_pickle, strip_prefix)
+        return
+    stored = open_stored_model(cfg.init_from, trust_pickle=cfg.trust_pickle, strip_prefix=strip_prefix)
+    check_same_architecture(model.config, stored.config, stored.name)
+    model.base = load_base(model, stored.read, cfg.init_from)
 
 
 def build_engine(cfg: TrainConfig, device: torch.device) -> Engine:
@@ -81,7 +125,7 @@ def build_engine(cfg: TrainConfig, device: torch.device) -> Engine:
         from olmoe_train.training.engine.deepspeed import ZeroEngine
 
         return ZeroEngine(model, device, Path(cfg.run_dir), cfg.trainer, cfg.parallel, cfg.optimizer)
-    optimizer = build_optimizer(model.parameters(), cfg.optimizer)
+    optimizer = build_optimizer(trained_parameters(model), cfg.optimizer)
     return FsdpEngine(model, optimizer, cfg.optimizer.max_grad_norm, device)
 
 

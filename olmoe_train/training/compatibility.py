@@ -1,7 +1,7 @@
 """Compare a resumed run with the run that made the checkpoint, and decide whether each change is allowed."""
 
 import logging
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +9,7 @@ from olmoe_train.config.aliases import current_key, current_saved_config
 from olmoe_train.config.choices import BalanceScope
 from olmoe_train.config.choices import Schedule as Shape
 from olmoe_train.data.loader import TrainingData
+from olmoe_train.model.adapters.spec import BaseIdentity
 from olmoe_train.optim.schedule import Schedule
 from olmoe_train.utils.errors import UserError
 from olmoe_train.utils.redaction import redact
@@ -68,7 +69,9 @@ class Change:
         return f"{self.key}: {self.before} in the checkpoint, {self.now} now"
 
 
-def resume_fingerprint(config: dict[str, Any], schedule: Schedule, data: TrainingData) -> dict[str, Any]:
+def resume_fingerprint(
+    config: dict[str, Any], schedule: Schedule, data: TrainingData, base: BaseIdentity | None = None
+) -> dict[str, Any]:
     """Return what a checkpoint records about its run: configuration, schedule and data order.
 
     Args:
@@ -76,15 +79,21 @@ def resume_fingerprint(config: dict[str, Any], schedule: Schedule, data: Trainin
             left out.
         schedule: The learning-rate schedule.
         data: The training data.
+        base: The frozen weights that an adapter is trained on. None: there is no adapter.
 
     Returns:
-        JSON values with the keys `config`, `schedule` and `fingerprint`.
+        JSON values with the keys `config`, `schedule`, `fingerprint` and `base`.
     """
     steps = {"step at which the warm-up ends": schedule.warmup_end}
     if schedule.cfg.kind is not Shape.constant:
         steps["step at which the decay ends"] = schedule.decay_end
     config = {key: value for key, value in config.items() if key != "run_dir"}
-    return {"config": redact(config), "schedule": steps, "fingerprint": data.fingerprint()}
+    return {
+        "config": redact(config),
+        "schedule": steps,
+        "fingerprint": data.fingerprint(),
+        "base": None if base is None else asdict(base),
+    }
 
 
 def check_changes(
@@ -127,6 +136,7 @@ def changes(saved: dict[str, Any], now: dict[str, Any]) -> list[Change]:
         _flat(current_saved_config(of["config"]))
         | {f"scheduler ({key})": value for key, value in of["schedule"].items()}
         | {f"data ({key})": value for key, value in of["fingerprint"].items() if key not in ALSO_CONFIG}
+        | {"adapter (hash of the base's weights)": (of.get("base") or {}).get("xxh3_128")}
         for of in (saved, now)
     )
     keys = [key for key in before | after if before.get(key) != after.get(key)]

@@ -16,9 +16,11 @@ import torch.distributed as dist
 from torch import Tensor
 
 from olmoe_train.checkpoint.directory import latest_checkpoint
-from olmoe_train.checkpoint.sharded import open_model_tensors
+from olmoe_train.checkpoint.sharded import model_tensor_names, open_model_tensors
+from olmoe_train.config.model import olmoe_config
 from olmoe_train.config.train import TrainConfig
 from olmoe_train.distributed.mesh import build_mesh, init_distributed
+from olmoe_train.model import OlmoeForCausalLM
 from olmoe_train.train import train
 from olmoe_train.training.build import build_model
 from tests.support.data import PAD, write_prepared
@@ -122,6 +124,29 @@ CASES = [
         "hsdp 2x2, experts 2, padded, full",
         Layout(4, 2, experts=2, copies=2, checkpointing="full", padded=True),
     ),
+    Case("1 rank, lora", Layout(1, 16, adapter="lora")),
+    Case("1 rank, dora", Layout(1, 16, adapter="dora")),
+    Case("1 rank, nf4", Layout(1, 16, adapter="nf4")),
+    Case("1 rank, 4 micro-batches, lora", Layout(1, 4, adapter="lora")),
+    Case("1 rank, compiled, dora", Layout(1, 16, adapter="dora", compiled=True)),
+    Case("ddp 2, experts 2, dora", Layout(2, 8, "ddp", experts=2, adapter="dora")),
+    Case("fsdp 2, experts 2, lora", Layout(2, 8, experts=2, adapter="lora")),
+    Case("fsdp 2, bf16, lora", Layout(2, 8, precision="bf16", adapter="lora")),
+    Case("fsdp 2, experts 2, nf4", Layout(2, 8, experts=2, adapter="nf4")),
+    Case("zero-0 2, experts 2, lora", zero(2, stage=0, experts=2, adapter="lora")),
+    Case("zero-1 2, experts 2, dora", zero(2, stage=1, experts=2, adapter="dora")),
+    Case("zero-2 2, experts 2, lora", zero(2, stage=2, experts=2, adapter="lora")),
+    Case("zero-3 2, experts 2, dora", zero(2, stage=3, experts=2, adapter="dora")),
+    Case("zero-3 2, experts 2, nf4", zero(2, stage=3, experts=2, adapter="nf4")),
+    Case("zero-3 2, experts 2, bf16, lora", zero(2, stage=3, experts=2, precision="bf16", adapter="lora")),
+    Case("fsdp 4, lora", Layout(4, 4, adapter="lora")),
+    Case("fsdp 4, experts 2, full, dora", Layout(4, 4, experts=2, checkpointing="full", adapter="dora")),
+    Case(
+        "fsdp 4, experts 2, selective, lora",
+        Layout(4, 4, experts=2, checkpointing="selective", adapter="lora"),
+    ),
+    Case("hsdp 2x2, experts 2, lora", Layout(4, 2, experts=2, copies=2, adapter="lora")),
+    Case("zero-3 4, experts 1, lora", zero(4, stage=3, adapter="lora")),
 ]
 LAYOUTS = {case.name: case.layout for case in CASES}
 
@@ -131,7 +156,9 @@ class Result:
     metrics: list[dict[str, Any]]
     """One entry per step, as in metrics.jsonl."""
     initial: dict[str, Tensor]
+    """What is trained, before the first step."""
     final: dict[str, Tensor]
+    """What the checkpoint holds."""
 
 
 # --- running one layout -----------------------------------------------------------------------------------
@@ -162,7 +189,7 @@ def train_layouts(tiny: TrainConfig, layouts: dict[str, Layout], directory: Path
     results = {}
     for name, layout in layouts.items():
         run_dir = directory / name.replace(", ", "-").replace(" ", "-")
-        cfg = layout.config(tiny, run_dir)
+        cfg = layout.config(tiny, run_dir, directory.parent / "base")
         initial = initial_weights(cfg)
         train(cfg, padded_batches(layout) if layout.padded else None)
         if dist.get_rank() == 0:
@@ -171,6 +198,7 @@ def train_layouts(tiny: TrainConfig, layouts: dict[str, Layout], directory: Path
             checkpoint = latest_checkpoint(run_dir)
             assert checkpoint is not None
             read = open_model_tensors(checkpoint)
+            assert model_tensor_names(checkpoint) == initial.keys()
             results[name] = Result(metrics, initial, {parameter: read(parameter) for parameter in initial})
         dist.barrier()
     return results
@@ -178,7 +206,7 @@ def train_layouts(tiny: TrainConfig, layouts: dict[str, Layout], directory: Path
 
 def initial_weights(cfg: TrainConfig) -> dict[str, Tensor]:
     model = build_model(cfg, build_mesh(cfg.parallel, init_distributed("cpu")))
-    return {name: whole(parameter) for name, parameter in model.named_parameters()}
+    return {name: whole(parameter) for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
 def selected_layouts(items: list[pytest.Item]) -> set[str]:
@@ -222,6 +250,7 @@ def trained(
     write_lines(directory / "lines", "a*.py")
     write_lines(directory / "others", "b*.py")
     tiny = compose(TINY | {"data.dir": directory / "data"})
+    OlmoeForCausalLM(olmoe_config(tiny.model)).save_pretrained(directory / "base")
     selected = selected_layouts(request.session.items)
     outcomes: dict[str, Result | RankError] = {}
     for ranks in (1, 2, 4):
@@ -244,6 +273,8 @@ def trained(
 
 
 def reference_of(name: str) -> str:
+    if adapter := LAYOUTS[name].adapter:
+        return f"1 rank, {adapter}"
     if LAYOUTS[name].documents:
         return "1 rank, documents"
     return "1 rank, padded" if LAYOUTS[name].padded else "1 rank"
@@ -282,9 +313,10 @@ def test_final_weights_are_the_same(trained: Callable[[str], Result], name: str)
         assert error < 1e-5, (parameter, error.item())
 
 
-@pytest.mark.parametrize("name", [name for name in LAYOUTS if name != "1 rank"])
+@pytest.mark.parametrize("name", [name for name in LAYOUTS if name != reference_of(name)])
 def test_every_layout_starts_from_the_same_weights(trained: Callable[[str], Result], name: str) -> None:
-    for parameter, expected in trained("1 rank").initial.items():
+    reference = trained(reference_of(name) if LAYOUTS[name].adapter else "1 rank").initial
+    for parameter, expected in reference.items():
         assert torch.equal(trained(name).initial[parameter], expected), parameter
 
 
@@ -298,7 +330,7 @@ def test_router_load_is_of_the_global_batch(trained: Callable[[str], Result], na
 
 @pytest.mark.parametrize("name", IN_BF16)
 def test_bf16_does_not_drift(trained: Callable[[str], Result], name: str) -> None:
-    for step, expected in zip(trained(name).metrics, trained("1 rank").metrics, strict=True):
+    for step, expected in zip(trained(name).metrics, trained(reference_of(name)).metrics, strict=True):
         for loss in LOSSES:
             assert relative(step[loss], expected[loss]) < 0.01, (step["step"], loss)
 

@@ -6,8 +6,19 @@ from pathlib import Path
 from typing import Any
 
 from olmoe_train import config
-from olmoe_train.config.choices import ActivationCheckpointing, Offload, Packing, Precision, Strategy
+from olmoe_train.config.adapter import DoraConfig, LoraConfig
+from olmoe_train.config.choices import (
+    ActivationCheckpointing,
+    AdapterTarget,
+    Offload,
+    Packing,
+    Precision,
+    QuantizeBase,
+    RouterTraining,
+    Strategy,
+)
 from olmoe_train.config.data import MixtureSource
+from olmoe_train.config.optimizer import AdamWConfig
 from olmoe_train.config.train import ParallelConfig, TrainConfig
 from tests.support.data import write_prepared
 from tests.support.sizes import SIZES, overrides, section
@@ -41,6 +52,12 @@ DOCUMENTS: dict[str, Any] = {
     "mask_documents": True,
     "repetition_filter": True,
 }
+ADAPTERS: dict[str, LoraConfig] = {
+    # Every target, and the router losses: no weight of the model is left out of the gradients' path.
+    "lora": LoraConfig(rank=4, alpha=10.0, targets=list(AdapterTarget), router=RouterTraining.full),
+    "dora": DoraConfig(rank=4, alpha=10.0),
+    "nf4": LoraConfig(rank=4, alpha=10.0, quantize_base=QuantizeBase.nf4),
+}
 # By default ZeRO-3 does not partition parameters of up to 100,000 elements. Here that is every parameter.
 PARTITION_ALL = Path(__file__).with_name("partition_all.json")
 
@@ -61,14 +78,19 @@ class Layout:
     """Two sources of short documents, packed, with isolated documents (see DOCUMENTS)."""
     kept: bool = False
     """Use parallel.reshard_after_forward=false."""
+    adapter: str = ""
+    """A key of ADAPTERS; the run then starts from a base model."""
+    compiled: bool = False
     prefetch: int = 1
 
-    def config(self, tiny: TrainConfig, run_dir: Path) -> TrainConfig:
+    def config(self, tiny: TrainConfig, run_dir: Path, base: Path | None = None) -> TrainConfig:
+        """The configuration of a run. base: the model that an adapter adapts."""
         trainer = replace(
             tiny.trainer,
             micro_batch_size=self.micro_batch,
             activation_checkpointing=ActivationCheckpointing(self.checkpointing),
             precision=Precision(self.precision),
+            compile=self.compiled,
         )
         parallel = ParallelConfig(
             strategy=Strategy(self.strategy),
@@ -81,7 +103,19 @@ class Layout:
             deepspeed_config=str(PARTITION_ALL) if self.strategy == "deepspeed" else None,
         )
         data = replace(tiny.data, **DOCUMENTS) if self.documents else tiny.data
-        return replace(tiny, run_dir=str(run_dir), trainer=trainer, parallel=parallel, data=data)
+        cfg = replace(tiny, run_dir=str(run_dir), trainer=trainer, parallel=parallel, data=data)
+        if not self.adapter:
+            return cfg
+        assert isinstance(cfg.optimizer, AdamWConfig)
+        return replace(
+            cfg,
+            adapter=ADAPTERS[self.adapter],
+            model=replace(cfg.model, init_from=str(base)),
+            # lora_B starts at 0, and AdamW's ratio of moments is all that it consists of. With eps=1e-8 the
+            # ratio is rounding error where a gradient is nearly 0, as for q_proj and k_proj here: two runs of
+            # one layout then differ by up to 3e-5. With eps=1e-5 they differ by less than 1e-6.
+            optimizer=replace(cfg.optimizer, eps=1e-5),
+        )
 
 
 def compose(values: dict[str, Any]) -> TrainConfig:

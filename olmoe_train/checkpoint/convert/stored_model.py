@@ -11,6 +11,7 @@ import torch
 from omegaconf import OmegaConf
 from torch import Tensor
 
+from olmoe_train.checkpoint.convert.adapter_base import SavedAdapter, check_base, open_adapter
 from olmoe_train.checkpoint.convert.olmo import is_olmo_directory, open_olmo
 from olmoe_train.checkpoint.directory import (
     checkpoint_path,
@@ -20,6 +21,7 @@ from olmoe_train.checkpoint.directory import (
     step_of,
 )
 from olmoe_train.checkpoint.sharded import model_tensor_names, open_model_tensors
+from olmoe_train.config.choices import StripPrefix
 from olmoe_train.config.model import ModelConfig, olmoe_config
 from olmoe_train.model import OlmoeConfig, OlmoeForCausalLM
 from olmoe_train.model.hf.directory import assign, check_same_architecture, open_pretrained, parameter_shapes
@@ -48,6 +50,8 @@ class StoredModel:
     """Content of generation_config.json. None: the model has no such file."""
     checkpoint: Path | None = None
     """The training checkpoint that the weights are in. None: the model is not from a run directory."""
+    adapter: SavedAdapter | None = None
+    """The adapter that `read` adds to its base. None: the checkpoint holds a whole model."""
 
 
 def open_stored_model(
@@ -79,14 +83,43 @@ def open_stored_model(
     config = run_config(directory)
     config.dtype = torch.float32  # training stores fp32 master weights, whatever trainer.precision is
     checkpoint = run_checkpoint(directory, step)
-    read = open_model_tensors(checkpoint)
     name = f"{checkpoint.name} of {directory}"
+    adapter = open_adapter(checkpoint)
+    if adapter is not None:
+        return _open_adapted(directory, name, config, checkpoint, adapter)
+    read = open_model_tensors(checkpoint)
     if extra := sorted(model_tensor_names(checkpoint) - parameter_shapes(OlmoeForCausalLM, config).keys()):
         raise UserError(
             f"{name} holds tensors that an OLMoE model does not have, so its outputs cannot be reproduced: "
             f"{first_few(extra)}"
         )
     return StoredModel(name, config, read, directory / RUN_TOKENIZER, checkpoint=checkpoint)
+
+
+def _open_adapted(
+    run_dir: Path, name: str, config: OlmoeConfig, checkpoint: Path, adapter: SavedAdapter
+) -> StoredModel:
+    """The model of an adapter's run: its base, with the adapter added in fp32 as weights are read."""
+    values = OmegaConf.to_container(OmegaConf.load(run_dir / RUN_CONFIG))
+    assert isinstance(values, dict)
+    section = values["model"]
+    places = [adapter.base.path, section["init_from"]]
+    found = [place for place in places if Path(place).expanduser().exists()]
+    if not found:
+        raise UserError(
+            f"{name} is an adapter, and its base model is not at {adapter.base.path}: bring it back, or set "
+            f"model.init_from in {run_dir / RUN_CONFIG} to where it is"
+        )
+    strip_prefix = section.get("strip_prefix") == StripPrefix.auto.name
+    base = open_stored_model(
+        found[0], trust_pickle=section.get("trust_pickle", False), strip_prefix=strip_prefix
+    )
+    check_base(base.config, base.read, adapter.base, base.name)
+    config.dtype = base.config.dtype
+    read = adapter.reader_of_merged(base.read)
+    return StoredModel(
+        name, config, read, run_dir / RUN_TOKENIZER, base.generation, checkpoint=checkpoint, adapter=adapter
+    )
 
 
 def load_stored_model(

@@ -80,9 +80,11 @@ class _RouterLogits(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: FunctionCtx, d_logits_TE: Tensor) -> tuple[Tensor, Tensor]:
+    def backward(ctx: FunctionCtx, d_logits_TE: Tensor) -> tuple[Tensor, Tensor | None]:
         x_TD, weight_ED = ctx.saved_tensors  # type: ignore[attr-defined]
         d_x_TD = (d_logits_TE @ weight_ED.float()).to(x_TD.dtype)
+        if not ctx.needs_input_grad[1]:  # type: ignore[attr-defined]  # the router is frozen
+            return d_x_TD, None
         return d_x_TD, (d_logits_TE.t() @ x_TD.float()).to(weight_ED.dtype)
 
 

@@ -77,7 +77,7 @@ def expert_indices(routing: Routing) -> Tensor:
     return torch.searchsorted(routing.counts_E.cumsum(0), routing.row_NJ, right=True)
 
 
-def _padding_pays(x_ND: Tensor, routing: Routing) -> bool:
+def padding_pays(x_ND: Tensor, routing: Routing) -> bool:
     """True if padding each expert's rows is cheaper than the oneDNN set-up that the padding avoids.
 
     False if most rows would be padding, for example when decoding one token.
@@ -199,7 +199,7 @@ class OlmoeExperts(nn.Module):
         rows, experts = routing.token_R.numel(), routing.counts_E.numel()
         # Use the same path for every pass of a training step: count_experts routes the batch once without
         # gradients, and the pass with gradients must route the batch identically.
-        return not self.training and rows >= experts and not _padding_pays(x_ND, routing)
+        return not self.training and rows >= experts and not padding_pays(x_ND, routing)
 
 
 class _Experts(torch.autograd.Function):
@@ -214,7 +214,7 @@ class _Experts(torch.autograd.Function):
         experts: OlmoeExperts,
         grouped: bool,
     ) -> Tensor:
-        if not grouped and _padding_pays(x_ND, routing):
+        if not grouped and padding_pays(x_ND, routing):
             routing = pad_rows(routing, CPU_ROW_MULTIPLE)
         counts_E = routing.counts_E
         # The grouped kernel reads the group ends on the device. The loop needs the counts on the host, which
@@ -244,10 +244,13 @@ class _Experts(torch.autograd.Function):
         weighted_RF, d_weight_R, d_gate_up_RH = experts.gated_backward(
             experts.activation, gate_up_RH, d_gated_RF, weight_R
         )
-        d_down_EDF = grouped_weight_grad(d_out_RD, weighted_RF, groups)
-        x_RD = x_ND.index_select(0, routing.token_R)
-        d_gate_up_EHD = grouped_weight_grad(d_gate_up_RH, x_RD, groups)
-        del d_out_RD, x_RD, weighted_RF
+        d_down_EDF = d_gate_up_EHD = None
+        if ctx.needs_input_grad[2]:  # not if the experts are frozen
+            d_down_EDF = grouped_weight_grad(d_out_RD, weighted_RF, groups)
+            x_RD = x_ND.index_select(0, routing.token_R)
+            d_gate_up_EHD = grouped_weight_grad(d_gate_up_RH, x_RD, groups)
+            del x_RD
+        del d_out_RD, weighted_RF
         d_x_ND = sum_rows(grouped_matmul(d_gate_up_RH, gate_up_EHD, groups), routing)
         d_weights_NJ = None
         if weights_NJ is not None:

@@ -13,10 +13,6 @@ other layout.
 
 import io
 import json
-import logging
-import os
-import shutil
-import warnings
 from collections.abc import Sequence
 from contextlib import redirect_stdout
 from pathlib import Path
@@ -28,22 +24,27 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from olmoe_train.checkpoint.sharded import MOMENTS, load_checkpoint, persistent_buffers
-from olmoe_train.config.choices import Precision
 from olmoe_train.config.optimizer import OptimizerConfig
 from olmoe_train.config.train import ParallelConfig, TrainerConfig
-from olmoe_train.distributed.activation_checkpointing import checkpoint_activations
-from olmoe_train.distributed.compile import compile_layers
 from olmoe_train.distributed.deepspeed_config import deepspeed_config
-from olmoe_train.distributed.expert_parallel import apply_expert_parallelism, exchange_tokens
+from olmoe_train.distributed.expert_parallel import (
+    apply_expert_parallelism,
+)
 from olmoe_train.distributed.fsdp import shard
 from olmoe_train.distributed.materialize import shard_slices
 from olmoe_train.distributed.mesh import build_mesh, local_tensor
 from olmoe_train.model import OlmoeForCausalLM
-from olmoe_train.model.moe.experts import OlmoeExperts
-from olmoe_train.model.outputs import TrainingOutput
-from olmoe_train.optim.build import build_optimizer, scale_learning_rates
+from olmoe_train.model.adapters.add import add_adapter
+from olmoe_train.optim.build import build_optimizer, scale_learning_rates, trained_parameters
 from olmoe_train.optim.clipping import clip_gradients
 from olmoe_train.training.engine.base import Judge, StepOutcome
+from olmoe_train.training.engine.deepspeed_model import (
+    build_zero_model,
+    import_deepspeed,
+    is_expert,
+    parameter_groups,
+    start_deepspeed,
+)
 from olmoe_train.utils.errors import UserError
 
 
@@ -92,19 +93,25 @@ class ZeroEngine:
             self._start(initial, config)
 
     def _start(self, initial: OlmoeForCausalLM, config: dict[str, Any]) -> None:
-        self.model = _build(self.trainer, self.parallel, initial, config, self.device)
-        self._parameters: list[nn.Parameter] = list(self.model.parameters())
-        optimizer = build_optimizer(_parameter_groups(self.model), self.optimizer_config)
+        self.model = build_zero_model(self.trainer, self.parallel, initial, config, self.device)
+        self._trained = trained_parameters(self.model)
+        optimizer = build_optimizer(parameter_groups(self.model), self.optimizer_config)
         assert isinstance(optimizer, torch.optim.AdamW), "preflight refuses other optimizers"
         self._adamw = optimizer
         self._norm = torch.zeros((), device=self.device)
         if self.stage == 0:
             self._adamw.register_step_pre_hook(self._clip_whole_gradients)
         self._adamw.register_step_pre_hook(self._skip_not_finite)
-        self._engine = _start(self.model, self._adamw, config, self.parallel)
+        self._engine = start_deepspeed(self.model, self._adamw, config, self.parallel)
         self.optimizer = self._engine.optimizer
-        for parameter, source in zip(self._parameters, initial.parameters(), strict=True):
+        self.model.base = initial.base
+        for (name, parameter), source in zip(
+            self.model.named_parameters(), initial.parameters(), strict=True
+        ):
+            assert parameter.requires_grad == source.requires_grad, name
             self._write(parameter, None, _gather(source))
+        for ours, theirs in zip(self.model.buffers(), initial.buffers(), strict=True):
+            ours.copy_(theirs)  # quantized weights
         self._make_moments()
 
     @property
@@ -132,9 +139,9 @@ class ZeroEngine:
         """Return the weights and moments in CPU memory, sharded as FSDP2 shards them. Collective."""
         stored, adamw = self._sharded_copy()
         count = next(state["step"] for state in self._adamw.state.values() if "step" in state)
-        for parameter, target in zip(self._parameters, stored.parameters(), strict=True):
+        for parameter, target in zip(self._trained, trained_parameters(stored), strict=True):
             index = shard_slices(target)
-            if self.parallel.expert_parallel_size > 1 and target.ndim == 3:
+            if is_expert(parameter):
                 index = (slice(None), *index[1:])  # `_read` returns only this rank's experts
             state: dict[str, Tensor] = {"step": count.cpu().clone()}
             state |= {moment: torch.zeros_like(target, requires_grad=False) for moment in MOMENTS}
@@ -151,7 +158,7 @@ class ZeroEngine:
         assert len(steps) <= 1, "parameters that were updated in different steps"
         for flat in self._partitions():
             self._adamw.state[flat]["step"].fill_(max(steps, default=0.0))
-        for parameter, source in zip(self._parameters, stored.parameters(), strict=True):
+        for parameter, source in zip(self._trained, trained_parameters(stored), strict=True):
             self._write(parameter, None, _gather(source))
             for moment in MOMENTS if source in adamw.state else ():
                 self._write(parameter, moment, _gather(adamw.state[source][moment]))
@@ -164,11 +171,17 @@ class ZeroEngine:
         mesh = build_mesh(self.parallel, torch.device("cpu"))
         with torch.device("meta"):
             stored = OlmoeForCausalLM(self.model.config)
+        if self.model.adapter is not None:
+            add_adapter(stored, self.model.adapter)
         if mesh.expert is not None:
             apply_expert_parallelism(stored, mesh.expert["expert"])
         shard(stored, mesh, self.trainer.precision, self.parallel)
-        stored.to_empty(device="cpu")
-        adamw = build_optimizer(stored.parameters(), self.optimizer_config)
+        for module in stored.modules():
+            for name, parameter in list(module.named_parameters(recurse=False)):
+                if parameter.requires_grad:  # frozen ones stay on the meta device: checkpoints have none
+                    module.register_parameter(name, nn.Parameter(torch.empty_like(parameter, device="cpu")))
+        stored.tie_weights()
+        adamw = build_optimizer(trained_parameters(stored), self.optimizer_config)
         assert isinstance(adamw, torch.optim.AdamW)
         return stored, adamw
 
@@ -184,7 +197,7 @@ class ZeroEngine:
     def _partitions(self) -> Sequence[Tensor]:
         """Return the fp32 tensors that AdamW updates on this rank. With ZeRO-1 to 3 the tensors are flat."""
         if self.stage == 0:
-            return self._parameters
+            return self._trained
         if self.stage == 3:
             return self.optimizer.fp32_partitioned_groups_flat
         one_by_one = getattr(self.optimizer, "single_partition_of_fp32_groups", None)
@@ -213,7 +226,8 @@ class ZeroEngine:
             part = value.flatten()[rank * size : (rank + 1) * size]
             part = torch.nn.functional.pad(part, (0, size - len(part)))
             if moment is None:
-                utils.safe_set_local_fp32_param(parameter, part)
+                if parameter.requires_grad:
+                    utils.safe_set_local_fp32_param(parameter, part)
                 parameter.ds_tensor.data.copy_(part)
             else:
                 utils.safe_set_local_optimizer_state(parameter, part, moment)
@@ -222,7 +236,7 @@ class ZeroEngine:
             parameter.data.copy_(value)
         elif self.stage == 0:
             self._adamw.state[parameter][moment].copy_(value)
-        if self.stage > 0:
+        if self.stage > 0 and parameter.requires_grad:
             value = value.to(self.device)
             if moment is None:
                 utils.safe_set_full_fp32_param(parameter, value)
@@ -232,12 +246,12 @@ class ZeroEngine:
     def _clip_whole_gradients(self, *_: Any) -> None:
         """Clip by the exact global norm. DeepSpeed's ZeRO-0 clips by the mean of the ranks' norms, which is
         not the global norm with expert parallelism."""
-        self._norm = clip_gradients(self._parameters, self.optimizer_config.max_grad_norm, self._copies)
+        self._norm = clip_gradients(self._trained, self.optimizer_config.max_grad_norm, self._copies)
 
     def _copies(self, parameter: nn.Parameter) -> int:
         """Return on how many ranks a parameter exists: every rank, or for experts every
         expert_parallel_size-th rank."""
-        return dist.get_world_size() // (self.parallel.expert_parallel_size if parameter.ndim == 3 else 1)
+        return dist.get_world_size() // (self.parallel.expert_parallel_size if is_expert(parameter) else 1)
 
     @torch.no_grad()
     def _skip_not_finite(self, *_: Any) -> None:
@@ -250,155 +264,6 @@ class ZeroEngine:
                 bad += (~parameter.grad.isfinite()).any()
         dist.all_reduce(bad)
         self._adamw.found_inf = (bad > 0).float()  # type: ignore[attr-defined]
-
-
-# --- building the engine's model --------------------------------------------------------------------------
-
-
-def import_deepspeed(device: torch.device) -> None:
-    """Import DeepSpeed for this device and use the existing process group.
-
-    Raises:
-        UserError: The device is the CPU and there is no C++ compiler.
-    """
-    compiler = os.environ.get("CXX", "c++")
-    if device.type == "cpu" and shutil.which(compiler) is None:
-        raise UserError(
-            f"parallel.strategy=deepspeed: on CPU DeepSpeed compiles its communication, and there is no "
-            f"{compiler}; install a C++ compiler, or use parallel.strategy=fsdp"
-        )
-    os.environ.setdefault("DS_ACCELERATOR", device.type)
-    os.environ.setdefault("LOCAL_RANK", "0")  # not set in a run without a launcher
-    import deepspeed
-
-    deepspeed.logger.setLevel(logging.WARNING)
-    # DeepSpeed 0.19 uses names of torch.distributed that torch 2.13 deprecates and a later torch renames.
-    warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)
-    deepspeed.init_distributed(dist_init_required=False)
-
-
-def parse_config(config: dict[str, Any], path: str | None) -> Any:
-    """Parse the configuration with DeepSpeed.
-
-    Raises:
-        UserError: DeepSpeed rejects the configuration. The message contains DeepSpeed's error.
-    """
-    from deepspeed.runtime.config import DeepSpeedConfig
-
-    try:
-        return DeepSpeedConfig(config)
-    except Exception as error:  # pydantic errors, assertions, ValueError: it depends on the option
-        raise UserError(f"parallel.deepspeed_config={path}: DeepSpeed does not take it: {error}") from error
-
-
-def _build(
-    trainer: TrainerConfig,
-    parallel: ParallelConfig,
-    stored: OlmoeForCausalLM,
-    config: dict[str, Any],
-    device: torch.device,
-) -> OlmoeForCausalLM:
-    """Build the model with this rank's experts and with zeros as weights. With ZeRO-3 each part of the model
-    is partitioned as soon as it is allocated."""
-    import deepspeed
-
-    with torch.device("meta"):
-        model = OlmoeForCausalLM(stored.config)
-    model.set_experts_backend(stored.decoder_layers[0].mlp.experts.backend)
-    if stored.balancer is not None:
-        model.set_balancer(stored.balancer)
-    if parallel.expert_parallel_size > 1:
-        _keep_own_experts(model, parallel.expert_parallel_size)
-    checkpoint_activations(model, trainer.activation_checkpointing)
-    if trainer.compile:
-        compile_layers(model)
-    if trainer.precision is Precision.bf16:
-        model.bfloat16()
-    for part in (model.model.embed_tokens, *model.model.layers, model.model.norm, model.lm_head):
-        part.to_empty(device=device)
-        if part is model.lm_head:
-            model.tie_weights()
-        for parameter in part.parameters():
-            parameter.data.zero_()
-        if parallel.expert_parallel_size > 1:
-            _mark_experts(part, parallel.expert_parallel_size)
-        if parallel.zero_stage == 3:
-            deepspeed.zero.Init(module=part, config_dict_or_path=config)
-    return model
-
-
-def _keep_own_experts(model: OlmoeForCausalLM, size: int) -> None:
-    """Keep only this rank's experts (on the meta device), and exchange tokens with the other ranks."""
-    from deepspeed.utils import groups
-
-    groups._create_expert_and_data_parallel(size)
-    for layer in model.decoder_layers:
-        for name, parameter in list(layer.mlp.experts.named_parameters(recurse=False)):
-            local = nn.Parameter(parameter.detach()[: len(parameter) // size])
-            layer.mlp.experts.register_parameter(name, local)
-        exchange_tokens(layer.mlp, groups._get_expert_parallel_group(f"ep_size_{size}"))
-
-
-def _mark_experts(part: nn.Module, size: int) -> None:
-    """Mark the expert parameters for DeepSpeed: they have copies only on every size-th rank."""
-    from deepspeed.utils import groups
-
-    name = f"ep_size_{size}"
-    experts = [module for module in part.modules() if isinstance(module, OlmoeExperts)]
-    parameter: Any
-    for module in experts:
-        for parameter in module.parameters(recurse=False):
-            parameter.allreduce, parameter.group_name = False, name  # ZeRO-0 to 2
-            parameter.ds_zero_placement_family = "autoep_expert"  # ZeRO-3
-            parameter.ds_zero_partition_group_name = name
-            parameter.ds_zero_partition_process_group = groups._get_expert_data_parallel_group(name)
-
-
-def _parameter_groups(model: OlmoeForCausalLM) -> list[dict[str, Any]]:
-    """Return AdamW's parameter groups, one per set of ranks that hold copies of the same parameters.
-    DeepSpeed identifies the groups by these names."""
-    dense = [p for p in model.parameters() if not hasattr(p, "group_name")]
-    experts = [p for p in model.parameters() if hasattr(p, "group_name")]
-    groups: list[dict[str, Any]] = [{"params": dense, "name": "dense"}]
-    if experts:
-        groups.append({"params": experts, "name": experts[0].group_name, "moe": True})
-    return groups
-
-
-def _start(
-    model: OlmoeForCausalLM, adamw: torch.optim.AdamW, config: dict[str, Any], parallel: ParallelConfig
-) -> Any:
-    """Return DeepSpeed's engine for a model, and redirect the model's `training_forward` to the engine."""
-    from deepspeed import DeepSpeedEngine
-
-    class EngineWithExpertGroups(DeepSpeedEngine):
-        """Reads `allreduce` of parameters, although the model has no MoE layer of DeepSpeed."""
-
-        def _configure_distributed_model(self, model: nn.Module) -> None:
-            super()._configure_distributed_model(model)
-            self.has_moe_layers = True
-
-    # ZeRO-3 reads ds_zero_placement_family instead.
-    experts = parallel.expert_parallel_size > 1 and parallel.zero_stage < 3
-    forward = model.training_forward
-    # To detect the start of backward, DeepSpeed looks for tensors in tuples but not in dataclasses.
-    model.forward = lambda *inputs, **named: _as_tuple(forward(*inputs, **named))  # type: ignore[method-assign]
-    engine = (EngineWithExpertGroups if experts else DeepSpeedEngine)(
-        args=None,
-        model=model,
-        optimizer=adamw,
-        dist_init_required=False,
-        config=config,
-        config_class=parse_config(config, parallel.deepspeed_config),
-    )
-    model.training_forward = lambda *inputs, **named: TrainingOutput(  # type: ignore[method-assign]
-        *engine(*inputs, **named)
-    )
-    return engine
-
-
-def _as_tuple(output: TrainingOutput) -> tuple[Any, ...]:
-    return output.ce_sum, output.router
 
 
 def _gather(tensor: Tensor) -> Tensor:

@@ -18,7 +18,8 @@ class RouterTerms:
     """Adds what the balancer of a model computes to an objective's loss.
 
     A dense model (one expert) has no router losses: LB is constant there, and Z would pull at the hidden
-    states. The terms of a dense model are reported, without a weight.
+    states. The same holds for frozen routers, next to an adapter: no loss can train them. Both report the
+    terms, without a weight.
     """
 
     def __init__(self, model: OlmoeForCausalLM, device: torch.device) -> None:
@@ -26,6 +27,8 @@ class RouterTerms:
         self.balancer: Balancer = model.balancer
         self.layers, self.experts = model.config.num_hidden_layers, model.config.num_experts
         self.device = device
+        router = model.decoder_layers[0].mlp.gate.weight
+        self.weighted = self.experts > 1 and router.requires_grad
         self.sums = RouterSums.zeros(self.layers, self.experts, device)
         self._count_micro_batch = False
         self._global_counts_LE: Tensor | None = None
@@ -38,7 +41,8 @@ class RouterTerms:
         """
         self.sums = RouterSums.zeros(self.layers, self.experts, self.device)
         self._global_counts_LE = None
-        needed = self.experts > 1 and self.balancer.over_global_batch and self.balancer.needs_loss(logged)
+        needed = (logged or self.weighted) and self.balancer.needs_loss(logged)
+        needed = needed and self.experts > 1 and self.balancer.over_global_batch
         self._count_micro_batch = needed and len(micro_batches) == 1
         if needed and len(micro_batches) > 1:
             counts_LE = torch.zeros(self.layers, self.experts, device=self.device)
@@ -60,7 +64,7 @@ class RouterTerms:
         share, terms = self.balancer.loss(stats, totals.num_tokens, self._counts(stats.counts_LE, totals))
         self.sums.counts_LE += stats.counts_LE
         self.sums.entropy_L += stats.entropy_L / totals.num_tokens
-        return (loss + share if self.experts > 1 else loss), terms
+        return (loss + share if self.weighted else loss), terms
 
     def end_step(self, skipped: Tensor) -> None:
         """Let the balancer see the counts of the global batch. Collective if the balancer has a state.

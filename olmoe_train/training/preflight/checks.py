@@ -3,6 +3,7 @@
 from olmoe_train.config.train import TrainConfig
 from olmoe_train.config.variants import variant_errors
 from olmoe_train.distributed.rendezvous import launcher_warnings
+from olmoe_train.training.preflight.adapter import adapter_errors, adapter_warnings
 from olmoe_train.training.preflight.backend import backend_errors, machine_errors
 from olmoe_train.training.preflight.model_and_data import data_errors, model_errors
 from olmoe_train.training.preflight.parallel import deepspeed_file_errors, parallel_errors
@@ -32,6 +33,7 @@ def validate(cfg: TrainConfig, world_size: int) -> list[str]:
         raise configuration_error(errors)
     return [
         *keys_without_effect(cfg, manifests),
+        *adapter_warnings(cfg),
         *gathering_without_effect(cfg.parallel, world_size),
         *launcher_warnings(),
     ]
@@ -49,6 +51,7 @@ def _configuration_errors(cfg: TrainConfig, world_size: int, of_model: list[str]
         *of_model,
         *variant_errors(cfg),
         *backend_errors(cfg),
+        *adapter_errors(cfg, world_size),
     ]
 
 

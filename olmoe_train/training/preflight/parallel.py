@@ -136,7 +136,10 @@ def deepspeed_file_errors(cfg: TrainConfig, world_size: int) -> list[str]:
             cfg.trainer, cfg.parallel, cfg.optimizer.max_grad_norm, world_size, cuda=False
         )
         if dist.is_initialized():
-            from olmoe_train.training.engine.deepspeed import import_deepspeed, parse_config  # takes seconds
+            from olmoe_train.training.engine.deepspeed_model import (  # takes seconds
+                import_deepspeed,
+                parse_config,
+            )
 
             import_deepspeed(resolve_device(cfg.trainer.device))
             parse_config(config, path)
