@@ -267,8 +267,8 @@ def added_memory(variant: str, dtype: str, rank: int) -> tuple[float, float]:
 
 def compare_memory(dtype: str, variants: list[str], rank: int, threads: int) -> None:
     """Each variant in a process of its own."""
-    # Blocks above 256 KiB go back to the system when they are freed (mallopt(3)). By default glibc raises this
-    # limit while a program runs, and keeps what the program has freed: as much as half of a step, by chance.
+    # Freed blocks above 256 KiB go back to the system (mallopt(3)). By default glibc raises this limit while
+    # a program runs, and keeps freed memory: up to 380 MiB here, another amount in every run.
     environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": str(2**18)}
     found = {}
     for variant in variants:
