@@ -193,15 +193,16 @@ def router_share(shape: Shape, dtype: str, variant: str, rounds: int) -> None:
 def added_memory(variant: str, shape: Shape, dtype: str) -> float:
     """MiB that this process holds at the highest moment of a second step, beyond what it held before it had a
     model: weights, gradients, moments, activations, temporaries."""
-    before = _resident("VmRSS")
+    before = resident("VmRSS")
     step = build_step(variant, shape, DTYPES[dtype], RELEASED_VOCABULARY)
     step(batch(0, RELEASED_VOCABULARY))
     Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM (proc(5))
     step(batch(1, RELEASED_VOCABULARY))
-    return _resident("VmHWM") - before
+    return resident("VmHWM") - before
 
 
-def _resident(field: str) -> float:
+def resident(field: str) -> float:
+    """MiB of a field of /proc/self/status, such as VmRSS."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith(field)) / 1024
 

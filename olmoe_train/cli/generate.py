@@ -1,9 +1,11 @@
-"""Continue a prompt with a Hugging Face directory or a run's newest checkpoint. Text is printed as it is
-generated.
+"""Continue a prompt with a Hugging Face directory or a run's newest checkpoint, or talk to it (chat=true).
+Text is printed as it is generated.
 """
 
+import logging
 import re
 import sys
+from pathlib import Path
 
 import torch
 from hydra.core.override_parser.types import Quote, QuotedString
@@ -11,33 +13,50 @@ from tokenizers.decoders import DecodeStream
 
 from olmoe_train.checkpoint.convert.stored_model import load_stored_model
 from olmoe_train.cli.app import run_verb
+from olmoe_train.cli.chat import converse
+from olmoe_train.cli.chat_session import open_session
 from olmoe_train.config.choices import StripPrefix
 from olmoe_train.config.verbs import GenerateConfig
-from olmoe_train.data.tokenizer import load_tokenizer
+from olmoe_train.data.tokenizer import check_vocabulary, load_tokenizer
 from olmoe_train.distributed.mesh import resolve_device
-from olmoe_train.model.generation import stream_tokens
+from olmoe_train.model import OlmoeForCausalLM
+from olmoe_train.model.generation import stream_tokens, warn_of_length
 from olmoe_train.utils.errors import UserError
+
+log = logging.getLogger(__name__)
+
+DEFAULT_NEW_TOKENS = 64
+"""max_new_tokens if the key is null and chat is false."""
 
 
 def main(cfg: GenerateConfig) -> None:
-    """Print the prompt and, token by token, its continuation."""
+    """Print the prompt and, token by token, its continuation; or hold a conversation."""
+    _warn_of_unused_keys(cfg)
+    if cfg.prompt is None and not cfg.chat:
+        raise UserError("prompt is missing: give text to continue (prompt=TEXT), or talk (chat=true)")
+    if cfg.prompt is not None and not cfg.prompt.strip():
+        raise UserError("prompt is empty: give some text to continue")
     device = resolve_device()
     model, directory = load_stored_model(
         cfg.source, device, cfg.trust_pickle, cfg.strip_prefix is StripPrefix.auto
     )
+    if cfg.chat:
+        converse(open_session(model, device, directory, cfg), cfg.prompt)
+    else:
+        _continue(model, device, directory, cfg)
+
+
+def _continue(model: OlmoeForCausalLM, device: torch.device, directory: Path, cfg: GenerateConfig) -> None:
+    assert cfg.prompt is not None
     tokenizer = load_tokenizer(directory)
     ids = tokenizer.encode(cfg.prompt).ids
     if not ids:
         raise UserError("prompt is empty: give some text to continue")
-    if max(ids) >= model.config.vocab_size:
-        raise UserError(
-            f"{directory}/tokenizer.json gives token {max(ids)}, but the model has only "
-            f"{model.config.vocab_size} tokens: the tokenizer belongs to another model"
-        )
+    check_vocabulary(ids, model.config.vocab_size, directory)
     tokens = stream_tokens(
         model,
         torch.tensor([ids], device=device),
-        cfg.max_new_tokens,
+        DEFAULT_NEW_TOKENS if cfg.max_new_tokens is None else cfg.max_new_tokens,
         temperature=cfg.temperature,
         top_k=cfg.top_k,
         top_p=cfg.top_p,
@@ -45,14 +64,27 @@ def main(cfg: GenerateConfig) -> None:
     )
     print(cfg.prompt, end="", flush=True)
     decoder = DecodeStream(skip_special_tokens=True)
+    length = len(ids)
     for token_B in tokens:
+        length += 1
         # `step` returns None while the bytes so far end in the middle of a character.
         print(decoder.step(tokenizer, int(token_B)) or "", end="", flush=True)
     print()
+    warn_of_length(model.config, length)  # after the text, which it would interrupt
+
+
+def _warn_of_unused_keys(cfg: GenerateConfig) -> None:
+    """Warn of keys that are set and have no effect."""
+    sampling = ("top_k", "top_p", "seed") if cfg.temperature == 0 else ()
+    talking = () if cfg.chat else ("system", "chat_template_kwargs")
+    for names, reason in ((sampling, "temperature=0 does not sample"), (talking, "chat=false")):
+        for name in names:
+            if getattr(cfg, name) not in (None, 0, {}):
+                log.warning("warning: %s=%s has no effect: %s", name, getattr(cfg, name), reason)
 
 
 def quoted(argument: str) -> str:
-    r"""Quote the value of a `prompt=...` argument for Hydra, so that the prompt may be any text.
+    r"""Quote the value of a `prompt=...` or `system=...` argument for Hydra, so that it may be any text.
 
     Hydra parses every argument with its own grammar, in which parentheses, commas, quotes and braces have a
     meaning, and OmegaConf replaces `${...}` by the value of a key. Without quotes, `prompt=def main(` is a
@@ -62,14 +94,14 @@ def quoted(argument: str) -> str:
         argument: One argument of the command line.
 
     Returns:
-        The quoted argument; an argument that does not start with `prompt=` is returned unchanged.
+        The quoted argument; an argument with another key is returned unchanged.
     """
     key, equals, text = argument.partition("=")
-    if key != "prompt" or not equals:
+    if key not in ("prompt", "system") or not equals:
         return argument
     # Backslashes directly before "${" are doubled, because OmegaConf reads them as escapes there.
     text = re.sub(r"(\\*)\$\{", lambda match: match[1] * 2 + r"\${", text)
-    return f"prompt={QuotedString(text, Quote.single).with_quotes()}"
+    return f"{key}={QuotedString(text, Quote.single).with_quotes()}"
 
 
 def run() -> int:

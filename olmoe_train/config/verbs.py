@@ -1,6 +1,7 @@
 """The options of every verb other than `olmoe train`."""
 
 from dataclasses import dataclass, field
+from typing import Any
 
 from omegaconf import MISSING
 
@@ -55,14 +56,14 @@ class ExportConfig:
 
 @dataclass(frozen=True)
 class GenerateConfig:
-    """Continue a prompt with a Hugging Face directory or the newest checkpoint of a run."""
+    """Continue a prompt, or talk, with a Hugging Face directory or the newest checkpoint of a run."""
 
     source: str = MISSING
     """HF directory, run directory (its newest checkpoint), or original OLMo checkpoint."""
-    prompt: str = MISSING
-    """Text to continue."""
-    max_new_tokens: int = 64
-    """Greatest number of tokens to generate."""
+    prompt: str | None = None
+    """Text to continue. With chat=true: the user's first message; null: it is read, as all others are."""
+    max_new_tokens: int | None = None
+    """Greatest number of tokens to generate; with chat=true, per answer. null: 64, with chat=true 1024."""
     temperature: float = 0.0
     """Temperature of the softmax to sample from; 0: always take the most probable token."""
     top_k: int | None = None
@@ -71,6 +72,14 @@ class GenerateConfig:
     """Sample only from the smallest set of tokens whose probabilities sum to top_p; null: no limit."""
     seed: int = 0
     """Seed of the sampling."""
+    chat: bool = False
+    """Hold a conversation, with the chat template of the model. Each line of the input is a message of the
+    user, and the answers are printed. In a terminal, /help lists commands."""
+    system: str | None = None
+    """The system message of the conversation; null: none but what the chat template has itself."""
+    chat_template_kwargs: dict[str, Any] = field(default_factory=dict)
+    """Variables for the chat template, as apply_chat_template of Transformers takes them: {enable_thinking:
+    false}. They should be those that the model was trained with."""
     trust_pickle: bool = False
     """Read weights from a pickle (pytorch_model.bin, or OLMo's model.pt) with
     torch.load(weights_only=True)."""

@@ -303,6 +303,7 @@ def open_template(
     origin: str,
     tool_use_source: str | None = None,
     kwargs: dict[str, Any] | None = None,
+    kwargs_key: str = "tokenizer.chat_template_kwargs",
 ) -> ChatTemplate:
     """Check a template and make it ready to render.
 
@@ -313,6 +314,7 @@ def open_template(
         origin: Where the template comes from, for error messages.
         tool_use_source: Jinja source for conversations with tools. None: `source`.
         kwargs: Further variables for the template.
+        kwargs_key: Key of the configuration that `kwargs` come from, for error messages.
 
     Raises:
         UserError: The template does not parse, or asks for a date that is missing or malformed; or a variable
@@ -326,15 +328,12 @@ def open_template(
             raise UserError(f"{origin}:{error.lineno}: not a chat template: {error.message}") from None
     kwargs = kwargs or {}
     if reserved := [name for name in RESERVED if name in kwargs]:
-        raise UserError(
-            f"tokenizer.chat_template_kwargs: {', '.join(reserved)} is set by `olmoe prepare`; remove it"
-        )
+        raise UserError(f"{kwargs_key}: {', '.join(reserved)} is set for each conversation; remove it")
     if unknown := [name for name in kwargs if name not in variables | special_tokens.keys()]:
         provided = {*RESERVED, *special_tokens, *template_environment("2000-01-01").globals}
         known = ", ".join(sorted(variables - provided))
         raise UserError(
-            f"tokenizer.chat_template_kwargs.{unknown[0]}: {origin} does not read this variable.\n"
-            f"  It reads {known or 'none'}."
+            f"{kwargs_key}.{unknown[0]}: {origin} does not read this variable.\n  It reads {known or 'none'}."
         )
     if "strftime_now" in variables and date is None:
         raise UserError(

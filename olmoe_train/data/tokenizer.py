@@ -177,18 +177,21 @@ def train_tokenizer(texts: Iterator[str], vocab_size: int) -> TokenizerFiles:
     )
 
 
-def read_tokenizer_files(path: str | Path, revision: str | None = None) -> TokenizerFiles:
+def read_tokenizer_files(
+    path: str | Path, revision: str | None = None, origin: str | None = None
+) -> TokenizerFiles:
     """Read all files of a tokenizer, to encode a corpus with it and to copy it beside the tokens.
 
     Args:
         path: An HF directory, a single tokenizer.json, or a model's name on the Hugging Face hub. The eos
             of a single tokenizer.json must be <|endoftext|>, since no other file names it.
         revision: Branch, tag or commit on the hub. Only with a name on the hub.
+        origin: What messages call the tokenizer. None: tokenizer.path=PATH.
 
     Raises:
         UserError: There is no tokenizer.json, it cannot be read, or it has no end-of-text token.
     """
-    origin, name = f"tokenizer.path={path}", str(path)
+    origin, name = origin or f"tokenizer.path={path}", str(path)
     path = Path(path).expanduser()
     if not path.exists() and _HUB_NAME.fullmatch(name):
         path = _download(name, revision)
@@ -262,18 +265,36 @@ def load_for_encoding(path: Path, plain_text: bool) -> Tokenizer:
     return tokenizer
 
 
+def check_vocabulary(ids: list[int], vocab_size: int, directory: Path) -> None:
+    """Check that a model with `vocab_size` tokens has all of `ids`, which directory/tokenizer.json gave.
+
+    Raises:
+        UserError: The model lacks one.
+    """
+    if max(ids) >= vocab_size:
+        raise UserError(
+            f"{directory}/tokenizer.json gives token {max(ids)}, but the model has only {vocab_size} tokens: "
+            "the tokenizer belongs to another model"
+        )
+
+
 def load_tokenizer(directory: Path) -> Tokenizer:
     """Load the tokenizer.json of a model or run directory, to encode a prompt and decode its continuation.
+
+    Truncation and padding, which the file may ask for, are off.
 
     Raises:
         UserError: The file is missing or unreadable.
     """
     path = directory / "tokenizer.json"
     try:
-        return Tokenizer.from_str(path.read_text(encoding="utf-8"))
+        tokenizer = Tokenizer.from_str(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(
             f"{path}: missing, but needed to encode text.\n  Copy the model's tokenizer.json there."
         ) from None
     except Exception as error:  # `tokenizers` raises bare Exception for a file that it cannot parse
         raise UserError(f"{path}: not a readable tokenizer: {error}") from error
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    return tokenizer

@@ -89,7 +89,12 @@ def generate(
         pad_token_id,
         generator,
     )
-    return torch.cat([input_ids, *(token_B[:, None] for token_B in tokens)], dim=1)
+    added = [token_B[:, None] for token_B in tokens]
+    stops, pad = _special_tokens(model, eos_token_id, pad_token_id)
+    mask_BS = _padding_mask(input_ids, attention_mask, pad, stops)
+    longest = input_ids.shape[1] if mask_BS is None else int(mask_BS.sum(1).max())
+    warn_of_length(model.config, longest + len(added))
+    return torch.cat([input_ids, *added], dim=1)
 
 
 def sampling_temperature(do_sample: bool | None, temperature: float | None) -> float:
@@ -111,13 +116,14 @@ def stream_tokens(
     eos_token_id: int | Sequence[int] | None = None,
     pad_token_id: int | None = None,
     generator: torch.Generator | None = None,
+    cache: KVCache | None = None,
 ) -> Iterator[Tensor]:
     """Decode one token per row at a time, until all rows have ended.
 
-    A row that grows longer than the model's max_position_embeddings is warned of, once.
-
     Args:
         temperature: Temperature of the softmax; 0: greedy decoding. All others are those of `generate`.
+        cache: Keys and values of the first tokens of `input_ids`, fewer than S, which are not computed again.
+            Those of all further tokens but the last are appended. None: a new cache.
 
     Yields:
         The next token of every row, int64 [B]; the padding token for rows that have ended.
@@ -126,25 +132,20 @@ def stream_tokens(
         UserError: As `generate`.
     """
     _check_arguments(input_ids, max_new_tokens, temperature, top_k, top_p)
-    # If there is a generation_config.json, the model's configuration is not consulted, as in Transformers.
-    defaults = model.generation_config or generation_defaults(model.config)
-    stops = _as_list(defaults.get("eos_token_id") if eos_token_id is None else eos_token_id)
-    pad = defaults.get("pad_token_id") if pad_token_id is None else pad_token_id
+    stops, pad = _special_tokens(model, eos_token_id, pad_token_id)
     mask_BC = _padding_mask(input_ids, attention_mask, pad, stops)
     filler = pad if pad is not None else (stops or [0])[0]
     stop_ids = torch.tensor(stops, dtype=torch.long, device=input_ids.device)
     ended_B = torch.zeros(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
-    position_BS, longest = None, input_ids.shape[1]
+    cache = KVCache() if cache is None else cache
+    cached = cache.get_seq_length()
+    position_BS = None
     if mask_BC is not None:
-        position_BS = (mask_BC.cumsum(1) - 1).clamp(min=0)
-        longest = int(position_BS.max()) + 1
+        position_BS = (mask_BC.cumsum(1) - 1).clamp(min=0)[:, cached:]
         mask_BC = F.pad(mask_BC, (0, max_new_tokens), value=1)  # for all tokens at once; the loop slices it
-    first_beyond = max(0, model.config.max_position_embeddings - longest + 1)
-    cache, new_BS = KVCache(), input_ids
+    new_BS = input_ids[:, cached:]
     for step in range(max_new_tokens):
         length = input_ids.shape[1] + step
-        if step == first_beyond:
-            _warn_of_length(model.config)
         output = model(
             new_BS,
             None if mask_BC is None else mask_BC[:, :length],
@@ -221,12 +222,35 @@ def _check_arguments(
         raise UserError(f"top_p={top_p} must be above 0 and at most 1, or null")
 
 
-def _warn_of_length(config: OlmoeConfig) -> None:
-    log.warning(
-        "warning: the text is longer than the model's max_position_embeddings=%d: it is not made for "
-        "positions beyond",
-        config.max_position_embeddings,
-    )
+def warn_of_length(config: OlmoeConfig, tokens: int) -> None:
+    """Log a warning if a text without its last token, which was not fed, is too long for the model.
+
+    Args:
+        config: Configuration of the model.
+        tokens: Number of tokens of the text.
+    """
+    if tokens - 1 > config.max_position_embeddings:
+        log.warning(
+            "warning: the text is longer than the model's max_position_embeddings=%d: it is not made for "
+            "positions beyond",
+            config.max_position_embeddings,
+        )
+
+
+def stop_tokens(model: LanguageModel) -> list[int]:
+    """End-of-text tokens of generation_config.json, or of the model's configuration without such a file."""
+    return _special_tokens(model, None, None)[0]
+
+
+def _special_tokens(
+    model: LanguageModel, eos_token_id: int | Sequence[int] | None, pad_token_id: int | None
+) -> tuple[list[int], int | None]:
+    """(end-of-text tokens, padding token), by the defaults of the model where an argument is None."""
+    # If there is a generation_config.json, the model's configuration is not consulted, as in Transformers.
+    defaults = model.generation_config or generation_defaults(model.config)
+    eos = defaults.get("eos_token_id") if eos_token_id is None else eos_token_id
+    pad = defaults.get("pad_token_id") if pad_token_id is None else pad_token_id
+    return [] if eos is None else [eos] if isinstance(eos, int) else list(eos), pad
 
 
 def _check_finite(logits_BV: Tensor, length: int, dtype: torch.dtype) -> None:
@@ -236,10 +260,6 @@ def _check_finite(logits_BV: Tensor, length: int, dtype: torch.dtype) -> None:
             f"after {length} tokens, logits{found} (row, token): the weights are damaged, or {dtype} cannot "
             "hold what the model computes"
         )
-
-
-def _as_list(ids: int | Sequence[int] | None) -> list[int]:
-    return [] if ids is None else [ids] if isinstance(ids, int) else list(ids)
 
 
 def _padding_mask(

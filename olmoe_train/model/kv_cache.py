@@ -43,6 +43,13 @@ class KVCache:
         self._length[layer_idx] = total
         return self._keys[layer_idx][:, :, :total], self._values[layer_idx][:, :, :total]
 
+    def crop(self, length: int) -> None:
+        """Forget all positions after the first `length`; as `crop` of Transformers' caches."""
+        # Cut buffers have no room, so the next update copies: tensors that others hold are not written to.
+        self._keys = [key[:, :, :length] for key in self._keys]
+        self._values = [value[:, :, :length] for value in self._values]
+        self._length = [min(length, known) for known in self._length]
+
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Number of positions in the cache, padding included. 0: the cache is empty."""
         return self._length[layer_idx] if layer_idx < len(self._length) else 0

@@ -59,6 +59,15 @@ def test_fine_tuning_keeps_the_chat_template(tmp_path: Path) -> None:
     export = ["source=run", "step=latest", "out=tuned"]
     assert (result := olmoe("export", *export, cwd=tmp_path)).returncode == 0, result.stderr
 
+    talk = ["generate", "chat=true", "max_new_tokens=8"]
+    said = [
+        olmoe(*talk, f"source={source}", cwd=tmp_path, stdin="what is 1?\nYes\n")
+        for source in ("run", "tuned")
+    ]
+    assert [result.returncode for result in said] == [0, 0], said
+    assert said[0].stdout == said[1].stdout
+    assert len(said[0].stdout.strip()) > 2
+
     AutoModelForCausalLM.from_pretrained(tmp_path / "tuned")
     tokenizer: Any = AutoTokenizer.from_pretrained(tmp_path / "tuned")
     rendered = [tokenizer.apply_chat_template(talk)["input_ids"] for talk in TALKS]

@@ -38,6 +38,23 @@ def test_update_leaves_the_tensors_it_was_given_alone() -> None:
     assert all(torch.equal(key, copy) for key, copy in zip(keys, copies, strict=True))
 
 
+def test_cropped_positions_are_replaced_and_not_written_over() -> None:
+    keys = pieces()
+    for seen in range(1, len(PIECES)):
+        cache = KVCache()
+        for key in keys[:seen]:
+            whole, _ = cache.update(key, -key, 0)
+        copy = whole.clone()
+        cache.crop(2)
+        assert cache.get_seq_length() == 2
+        key, value = cache.update(keys[seen], -keys[seen], 0)
+        assert torch.equal(key, torch.cat([keys[0][:, :, :2], keys[seen]], dim=2))
+        assert torch.equal(value, -key)
+        assert torch.equal(whole, copy)
+    cache.crop(99)
+    assert cache.get_seq_length() == 2 + PIECES[-1]
+
+
 def test_gradients_flow_through_cached_keys_and_values() -> None:
     cache = KVCache()
     keys = pieces(requires_grad=True)

@@ -11,7 +11,9 @@ from torch import Tensor
 from olmoe_train.cli.generate import quoted
 from olmoe_train.model import OlmoeConfig, OlmoeForCausalLM
 from olmoe_train.model.generation import generate, sample_token, stream_tokens
+from olmoe_train.model.kv_cache import KVCache
 from olmoe_train.utils.errors import UserError
+from tests.support.sizes import SIZES
 
 # Softmax 0.5, 0.25, 0.15, 0.1, in another order.
 LOGITS = torch.tensor([[0.15, 0.5, 0.1, 0.25]]).log()
@@ -121,25 +123,44 @@ def test_tokens_come_as_they_are_decided() -> None:
 
 
 @pytest.mark.parametrize(
-    ("prompts", "limit", "new", "first"),
+    ("prompts", "new", "warned"),
     [
-        ([[2]], 4, 4, None),  # 2 3 4 5: the last one that is fed is at position 3
-        ([[2]], 4, 5, 4),  # after four new tokens, five are fed
-        ([[2, 3, 4, 5, 6]], 4, 3, 0),  # the prompt alone is longer
-        ([[2, 3, 4, 5]], 4, 3, 1),
-        ([[1, 1, 2, 3], [1, 1, 1, 4]], 4, 5, 3),  # padding takes no position
+        ([[2]], 4, False),  # 2 3 4 5: the last one that is fed is at position 3
+        ([[2]], 5, True),  # after four new tokens, five are fed
+        ([[2, 3, 4, 5, 6]], 1, True),  # the prompt alone is longer
+        ([[2, 3, 4, 5]], 1, False),
+        ([[2, 3, 4, 5]], 2, True),
+        ([[1, 1, 2, 3], [1, 1, 1, 4]], 3, False),  # padding takes no position
+        ([[1, 1, 2, 3], [1, 1, 1, 4]], 4, True),
     ],
 )
-def test_one_warning_where_the_text_is_longer_than_the_model(
-    prompts: list[list[int]], limit: int, new: int, first: int | None, caplog: pytest.LogCaptureFixture
+def test_one_warning_after_a_text_that_is_longer_than_the_model(
+    prompts: list[list[int]], new: int, warned: bool, caplog: pytest.LogCaptureFixture
 ) -> None:
     model = Counter()
-    model.config.max_position_embeddings = limit
-    stream = stream_tokens(model, torch.tensor(prompts), new, eos_token_id=[])
-    warned = [len(caplog.messages) for _ in stream]
-    assert warned == [int(first is not None and step >= first) for step in range(new)]
-    if first is not None:
-        assert f"longer than the model's max_position_embeddings={limit}" in caplog.text
+    model.config.max_position_embeddings = 4
+    generate(model, torch.tensor(prompts), new, eos_token_id=[])
+    assert len(caplog.messages) == int(warned)
+    if warned:
+        assert "longer than the model's max_position_embeddings=4" in caplog.text
+
+
+def test_tokens_that_are_in_the_cache_are_not_computed_again() -> None:
+    torch.manual_seed(0)
+    model = OlmoeForCausalLM(OlmoeConfig(**SIZES))
+    ids = torch.randint(2, 97, (2, 12))
+    ids[0, :2] = SIZES["pad_token_id"]
+    expected = generate(model, ids, 10, eos_token_id=[])[:, 12:]
+    cache = KVCache()
+    for _ in stream_tokens(model, ids[:, :5], 4, eos_token_id=[], cache=cache):
+        pass
+    assert cache.get_seq_length() == 5 + 3
+    cache.crop(5)
+    fed: list[int] = []
+    model.register_forward_pre_hook(lambda _, inputs: fed.append(inputs[0].shape[1]))
+    tokens = list(stream_tokens(model, ids, 10, eos_token_id=[], cache=cache))
+    assert torch.equal(torch.stack(tokens, 1), expected)
+    assert fed == [7, *[1] * 9]
 
 
 def test_logits_that_are_not_finite_are_named_by_row_and_token() -> None:
@@ -210,11 +231,13 @@ NASTY = [
 ]
 
 
+@pytest.mark.parametrize("key", ["prompt", "system"])
 @pytest.mark.parametrize("text", NASTY, ids=repr)
-def test_any_prompt_reaches_the_config_as_it_was_typed(text: str) -> None:
-    override = OverridesParser.create().parse_overrides([quoted(f"prompt={text}")])[0]
-    config = OmegaConf.create({"prompt": override.value()})
-    assert config.prompt == text
+def test_any_prompt_reaches_the_config_as_it_was_typed(text: str, key: str) -> None:
+    override = OverridesParser.create().parse_overrides([quoted(f"{key}={text}")])[0]
+    assert override.key_or_group == key
+    config = OmegaConf.create({key: override.value()})
+    assert config[key] == text
 
 
 def test_other_arguments_are_left_alone() -> None:

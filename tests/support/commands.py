@@ -24,20 +24,23 @@ TINY = [
 ]
 
 
-def run(*command: str | Path, cwd: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+def run(
+    *command: str | Path, cwd: Path, stdin: str = "", **environment: str
+) -> subprocess.CompletedProcess[str]:
     """Run a command to its end, with this interpreter's scripts first on PATH and one thread per process."""
     return subprocess.run(
         [str(part) for part in command],
         cwd=cwd,
         env=command_environment() | environment,
+        input=stdin,
         capture_output=True,
         text=True,
         timeout=300,
     )
 
 
-def olmoe(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
-    return run(Path(sys.executable).with_name("olmoe"), *arguments, cwd=cwd)
+def olmoe(*arguments: str, cwd: Path, stdin: str = "") -> subprocess.CompletedProcess[str]:
+    return run(Path(sys.executable).with_name("olmoe"), *arguments, cwd=cwd, stdin=stdin)
 
 
 def train_command(*overrides: str, ranks: int = 2) -> list[str]:
