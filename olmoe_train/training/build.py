@@ -1,5 +1,6 @@
 """Builds what a run needs from its configuration. This file and the loop see the configuration whole."""
 
+import logging
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -46,6 +47,8 @@ from olmoe_train.training.resume import saved_state
 from olmoe_train.training.state import TrainState
 from olmoe_train.training.throughput import Throughput
 from olmoe_train.utils.redaction import redact
+
+log = logging.getLogger(__name__)
 
 
 def build_run(cfg: TrainConfig) -> Run:
@@ -121,9 +124,23 @@ def build_objective(cfg: TrainConfig, model: OlmoeForCausalLM, device: torch.dev
 
 
 def count_steps(cfg: TrainConfig, data: TrainingData) -> int:
-    """Optimizer steps of the whole run. Only trainer.max_epochs opens the samples."""
+    """Optimizer steps of the whole run. Only trainer.max_epochs opens the samples.
+
+    Warns if an epoch is shorter than a step.
+    """
     epoch = data.samples.epoch if cfg.trainer.max_epochs is not None else None
-    return total_steps(cfg.trainer, cfg.data.sequence_length, epoch)
+    steps = total_steps(cfg.trainer, cfg.data.sequence_length, epoch)
+    size = cfg.trainer.global_batch_size
+    if epoch is not None and epoch < size:
+        unchanged = steps == 1 and build_schedule(cfg, steps).multiplier(1) == 0
+        log.warning(
+            "WARNING: a step of trainer.global_batch_size=%d sequences is more than an epoch, which has %d. "
+            "The run has %d step%s%s. For more steps, lower trainer.global_batch_size, or raise "
+            "trainer.max_epochs",
+            *(size, epoch, steps, "s" * (steps > 1)),
+            ", and its learning rate is 0: the weights do not change" if unchanged else "",
+        )
+    return steps
 
 
 def build_schedule(cfg: TrainConfig, last_step: int) -> Schedule:
