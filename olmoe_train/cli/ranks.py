@@ -33,12 +33,14 @@ def on_ranks(module: str, train: Callable[[], int]) -> int:
     """
     try:
         wanted, sys.argv[1:] = _split(sys.argv[1:])
-        if wanted is None or any(argument.split("=")[0] in SHOW_ONLY for argument in sys.argv[1:]):
-            return train()
-        ranks = _count(wanted, on_cpu="trainer.device=cpu" in sys.argv[1:])
+        shows = any(argument.split("=")[0] in SHOW_ONLY for argument in sys.argv[1:])
+        on_cpu = "trainer.device=cpu" in sys.argv[1:]
+        ranks = None if wanted is None or shows else _count(wanted, on_cpu)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return BAD_INPUT
+    if ranks is None:
+        return train()
     # Imported here: a rank does without them.
     from olmoe_train.cli.launch import SIGNALS, killed_by
     from olmoe_train.cli.launch import main as launch
