@@ -10,6 +10,7 @@ from collections.abc import Iterable
 from functools import partial
 
 from olmoe_train.cli.app import run_verb
+from olmoe_train.cli.ranks import HELP, on_ranks
 from olmoe_train.config.compose import plain_values
 from olmoe_train.config.train import TrainConfig
 from olmoe_train.data.loader import TrainingData
@@ -117,7 +118,8 @@ def main(cfg: TrainConfig) -> int:
 
 
 def run() -> int:
-    return run_verb("train", TrainConfig, main, __doc__)
+    description = f"Pretrain or fine-tune OLMoE.\n{HELP}"
+    return on_ranks("olmoe_train.train", partial(run_verb, "train", TrainConfig, main, description))
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable
+from itertools import pairwise
 from typing import Any
 
 import hydra
@@ -65,7 +66,7 @@ def _run_verb(verb: str, schema: type, main: Callable[[Any], int | None], descri
     # Without this, Hydra turns every exception into exit code 1. With it, Hydra raises the exception.
     os.environ["HYDRA_FULL_ERROR"] = "1"
     try:
-        sys.argv[1:] = current_overrides(sys.argv[1:])
+        sys.argv[1:] = _with_values(current_overrides(sys.argv[1:]))
         hydra.main(config_path=str(config_directory()), config_name=verb, version_base="1.3")(job)()
         if failure is not None:
             raise failure
@@ -81,6 +82,13 @@ def _run_verb(verb: str, schema: type, main: Callable[[Any], int | None], descri
         print(redact_text(traceback.format_exc()), file=sys.stderr, end="")
         return FAILED
     return exit_code
+
+
+def _with_values(arguments: list[str]) -> list[str]:
+    """Make `--cfg job` print the value of a key whose preset refers to another key."""
+    pairs = [*pairwise(arguments)]
+    shown = "--cfg=job" in arguments or ("--cfg", "job") in pairs or ("-c", "job") in pairs
+    return [*arguments, "--resolve"] if shown and "--resolve" not in arguments else arguments
 
 
 def _print_once(message: str) -> None:

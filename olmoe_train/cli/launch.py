@@ -56,7 +56,7 @@ def main(arguments: list[str]) -> int:
         try:
             torchrun(arguments)
         except ChildFailedError as error:
-            _, failure = error.get_first_failure()
+            failure = _first_failure(error)
             _report(failure)
             # A worker that a signal killed has the negative number of the signal; shells report 128 + number.
             return failure.exitcode if failure.exitcode > 0 else 128 - failure.exitcode
@@ -76,11 +76,22 @@ def main(arguments: list[str]) -> int:
     raise AssertionError
 
 
+def killed_by(code: int) -> str | None:
+    """The name of the signal in an exit code of `main` that is 128 + N; None for another code."""
+    return next((number.name for number in signal.Signals if code == 128 + number), None)
+
+
 def _adds_something(record: logging.LogRecord) -> bool:
     """Whether a line of torchrun's log says more than the workers have said."""
     if isinstance(record.args, tuple) and record.msg.startswith("failed (exitcode"):
         return record.args[0] not in TOLD_BY_THE_WORKERS
     return not record.msg.startswith("Sending process")
+
+
+def _first_failure(error: ChildFailedError) -> ProcessFailure:
+    """The failure that came first. torchrun looks at the workers ten times a second, and may find several."""
+    # Nothing kills a worker because another one failed. The others, which have lost it, exit with 1.
+    return min(error.failures.values(), key=lambda one: (one.exitcode != -signal.SIGKILL, one.timestamp))
 
 
 def _report(failure: ProcessFailure) -> None:

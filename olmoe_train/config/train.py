@@ -191,8 +191,7 @@ class EvaluationConfig:
 class TrainConfig:
     """Train a model: pretraining, continued pretraining or fine-tuning.
 
-    Run it with `python -m olmoe_train.cli.launch --nproc-per-node RANKS -m olmoe_train.train` (or with
-    torchrun), or as `olmoe train` on one rank.
+    Run it as `olmoe train --nproc RANKS` or under torchrun, or as `olmoe train` on one rank.
     """
 
     run_dir: str = "runs/train"

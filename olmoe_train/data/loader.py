@@ -169,7 +169,8 @@ class TrainSamples(Dataset[Sample]):
                 where = f"the training split of {source.name}" if data.mixture else "the whole training split"
                 raise UserError(
                     f"data.sequence_length={data.sequence_length} is longer than {where} "
-                    f"({len(sequences.split):,} tokens).\n  Shorten it, or prepare more data."
+                    f"({len(sequences.split):,} tokens).\n  Shorten it, set data.packing=best_fit, which "
+                    "pads sequences, or prepare more data."
                 )
         # Weights are shares of tokens, but sequences of one source may be packed fuller than another's.
         densities = [sequences.tokens_per_sequence for sequences in self.sequences]

@@ -117,6 +117,9 @@ class Manifest:
     """None: every token is a target."""
     tokens_in_place: bool = False
     """The token files lie elsewhere and are named by absolute paths (data.format=olmo)."""
+    split_note: str | None = None
+    """Sentence: how the splits differ from data.source.validation_fraction, in a small corpus. None: they do
+    not."""
 
 
 def write_manifest(directory: Path, manifest: Manifest) -> None:
@@ -125,6 +128,8 @@ def write_manifest(directory: Path, manifest: Manifest) -> None:
     for shard in (*record["train"]["shards"], *record["validation"]["shards"]):
         if shard["mask_path"] is None:
             del shard["mask_path"], shard["mask_sha256"]
+    if manifest.split_note is None:
+        del record["split_note"]
     (directory / MANIFEST).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
 
 

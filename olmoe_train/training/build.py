@@ -165,9 +165,23 @@ def build_objective(cfg: TrainConfig, model: OlmoeForCausalLM, device: torch.dev
 
 
 def count_steps(cfg: TrainConfig, data: TrainingData) -> int:
-    """Optimizer steps of the whole run. Only trainer.max_epochs opens the samples."""
+    """Optimizer steps of the whole run. Only trainer.max_epochs opens the samples.
+
+    Warns if an epoch is shorter than a step.
+    """
     epoch = data.samples.epoch if cfg.trainer.max_epochs is not None else None
-    return total_steps(cfg.trainer, cfg.data.sequence_length, epoch)
+    steps = total_steps(cfg.trainer, cfg.data.sequence_length, epoch)
+    size = cfg.trainer.global_batch_size
+    if epoch is not None and epoch < size:
+        unchanged = steps == 1 and build_schedule(cfg, steps).multiplier(1) == 0
+        log.warning(
+            "WARNING: a step of trainer.global_batch_size=%d sequences is more than an epoch, which has %d. "
+            "The run has %d step%s%s. For more steps, lower trainer.global_batch_size, or raise "
+            "trainer.max_epochs",
+            *(size, epoch, steps, "s" * (steps > 1)),
+            ", and its learning rate is 0: the weights do not change" if unchanged else "",
+        )
+    return steps
 
 
 def build_schedule(cfg: TrainConfig, last_step: int) -> Schedule:

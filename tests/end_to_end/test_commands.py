@@ -113,6 +113,7 @@ def test_a_missing_source_is_the_users_to_mend(tmp_path: Path) -> None:
 
 
 def test_resolved_config_is_yaml(tmp_path: Path) -> None:
-    result = olmoe("train", "experiment=olmoe_1b_7b_0924", "--cfg", "job", cwd=tmp_path)
+    result = olmoe("train", "experiment=olmoe_sft", "--cfg", "job", cwd=tmp_path)
     assert result.returncode == 0, result.stderr
     assert OmegaConf.create(result.stdout).model.hidden_size == 2048
+    assert "sequence_length: 4096\n" in result.stdout  # in the preset: that of the model

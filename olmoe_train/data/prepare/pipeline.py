@@ -39,7 +39,7 @@ from olmoe_train.data.prepare.summary import (
     summary,
     unigram_entropy,
 )
-from olmoe_train.data.prepare.validation_split import held_out_below
+from olmoe_train.data.prepare.validation_split import held_out_below, split_note
 from olmoe_train.data.tokenizer import (
     SMALLEST_VOCABULARY,
     TokenizerFiles,
@@ -244,7 +244,9 @@ class _Preparation:
                 )
             self._encode(encoder, output, progress.position, bar)
         output.finish()
-        return _manifest(self.settings, self.corpus, tokenizer, encoder.dtype, output, source), output.counts
+        note = split_note(output.counts, progress.held_out_below, self.validation.fraction)
+        manifest = _manifest(self.settings, self.corpus, tokenizer, encoder.dtype, output, source)
+        return replace(manifest, split_note=note), output.counts
 
     def _start(
         self, tokenizer: TokenizerFiles | None, below: int | None, bar: Progress
@@ -326,9 +328,8 @@ def _manifest(
     tokens, counts, targets = train.tokens + validation.tokens, output.counts, None
     if source.records is not Records.text:
         target_tokens = int(output.train.counts.sum() + output.validation.counts.sum())
-        conversations = counts.documents - counts.further
         targets = Targets(
-            conversations, counts.unaligned, counts.without_target, target_tokens, **counts.turns
+            counts.records_with_text, counts.unaligned, counts.without_target, target_tokens, **counts.turns
         )
     return Manifest(
         settings=settings,

@@ -47,8 +47,13 @@ class Counts:
     greatest_hash: int | None = None
 
     @property
+    def records_with_text(self) -> int:
+        """Records that became documents, one or several each."""
+        return self.documents - self.further
+
+    @property
     def records(self) -> int:
-        return self.documents - self.further + self.empty + self.quarantined + self.filtered
+        return self.records_with_text + self.empty + self.quarantined + self.filtered
 
     def add(self, new: EncodedSplit) -> None:
         """Add the documents of a batch."""

@@ -96,6 +96,8 @@ def summary(directory: Path, manifest: Manifest) -> str:
             f"{f'{split.bytes:,} bytes, ' if split.bytes else ''}"
             f"{len(split.shards)} shard(s)"
         )
+    if manifest.split_note:
+        rows.append(f"  {'':<11} {manifest.split_note}")
     if (found := manifest.targets) is not None:
         rows.append(
             f"  targets     {found.tokens:,} tokens of {found.conversations:,} documents; "

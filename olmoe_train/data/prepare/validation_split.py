@@ -5,7 +5,7 @@ from olmoe_train.data.tokens import Manifest
 
 
 def held_out_below(manifest: Manifest, counts: Counts, fraction: float) -> int | None:
-    """Decide whether to divide the corpus anew, and say so.
+    """Decide whether to divide the corpus anew.
 
     Args:
         manifest: What preparing the corpus with `fraction` gave.
@@ -19,15 +19,27 @@ def held_out_below(manifest: Manifest, counts: Counts, fraction: float) -> int |
     least, greatest = counts.least_hash, counts.greatest_hash
     if not fraction or least is None or greatest is None or (train and validation):
         return None
-    records = counts.documents - counts.further
-    what = f"data.source.validation_fraction={fraction:g}"
     if least == greatest:  # a single document, or several with the same id
-        if records > 1:
-            return None
-        print(f"{what}: there is only one document, so none is held out for validation")
-        return None if train else 0
-    if train:
-        print(f"{what}: it chose none of {records:,} documents; one document is held out for validation")
-        return least + 1
-    print(f"{what}: it chose all {records:,} documents for validation; one document is left for training")
-    return greatest
+        return None if train or counts.records_with_text > 1 else 0
+    return least + 1 if train else greatest
+
+
+def split_note(counts: Counts, below: int | None, fraction: float) -> str | None:
+    """Say how the division of a small corpus differs from what `fraction` asks for.
+
+    Args:
+        counts: The counts of the corpus.
+        below: What `held_out_below` decided.
+        fraction: As there.
+
+    Returns:
+        One sentence. None: the division is as asked for.
+    """
+    records, what = counts.records_with_text, f"data.source.validation_fraction={fraction:g}"
+    if fraction and records == 1:
+        return f"{what}: there is only one document, so none is held out for validation"
+    if below is None:
+        return None
+    if below == counts.greatest_hash:
+        return f"{what} chose all {records:,} documents for validation; one document is left for training"
+    return f"{what} chose none of {records:,} documents; one document is held out for validation"

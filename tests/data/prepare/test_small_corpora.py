@@ -12,6 +12,7 @@ from olmoe_train.config.verbs import PrepareConfig
 from olmoe_train.data.prepare import pipeline
 from olmoe_train.data.prepare.limits import Limits
 from olmoe_train.data.prepare.pipeline import prepare
+from olmoe_train.data.tokens import read_manifest
 from olmoe_train.utils.errors import UserError
 from tests.support.data import contents, prepare_config, read_texts
 
@@ -47,10 +48,13 @@ def test_one_of_sixty_documents_is_held_out(tmp_path: Path, capsys: pytest.Captu
     manifest = prepare(cfg)
     assert (manifest.train.documents, manifest.validation.documents) == (59, 1)
     assert read_texts(tmp_path / "data", "validation") == [f"document {by_hash(60)[0]}."]
-    said = "validation_fraction=0.01: it chose none of 60 documents; one document is held out for validation"
-    assert said in capsys.readouterr().out
+    said = "validation_fraction=0.01 chose none of 60 documents; one document is held out for validation"
+    assert said in (read_manifest(tmp_path / "data").split_note or "")
+    assert capsys.readouterr().out.count(said) == 1
     prepare(cfg)
-    assert "already prepared" in capsys.readouterr().out
+    again = capsys.readouterr().out
+    assert "already prepared" in again
+    assert said in again
 
 
 def test_one_of_sixty_documents_is_left_for_training(
@@ -59,7 +63,7 @@ def test_one_of_sixty_documents_is_left_for_training(
     manifest = prepare(config(tmp_path / "data", corpus(tmp_path / "a.jsonl", 60), 1 - 1e-9))
     assert (manifest.train.documents, manifest.validation.documents) == (1, 59)
     assert read_texts(tmp_path / "data", "train") == [f"document {by_hash(60)[-1]}."]
-    assert "it chose all 60 documents for validation; one document is left" in capsys.readouterr().out
+    assert "chose all 60 documents for validation; one document is left" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("fraction", [0.01, 1 - 1e-9])
@@ -69,6 +73,12 @@ def test_a_single_document_is_trained_on(
     manifest = prepare(config(tmp_path / "data", corpus(tmp_path / "a.jsonl", 1), fraction))
     assert (manifest.train.documents, manifest.validation.documents) == (1, 0)
     assert "there is only one document, so none is held out" in capsys.readouterr().out
+    assert (manifest.split_note or "").endswith("so none is held out for validation")
+
+
+def test_the_manifest_of_a_corpus_that_the_fraction_divides_has_no_note(tmp_path: Path) -> None:
+    prepare(config(tmp_path / "data", corpus(tmp_path / "a.jsonl", 60), 0.2))
+    assert "split_note" not in json.loads((tmp_path / "data" / "manifest.json").read_text())
 
 
 def test_the_result_is_that_of_a_fraction_that_chooses_one(tmp_path: Path) -> None:

@@ -1,0 +1,96 @@
+"""`olmoe train --nproc N`: the same training on N ranks of this machine, under torchrun."""
+
+import argparse
+import os
+import sys
+from collections.abc import Callable
+
+import torch
+
+from olmoe_train.utils.errors import UserError
+from olmoe_train.utils.exit_codes import BAD_INPUT, FAILED
+
+FLAGS = ("--nproc", "--nproc-per-node")
+HELP = f"{' or '.join(FLAGS)} N: start N ranks on this machine. auto: one per GPU, or 1 without a GPU."
+SHOW_ONLY = ("--help", "-h", "--hydra-help", "--cfg", "-c", "--info", "-i")
+"""Flags that print something in place of training, in one process."""
+SET_BY_TORCHRUN = ("RANK", "LOCAL_RANK", "WORLD_SIZE")
+SAVE_SECONDS = 240
+"""Time that ranks have to save after a signal before torchrun kills them; its own default is 30 s. As in
+launch/torchrun.sh."""
+
+
+def on_ranks(module: str, train: Callable[[], int]) -> int:
+    """Start the ranks that the command line asks for, or train in this process.
+
+    Args:
+        module: What a rank runs; it gets the command line without --nproc.
+        train: Trains in this process, which is alone or a rank of torchrun.
+
+    Returns:
+        The exit code of the training. With --nproc it is 1 too if a rank was killed, and 128 + N if signal N
+        ended the run before it saved.
+    """
+    try:
+        wanted, sys.argv[1:] = _split(sys.argv[1:])
+        shows = any(argument.split("=")[0] in SHOW_ONLY for argument in sys.argv[1:])
+        on_cpu = "trainer.device=cpu" in sys.argv[1:]
+        ranks = None if wanted is None or shows else _count(wanted, on_cpu)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return BAD_INPUT
+    if ranks is None:
+        return train()
+    # Imported here: a rank does without them.
+    from olmoe_train.cli.launch import SIGNALS, killed_by
+    from olmoe_train.cli.launch import main as launch
+    from olmoe_train.data.prepare.encode import cores
+
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores() // ranks)))
+    os.environ.setdefault("PET_SHUTDOWN_TIMEOUT", str(SAVE_SECONDS))
+    here = ["--standalone", "--nnodes=1", f"--nproc-per-node={ranks}"]
+    code = launch([*here, "-m", module, *sys.argv[1:]])
+    signal_name = killed_by(code)
+    return FAILED if signal_name and signal_name not in SIGNALS.split(",") else code
+
+
+def _split(arguments: list[str]) -> tuple[str | None, list[str]]:
+    """Take --nproc out of the command line: (its value or None, the other arguments).
+
+    Raises:
+        UserError: it has no value.
+    """
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    parser.add_argument(*FLAGS, dest="nproc")
+    try:
+        known, others = parser.parse_known_args(arguments)
+    except argparse.ArgumentError:
+        raise UserError(f"{FLAGS[0]}: has no value; give a number of ranks, or auto") from None
+    return known.nproc, others
+
+
+def _count(wanted: str, on_cpu: bool) -> int:
+    """The number of ranks to start.
+
+    Args:
+        wanted: The value of --nproc.
+        on_cpu: Whether the ranks leave the GPUs alone.
+
+    Raises:
+        UserError: It is not a positive number or `auto`, there are fewer GPUs, or this process is a rank.
+    """
+    flag, gpus = f"{FLAGS[0]}={wanted}", torch.cuda.device_count()
+    if present := [name for name in SET_BY_TORCHRUN if name in os.environ]:
+        raise UserError(
+            f"{flag}: this process is a rank already ({', '.join(present)} in the environment); leave "
+            f"out {FLAGS[0]}, or unset them"
+        )
+    if wanted == "auto":
+        return gpus or 1
+    if not wanted.isdecimal() or int(wanted) < 1:
+        raise UserError(f"{flag}: must be a number of ranks, at least 1, or auto")
+    if 0 < gpus < int(wanted) and not on_cpu:
+        raise UserError(
+            f"{flag}: is more than the GPUs of this machine; give at most {gpus}, or set trainer.device=cpu"
+        )
+    return int(wanted)
