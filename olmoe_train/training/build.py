@@ -12,6 +12,7 @@ from olmoe_train.checkpoint.saver import Saver
 from olmoe_train.config.balancing import AuxiliaryLossConfig, BalancingConfig
 from olmoe_train.config.choices import BalanceScope, Strategy, StripPrefix
 from olmoe_train.config.compose import plain_values
+from olmoe_train.config.initial_model import initial_directory
 from olmoe_train.config.model import olmoe_config
 from olmoe_train.config.objective import NextTokenConfig, ObjectiveConfig
 from olmoe_train.config.train import TrainConfig
@@ -39,6 +40,7 @@ from olmoe_train.training.callbacks.logging import Logging
 from olmoe_train.training.callbacks.stragglers import Stragglers
 from olmoe_train.training.engine.base import Engine
 from olmoe_train.training.engine.fsdp import FsdpEngine
+from olmoe_train.training.initial_weights import download_initial_weights
 from olmoe_train.training.objectives.base import Objective
 from olmoe_train.training.objectives.next_token import NextToken
 from olmoe_train.training.preflight.checks import validate
@@ -55,6 +57,7 @@ def build_run(cfg: TrainConfig) -> Run:
         UserError: lists everything that is wrong with the configuration.
     """
     warnings = validate(cfg, dist.get_world_size())
+    download_initial_weights(cfg.model)
     tokenizer = mixture_components(cfg.data)[0].directory / "tokenizer"
     return Run(cfg.run_dir, cfg.trainer.timeout, cfg.trainer.rendezvous_timeout, tokenizer, warnings)
 
@@ -68,8 +71,8 @@ def build_model(cfg: TrainConfig, mesh: Mesh) -> OlmoeForCausalLM:
     model = parallelize(model, cfg.trainer, cfg.parallel, mesh)
     materialize(model, mesh.device, cfg.seed)
     if cfg.model.init_from is not None:
-        strip_prefix = cfg.model.strip_prefix is StripPrefix.auto
-        load_into(model, cfg.model.init_from, cfg.model.trust_pickle, strip_prefix)
+        directory = initial_directory(cfg.model.init_from, cfg.model.revision)
+        load_into(model, directory, cfg.model.trust_pickle, cfg.model.strip_prefix is StripPrefix.auto)
     return model
 
 
