@@ -15,7 +15,6 @@ from omegaconf.errors import OmegaConfBaseException
 from olmoe_train.config.aliases import accept_aliases, current_overrides, move_aliases
 from olmoe_train.config.initial_model import mark_as_not_given, resolve_model
 from olmoe_train.config.keys import config_directory, documented_keys
-from olmoe_train.config.model import ModelConfig
 from olmoe_train.config.train import TrainConfig
 from olmoe_train.config.variants import VARIANTS, variant_groups, writable
 from olmoe_train.utils.errors import UserError
@@ -59,8 +58,7 @@ def register_schema(verb: str, schema: type) -> None:
     for group in variant_groups(schema):
         node[group] = MISSING
     accept_aliases(node, defaults)
-    if OmegaConf.get_type(node, "model") is ModelConfig:
-        mark_as_not_given(node.model)
+    mark_as_not_given(node)
     ConfigStore.instance().store(f"{verb}_schema", node=node)
 
 

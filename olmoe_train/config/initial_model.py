@@ -23,8 +23,11 @@ _FREE = {"attention_dropout"}
 _FALLBACK = "unless_init_from"  # in configs/model/default.yaml: the preset of a run that has no init_from
 
 
-def mark_as_not_given(model: DictConfig) -> None:
-    """Take the values of the architecture out of the schema of the section `model`, in place."""
+def mark_as_not_given(schema: DictConfig) -> None:
+    """Take the values of the architecture out of the section `model` of a schema, if it has one; in place."""
+    if "model" not in schema:
+        return
+    model = schema.model
     for name in ARCHITECTURE:
         model[name] = MISSING
     model.rope_parameters = dict.fromkeys(ModelConfig().rope_parameters, MISSING)  # given one by one
@@ -47,7 +50,7 @@ def resolve_model(composed: DictConfig) -> None:
         UserError: A given key contradicts init_from; the message names every such key with both values. Or
             there is no model in init_from.
     """
-    if OmegaConf.get_type(composed, "model") is not ModelConfig:
+    if "model" not in composed:
         return
     model = composed.model
     with open_dict(model):
