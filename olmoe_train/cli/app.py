@@ -5,16 +5,15 @@ import sys
 import time
 import traceback
 from collections.abc import Callable
-from itertools import pairwise
 from typing import Any
 
 import hydra
 from hydra.errors import HydraException
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from olmoe_train.config.aliases import current_overrides
-from olmoe_train.config.compose import explain, register_schema, to_config
+from olmoe_train.config.compose import explain, register_schema, resolve, to_config
 from olmoe_train.config.keys import config_directory, help_text
 from olmoe_train.utils.console import discard_closed_output, quietly
 from olmoe_train.utils.errors import UserError
@@ -58,7 +57,11 @@ def _run_verb(verb: str, schema: type, main: Callable[[Any], int | None], descri
     def job(composed: DictConfig) -> None:
         nonlocal exit_code, failure
         try:
-            exit_code = main(to_config(composed)) or OK
+            if is_shown:
+                resolve(composed)
+                print(OmegaConf.to_yaml(composed, resolve=True), end="")
+            else:
+                exit_code = main(to_config(composed)) or OK
         except BaseException as error:  # raised again below: Hydra would print an extra line for it
             failure = error
 
@@ -66,7 +69,9 @@ def _run_verb(verb: str, schema: type, main: Callable[[Any], int | None], descri
     # Without this, Hydra turns every exception into exit code 1. With it, Hydra raises the exception.
     os.environ["HYDRA_FULL_ERROR"] = "1"
     try:
-        sys.argv[1:] = _with_values(current_overrides(sys.argv[1:]))
+        arguments = _without_cfg_job(sys.argv[1:])
+        is_shown = arguments != sys.argv[1:]
+        sys.argv[1:] = current_overrides(arguments)
         hydra.main(config_path=str(config_directory()), config_name=verb, version_base="1.3")(job)()
         if failure is not None:
             raise failure
@@ -84,11 +89,17 @@ def _run_verb(verb: str, schema: type, main: Callable[[Any], int | None], descri
     return exit_code
 
 
-def _with_values(arguments: list[str]) -> list[str]:
-    """Make `--cfg job` print the value of a key whose preset refers to another key."""
-    pairs = [*pairwise(arguments)]
-    shown = "--cfg=job" in arguments or ("--cfg", "job") in pairs or ("-c", "job") in pairs
-    return [*arguments, "--resolve"] if shown and "--resolve" not in arguments else arguments
+def _without_cfg_job(arguments: list[str]) -> list[str]:
+    """The command line without `--cfg job`, which is answered here: Hydra would print a configuration that is
+    not resolved yet. Hydra answers its other forms (`--cfg hydra`, `--package`)."""
+    if any(argument.startswith("--package") or argument == "-p" for argument in arguments):
+        return arguments
+    for index, argument in enumerate(arguments):
+        if argument == "--cfg=job":
+            return arguments[:index] + arguments[index + 1 :]
+        if argument in ("--cfg", "-c") and arguments[index + 1 : index + 2] == ["job"]:
+            return arguments[:index] + arguments[index + 2 :]
+    return arguments
 
 
 def _print_once(message: str) -> None:

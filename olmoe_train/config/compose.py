@@ -13,6 +13,7 @@ from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from olmoe_train.config.aliases import accept_aliases, current_overrides, move_aliases
+from olmoe_train.config.initial_model import mark_as_not_given, resolve_model
 from olmoe_train.config.keys import config_directory, documented_keys
 from olmoe_train.config.train import TrainConfig
 from olmoe_train.config.variants import VARIANTS, variant_groups, writable
@@ -57,6 +58,7 @@ def register_schema(verb: str, schema: type) -> None:
     for group in variant_groups(schema):
         node[group] = MISSING
     accept_aliases(node, defaults)
+    mark_as_not_given(node)
     ConfigStore.instance().store(f"{verb}_schema", node=node)
 
 
@@ -70,10 +72,10 @@ def to_config(composed: DictConfig) -> Any:
         An instance of that dataclass.
 
     Raises:
-        UserError: names every mandatory key that has no value, or the key that does not exist.
+        UserError: names every mandatory key that has no value, or the key that does not exist; or a key
+            contradicts the configuration of model.init_from.
     """
-    _fill_variants(composed)
-    move_aliases(composed)
+    resolve(composed)
     missing = sorted(OmegaConf.missing_keys(composed))
     if missing:
         raise UserError("\n  ".join(["these keys have no value:", *(f"{key}=..." for key in missing)]))
@@ -82,6 +84,18 @@ def to_config(composed: DictConfig) -> Any:
     except FrozenInstanceError as error:  # added with +key=...
         key = str(error).split("'")[1]
         raise UserError(f"there is no key {key!r}, and + cannot add one; --help lists every key") from error
+
+
+def resolve(composed: DictConfig) -> None:
+    """Complete what Hydra composed, in place: default variants, today's spelling of keys, the architecture of
+    model.init_from. Mandatory keys without a value stay as they are.
+
+    Raises:
+        UserError: Keys contradict each other or the configuration of model.init_from.
+    """
+    _fill_variants(composed)
+    move_aliases(composed)
+    resolve_model(composed)
 
 
 def _fill_variants(composed: DictConfig) -> None:

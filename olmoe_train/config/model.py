@@ -11,8 +11,12 @@ from olmoe_train.model.configuration import OlmoeConfig
 class ModelConfig:
     init_from: str | None = None
     """Where the initial weights come from: an HF directory, a run directory (the weights of its newest
-    checkpoint) or an original OLMo checkpoint. Its configuration must agree with the other keys of `model`.
-    null: random weights."""
+    checkpoint), an original OLMo checkpoint, or a model's name on the Hugging Face hub. Its configuration
+    decides the architecture, the vocabulary, the special tokens and RoPE; a key that contradicts it is
+    refused, except attention_dropout. null: random weights."""
+    revision: str | None = None
+    """Branch, tag or commit of a model on the hub; null: main, or in a run that continues, the commit from
+    which it started. A run records the commit."""
     trust_pickle: bool = False
     """If init_from has no safetensors, read its weights from a pickle (pytorch_model.bin, or OLMo's model.pt)
     with torch.load(weights_only=True)."""
@@ -71,7 +75,7 @@ class ModelConfig:
 
 
 # Fields of ModelConfig that are not part of the architecture: where weights come from and how to compute.
-_NOT_ARCHITECTURE = {"init_from", "trust_pickle", "strip_prefix", "experts_backend"}
+NOT_ARCHITECTURE = {"init_from", "revision", "trust_pickle", "strip_prefix", "experts_backend"}
 
 
 def olmoe_config(model: ModelConfig) -> OlmoeConfig:
@@ -80,5 +84,5 @@ def olmoe_config(model: ModelConfig) -> OlmoeConfig:
     Raises:
         UserError: lists the values that do not fit together.
     """
-    fields = {name: value for name, value in vars(model).items() if name not in _NOT_ARCHITECTURE}
+    fields = {name: value for name, value in vars(model).items() if name not in NOT_ARCHITECTURE}
     return OlmoeConfig(**fields)

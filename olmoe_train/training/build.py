@@ -16,6 +16,7 @@ from olmoe_train.config.adapter import adapter_spec, quantizes_base
 from olmoe_train.config.balancing import AuxiliaryLossConfig, BalancingConfig
 from olmoe_train.config.choices import BalanceScope, Precision, Strategy, StripPrefix
 from olmoe_train.config.compose import plain_values
+from olmoe_train.config.initial_model import initial_directory
 from olmoe_train.config.model import ModelConfig, olmoe_config
 from olmoe_train.config.objective import NextTokenConfig, ObjectiveConfig
 from olmoe_train.config.train import TrainConfig
@@ -47,6 +48,7 @@ from olmoe_train.training.callbacks.logging import Logging
 from olmoe_train.training.callbacks.stragglers import Stragglers
 from olmoe_train.training.engine.base import Engine
 from olmoe_train.training.engine.fsdp import FsdpEngine
+from olmoe_train.training.initial_weights import download_initial_weights
 from olmoe_train.training.objectives.base import Objective
 from olmoe_train.training.objectives.next_token import NextToken
 from olmoe_train.training.preflight.checks import validate
@@ -65,6 +67,7 @@ def build_run(cfg: TrainConfig) -> Run:
         UserError: lists everything that is wrong with the configuration.
     """
     warnings = validate(cfg, dist.get_world_size())
+    download_initial_weights(cfg.model)
     tokenizer = mixture_components(cfg.data)[0].directory / "tokenizer"
     return Run(cfg.run_dir, cfg.trainer.timeout, cfg.trainer.rendezvous_timeout, tokenizer, warnings)
 
@@ -108,13 +111,14 @@ def freeze_base(model: OlmoeForCausalLM, precision: Precision, quantized: bool) 
 def fill_model(model: OlmoeForCausalLM, cfg: ModelConfig) -> None:
     """Load the weights of model.init_from, and the adapter of model.adapter_from, into a sharded model."""
     assert cfg.init_from is not None
+    directory = initial_directory(cfg.init_from, cfg.revision)
     strip_prefix = cfg.strip_prefix is StripPrefix.auto
     if model.adapter is None:
-        load_into(model, cfg.init_from, cfg.trust_pickle, strip_prefix)
+        load_into(model, directory, cfg.trust_pickle, strip_prefix)
         return
-    stored = open_stored_model(cfg.init_from, trust_pickle=cfg.trust_pickle, strip_prefix=strip_prefix)
+    stored = open_stored_model(directory, trust_pickle=cfg.trust_pickle, strip_prefix=strip_prefix)
     check_same_architecture(model.config, stored.config, stored.name)
-    model.base = load_base(model, stored.read, cfg.init_from)
+    model.base = load_base(model, stored.read, directory)
 
 
 def build_engine(cfg: TrainConfig, device: torch.device) -> Engine:

@@ -231,7 +231,9 @@ def test_options_without_effect_warn(prepared: str, tmp_path: Path) -> None:
         loss=LossConfig(router_aux_loss_coef=0),
         balancing=AuxiliaryLossConfig(scope=BalanceScope.micro_batch),
         optimizer=AdamWConfig(max_grad_norm=0),
-        model=dataclasses.replace(good(prepared).model, trust_pickle=True, strip_prefix=StripPrefix.auto),
+        model=dataclasses.replace(
+            good(prepared).model, trust_pickle=True, strip_prefix=StripPrefix.auto, revision="v1"
+        ),
     )
     write_prepared(tmp_path / "train_only", [[5] * 100])
     alone = DataConfig(dir=str(tmp_path), mixture=[MixtureSource("train_only", weight=1)], sequence_length=32)
@@ -243,7 +245,7 @@ def test_options_without_effect_warn(prepared: str, tmp_path: Path) -> None:
     assert "data.source.processes has no effect here" in warnings
     assert "balancing.scope has no effect" in warnings
     assert "gradients are not clipped" in warnings
-    for name in ("trust_pickle", "strip_prefix"):
+    for name in ("revision", "trust_pickle", "strip_prefix"):
         assert f"model.{name} has no effect: model.init_from is null" in warnings
 
 

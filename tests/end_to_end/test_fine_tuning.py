@@ -11,10 +11,10 @@ from olmoe_train.model import OlmoeConfig, OlmoeForCausalLM
 from tests.support.chat_templates import TULU_3, turn, write_tokenizer
 from tests.support.commands import olmoe
 from tests.support.data import read_documents
-from tests.support.sizes import SIZES, overrides, section
+from tests.support.sizes import SIZES
 
-# The special tokens of write_tokenizer(). experiment=olmoe_sft has the released number of key-value heads.
-MODEL = SIZES | {"vocab_size": 320, "num_key_value_heads": 4, "eos_token_id": 1, "pad_token_id": 2}
+# The special tokens of write_tokenizer().
+MODEL = SIZES | {"vocab_size": 320, "eos_token_id": 1, "pad_token_id": 2}
 TALKS = [
     [
         turn("user", f"what is {i}?"),
@@ -40,7 +40,6 @@ def test_fine_tuning_keeps_the_chat_template(tmp_path: Path) -> None:
     assert (result := olmoe("prepare", *prepare, cwd=tmp_path)).returncode == 0, result.stderr
     train = [
         *("experiment=olmoe_sft", "model.init_from=base", "data.dir=chats", "run_dir=run"),
-        *overrides(section("model", MODEL)),
         *("trainer.global_batch_size=4", "trainer.micro_batch_size=2", "trainer.precision=fp32"),
         *(
             "data.sequence_length=128",

@@ -17,13 +17,14 @@ import torch
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
 
-from olmoe_train.checkpoint.convert.stored_model import load_stored_model, run_config
+from olmoe_train.checkpoint.convert.stored_model import load_stored_model
 from olmoe_train.checkpoint.directory import CheckpointError, latest_checkpoint
 from olmoe_train.checkpoint.sharded import open_model_tensors, save_checkpoint
 from olmoe_train.cli.app import run_verb
 from olmoe_train.cli.export import main as export
 from olmoe_train.config.choices import SourceKind, WandbMode
 from olmoe_train.config.data import FieldFilter
+from olmoe_train.config.initial_model import run_config
 from olmoe_train.config.train import LoggingConfig, TrainConfig, WandbConfig
 from olmoe_train.config.verbs import ExportConfig
 from olmoe_train.data.prepare.pipeline import prepare

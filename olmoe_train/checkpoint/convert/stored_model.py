@@ -12,7 +12,7 @@ from omegaconf import OmegaConf
 from torch import Tensor
 
 from olmoe_train.checkpoint.convert.adapter_base import SavedAdapter, check_base, open_adapter
-from olmoe_train.checkpoint.convert.olmo import is_olmo_directory, open_olmo
+from olmoe_train.checkpoint.convert.olmo import open_olmo
 from olmoe_train.checkpoint.directory import (
     checkpoint_path,
     complete_checkpoints,
@@ -22,15 +22,16 @@ from olmoe_train.checkpoint.directory import (
 )
 from olmoe_train.checkpoint.sharded import model_tensor_names, open_model_tensors
 from olmoe_train.config.choices import StripPrefix
-from olmoe_train.config.model import ModelConfig, olmoe_config
+from olmoe_train.config.initial_model import RUN_CONFIG, run_config
 from olmoe_train.model import OlmoeConfig, OlmoeForCausalLM
 from olmoe_train.model.hf.directory import assign, check_same_architecture, open_pretrained, parameter_shapes
 from olmoe_train.model.hf.pretrained import load_model
 from olmoe_train.model.hf.special_tokens import read_generation_config
+from olmoe_train.model.olmo_config import is_olmo_directory
 from olmoe_train.utils.errors import UserError
 from olmoe_train.utils.tensor_files import first_few
 
-RUN_CONFIG, RUN_TOKENIZER = "config.yaml", "tokenizer"
+RUN_TOKENIZER = "tokenizer"
 
 
 @dataclass(frozen=True)
@@ -179,28 +180,6 @@ def tokenizer_directory(source: str | Path) -> Path:
     run_config(directory)
     run_checkpoint(directory)
     return directory / RUN_TOKENIZER
-
-
-def run_config(run_dir: Path) -> OlmoeConfig:
-    """The architecture of a run, read from its config.yaml.
-
-    Raises:
-        UserError: There is no such file, or it is not the configuration of a run.
-    """
-    path = run_dir / RUN_CONFIG
-    if not path.is_file():
-        raise UserError(
-            f"source={run_dir}: neither an HF directory (config.json) nor a run directory or OLMo checkpoint "
-            f"({RUN_CONFIG})"
-        )
-    try:
-        values = OmegaConf.to_container(OmegaConf.load(path))
-        assert isinstance(values, dict)
-        return olmoe_config(ModelConfig(**values["model"]))
-    except UserError:
-        raise
-    except Exception as error:  # YAML and OmegaConf raise a dozen exception types
-        raise UserError(f"{path}: not the configuration of a run: {error}") from error
 
 
 def run_checkpoint(run_dir: Path, step: str = "latest") -> Path:

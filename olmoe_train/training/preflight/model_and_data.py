@@ -5,6 +5,7 @@ from pathlib import Path
 
 from olmoe_train.checkpoint.convert.stored_model import tokenizer_directory
 from olmoe_train.config.aliases import ALIASES
+from olmoe_train.config.initial_model import initial_directory
 from olmoe_train.config.keys import documented_keys
 from olmoe_train.config.model import olmoe_config
 from olmoe_train.config.train import TrainConfig
@@ -24,7 +25,8 @@ def model_errors(cfg: TrainConfig) -> list[str]:
     if cfg.data.sequence_length > cfg.model.max_position_embeddings:
         errors.append(
             f"data.sequence_length={cfg.data.sequence_length}: is longer than model.max_position_embeddings="
-            f"{cfg.model.max_position_embeddings}; lower data.sequence_length or raise the other"
+            f"{cfg.model.max_position_embeddings}{_origin(cfg)}; lower data.sequence_length or "
+            + ("raise the other" if cfg.model.init_from is None else "raise max_position_embeddings there")
         )
     init_from = cfg.model.init_from
     if init_from is not None:
@@ -41,11 +43,20 @@ def model_errors(cfg: TrainConfig) -> list[str]:
     return errors
 
 
+def _origin(cfg: TrainConfig) -> str:
+    """Where the architecture comes from, if it is not given by keys."""
+    init_from = cfg.model.init_from
+    return f" (from the configuration of model.init_from={init_from})" if init_from else ""
+
+
 def _init_from_errors(cfg: TrainConfig, init_from: str, check_tokens: bool) -> list[str]:
     try:
-        tokenizer = tokenizer_directory(init_from)
+        tokenizer = tokenizer_directory(initial_directory(init_from, cfg.model.revision))
     except UserError as error:
-        return [f"model.init_from={init_from}: {str(error).removeprefix(f'source={init_from}: ')}"]
+        reason = str(error)
+        for key in ("source", "model.init_from"):
+            reason = reason.removeprefix(f"{key}={init_from}: ")
+        return [f"model.init_from={init_from}: {reason}"]
     return _special_token_errors(cfg, tokenizer) if check_tokens else []
 
 
@@ -101,16 +112,20 @@ def data_errors(cfg: TrainConfig, check_tokens: bool) -> tuple[list[str], dict[s
     except UserError as error:
         return [str(error)], {}
     manifest = next(iter(manifests.values()))  # all of them have the same tokenizer
+    init_from = cfg.model.init_from
+    prepare = f"prepare the data with the model's own tokenizer: olmoe prepare tokenizer.path={init_from}"
     if manifest.vocab_size > cfg.model.vocab_size:
+        size = math.ceil(manifest.vocab_size / 64) * 64
         errors.append(
-            f"model.vocab_size={cfg.model.vocab_size}: the data in data.dir={cfg.data.dir} has token "
-            f"ids up to {manifest.vocab_size - 1}; "
-            f"set model.vocab_size={math.ceil(manifest.vocab_size / 64) * 64} or prepare the data again"
+            f"model.vocab_size={cfg.model.vocab_size}{_origin(cfg)}: the data in data.dir={cfg.data.dir} has "
+            f"token ids up to {manifest.vocab_size - 1}; "
+            + (prepare if init_from else f"set model.vocab_size={size} or prepare the data again")
         )
     if cfg.model.eos_token_id != manifest.eos_token_id:
         errors.append(
-            f"model.eos_token_id={cfg.model.eos_token_id}: documents in data.dir={cfg.data.dir} end with "
-            f"token {manifest.eos_token_id}; set model.eos_token_id={manifest.eos_token_id}"
+            f"model.eos_token_id={cfg.model.eos_token_id}{_origin(cfg)}: documents in data.dir="
+            f"{cfg.data.dir} end with token {manifest.eos_token_id}; "
+            + (prepare if init_from else f"set model.eos_token_id={manifest.eos_token_id}")
         )
     elif check_tokens:
         # Exports carry this tokenizer, and the embedding of the padding token is not trained.

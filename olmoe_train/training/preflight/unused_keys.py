@@ -6,6 +6,7 @@ from olmoe_train.config.data import OlmoFilesConfig, SourceConfig
 from olmoe_train.config.model import ModelConfig
 from olmoe_train.config.train import ParallelConfig, TrainConfig
 from olmoe_train.data.tokens import Manifest
+from olmoe_train.model.hf.hub import is_hub_name
 
 
 def keys_without_effect(cfg: TrainConfig, manifests: dict[str, Manifest]) -> list[str]:
@@ -47,15 +48,22 @@ def keys_without_effect(cfg: TrainConfig, manifests: dict[str, Manifest]) -> lis
             for name in ("zero_stage", "offload", "deepspeed_config")
             if getattr(cfg.parallel, name) != getattr(ParallelConfig(), name)
         ]
-    if cfg.model.init_from is None:
-        warnings += [
-            f"model.{name} has no effect: model.init_from is null"
-            for name in ("trust_pickle", "strip_prefix")
-            if getattr(cfg.model, name) != getattr(ModelConfig(), name)
-        ]
+    warnings += _initial_weights_without_effect(cfg.model)
     if cfg.optimizer.max_grad_norm == 0:
         warnings.append("optimizer.max_grad_norm=0: gradients are not clipped")
     return warnings
+
+
+def _initial_weights_without_effect(model: ModelConfig) -> list[str]:
+    if model.init_from is None:
+        return [
+            f"model.{name} has no effect: model.init_from is null"
+            for name in ("revision", "trust_pickle", "strip_prefix")
+            if getattr(model, name) != getattr(ModelConfig(), name)
+        ]
+    if model.revision is not None and not is_hub_name(model.init_from):
+        return [f"model.revision has no effect: model.init_from={model.init_from} is no name on the hub"]
+    return []
 
 
 def gathering_without_effect(parallel: ParallelConfig, world_size: int) -> list[str]:
