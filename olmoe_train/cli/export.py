@@ -6,24 +6,37 @@ of the weights.
 import sys
 from pathlib import Path
 
-from olmoe_train.checkpoint.convert.export import DTYPES, with_overrides, write_export
+import torch
+
+from olmoe_train.checkpoint.convert.export import DTYPES, with_overrides, write_adapter, write_export
 from olmoe_train.checkpoint.convert.stored_model import StoredModel, open_stored_model
 from olmoe_train.cli.app import run_verb
 from olmoe_train.config.choices import ExportFormat, StripPrefix
 from olmoe_train.config.verbs import ExportConfig
 from olmoe_train.utils.errors import UserError
 
+_WITHOUT_EFFECT_ON_ADAPTERS = ("max_shard_size", "precision", "tokenizer", "eos_token_id", "pad_token_id")
+
 
 def main(cfg: ExportConfig) -> None:
     """Export the model, and print where it is and how large."""
     if cfg.format is ExportFormat.olmo and cfg.max_shard_size != ExportConfig.max_shard_size:
         print(f"warning: max_shard_size={cfg.max_shard_size} has no effect: format=olmo writes a single file")
+    if cfg.format is ExportFormat.peft:
+        for name in _WITHOUT_EFFECT_ON_ADAPTERS:
+            if getattr(cfg, name) != getattr(ExportConfig, name):
+                print(f"warning: {name} has no effect: format=peft writes only the adapter, in fp32")
     stored = open_stored_model(cfg.source, cfg.step, cfg.trust_pickle, cfg.strip_prefix is StripPrefix.auto)
     dtype = stored.config.dtype if cfg.precision is None else DTYPES[cfg.precision]
     assert dtype is not None
     out = output_directory(cfg, stored)
-    stored = with_overrides(stored, cfg.tokenizer, cfg.eos_token_id, cfg.pad_token_id)
-    if not write_export(stored, out, dtype, cfg.max_shard_size, cfg.format):
+    if cfg.format is ExportFormat.peft:
+        dtype = torch.float32
+        written = write_adapter(stored, out)
+    else:
+        stored = with_overrides(stored, cfg.tokenizer, cfg.eos_token_id, cfg.pad_token_id)
+        written = write_export(stored, out, dtype, cfg.max_shard_size, cfg.format)
+    if not written:
         print(f"already exported, nothing to do: {out} holds {stored.name}")
         return
     size = sum(path.stat().st_size for path in out.iterdir())

@@ -7,6 +7,9 @@ from olmoe_train.config.choices import AdapterScaling, AdapterTarget, QuantizeBa
 from olmoe_train.config.variants import VariantConfig, register_variant
 from olmoe_train.model.adapters.spec import TARGETS, AdapterSpec
 
+FROM_FILE = ("rank", "alpha", "targets", "scaling")
+"""Keys that model.adapter_from decides, if it is given."""
+
 
 @dataclass(frozen=True)
 class AdapterConfig(VariantConfig):
@@ -69,8 +72,8 @@ class DoraConfig(LoraConfig):
 
 
 register_variant("adapter", NoAdapterConfig)
-register_variant("adapter", LoraConfig)
-register_variant("adapter", DoraConfig)
+register_variant("adapter", LoraConfig, FROM_FILE)
+register_variant("adapter", DoraConfig, FROM_FILE)
 
 
 def adapter_spec(cfg: AdapterConfig) -> AdapterSpec | None:

@@ -10,6 +10,7 @@ class Precision(Enum):
 
 class ExportFormat(Enum):
     hf = "hf"
+    peft = "peft"
     olmo = "olmo"
 
 

@@ -13,6 +13,7 @@ from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from olmoe_train.config.aliases import accept_aliases, current_overrides, move_aliases
+from olmoe_train.config.initial_adapter import resolve_adapter
 from olmoe_train.config.initial_model import mark_as_not_given, resolve_model
 from olmoe_train.config.keys import config_directory, documented_keys
 from olmoe_train.config.train import TrainConfig
@@ -88,14 +89,16 @@ def to_config(composed: DictConfig) -> Any:
 
 def resolve(composed: DictConfig) -> None:
     """Complete what Hydra composed, in place: default variants, today's spelling of keys, the architecture of
-    model.init_from. Mandatory keys without a value stay as they are.
+    model.init_from and the adapter of model.adapter_from. Mandatory keys without a value stay as they are.
 
     Raises:
-        UserError: Keys contradict each other or the configuration of model.init_from.
+        UserError: Keys contradict each other, the configuration of model.init_from, or the adapter in
+            model.adapter_from.
     """
     _fill_variants(composed)
     move_aliases(composed)
     resolve_model(composed)
+    resolve_adapter(composed)
 
 
 def _fill_variants(composed: DictConfig) -> None:

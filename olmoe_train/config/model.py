@@ -17,6 +17,9 @@ class ModelConfig:
     revision: str | None = None
     """Branch, tag or commit of a model on the hub; null: main, or in a run that continues, the commit from
     which it started. A run records the commit."""
+    adapter_from: str | None = None
+    """Where the initial values of the adapter come from: the directory of a PEFT adapter. It decides
+    adapter.rank, alpha, targets and scaling; a key that contradicts it is refused. null: a new adapter."""
     trust_pickle: bool = False
     """If init_from has no safetensors, read its weights from a pickle (pytorch_model.bin, or OLMo's model.pt)
     with torch.load(weights_only=True)."""
@@ -75,7 +78,14 @@ class ModelConfig:
 
 
 # Fields of ModelConfig that are not part of the architecture: where weights come from and how to compute.
-NOT_ARCHITECTURE = {"init_from", "revision", "trust_pickle", "strip_prefix", "experts_backend"}
+NOT_ARCHITECTURE = {
+    "init_from",
+    "revision",
+    "adapter_from",
+    "trust_pickle",
+    "strip_prefix",
+    "experts_backend",
+}
 
 
 def olmoe_config(model: ModelConfig) -> OlmoeConfig:

@@ -35,13 +35,17 @@ VARIANTS: dict[str, dict[str, type[VariantConfig]]] = {}
 """Group -> name -> dataclass, in the order of registration."""
 
 
-def register_variant(group: str, schema: type[VariantConfig]) -> type[VariantConfig]:
+def register_variant(
+    group: str, schema: type[VariantConfig], not_given: tuple[str, ...] = ()
+) -> type[VariantConfig]:
     """Make a variant known to Hydra (as <group>/<name>_schema), to --help and to the preflight checks.
 
     Args:
         group: Field of TrainConfig that the variant is for, for example "optimizer".
         schema: Frozen dataclass that extends the group's base class. The default of its field `name` is the
             name of the variant.
+        not_given: Fields that have no value in the group's presets, so that what has one was given by the
+            user. `config.compose.resolve` must fill them.
 
     Returns:
         The schema, unchanged.
@@ -56,6 +60,8 @@ def register_variant(group: str, schema: type[VariantConfig]) -> type[VariantCon
         raise ValueError(f"{group}={name} is already {VARIANTS[group][name].__name__}")
     VARIANTS.setdefault(group, {})[name] = schema
     node = writable(OmegaConf.structured(schema))
+    for field in not_given:
+        node[field] = MISSING
     ConfigStore.instance().store(group=group, name=f"{name}_schema", node=node)
     return schema
 

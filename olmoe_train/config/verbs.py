@@ -30,15 +30,18 @@ class ExportConfig:
     step: str = "latest"
     """Step of the run to export: a number, or latest."""
     out: str | None = None
-    """Directory to write; null: hf/step-XXXXXXXX (olmo/step-XXXXXXXX) in the run directory."""
+    """Directory to write; null: hf/step-XXXXXXXX in the run directory (peft/... or olmo/... for the other
+    formats)."""
     max_shard_size: str = "5GB"
     """Size limit of a safetensors file, such as 5GB or 200MB. Only for format=hf: OLMo reads a single
     file."""
     precision: Precision | None = None
-    """Data type of the exported weights; null: as stored, which is fp32 in a run."""
+    """Data type of the exported weights; null: as stored, which is fp32 in a run, and in a run of an adapter
+    that of its base."""
     format: ExportFormat = ExportFormat.hf
-    """hf: the format of Transformers. olmo: the layout of the original OLMo MoE branch (megablocks experts),
-    in one file."""
+    """hf: the format of Transformers; an adapter is added to its base in fp32 and rounded once. peft: only
+    the adapter of a run, in the format of PEFT. olmo: the layout of the original OLMo MoE branch (megablocks
+    experts), in one file."""
     trust_pickle: bool = False
     """Read weights from a pickle (pytorch_model.bin, or OLMo's model.pt) with
     torch.load(weights_only=True)."""

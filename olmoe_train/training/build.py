@@ -9,15 +9,12 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from olmoe_train.checkpoint.convert.adapter_base import load_base
-from olmoe_train.checkpoint.convert.stored_model import load_into, open_stored_model
 from olmoe_train.checkpoint.saver import Saver
 from olmoe_train.config.adapter import adapter_spec, quantizes_base
 from olmoe_train.config.balancing import AuxiliaryLossConfig, BalancingConfig
-from olmoe_train.config.choices import BalanceScope, Precision, Strategy, StripPrefix
+from olmoe_train.config.choices import BalanceScope, Precision, Strategy
 from olmoe_train.config.compose import plain_values
-from olmoe_train.config.initial_model import initial_directory
-from olmoe_train.config.model import ModelConfig, olmoe_config
+from olmoe_train.config.model import olmoe_config
 from olmoe_train.config.objective import NextTokenConfig, ObjectiveConfig
 from olmoe_train.config.train import TrainConfig
 from olmoe_train.data.loader import TrainingData, build_train_loader
@@ -28,7 +25,6 @@ from olmoe_train.distributed.parallelize import parallelize
 from olmoe_train.model import OlmoeForCausalLM
 from olmoe_train.model.adapters.add import add_adapter, quantize_base
 from olmoe_train.model.configuration import OlmoeConfig
-from olmoe_train.model.hf.directory import check_same_architecture
 from olmoe_train.model.moe.balancing import AuxiliaryLosses, Balancer
 from olmoe_train.model.moe.block import OlmoeTopKRouter
 from olmoe_train.optim.build import build_optimizer, trained_parameters
@@ -48,7 +44,7 @@ from olmoe_train.training.callbacks.logging import Logging
 from olmoe_train.training.callbacks.stragglers import Stragglers
 from olmoe_train.training.engine.base import Engine
 from olmoe_train.training.engine.fsdp import FsdpEngine
-from olmoe_train.training.initial_weights import download_initial_weights
+from olmoe_train.training.initial_weights import download_initial_weights, fill_model
 from olmoe_train.training.objectives.base import Objective
 from olmoe_train.training.objectives.next_token import NextToken
 from olmoe_train.training.preflight.checks import validate
@@ -106,19 +102,6 @@ def freeze_base(model: OlmoeForCausalLM, precision: Precision, quantized: bool) 
         model.tie_weights()
     if quantized:
         quantize_base(model)
-
-
-def fill_model(model: OlmoeForCausalLM, cfg: ModelConfig) -> None:
-    """Load the weights of model.init_from, and the adapter of model.adapter_from, into a sharded model."""
-    assert cfg.init_from is not None
-    directory = initial_directory(cfg.init_from, cfg.revision)
-    strip_prefix = cfg.strip_prefix is StripPrefix.auto
-    if model.adapter is None:
-        load_into(model, directory, cfg.trust_pickle, strip_prefix)
-        return
-    stored = open_stored_model(directory, trust_pickle=cfg.trust_pickle, strip_prefix=strip_prefix)
-    check_same_architecture(model.config, stored.config, stored.name)
-    model.base = load_base(model, stored.read, directory)
 
 
 def build_engine(cfg: TrainConfig, device: torch.device) -> Engine:

@@ -20,6 +20,7 @@ log = logging.getLogger(__name__)
 SAFE_TO_CHANGE = (
     "model.init_from",  # sets only the initial weights; the checkpoint has later weights
     "model.revision",
+    "model.adapter_from",  # sets only the initial values of the adapter
     "model.bos_token_id",  # only written to exports; before, a run had null where init_from has a token
     "model.initializer_range",  # only of initial weights
     "model.trust_pickle",  # how model.init_from is read

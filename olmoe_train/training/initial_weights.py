@@ -1,9 +1,19 @@
-"""Download of the initial weights, if model.init_from is a model's name on the Hugging Face hub."""
+"""The initial weights: downloads them if model.init_from is a name on the hub, and loads them."""
 
 import os
+from pathlib import Path
 
+import torch
+
+from olmoe_train.checkpoint.convert.adapter_base import load_base
+from olmoe_train.checkpoint.convert.stored_model import load_into, open_stored_model
+from olmoe_train.config.choices import StripPrefix
+from olmoe_train.config.initial_model import initial_directory
 from olmoe_train.config.model import ModelConfig
 from olmoe_train.distributed.collectives import gather_from_all
+from olmoe_train.model import OlmoeForCausalLM
+from olmoe_train.model.adapters.peft_read import read_peft
+from olmoe_train.model.hf.directory import assign, check_same_architecture
 from olmoe_train.model.hf.hub import PICKLE_FILES, SMALL_FILES, WEIGHT_FILES, hub_snapshot, is_hub_name
 from olmoe_train.utils.errors import UserError
 
@@ -32,3 +42,33 @@ def download_initial_weights(model: ModelConfig) -> None:
             f"model.init_from={name}: ranks found different commits of it, {', '.join(map(str, found))}; set "
             "model.revision to one of them"
         )
+
+
+def fill_model(model: OlmoeForCausalLM, cfg: ModelConfig) -> None:
+    """Load the weights of model.init_from, and the adapter of model.adapter_from, into a sharded model."""
+    assert cfg.init_from is not None
+    directory = initial_directory(cfg.init_from, cfg.revision)
+    strip_prefix = cfg.strip_prefix is StripPrefix.auto
+    if model.adapter is None:
+        load_into(model, directory, cfg.trust_pickle, strip_prefix)
+        return
+    stored = open_stored_model(directory, trust_pickle=cfg.trust_pickle, strip_prefix=strip_prefix)
+    check_same_architecture(model.config, stored.config, stored.name)
+    model.base = load_base(model, stored.read, directory)
+    if cfg.adapter_from is not None:
+        load_adapter(model, Path(cfg.adapter_from).expanduser())
+
+
+@torch.no_grad()
+def load_adapter(model: OlmoeForCausalLM, directory: Path) -> None:
+    """Copy a PEFT adapter into the adapter of a sharded model, in place.
+
+    Raises:
+        UserError: The adapter cannot be read, or it is another one than the model's.
+    """
+    spec, tensors = read_peft(directory, model.config)
+    parameters = dict(model.named_parameters())
+    for name, tensor in tensors.items():
+        if name not in parameters or parameters[name].shape != tensor.shape:
+            raise UserError(f"model.adapter_from={directory}: {spec} does not fit {model.adapter}")
+        assign(parameters[name], tensor)

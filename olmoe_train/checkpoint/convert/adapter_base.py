@@ -103,6 +103,8 @@ class SavedAdapter:
     quantized: bool
     """Whether the base was in NF4."""
     base: BaseIdentity
+    base_name: str
+    """model.init_from of the run."""
     names: frozenset[str]
     """Names of all trained tensors, those of a trained router included."""
     read: Read
@@ -145,6 +147,7 @@ def open_adapter(checkpoint: Path) -> SavedAdapter | None:
         spec,
         saved_quantizes_base(section),
         BaseIdentity(**state["base"]),
+        state["config"]["model"]["init_from"],
         frozenset(model_tensor_names(checkpoint)),
         open_model_tensors(checkpoint),
     )

@@ -14,6 +14,8 @@ from olmoe_train.checkpoint.directory import step_of
 from olmoe_train.config.choices import ExportFormat, Precision
 from olmoe_train.config.verbs import ExportConfig
 from olmoe_train.model import OlmoeConfig
+from olmoe_train.model.adapters.peft_read import read_peft
+from olmoe_train.model.adapters.peft_write import write_peft
 from olmoe_train.model.hf.directory import holds_model, write_directory
 from olmoe_train.model.hf.special_tokens import special_token_errors
 from olmoe_train.model.transformer import OlmoeForCausalLM
@@ -28,7 +30,8 @@ def hf_directory(run_dir: Path, checkpoint: Path) -> Path:
 
 
 def export_checkpoint(run_dir: Path, checkpoint: Path, out: Path) -> bool:
-    """Export a training checkpoint as a Hugging Face directory in fp32.
+    """Export a training checkpoint as a Hugging Face directory: in fp32, or an adapter merged with its base
+    in the dtype of the base.
 
     Args:
         run_dir: The run directory that the checkpoint belongs to.
@@ -41,7 +44,9 @@ def export_checkpoint(run_dir: Path, checkpoint: Path, out: Path) -> bool:
     Raises:
         UserError: As `write_export`.
     """
-    return write_export(open_stored_model(run_dir, str(step_of(checkpoint))), out, torch.float32)
+    stored = open_stored_model(run_dir, str(step_of(checkpoint)))
+    assert stored.config.dtype is not None
+    return write_export(stored, out, stored.config.dtype)
 
 
 def write_export(
@@ -102,6 +107,39 @@ def write_export(
         generation=stored.generation,
         verify=True,
     )
+    return True
+
+
+def write_adapter(stored: StoredModel, out: Path) -> bool:
+    """Write the adapter of a run in PEFT's format (model/adapters/peft_write.py).
+
+    Args:
+        stored: A model whose checkpoint holds an adapter.
+        out: The directory to write.
+
+    Returns:
+        True if `out` was written, False if it already holds this adapter.
+
+    Raises:
+        UserError: `stored` has no adapter, PEFT cannot represent it, or `out` holds anything else.
+    """
+    adapter = stored.adapter
+    if adapter is None:
+        raise UserError(f"format=peft: {stored.name} has no adapter; use format=hf")
+    if out.is_dir() and any(out.iterdir()):
+        try:
+            spec, tensors = read_peft(out, stored.config)
+            same = replace(spec, dropout=0.0) == replace(adapter.spec, dropout=0.0)
+            same = same and all(torch.equal(tensors[name], adapter.read(name)) for name in adapter.names)
+        except UserError:
+            same = False
+        if not same:
+            raise UserError(
+                f"out={out} is not empty, and does not hold this adapter: choose another directory, or "
+                "delete it"
+            )
+        return False
+    write_peft(out, adapter.spec, adapter.names, adapter.read, adapter.base_name)
     return True
 
 

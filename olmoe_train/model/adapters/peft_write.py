@@ -96,6 +96,25 @@ def peft_config(spec: AdapterSpec, base: str) -> dict[str, Any]:
     }
 
 
+_CARD = """---
+library_name: peft
+base_model: {base}
+tags: [olmoe, moe, lora]
+---
+# An adapter of {base}
+
+```python
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+
+base = AutoModelForCausalLM.from_pretrained("{base}")
+model = PeftModel.from_pretrained(base, "PATH_OF_THIS_DIRECTORY")
+```
+
+PEFT 0.19 or later reads the adapter as it is. Made by olmoe-train.
+"""
+
+
 def write_peft(
     directory: Path, spec: AdapterSpec, names: Iterable[str], read: Callable[[str], Tensor], base: str
 ) -> None:
@@ -120,3 +139,4 @@ def write_peft(
     with atomic_directory(directory) as partial:
         write_json(partial / CONFIG, peft_config(spec, base))
         save_file(tensors, partial / WEIGHTS, metadata={"format": "pt"})
+        (partial / "README.md").write_text(_CARD.format(base=base), encoding="utf-8")
