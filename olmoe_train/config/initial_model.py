@@ -148,7 +148,9 @@ def _plain(path: Path) -> dict[str, Any]:
 def _take_from(model: DictConfig, stored: OlmoeConfig, init_from: str) -> None:
     """Fill the keys that were not given, and refuse those that contradict the stored architecture."""
     if "${" in str(stored.rope_parameters):  # OmegaConf would insert an environment variable, for example
-        raise UserError(f"model.init_from={init_from}: rope_parameters of its configuration contain ${{")
+        raise UserError(
+            f"model.init_from={init_from}: rope_parameters in its configuration contain ${{; remove the value"
+        )
     contradictions = []
     for name in ARCHITECTURE:
         theirs = getattr(stored, name)
