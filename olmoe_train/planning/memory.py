@@ -13,6 +13,7 @@ from dataclasses import dataclass, fields, replace
 from olmoe_train.config.choices import ActivationCheckpointing, Precision
 from olmoe_train.model import OlmoeConfig
 from olmoe_train.model.cross_entropy import HEAD_CHUNK_ROWS
+from olmoe_train.planning.adapter import AdapterPlan
 from olmoe_train.planning.layout import ParallelLayout, Units, count_units
 
 FP32, INT64 = 4, 8  # bytes per element
@@ -23,7 +24,7 @@ class RankMemory:
     """Bytes on the fullest rank at the peak of a step, from its second micro-batch on."""
 
     parameters: int
-    """fp32 master weights: this rank's shard."""
+    """fp32 master weights, and frozen weights in the precision of the computation: this rank's shard."""
     gradients: int
     """fp32 gradients, summed over the micro-batches so far: this rank's shard."""
     optimizer: int
@@ -38,11 +39,13 @@ class RankMemory:
     """The largest intermediate results in the backward of one layer, or in the head."""
     all_to_all: int
     """Buffers of rows sent between expert-parallel ranks, and the order in which rows arrived."""
+    quantized: int = 0
+    """Frozen weights in 4 bits and their scales, whole; of experts, this rank's."""
 
     @property
     def state(self) -> int:
         """Bytes that are held between steps, plus gradients."""
-        return self.parameters + self.gradients + self.optimizer
+        return self.parameters + self.gradients + self.optimizer + self.quantized
 
     @property
     def total(self) -> int:
@@ -74,12 +77,15 @@ class MicroBatch:
         return 2 if self.precision is Precision.bf16 else FP32
 
 
-def rank_memory(config: OlmoeConfig, layout: ParallelLayout, batch: MicroBatch) -> RankMemory:
+def rank_memory(
+    config: OlmoeConfig, layout: ParallelLayout, batch: MicroBatch, adapter: AdapterPlan | None = None
+) -> RankMemory:
     """The memory of the fullest rank, with fsdp or ddp.
 
-    Parameters, gradients and moments take 4, 4 and 8 bytes per element of the rank's shard. The peak of a
-    step is either in the head, which holds the gradient of its weight in fp32, or in the backward of the last
-    layers, where all activations and the first gradients are held. `temporaries` includes the difference if
+    Parameters, gradients and moments take 4, 4 and 8 bytes per element of the rank's shard. With an adapter,
+    only trained elements have gradients and moments. The activations are those of a model without an adapter.
+    The peak of a step is either in the head, which holds the gradient of its weight in fp32, or in the
+    backward of the last layers, where all activations and the first gradients are held. `temporaries` includes the difference if
     the peak is in the head. With much recomputation the result is an upper bound, because not all parts peak
     at the same time: 0.99 to 1.22 times the measured peak (benchmarks/plan_memory.py).
 
@@ -87,23 +93,25 @@ def rank_memory(config: OlmoeConfig, layout: ParallelLayout, batch: MicroBatch) 
         config: Architecture of the model.
         layout: How the ranks share the model.
         batch: What one rank computes at a time.
+        adapter: The adapter; None: every parameter is trained.
 
     Returns:
         Bytes of each part.
     """
     batch = replace(batch, exchanged=layout.expert_parallel_size > 1)
-    units = count_units(config, layout)
+    units = count_units(config, layout, adapter, batch.precision)
     gathered, reduction = _gathered(units, layout, batch.element), _reduction(units, batch.element)
     exchange = all_to_all_bytes(config, batch)
     return RankMemory(
-        parameters=FP32 * units.sharded,
-        gradients=FP32 * units.sharded,
-        optimizer=2 * FP32 * units.sharded,
+        parameters=units.held_bytes,
+        gradients=FP32 * units.trained,
+        optimizer=2 * FP32 * units.trained,
         gathered=gathered,
         reduction=reduction,
         activations=saved_activations(config, batch) + recomputed_activations(config, batch),
         temporaries=temporary_bytes(config, batch, reduction + exchange),
         all_to_all=exchange,
+        quantized=units.quantized,
     )
 
 
@@ -131,10 +139,10 @@ def _reduction(units: Units, element: int) -> int:
     the root is reduced. The gradients of a unit that no other rank shares are divided into a second fp32
     buffer, then copied.
     """
-    total = element * units.head.gathered
+    total = element * units.head.reduced
     for unit in (units.dense, units.experts):
         unshared = unit.shard_size == 1
-        total += (max(element + FP32, 2 * FP32) if unshared else element + FP32) * unit.gathered
+        total += (max(element + FP32, 2 * FP32) if unshared else element + FP32) * unit.reduced
     return total
 
 

@@ -202,6 +202,8 @@ def memory_lines(cfg: PlanConfig) -> list[str]:
         lines.append("load: rows that the experts of the rank receive, as a multiple of the mean over ranks")
         lines.append(f"  {'':<16}" + "".join(f"{f'load {factor:.0f}x':>10}" for factor in LOAD_FACTORS))
     for part in [item.name for item in fields(RankMemory)] + ["total"]:
+        if part == "quantized" and not memories[0].quantized:
+            continue
         values = "".join(f"{getattr(memory, part) / unit:10.2f}" for memory in memories)
         lines.append(f"  {part.replace('_', '-'):<16}{values}")
     fitting = "".join(f"{'yes' if fits(cfg, memory) else 'no':>10}" for memory in memories)
