@@ -85,9 +85,10 @@ def rank_memory(
     Parameters, gradients and moments take 4, 4 and 8 bytes per element of the rank's shard. With an adapter,
     only trained elements have gradients and moments. The activations are those of a model without an adapter.
     The peak of a step is either in the head, which holds the gradient of its weight in fp32, or in the
-    backward of the last layers, where all activations and the first gradients are held. `temporaries` includes the difference if
-    the peak is in the head. With much recomputation the result is an upper bound, because not all parts peak
-    at the same time: 0.99 to 1.22 times the measured peak (benchmarks/plan_memory.py).
+    backward of the last layers, where all activations and the first gradients are held. `temporaries`
+    includes the difference if the peak is in the head. With much recomputation the result is an upper bound,
+    because not all parts peak at the same time: 0.99 to 1.22 times the measured peak
+    (benchmarks/plan_memory.py).
 
     Args:
         config: Architecture of the model.
