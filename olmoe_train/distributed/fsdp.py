@@ -1,9 +1,6 @@
 """FSDP2: units of parameters, their sharding, and the prefetch of weights."""
 
-from functools import partial
-
 import torch
-from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import Shard
@@ -62,10 +59,11 @@ def _shard_layer(
         # gathered weights are kept until backward.
         units.append(fully_shard(layer.mlp.gate, mesh=data, reshard_after_forward=False))
     if mesh.expert is not None:
+        expert_ranks = mesh.expert["expert_shard"].size()
         experts = fully_shard(
             layer.mlp.experts,
             mesh=_data_mesh(mesh.expert, "expert_shard"),
-            shard_placement_fn=partial(_inside_experts, mesh.expert["expert_shard"].size()),
+            shard_placement_fn=lambda parameter: inside_experts(expert_ranks, parameter.shape),
             mp_policy=policy,
             reshard_after_forward=reshard and _gathered(mesh.expert, "expert_shard"),
         )
@@ -83,13 +81,13 @@ def _shard_layer(
     return [unit, *units]
 
 
-def _inside_experts(ranks: int, parameter: nn.Parameter) -> Shard:
+def inside_experts(ranks: int, shape: torch.Size) -> Shard:
     """Placement of a parameter of the experts: the expert dimension is already sharded over the expert ranks.
 
     FSDP2 requires that the ranks divide the dimension. The rank of an adapter may not be a multiple of the
     ranks; its lora_A is then sharded along its last dimension.
     """
-    return Shard(1 if parameter.shape[1] % ranks == 0 else 2)
+    return Shard(1 if shape[1] % ranks == 0 else 2)
 
 
 def _prefetch(layers: list[list[FSDPModule]], ahead: int) -> None:

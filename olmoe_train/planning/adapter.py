@@ -4,10 +4,42 @@ from dataclasses import dataclass
 
 import torch
 
+from olmoe_train.config.adapter import AdapterConfig, adapter_spec, quantizes_base
+from olmoe_train.config.choices import Precision
 from olmoe_train.model import OlmoeConfig, OlmoeForCausalLM
-from olmoe_train.model.adapters.add import add_adapter, quantizable
+from olmoe_train.model.adapters.add import add_adapter, freeze_base, quantizable
 from olmoe_train.model.adapters.nf4 import BLOCK
 from olmoe_train.model.adapters.spec import AdapterSpec
+
+
+@dataclass(frozen=True)
+class AdapterPlan:
+    """An adapter, and how its base is held."""
+
+    spec: AdapterSpec
+    quantized: bool
+    """Whether the adapted weights are held in NF4."""
+
+
+def adapter_plan(cfg: AdapterConfig) -> AdapterPlan | None:
+    """The adapter that `adapter=...` names; None without one."""
+    spec = adapter_spec(cfg)
+    return None if spec is None else AdapterPlan(spec, quantizes_base(cfg))
+
+
+def compute_dtype(precision: Precision) -> torch.dtype:
+    """Data type of the computation."""
+    return torch.bfloat16 if precision is Precision.bf16 else torch.float32
+
+
+def meta_model(config: OlmoeConfig, adapter: AdapterPlan | None, precision: Precision) -> OlmoeForCausalLM:
+    """A model whose tensors have the shapes, dtypes and `requires_grad` of training, with no memory."""
+    with torch.device("meta"):
+        model = OlmoeForCausalLM(config)
+    if adapter is not None:
+        add_adapter(model, adapter.spec)
+        freeze_base(model, compute_dtype(precision), adapter.quantized)
+    return model
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import torch
 
+from olmoe_train.model.adapters.spec import ATTENTION, EMBEDDINGS, EXPERTS, LM_HEAD, AdapterSpec
 from olmoe_train.model.configuration import OlmoeConfig
 
 
@@ -24,14 +25,18 @@ class FlopsPerToken:
     head: float
     router: float
     causal_attention: float
+    adapter: float = 0.0
 
     @property
     def total(self) -> float:
         """Sum of all parts."""
-        return self.experts + self.attention_projections + self.head + self.router + self.causal_attention
+        base = self.experts + self.attention_projections + self.head + self.router + self.causal_attention
+        return base + self.adapter
 
 
-def train_flops_per_token(config: OlmoeConfig, sequence_length: int) -> FlopsPerToken:
+def train_flops_per_token(
+    config: OlmoeConfig, sequence_length: int, adapter: AdapterSpec | None = None
+) -> FlopsPerToken:
     """Exact FLOPs of all matmuls in forward and backward, per token.
 
     A matmul of x [1, n] with W [n, m] has n*m multiply-adds: 2*n*m FLOPs in forward, and the same in backward
@@ -45,6 +50,9 @@ def train_flops_per_token(config: OlmoeConfig, sequence_length: int) -> FlopsPer
                              values are two matmuls of H multiply-adds per key, each with two operands that
                              need gradients: 3 * 2 * 2 * L * H * (S + 1) / 2 = 6 * L * H * (S + 1)
 
+    With an adapter, a frozen weight has no gradient and costs 4 FLOPs. A weight [n, m] that is adapted costs
+    6 R (n + m) for A and B. DoRA's norms are left out.
+
     With data.mask_documents a token attends only to keys of its own document. The last part, and with it
     perf/mfu, is then an upper bound.
 
@@ -56,17 +64,33 @@ def train_flops_per_token(config: OlmoeConfig, sequence_length: int) -> FlopsPer
     Args:
         config: Architecture of the model.
         sequence_length: Tokens per sequence (S).
+        adapter: The adapter. None: every parameter is trained.
     """
+    frozen = 6 if adapter is None else 4
     layers, hidden = config.num_hidden_layers, config.hidden_size
     query_width, key_value_width = config.query_width, config.key_value_width
     projections = 2 * hidden * query_width + 2 * hidden * key_value_width
     return FlopsPerToken(
-        experts=6 * layers * config.num_experts_per_tok * 3 * hidden * config.intermediate_size,
-        attention_projections=6 * layers * projections,
-        head=6 * hidden * config.vocab_size,
-        router=6 * layers * hidden * config.num_experts,
+        experts=frozen * layers * config.num_experts_per_tok * 3 * hidden * config.intermediate_size,
+        attention_projections=frozen * layers * projections,
+        head=frozen * hidden * config.vocab_size,
+        router=(6 if adapter is None or adapter.trains_router else 4) * layers * hidden * config.num_experts,
         causal_attention=6 * layers * query_width * (sequence_length + 1),
+        adapter=0.0 if adapter is None else _adapter_flops(config, adapter),
     )
+
+
+def _adapter_flops(config: OlmoeConfig, adapter: AdapterSpec) -> float:
+    """FLOPs of the products with A and B per token."""
+    hidden, query, key = config.hidden_size, config.query_width, config.key_value_width
+    of_expert = (hidden + 2 * config.intermediate_size) + (config.intermediate_size + hidden)
+    widths = {
+        ATTENTION: config.num_hidden_layers * (2 * (hidden + query) + 2 * (hidden + key)),
+        EXPERTS: config.num_hidden_layers * config.num_experts_per_tok * of_expert,
+        LM_HEAD: hidden + config.vocab_size,
+        EMBEDDINGS: hidden,  # the product with A is a look-up
+    }
+    return 6 * adapter.rank * sum(widths[target] for target in adapter.targets)
 
 
 @dataclass(frozen=True)

@@ -5,13 +5,15 @@ Nothing is allocated: parameters are counted on a meta model.
 
 from collections.abc import Mapping
 from copy import copy
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
-import torch
+from torch import Tensor
 
-from olmoe_train.config.choices import Offload, Strategy
-from olmoe_train.distributed.fsdp import shards_within_experts
+from olmoe_train.config.choices import Offload, Precision, Strategy
+from olmoe_train.distributed.fsdp import inside_experts, shards_within_experts
 from olmoe_train.model import OlmoeConfig, OlmoeForCausalLM
+from olmoe_train.model.adapters.add import quantized_weights
+from olmoe_train.planning.adapter import AdapterPlan, meta_model
 
 
 @dataclass(frozen=True)
@@ -54,10 +56,15 @@ class Unit:
     """Elements held while the unit computes: the whole parameters, padded to shard_size equal parts."""
     shard_size: int
     """Number of ranks that share one copy."""
+    trained: int
+    """Of `sharded`, the elements that have a gradient and moments: all without an adapter."""
+    held_bytes: int
+    """Bytes of `sharded` in the dtypes that fsdp and ddp hold them in."""
 
-    def __add__(self, other: "Unit") -> "Unit":
-        assert self.shard_size == other.shard_size
-        return replace(self, sharded=self.sharded + other.sharded, gathered=self.gathered + other.gathered)
+    @property
+    def reduced(self) -> int:
+        """Elements of the whole gradients, padded as `gathered`."""
+        return self.trained * self.shard_size
 
 
 @dataclass(frozen=True)
@@ -74,50 +81,85 @@ class Units:
     """The experts of one layer that one EP rank has."""
     layers: int
     """Number of layers."""
+    quantized: int
+    """Bytes of all NF4 weights and their scales on one rank. They are buffers, and never sharded."""
 
     @property
     def sharded(self) -> int:
         """Number of elements of all parameters in the rank's shard."""
         return self.root.sharded + self.layers * (self.dense.sharded + self.experts.sharded)
 
+    @property
+    def trained(self) -> int:
+        """Of `sharded`, the elements that have a gradient and moments."""
+        return self.root.trained + self.layers * (self.dense.trained + self.experts.trained)
 
-def _one_layer_shapes(config: OlmoeConfig) -> dict[str, torch.Size]:
-    """Shapes of all parameters, by name, of the model cut down to its first layer."""
-    one_layer = copy(config)
-    one_layer.num_hidden_layers = 1
-    with torch.device("meta"):
-        return {name: parameter.shape for name, parameter in OlmoeForCausalLM(one_layer).named_parameters()}
+    @property
+    def held_bytes(self) -> int:
+        """Bytes of `sharded`."""
+        return self.root.held_bytes + self.layers * (self.dense.held_bytes + self.experts.held_bytes)
 
 
-def count_units(config: OlmoeConfig, layout: ParallelLayout) -> Units:
+def count_units(
+    config: OlmoeConfig,
+    layout: ParallelLayout,
+    adapter: AdapterPlan | None = None,
+    precision: Precision = Precision.fp32,
+) -> Units:
     """Count the elements of each FSDP2 unit on rank 0.
 
     FSDP2 divides a parameter into shard_size parts of ceil(size / shard_size) along dimension 0. The last
     parts may be shorter or empty; gathering pads them. Experts are divided along dimension 1, inside each
     expert, if they are expert-parallel or if their number is not a multiple of the ranks
     (distributed/fsdp.py, shards_within_experts).
+
+    Args:
+        config: Architecture of the model.
+        layout: How the ranks share the model.
+        adapter: The adapter; None: every parameter is trained.
+        precision: Of the computation. It decides in which dtype frozen weights are held.
     """
-    shapes = _one_layer_shapes(config)
-    layer = {name: shape for name, shape in shapes.items() if name.startswith("model.layers.0.")}
-    experts = {name: shape for name, shape in layer.items() if ".mlp.experts." in name}
-    dense = {name: shape for name, shape in layer.items() if name not in experts}
-    root = {name: shape for name, shape in shapes.items() if not name.startswith("model.layers.")}
-    head = {name: shape for name, shape in root.items() if name == "lm_head.weight"}
+    one_layer = copy(config)
+    one_layer.num_hidden_layers = 1
+    model = meta_model(one_layer, adapter, precision)
+    tensors: dict[str, Tensor] = dict(model.named_parameters())
+    layer = {name: tensor for name, tensor in tensors.items() if name.startswith("model.layers.0.")}
+    experts = {name: tensor for name, tensor in layer.items() if ".mlp.experts." in name}
+    dense = {name: tensor for name, tensor in layer.items() if name not in experts}
+    root = {name: tensor for name, tensor in tensors.items() if not name.startswith("model.layers.")}
+    head = {name: tensor for name, tensor in root.items() if name.startswith("lm_head.")}
     parallel = layout.expert_parallel_size
-    local = {name: torch.Size((shape[0] // parallel, *shape[1:])) for name, shape in experts.items()}
+    local = {name: tensor[: len(tensor) // parallel] for name, tensor in experts.items()}
     return Units(
         root=_unit(root, layout.shard_size),
         head=_unit(head, layout.shard_size),
         dense=_unit(dense, layout.shard_size),
         experts=_unit(local, layout.expert_shard_size, inside=parallel > 1),
         layers=config.num_hidden_layers,
+        quantized=config.num_hidden_layers * _quantized_bytes(model, parallel),
     )
 
 
-def _unit(shapes: Mapping[str, torch.Size], shard_size: int, inside: bool = False) -> Unit:
-    """A unit of parameters of these shapes; inside: divide along dimension 1 (expert-parallel experts)."""
-    sharded = 0
-    for shape in shapes.values():
-        cut = 1 if inside or shards_within_experts(shape, shard_size) else 0
-        sharded += -(-shape[cut] // shard_size) * shape.numel() // shape[cut]
-    return Unit(sharded, sharded * shard_size, shard_size)
+def _quantized_bytes(one_layer: OlmoeForCausalLM, expert_parallel_size: int) -> int:
+    """Bytes of the NF4 weights of one layer on one rank, which holds its own experts only."""
+    total = 0
+    for name, weight in quantized_weights(one_layer).items():
+        size = sum(buffer.nbytes for buffer in weight.buffers())
+        total += size // expert_parallel_size if ".mlp.experts." in name else size
+    return total
+
+
+def _unit(parameters: Mapping[str, Tensor], shard_size: int, inside: bool = False) -> Unit:
+    """A unit of these parameters; inside: expert-parallel experts, which are divided inside each expert."""
+    sharded = trained = held = 0
+    for parameter in parameters.values():
+        shape = parameter.shape
+        if inside:
+            cut = inside_experts(shard_size, shape).dim
+        else:
+            cut = 1 if shards_within_experts(shape, shard_size) else 0
+        part = -(-shape[cut] // shard_size) * shape.numel() // shape[cut]
+        sharded += part
+        trained += part if parameter.requires_grad else 0
+        held += part * parameter.itemsize
+    return Unit(sharded, sharded * shard_size, shard_size, trained, held)

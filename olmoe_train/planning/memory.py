@@ -12,7 +12,9 @@ from dataclasses import dataclass, fields, replace
 
 from olmoe_train.config.choices import ActivationCheckpointing, Precision
 from olmoe_train.model import OlmoeConfig
+from olmoe_train.model.adapters.spec import ATTENTION, EMBEDDINGS, EXPERTS, LM_HEAD, AdapterSpec
 from olmoe_train.model.cross_entropy import HEAD_CHUNK_ROWS
+from olmoe_train.planning.adapter import AdapterPlan
 from olmoe_train.planning.layout import ParallelLayout, Units, count_units
 
 FP32, INT64 = 4, 8  # bytes per element
@@ -23,7 +25,7 @@ class RankMemory:
     """Bytes on the fullest rank at the peak of a step, from its second micro-batch on."""
 
     parameters: int
-    """fp32 master weights: this rank's shard."""
+    """fp32 master weights, and frozen weights in the precision of the computation: this rank's shard."""
     gradients: int
     """fp32 gradients, summed over the micro-batches so far: this rank's shard."""
     optimizer: int
@@ -38,11 +40,13 @@ class RankMemory:
     """The largest intermediate results in the backward of one layer, or in the head."""
     all_to_all: int
     """Buffers of rows sent between expert-parallel ranks, and the order in which rows arrived."""
+    quantized: int = 0
+    """Frozen weights in 4 bits and their scales, whole; of experts, this rank's."""
 
     @property
     def state(self) -> int:
         """Bytes that are held between steps, plus gradients."""
-        return self.parameters + self.gradients + self.optimizer
+        return self.parameters + self.gradients + self.optimizer + self.quantized
 
     @property
     def total(self) -> int:
@@ -74,36 +78,41 @@ class MicroBatch:
         return 2 if self.precision is Precision.bf16 else FP32
 
 
-def rank_memory(config: OlmoeConfig, layout: ParallelLayout, batch: MicroBatch) -> RankMemory:
+def rank_memory(
+    config: OlmoeConfig, layout: ParallelLayout, batch: MicroBatch, adapter: AdapterPlan | None = None
+) -> RankMemory:
     """The memory of the fullest rank, with fsdp or ddp.
 
-    Parameters, gradients and moments take 4, 4 and 8 bytes per element of the rank's shard. The peak of a
-    step is either in the head, which holds the gradient of its weight in fp32, or in the backward of the last
-    layers, where all activations and the first gradients are held. `temporaries` includes the difference if
-    the peak is in the head. With much recomputation the result is an upper bound, because not all parts peak
-    at the same time: 0.99 to 1.22 times the measured peak (benchmarks/plan_memory.py).
+    Parameters, gradients and moments take 4, 4 and 8 bytes per element of the rank's shard. With an adapter,
+    only trained elements have gradients and moments. The peak of a step is either in the head, which holds
+    the gradient of its weight in fp32, or in the backward of the last layers, where all activations and the
+    first gradients are held. `temporaries` includes the difference if the peak is in the head. With much
+    recomputation the result is an upper bound, because not all parts peak at the same time: 0.99 to 1.22
+    times the measured peak (benchmarks/plan_memory.py).
 
     Args:
         config: Architecture of the model.
         layout: How the ranks share the model.
         batch: What one rank computes at a time.
+        adapter: The adapter; None: every parameter is trained.
 
     Returns:
         Bytes of each part.
     """
     batch = replace(batch, exchanged=layout.expert_parallel_size > 1)
-    units = count_units(config, layout)
+    units = count_units(config, layout, adapter, batch.precision)
     gathered, reduction = _gathered(units, layout, batch.element), _reduction(units, batch.element)
     exchange = all_to_all_bytes(config, batch)
     return RankMemory(
-        parameters=FP32 * units.sharded,
-        gradients=FP32 * units.sharded,
-        optimizer=2 * FP32 * units.sharded,
+        parameters=units.held_bytes,
+        gradients=FP32 * units.trained,
+        optimizer=2 * FP32 * units.trained,
         gathered=gathered,
         reduction=reduction,
-        activations=saved_activations(config, batch) + recomputed_activations(config, batch),
-        temporaries=temporary_bytes(config, batch, reduction + exchange),
+        activations=saved_activations(config, batch, adapter) + recomputed_activations(config, batch),
+        temporaries=temporary_bytes(config, batch, reduction + exchange, adapter),
         all_to_all=exchange,
+        quantized=units.quantized,
     )
 
 
@@ -131,14 +140,14 @@ def _reduction(units: Units, element: int) -> int:
     the root is reduced. The gradients of a unit that no other rank shares are divided into a second fp32
     buffer, then copied.
     """
-    total = element * units.head.gathered
+    total = element * units.head.reduced
     for unit in (units.dense, units.experts):
         unshared = unit.shard_size == 1
-        total += (max(element + FP32, 2 * FP32) if unshared else element + FP32) * unit.gathered
+        total += (max(element + FP32, 2 * FP32) if unshared else element + FP32) * unit.reduced
     return total
 
 
-def saved_activations(config: OlmoeConfig, batch: MicroBatch) -> int:
+def saved_activations(config: OlmoeConfig, batch: MicroBatch, adapter: AdapterPlan | None = None) -> int:
     """Bytes that autograd keeps from forward to backward for all layers, the losses and the head.
 
     Besides the layers these are: the final norm (fp32 input, 1/rms, normalized value); the gradients of the
@@ -148,10 +157,57 @@ def saved_activations(config: OlmoeConfig, batch: MicroBatch) -> int:
     tokens, element, hidden = batch.tokens, batch.element, config.hidden_size
     norm = tokens * ((FP32 + element) * hidden + FP32)
     head = element * (tokens + config.vocab_size) * hidden
+    if adapter is not None:
+        # A frozen norm keeps no normalized value, and a frozen head no gradient of its weight.
+        norm -= tokens * element * hidden
+        head = element * tokens * hidden + _head_adapter_saved(config, batch, adapter.spec)
     rotary = element * 2 * batch.sequence_length * config.head_dim
     whole = batch.checkpointing is ActivationCheckpointing.none
     layer = _layer_saved(config, batch) if whole else _layer_kept(config, batch)
+    if adapter is not None:
+        layer += _layer_adapter_saved(config, batch, adapter.spec)
     return config.num_hidden_layers * layer + norm + head + rotary + 2 * INT64 * tokens
+
+
+def _layer_adapter_saved(config: OlmoeConfig, batch: MicroBatch, spec: AdapterSpec) -> int:
+    """What an adapter adds to the bytes that one layer keeps; negative where freezing saves more.
+
+    The experts' adapter keeps nothing of the size of rows (model/adapters/experts.py). A frozen norm does not
+    keep its normalized value, b per element. An attention projection keeps b R per token for the input of B.
+    With dropout it also keeps A's input and the mask, b per element each (on CUDA the mask is smaller), and
+    the projections do not share an input. With DoRA it keeps its result before the gain. With selective
+    recomputation, the results of the products with A and B are kept instead. Norms of rows for DoRA do not
+    depend on the tokens.
+    """
+    if batch.checkpointing is ActivationCheckpointing.full:
+        return 0
+    b, rank, hidden = batch.element, spec.rank, config.hidden_size
+    query, key = config.query_width, config.key_value_width
+    results = query + 2 * key + hidden  # of q, k, v and o
+    selective = batch.checkpointing is ActivationCheckpointing.selective
+    per_token, fixed = 0 if selective else -b * (2 * hidden + query + key), 0
+    if ATTENTION in spec.targets and selective:
+        per_token += b * (4 * rank + results)
+        fixed += (b + FP32) * rank * results if spec.dora else 0
+    elif ATTENTION in spec.targets:
+        per_token += 4 * b * rank + (b * results if spec.dora else 0)
+        per_token += b * (2 * (3 * hidden + query) - hidden) if spec.dropout else 0
+    if EXPERTS in spec.targets and spec.dora:
+        fixed += 2 * FP32 * config.num_experts * (2 * config.intermediate_size + hidden)
+    return batch.tokens * per_token + fixed
+
+
+def _head_adapter_saved(config: OlmoeConfig, batch: MicroBatch, spec: AdapterSpec) -> int:
+    """Bytes that the adapters of head and embedding keep: the gradients of the head's low-rank input and of
+    B, which the chunked cross-entropy computes in forward, and the inputs of A and B."""
+    b, rank = batch.element, spec.rank
+    kept = 0
+    if LM_HEAD in spec.targets:
+        kept += b * rank * (batch.tokens + config.vocab_size)
+        kept += (b + 1) * batch.tokens * config.hidden_size if spec.dropout else 0
+    if EMBEDDINGS in spec.targets:
+        kept += b * rank * batch.tokens
+    return kept
 
 
 def recomputed_activations(config: OlmoeConfig, batch: MicroBatch) -> int:
@@ -233,7 +289,9 @@ def _layer_kept(config: OlmoeConfig, batch: MicroBatch) -> int:
     return attention + _routing_saved(config, batch) + _rows_saved(config, batch)
 
 
-def temporary_bytes(config: OlmoeConfig, batch: MicroBatch, of_layers: int) -> int:
+def temporary_bytes(
+    config: OlmoeConfig, batch: MicroBatch, of_layers: int, adapter: AdapterPlan | None = None
+) -> int:
     """Extra bytes at the peak: those of one layer's backward, or those of the head if they are larger.
 
     Args:
@@ -241,8 +299,17 @@ def temporary_bytes(config: OlmoeConfig, batch: MicroBatch, of_layers: int) -> i
         batch: What one rank computes at a time.
         of_layers: Bytes of gradients that are being reduced and of all-to-all buffers. They are not allocated
             while the head runs, so they are subtracted from its part.
+        adapter: The adapter; None: every parameter is trained.
     """
-    return max(_layer_temporaries(config, batch), _head_temporaries(config, batch) - of_layers)
+    layer, head = _layer_temporaries(config, batch), _head_temporaries(config, batch)
+    if adapter is not None:
+        head -= FP32 * config.vocab_size * config.hidden_size  # a frozen head has no gradient
+        if adapter.quantized:
+            # One matrix is dequantized at a time: its indices as uint8 and int32, levels and values in fp32.
+            layer += (
+                (5 + 2 * FP32) * max(config.hidden_size, 2 * config.intermediate_size) * config.hidden_size
+            )
+    return max(layer, head - of_layers)
 
 
 def _layer_temporaries(config: OlmoeConfig, batch: MicroBatch) -> int:

@@ -10,10 +10,12 @@ from dataclasses import dataclass, fields, replace
 
 import torch
 
+from olmoe_train.config.adapter import adapter_spec
 from olmoe_train.config.choices import ActivationCheckpointing, Offload, Precision, Strategy
 from olmoe_train.config.model import olmoe_config
 from olmoe_train.config.train import ParallelConfig
 from olmoe_train.config.verbs import PlanConfig
+from olmoe_train.planning.adapter import adapter_counts, adapter_plan
 from olmoe_train.planning.duration import tokens_per_step, total_steps
 from olmoe_train.planning.flops import FlopsPerToken, parameter_counts, peak_flops, train_flops_per_token
 from olmoe_train.planning.layout import ParallelLayout
@@ -57,7 +59,8 @@ class Speed:
 
 def plan_speed(cfg: PlanConfig) -> Speed:
     """The speed of a run: tokens/s = gpus x peak x MFU / FLOPs per token."""
-    flops = train_flops_per_token(olmoe_config(cfg.model), cfg.data.sequence_length)
+    config, adapter = olmoe_config(cfg.model), adapter_spec(cfg.adapter)
+    flops = train_flops_per_token(config, cfg.data.sequence_length, adapter)
     peak = gpu_peak_flops(cfg)
     return Speed(
         flops,
@@ -110,7 +113,8 @@ def plan_memory(cfg: PlanConfig, layout: ParallelLayout, batch: MicroBatch) -> l
     config = olmoe_config(cfg.model)
     factors = LOAD_FACTORS if layout.expert_parallel_size > 1 else LOAD_FACTORS[:1]
     memory = deepspeed_memory if layout.strategy is Strategy.deepspeed else rank_memory
-    return [memory(config, layout, replace(batch, load_factor=factor)) for factor in factors]
+    adapter = adapter_plan(cfg.adapter)
+    return [memory(config, layout, replace(batch, load_factor=factor), adapter) for factor in factors]
 
 
 IsValid = Callable[[PlanConfig], bool]
@@ -174,7 +178,11 @@ def run_lines(cfg: PlanConfig) -> list[str]:
     """Lines with model, step, speed and duration."""
     counts, speed, trainer = parameter_counts(olmoe_config(cfg.model)), plan_speed(cfg), cfg.trainer
     flops = speed.flops_per_token
-    parts = ", ".join(f"{i.name.replace('_', ' ')} {getattr(flops, i.name) / 1e9:.4g}" for i in fields(flops))
+    parts = ", ".join(
+        f"{name.replace('_', ' ')} {value / 1e9:.4g}"
+        for name, value in vars(flops).items()
+        if name != "adapter" or value
+    )
     length, tokens, rate = cfg.data.sequence_length, speed.tokens_per_step, speed.tokens_per_second
     time = f"{speed.days:,.1f} days" if speed.days >= 1 else f"{24 * speed.days:.2f} hours"
     rows = {
@@ -187,6 +195,9 @@ def run_lines(cfg: PlanConfig) -> list[str]:
         f"{speed.peak_flops / 1e12:,.1f} TFLOP/s per GPU",
         "run": f"{speed.steps:,} steps, {speed.steps * tokens:,} tokens: {time}",
     }
+    if (adapter := adapter_plan(cfg.adapter)) is not None:
+        of_adapter = adapter_counts(olmoe_config(cfg.model), adapter.spec, adapter.quantized)
+        rows = {"parameters": rows.pop("parameters"), "adapter": f"{cfg.adapter.name}: {of_adapter}"} | rows
     return [f"{name:<12}{text}" for name, text in rows.items()]
 
 
@@ -202,17 +213,21 @@ def memory_lines(cfg: PlanConfig) -> list[str]:
         lines.append("load: rows that the experts of the rank receive, as a multiple of the mean over ranks")
         lines.append(f"  {'':<16}" + "".join(f"{f'load {factor:.0f}x':>10}" for factor in LOAD_FACTORS))
     for part in [item.name for item in fields(RankMemory)] + ["total"]:
+        if part == "quantized" and not memories[0].quantized:
+            continue
         values = "".join(f"{getattr(memory, part) / unit:10.2f}" for memory in memories)
         lines.append(f"  {part.replace('_', '-'):<16}{values}")
     fitting = "".join(f"{'yes' if fits(cfg, memory) else 'no':>10}" for memory in memories)
     lines.append(f"  {'fits ' + _room(cfg):<16}{fitting}")
-    if host := host_memory(olmoe_config(cfg.model), layout, batch):
+    config, adapter = olmoe_config(cfg.model), adapter_plan(cfg.adapter)
+    if host := host_memory(config, layout, batch, adapter):
         lines.append(f"  offloaded to the CPU: {host / unit:.2f} {name} per GPU")
     if cfg.checkpoint.async_save and layout.strategy is not Strategy.deepspeed:
-        copied = memories[0].parameters + memories[0].optimizer
+        # Trained weights in fp32, and the moments, which are twice as large.
+        copied = memories[0].optimizer * 3 // 2
         lines.append(f"  copied to the CPU for checkpoint.async_save: {copied / unit:.2f} {name} per GPU")
     if layout.strategy is Strategy.deepspeed:
-        copied = save_memory(olmoe_config(cfg.model), layout)
+        copied = save_memory(config, layout, adapter)
         lines.append(f"  copied to the CPU for every save: {copied / unit:.2f} {name} per GPU")
     most = [
         f"{mode.value} {largest_micro_batch(cfg, layout, replace(batch, checkpointing=mode))}"
@@ -230,7 +245,8 @@ def traffic_lines(cfg: PlanConfig) -> list[str]:
     if cfg.gpus == 1:
         return ["traffic between GPUs: none, with one GPU"]
     speed = plan_speed(cfg)
-    step = step_traffic(olmoe_config(cfg.model), layout, plan_micro_batch(cfg), speed.micro_batches, links)
+    batch, adapter = plan_micro_batch(cfg), adapter_plan(cfg.adapter)
+    step = step_traffic(olmoe_config(cfg.model), layout, batch, speed.micro_batches, links, adapter)
     rows = {item.name.replace("_", "-"): getattr(step, item.name) for item in fields(StepTraffic)}
     largest = max(traffic.bytes_sent for traffic in rows.values())
     name, unit = ("GB", GB) if largest >= GB else ("MB", MB)

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from olmoe_train.config.choices import ActivationCheckpointing, Strategy
 from olmoe_train.model import OlmoeConfig
+from olmoe_train.planning.adapter import AdapterPlan
 from olmoe_train.planning.layout import ParallelLayout, Unit, count_units
 from olmoe_train.planning.memory import FP32, MicroBatch
 
@@ -147,14 +148,19 @@ def exchange(rows: int, members: RankGroup, links: Links) -> Traffic:
 
 
 def step_traffic(
-    config: OlmoeConfig, layout: ParallelLayout, batch: MicroBatch, micro_batches: int, links: Links
+    config: OlmoeConfig,
+    layout: ParallelLayout,
+    batch: MicroBatch,
+    micro_batches: int,
+    links: Links,
+    adapter: AdapterPlan | None = None,
 ) -> StepTraffic:
     """What one rank sends in a step, with fsdp or ddp.
 
     Per micro-batch and layer:
     - Weights are gathered in forward and in backward, b bytes per element. The root is gathered once, and
       without reshard_after_forward the layers are, too.
-    - Gradients are reduced once, 4 bytes per element.
+    - Gradients of trained parameters are reduced once, 4 bytes per element.
     - Rows of b D bytes, T K of them, are exchanged four times (dispatch and combine, each in forward and in
       backward), with full recomputation six times.
     Once per step, the gradient shards are summed over the copies of the model.
@@ -168,8 +174,9 @@ def step_traffic(
         batch: What one rank computes at a time.
         micro_batches: Micro-batches per step and rank.
         links: Bandwidths.
+        adapter: The adapter; None: every parameter is trained.
     """
-    units = count_units(config, layout)
+    units = count_units(config, layout, adapter)
     ep, shard = layout.expert_parallel_size, layout.shard_size
     stride = ep if layout.strategy is Strategy.ddp else shard  # between ranks with copies of the same experts
     dense_copies = rank_group(shard, layout.gpus // shard, links)
@@ -189,11 +196,11 @@ def step_traffic(
         gathered(units.root, b), passes * gathered(units.dense, b), passes * gathered(units.experts, b)
     )
     gradients = over_layers(
-        gathered(units.root, FP32), gathered(units.dense, FP32), gathered(units.experts, FP32)
+        FP32 * units.root.reduced, FP32 * units.dense.reduced, FP32 * units.experts.reduced
     )
-    dense_shard = units.root.sharded + units.layers * units.dense.sharded
+    dense_shard = units.root.trained + units.layers * units.dense.trained
     copies = ring(FP32 * dense_shard, dense_copies, links)
-    copies += ring(FP32 * units.layers * units.experts.sharded, expert_copies, links)
+    copies += ring(FP32 * units.layers * units.experts.trained, expert_copies, links)
     rows = batch.tokens * config.num_experts_per_tok * config.hidden_size * b
     exchanges = 6 if batch.checkpointing is ActivationCheckpointing.full else 4
     tokens = exchange(rows, rank_group(1, ep, links), links).times(exchanges * units.layers)

@@ -7,12 +7,11 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import nn
 
 from olmoe_train.checkpoint.saver import Saver
 from olmoe_train.config.adapter import adapter_spec, quantizes_base
 from olmoe_train.config.balancing import AuxiliaryLossConfig, BalancingConfig
-from olmoe_train.config.choices import BalanceScope, Precision, Strategy
+from olmoe_train.config.choices import BalanceScope, Strategy
 from olmoe_train.config.compose import plain_values
 from olmoe_train.config.model import olmoe_config
 from olmoe_train.config.objective import NextTokenConfig, ObjectiveConfig
@@ -23,14 +22,13 @@ from olmoe_train.distributed.materialize import materialize
 from olmoe_train.distributed.mesh import Mesh, build_mesh
 from olmoe_train.distributed.parallelize import parallelize
 from olmoe_train.model import OlmoeForCausalLM
-from olmoe_train.model.adapters.add import add_adapter, quantize_base
+from olmoe_train.model.adapters.add import add_adapter, freeze_base
 from olmoe_train.model.configuration import OlmoeConfig
 from olmoe_train.model.moe.balancing import AuxiliaryLosses, Balancer
-from olmoe_train.model.moe.block import OlmoeTopKRouter
 from olmoe_train.optim.build import build_optimizer, trained_parameters
 from olmoe_train.optim.schedule import Schedule
 from olmoe_train.optim.skip_step import SkipGuard
-from olmoe_train.planning.adapter import adapter_counts
+from olmoe_train.planning.adapter import adapter_counts, compute_dtype
 from olmoe_train.planning.duration import tokens_per_step, total_steps, warmup_and_decay_steps
 from olmoe_train.run.directory import Run
 from olmoe_train.run.loggers import MetricsLog
@@ -77,7 +75,7 @@ def build_model(cfg: TrainConfig, mesh: Mesh) -> OlmoeForCausalLM:
         quantized = quantizes_base(cfg.adapter)
         log.info("adapter=%s: %s", cfg.adapter.name, adapter_counts(model.config, spec, quantized))
         add_adapter(model, spec)
-        freeze_base(model, cfg.trainer.precision, quantized)
+        freeze_base(model, compute_dtype(cfg.trainer.precision), quantized)
     model.set_experts_backend(cfg.model.experts_backend.value)
     model.set_balancer(build_balancer(cfg, model.config))
     model = parallelize(model, cfg.trainer, cfg.parallel, mesh)
@@ -85,23 +83,6 @@ def build_model(cfg: TrainConfig, mesh: Mesh) -> OlmoeForCausalLM:
     if cfg.model.init_from is not None:
         fill_model(model, cfg.model)
     return model
-
-
-def freeze_base(model: OlmoeForCausalLM, precision: Precision, quantized: bool) -> None:
-    """Give the frozen weights of a meta model the dtype that they are held in, in place.
-
-    In bf16 the frozen weights are held in bf16, as no update needs their fp32 values. The router computes in
-    fp32 and stays fp32.
-    """
-    if precision is Precision.bf16:
-        for module in model.modules():
-            for name, parameter in list(module.named_parameters(recurse=False)):
-                if not parameter.requires_grad and not isinstance(module, OlmoeTopKRouter):
-                    frozen = nn.Parameter(parameter.to(torch.bfloat16), requires_grad=False)
-                    module.register_parameter(name, frozen)
-        model.tie_weights()
-    if quantized:
-        quantize_base(model)
 
 
 def build_engine(cfg: TrainConfig, device: torch.device) -> Engine:
@@ -234,7 +215,12 @@ def build_callbacks(
     metrics = MetricsLog(run_dir, cfg.logging.wandb, redact(plain_values(cfg)), state.step)
     run.close_at_end(metrics.close)
     throughput = Throughput(
-        engine.model.config, cfg.data.sequence_length, cfg.trainer.precision, device, state.tokens
+        engine.model.config,
+        cfg.data.sequence_length,
+        cfg.trainer.precision,
+        device,
+        state.tokens,
+        engine.model.adapter,
     )
     logging = Logging(
         run,

@@ -9,11 +9,21 @@ import pytest
 import torch
 
 from olmoe_train.checkpoint.sharded import MOMENTS
-from olmoe_train.config.choices import ActivationCheckpointing, Offload, Precision, Strategy
+from olmoe_train.config.adapter import LoraConfig, NoAdapterConfig
+from olmoe_train.config.choices import (
+    ActivationCheckpointing,
+    AdapterTarget,
+    Offload,
+    Precision,
+    QuantizeBase,
+    Strategy,
+)
 from olmoe_train.config.data import DataConfig
 from olmoe_train.config.model import ModelConfig, olmoe_config
 from olmoe_train.config.train import ParallelConfig, TrainConfig, TrainerConfig
 from olmoe_train.distributed.mesh import build_mesh, init_distributed, local_tensor
+from olmoe_train.optim.build import trained_parameters
+from olmoe_train.planning.adapter import adapter_plan
 from olmoe_train.planning.layout import ParallelLayout
 from olmoe_train.planning.memory import MicroBatch
 from olmoe_train.planning.memory_deepspeed import deepspeed_memory, host_memory, save_memory
@@ -32,6 +42,7 @@ MODEL = ModelConfig(
     num_experts=8,
     num_experts_per_tok=2,
 )
+ADAPTER = LoraConfig(rank=16, targets=[AdapterTarget.attention, AdapterTarget.experts])
 # No buckets, and nothing gathered between micro-batches: the state alone.
 LEAN = {
     "reduce_bucket_size": 1000,
@@ -42,21 +53,25 @@ LEAN = {
     "stage3_max_reuse_distance": 0,
 }
 LAYOUTS = {
-    f"zero-{stage}, experts {experts}, {precision.value}, {offload.value}": (
+    f"zero-{stage}, experts {experts}, {precision.value}, {offload.value}, {adapter.name}": (
         ParallelConfig(Strategy.deepspeed, experts, zero_stage=stage, offload=offload),
         precision,
+        adapter,
     )
-    for stage, experts, precision, offload in [
-        (0, 2, Precision.fp32, Offload.none),
-        (1, 1, Precision.fp32, Offload.none),
-        (1, 2, Precision.bf16, Offload.none),
-        (2, 1, Precision.bf16, Offload.none),
-        (2, 2, Precision.fp32, Offload.none),
-        (2, 2, Precision.fp32, Offload.optimizer),
-        (3, 1, Precision.bf16, Offload.none),
-        (3, 2, Precision.fp32, Offload.none),
-        (3, 1, Precision.bf16, Offload.optimizer),
-        (3, 2, Precision.bf16, Offload.parameters),
+    for stage, experts, precision, offload, adapter in [
+        (0, 2, Precision.fp32, Offload.none, NoAdapterConfig()),
+        (1, 1, Precision.fp32, Offload.none, NoAdapterConfig()),
+        (1, 2, Precision.bf16, Offload.none, NoAdapterConfig()),
+        (2, 1, Precision.bf16, Offload.none, NoAdapterConfig()),
+        (2, 2, Precision.fp32, Offload.none, NoAdapterConfig()),
+        (2, 2, Precision.fp32, Offload.optimizer, NoAdapterConfig()),
+        (3, 1, Precision.bf16, Offload.none, NoAdapterConfig()),
+        (3, 2, Precision.fp32, Offload.none, NoAdapterConfig()),
+        (3, 1, Precision.bf16, Offload.optimizer, NoAdapterConfig()),
+        (3, 2, Precision.bf16, Offload.parameters, NoAdapterConfig()),
+        (1, 2, Precision.bf16, Offload.none, ADAPTER),
+        (2, 2, Precision.fp32, Offload.none, replace(ADAPTER, quantize_base=QuantizeBase.nf4)),
+        (3, 1, Precision.bf16, Offload.none, ADAPTER),
     ]
 }
 
@@ -79,13 +94,14 @@ def measure(directory: Path) -> dict[str, int]:
     found, engines = {}, []
     lean = directory / "lean.json"
     lean.write_text(json.dumps({"zero_optimization": LEAN}))
-    for name, (parallel, precision) in LAYOUTS.items():
+    for name, (parallel, precision, adapter) in LAYOUTS.items():
         cfg = TrainConfig(
             run_dir=str(directory),
             model=MODEL,
             data=DataConfig(dir="none", sequence_length=16),
             trainer=TrainerConfig(max_steps=9, global_batch_size=4, micro_batch_size=1, precision=precision),
             parallel=replace(parallel, deepspeed_config=str(lean)),
+            adapter=adapter,
         )
         before = held()
         model = build_model(cfg, build_mesh(cfg.parallel, init_distributed("cpu")))
@@ -101,9 +117,10 @@ def measure(directory: Path) -> dict[str, int]:
                 engine.step(torch.isnan)
         found[name] = held() - before
         saved, adamw = engine.state()
-        tensors = [*saved.parameters(), *(adamw.state[p][key] for p in saved.parameters() for key in MOMENTS)]
+        trained = trained_parameters(saved)
+        tensors = [*trained, *(adamw.state[p][key] for p in trained for key in MOMENTS)]
         found[f"save of {name}"] = sum(local_tensor(tensor).nbytes for tensor in tensors)
-        del saved, adamw, tensors
+        del saved, adamw, trained, tensors
         engines.append(engine)  # not everything goes with it: the next one is measured beside it
     return found
 
@@ -115,12 +132,15 @@ def measured(tmp_path_factory: pytest.TempPathFactory) -> dict[str, int]:
 
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_state_is_what_the_plan_says(measured: dict[str, int], name: str) -> None:
-    parallel, precision = LAYOUTS[name]
+    parallel, precision, cfg = LAYOUTS[name]
+    adapter = adapter_plan(cfg)
     layout = ParallelLayout(
         parallel.strategy, RANKS, parallel.expert_parallel_size, 1, parallel.zero_stage, parallel.offload
     )
     batch = MicroBatch(1, 16, precision, ActivationCheckpointing.none)
     config = olmoe_config(MODEL)
-    planned = deepspeed_memory(config, layout, batch).state + host_memory(config, layout, batch)
+    planned = deepspeed_memory(config, layout, batch, adapter).state + host_memory(
+        config, layout, batch, adapter
+    )
     assert planned == pytest.approx(measured[name], rel=0.001)
-    assert save_memory(config, layout) == measured[f"save of {name}"]
+    assert save_memory(config, layout, adapter) == measured[f"save of {name}"]

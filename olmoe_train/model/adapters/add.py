@@ -15,6 +15,7 @@ from olmoe_train.model.adapters.linear import LoraEmbedding, LoraHead, LoraLinea
 from olmoe_train.model.adapters.nf4 import Nf4Weight
 from olmoe_train.model.adapters.spec import ATTENTION, EMBEDDINGS, EXPERTS, LM_HEAD, AdapterSpec
 from olmoe_train.model.initialization import generator_of
+from olmoe_train.model.moe.block import OlmoeTopKRouter
 
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
 
@@ -128,6 +129,27 @@ def quantizable(model: OlmoeForCausalLM) -> Iterator[tuple[str, nn.Module, str, 
             yield f"{name}.down_proj", module, "down_proj", "down_nf4"
         elif isinstance(module, LoraLinear):
             yield f"{name}.weight", module, "weight", "nf4"
+
+
+def freeze_base(model: OlmoeForCausalLM, dtype: torch.dtype, quantized: bool) -> None:
+    """Give the frozen weights of a meta model the dtype that they are held in, in place.
+
+    No update needs the fp32 values of a frozen weight. The router computes in fp32 and stays fp32.
+
+    Args:
+        model: A model with an adapter, on the meta device.
+        dtype: Data type of the computation.
+        quantized: Whether the adapted weights are held in NF4.
+    """
+    if dtype is not torch.float32:
+        for module in model.modules():
+            for name, parameter in list(module.named_parameters(recurse=False)):
+                if not parameter.requires_grad and not isinstance(module, OlmoeTopKRouter):
+                    frozen = nn.Parameter(parameter.to(dtype), requires_grad=False)
+                    module.register_parameter(name, frozen)
+        model.tie_weights()
+    if quantized:
+        quantize_base(model)
 
 
 def quantize_base(model: OlmoeForCausalLM) -> None:

@@ -109,6 +109,8 @@ def _gain(magnitude_EO: Tensor, weight: Weight, a_ELI: Tensor, b_EOL: Tensor, sc
 def pad_rank(a_ELI: Tensor, b_EOL: Tensor) -> tuple[Tensor, Tensor]:
     """Pad the rank with zeros to a multiple of 16 bytes, which F.grouped_mm requires of every row."""
     missing = -a_ELI.shape[1] % (16 // a_ELI.dtype.itemsize)
+    if missing == 0:  # F.pad would copy
+        return a_ELI, b_EOL
     return F.pad(a_ELI, (0, 0, 0, missing)), F.pad(b_EOL, (0, missing))
 
 
