@@ -36,10 +36,15 @@ def resolve_adapter(composed: DictConfig) -> None:
             raise UserError(f"model.adapter_from={source}: nothing trains it; set adapter=lora (or dora)")
         return
     values: dict[str, Any] = {name: getattr(LoraConfig(), name) for name in FROM_FILE}
-    if source is not None and not OmegaConf.is_missing(composed.model, "init_from"):
+    # Without init_from, which the preflight checks require, the adapter's model is not known.
+    has_model = not OmegaConf.is_missing(composed.model, "init_from") and composed.model.init_from is not None
+    if source is not None and has_model:
         model = OmegaConf.to_object(composed.model)
         assert isinstance(model, ModelConfig)
-        spec, _ = read_peft(Path(source).expanduser(), olmoe_config(model))
+        try:
+            spec, _ = read_peft(Path(source).expanduser(), olmoe_config(model))
+        except UserError as error:
+            raise UserError(f"model.adapter_from={source}: {error}") from None
         values = _values_of(spec)
         _refuse_contradictions(adapter, kind, values, spec, source)
     for name, value in values.items():

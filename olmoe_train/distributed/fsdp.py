@@ -1,6 +1,7 @@
 """FSDP2: units of parameters, their sharding, and the prefetch of weights."""
 
 import torch
+from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import Shard
@@ -38,7 +39,8 @@ def shard(model: OlmoeForCausalLM, mesh: Mesh, precision: Precision, parallel: P
         layers.append(_shard_layer(layer, mesh, policy, parallel.reshard_after_forward))
     _prefetch(layers, parallel.prefetch if parallel.strategy is Strategy.fsdp else 0)
     data = _data_mesh(mesh.dense, "shard")
-    fully_shard(model, mesh=data, mp_policy=policy, reshard_after_forward=False)
+    kept = _kept_as_they_are(model, mesh.dense["shard"].size())
+    fully_shard(model, mesh=data, mp_policy=policy, reshard_after_forward=False, ignored_params=kept)
     register_fsdp_forward_method(model, "training_forward")
     for unit in model.modules():
         if isinstance(unit, FSDPModule):
@@ -57,7 +59,8 @@ def _shard_layer(
     if policy.param_dtype is not None:
         # The router's weights and gradients stay fp32, and a unit has one dtype. A router is small, so its
         # gathered weights are kept until backward.
-        units.append(fully_shard(layer.mlp.gate, mesh=data, reshard_after_forward=False))
+        kept = _kept_as_they_are(layer.mlp.gate, mesh.dense["shard"].size())
+        units.append(fully_shard(layer.mlp.gate, mesh=data, reshard_after_forward=False, ignored_params=kept))
     if mesh.expert is not None:
         expert_ranks = mesh.expert["expert_shard"].size()
         experts = fully_shard(
@@ -66,6 +69,7 @@ def _shard_layer(
             shard_placement_fn=lambda parameter: inside_experts(expert_ranks, parameter.shape),
             mp_policy=policy,
             reshard_after_forward=reshard and _gathered(mesh.expert, "expert_shard"),
+            ignored_params=_kept_as_they_are(layer.mlp.experts, mesh.expert["expert_shard"].size()),
         )
         units.append(experts)
     ranks = mesh.dense["shard"].size()
@@ -77,6 +81,7 @@ def _shard_layer(
         ),
         mp_policy=policy,
         reshard_after_forward=reshard and _gathered(mesh.dense, "shard"),
+        ignored_params=_kept_as_they_are(layer, ranks),
     )
     return [unit, *units]
 
@@ -88,6 +93,15 @@ def inside_experts(ranks: int, shape: torch.Size) -> Shard:
     ranks; its lora_A is then sharded along its last dimension.
     """
     return Shard(1 if shape[1] % ranks == 0 else 2)
+
+
+def _kept_as_they_are(module: nn.Module, ranks: int) -> set[nn.Parameter]:
+    """The parameters that FSDP2 leaves alone: the frozen ones, if a rank has a whole copy.
+
+    They already have the dtype of the computation. FSDP2 would copy them, from a shard that is the whole
+    parameter.
+    """
+    return {p for p in module.parameters() if not p.requires_grad} if ranks == 1 else set()
 
 
 def _prefetch(layers: list[list[FSDPModule]], ahead: int) -> None:

@@ -61,7 +61,7 @@ class AdapterCounts:
         if self.quantized:
             text += (
                 f"; {self.quantized / self.base:.1%} of the model is held in 4 bits, "
-                f"{self.quantized * (0.5 + 4 / BLOCK) / 2**30:.2f} GiB with its scales"
+                f"{self.quantized * (0.5 + 4 / BLOCK) / 10**6:,.1f} MB with its scales"
             )
         return text
 

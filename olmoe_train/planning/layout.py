@@ -162,4 +162,6 @@ def _unit(parameters: Mapping[str, Tensor], shard_size: int, inside: bool = Fals
         sharded += part
         trained += part if parameter.requires_grad else 0
         held += part * parameter.itemsize
-    return Unit(sharded, sharded * shard_size, shard_size, trained, held)
+    # Where a rank has a whole copy, frozen parameters are not copied (distributed/fsdp.py).
+    gathered = trained if shard_size == 1 else sharded * shard_size
+    return Unit(sharded, gathered, shard_size, trained, held)

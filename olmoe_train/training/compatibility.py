@@ -113,8 +113,9 @@ def check_changes(
 
     Raises:
         UserError: A change affects the result and checkpoint.allow_changes does not name its key. The message
-            lists all such changes.
+            lists all such changes. Or the checkpoint holds an adapter of another base.
     """
+    _check_base(saved.get("base"), now["base"], checkpoint)
     allowed = [current_key(key) for key in allow_changes]
     refused = []
     for change in changes(saved, now):
@@ -131,6 +132,16 @@ def check_changes(
         raise UserError("\n  ".join([what, *map(str, refused), fix]))
 
 
+def _check_base(saved: dict[str, str] | None, now: dict[str, str] | None, checkpoint: Path) -> None:
+    """Refuse an adapter of other weights; no key allows that. The path of the weights may change."""
+    if saved is not None and now is not None and saved["xxh3_128"] != now["xxh3_128"]:
+        raise UserError(
+            f"{checkpoint} holds an adapter of other weights than those of model.init_from ({now['path']}): "
+            f"their hash is {now['xxh3_128']}, and that of the adapter's base {saved['xxh3_128']}; set "
+            f"model.init_from to the model that was at {saved['path']}"
+        )
+
+
 def changes(saved: dict[str, Any], now: dict[str, Any]) -> list[Change]:
     """Return every difference between two fingerprints, one `Change` per key.
 
@@ -140,7 +151,6 @@ def changes(saved: dict[str, Any], now: dict[str, Any]) -> list[Change]:
         _flat(current_saved_config(of["config"]))
         | {f"scheduler ({key})": value for key, value in of["schedule"].items()}
         | {f"data ({key})": value for key, value in of["fingerprint"].items() if key not in ALSO_CONFIG}
-        | {"adapter (hash of the base's weights)": (of.get("base") or {}).get("xxh3_128")}
         for of in (saved, now)
     )
     keys = [key for key in before | after if before.get(key) != after.get(key)]

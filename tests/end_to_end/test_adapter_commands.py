@@ -26,9 +26,10 @@ def command(line: str, cwd: Path, stdin: str = "") -> str:
     return result.stdout
 
 
-@pytest.fixture
-def home(tmp_path: Path) -> Path:
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A directory with a model in HF_DIR, and prepared conversations."""
+    tmp_path = tmp_path_factory.mktemp("home")
     base = write_tokenizer(tmp_path / "HF_DIR", TEMPLATES["chatml"])
     torch.manual_seed(0)
     OlmoeForCausalLM(OlmoeConfig(**MODEL)).save_pretrained(base)
@@ -81,8 +82,9 @@ def test_a_run_in_4_bits_starts_from_an_adapter(home: Path) -> None:
     recipe = "model.init_from=HF_DIR data.dir=prepared/chats trainer.precision=fp32 trainer.stop_at_step=2"
     command(f"train experiment=olmoe_qlora {recipe}", home)
     assert "64.7% of the model is held in 4 bits" in (home / "runs/olmoe_qlora/log.txt").read_text()
-    command("export source=runs/olmoe_qlora out=adapter format=peft", home)
-    command(f"train experiment=olmoe_qlora {recipe} model.adapter_from=adapter run_dir=runs/continued", home)
+    command("export source=runs/olmoe_qlora out=quantized format=peft", home)
+    continued = "model.adapter_from=quantized run_dir=runs/continued"
+    command(f"train experiment=olmoe_qlora {recipe} {continued}", home)
     first, second = (
         [json.loads(line) for line in (home / "runs" / name / "metrics.jsonl").read_text().splitlines()]
         for name in ("olmoe_qlora", "continued")

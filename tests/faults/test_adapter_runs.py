@@ -1,7 +1,9 @@
 """Runs that train an adapter: exact and elastic resume, the frozen base, and another base."""
 
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -9,18 +11,26 @@ import pytest
 import torch
 from torch import Tensor
 
+from olmoe_train.checkpoint.convert.export import write_adapter
 from olmoe_train.checkpoint.convert.stored_model import load_stored_model, open_stored_model
 from olmoe_train.checkpoint.directory import checkpoint_path
 from olmoe_train.checkpoint.sharded import model_tensor_names, open_model_tensors
 from olmoe_train.config.adapter import DoraConfig, LoraConfig
-from olmoe_train.config.choices import ActivationCheckpointing, Strategy
+from olmoe_train.config.choices import (
+    ActivationCheckpointing,
+    Precision,
+    QuantizeBase,
+    RouterTraining,
+    Strategy,
+)
 from olmoe_train.config.model import olmoe_config
 from olmoe_train.config.optimizer import AdamWConfig
 from olmoe_train.config.train import ParallelConfig, TrainConfig
 from olmoe_train.model import OlmoeForCausalLM
 from olmoe_train.model.adapters.merge import merged
+from olmoe_train.training.engine.base import Engine
 from olmoe_train.utils.errors import UserError
-from tests.support.faults import assert_same_end, config, metrics, run, write_data
+from tests.support.faults import assert_same_end, change_engine, config, metrics, run, write_data
 from tests.support.hf_directories import edit_tensors
 from tests.support.ranks import RankError, run_ranks
 from tests.support.runs import PARTITION_ALL
@@ -127,10 +137,45 @@ def test_another_base_is_refused(adapter_config: AdapterRun, parts: Path, tmp_pa
         cfg = replace(cfg, parallel=ParallelConfig(), model=replace(cfg.model, init_from=str(moved)))
         run_ranks(1, run, replace(cfg, trainer=replace(cfg.trainer, stop_at_step=3)))
         assert open_stored_model(cfg.run_dir).adapter is not None
+        copy = shutil.copytree(moved, tmp_path / "copy")
         edit_tensors(moved, lambda tensors: tensors["lm_head.weight"][0].add_(1e-3))
-        with pytest.raises(RankError, match=r"adapter \(hash of the base's weights\): \w+ in the checkpoint"):
+        with pytest.raises(RankError, match="holds an adapter of other weights than those of"):
             run_ranks(1, run, replace(cfg, trainer=replace(cfg.trainer, stop_at_step=4)))
         with pytest.raises(UserError, match="has other weights than the base that the adapter was trained"):
             open_stored_model(cfg.run_dir)
+        # The fix that the message names: config.yaml counts, although the checkpoint's path exists, too.
+        path = Path(cfg.run_dir) / "config.yaml"
+        path.write_text(path.read_text().replace(str(moved), str(copy)))
+        assert open_stored_model(cfg.run_dir).adapter is not None
     finally:
         moved.rename(parts / "base")
+
+
+def test_a_peft_export_is_written_once(adapter_config: AdapterRun, tmp_path: Path) -> None:
+    # 8 / 49 * 49 is not 8 in floating point.
+    adapter = LoraConfig(rank=49, alpha=8.0, router=RouterTraining.full)
+    trainer = {"max_steps": 2}
+    cfg = adapter_config(tmp_path / "run", adapter, parallel=ParallelConfig(), trainer=trainer)
+    run_ranks(1, run, cfg)
+    out = tmp_path / "out"
+    assert write_adapter(open_stored_model(cfg.run_dir), out)
+    assert not write_adapter(open_stored_model(cfg.run_dir), out)
+    with pytest.raises(UserError, match="is not empty, and does not hold this adapter: choose another"):
+        write_adapter(open_stored_model(cfg.run_dir, "1"), out)
+
+
+def assert_fp32_scales(engine: Engine) -> None:
+    scales = [buffer for name, buffer in engine.model.named_buffers() if name.endswith("absmax")]
+    assert len(scales) == 2 * (4 + 2)
+    assert {scale.dtype for scale in scales} == {torch.float32}
+
+
+def test_deepspeed_in_bf16_keeps_the_scales_of_a_quantized_base(
+    adapter_config: AdapterRun, tmp_path: Path
+) -> None:
+    """In bf16 the base would be another one than that of an export, and of every other strategy."""
+    adapter = LoraConfig(rank=4, alpha=12.0, quantize_base=QuantizeBase.nf4)
+    parallel = ParallelConfig(strategy=Strategy.deepspeed, zero_stage=2)
+    trainer = {"precision": Precision.bf16, "max_steps": 1}
+    cfg = adapter_config(tmp_path / "run", adapter, parallel=parallel, trainer=trainer)
+    run_ranks(1, run, cfg, partial(change_engine, assert_fp32_scales))

@@ -104,7 +104,7 @@ class SavedAdapter:
     """Whether the base was in NF4."""
     base: BaseIdentity
     base_name: str
-    """model.init_from of the run."""
+    """Name of the base on the hub, or its absolute path."""
     names: frozenset[str]
     """Names of all trained tensors, those of a trained router included."""
     read: Read
@@ -143,11 +143,12 @@ def open_adapter(checkpoint: Path) -> SavedAdapter | None:
     spec = saved_adapter_spec(section)
     if spec is None:
         return None
+    base, model = BaseIdentity(**state["base"]), state["config"]["model"]
     return SavedAdapter(
         spec,
         saved_quantizes_base(section),
-        BaseIdentity(**state["base"]),
-        state["config"]["model"]["init_from"],
+        base,
+        model["init_from"] if model.get("revision") is not None else base.path,
         frozenset(model_tensor_names(checkpoint)),
         open_model_tensors(checkpoint),
     )

@@ -104,7 +104,8 @@ def _open_adapted(
     values = OmegaConf.to_container(OmegaConf.load(run_dir / RUN_CONFIG))
     assert isinstance(values, dict)
     section = values["model"]
-    places = [adapter.base.path, section["init_from"]]
+    # config.yaml comes first: a user can correct it, but not the path in the checkpoint.
+    places = [section["init_from"], adapter.base.path]
     found = [place for place in places if Path(place).expanduser().exists()]
     if not found:
         raise UserError(

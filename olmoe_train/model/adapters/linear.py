@@ -85,7 +85,7 @@ class LoraEmbedding(nn.Embedding):
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002  the name in nn.Embedding
         out = super().forward(input)
         a_RV, b_DR = self.lora_A.to(out.dtype), self.lora_B.to(out.dtype)
-        out = out + F.linear(F.embedding(input, a_RV.t()) * self.scale, b_DR)
+        out = out + F.linear(F.embedding(input, a_RV.t(), self.padding_idx) * self.scale, b_DR)
         if self.magnitude is not None:
             out = out * gain(self.magnitude, self.weight.t(), a_RV, b_DR, self.scale).to(out.dtype)
         return out

@@ -11,6 +11,7 @@ with A = B = 0 for the others: their gradients are 0, so they stay untrained, as
 Shapes: E experts, R rank, I and O the widths of a weight, D hidden, F expert width.
 """
 
+import math
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,12 +24,7 @@ from torch import Tensor
 
 from olmoe_train.model import OlmoeConfig, OlmoeForCausalLM
 from olmoe_train.model.adapters.add import add_adapter, is_adapter_parameter
-from olmoe_train.model.adapters.peft_write import (
-    CONFIG,
-    PREFIX,
-    TARGET_MODULES,
-    WEIGHTS,
-)
+from olmoe_train.model.adapters.peft_write import CONFIG, PREFIX, TARGET_MODULES, WEIGHTS
 from olmoe_train.model.adapters.spec import EXPERTS, TARGETS, AdapterSpec
 from olmoe_train.utils.errors import UserError
 from olmoe_train.utils.files import read_json_object
@@ -117,11 +113,6 @@ def read_peft(directory: Path, config: OlmoeConfig) -> tuple[AdapterSpec, dict[s
     if not file.pairs:
         raise file.refuse("holds no LoRA matrices of an OLMoE's weights")
     return _normalized(file, config)
-
-
-def read_peft_spec(directory: Path, config: OlmoeConfig) -> AdapterSpec:
-    """The adapter in a directory, without its tensors. Raises UserError as `read_peft`."""
-    return read_peft(directory, config)[0]
 
 
 def _open(directory: Path, config: OlmoeConfig) -> _File:
@@ -263,9 +254,11 @@ def _normalized(file: _File, config: OlmoeConfig) -> tuple[AdapterSpec, dict[str
     scale = max(pair.scale for pair in file.pairs.values())
     rslora = bool(file.config.get("use_rslora"))
     dora = bool(file.config.get("use_dora"))
+    alpha, stored_alpha = scale * (rank**0.5 if rslora else rank), float(file.config["lora_alpha"])
     spec = AdapterSpec(
         rank=rank,
-        alpha=scale * (rank**0.5 if rslora else rank),
+        # alpha / rank * rank is not alpha in floating point, for example for 8 and 49.
+        alpha=stored_alpha if math.isclose(alpha, stored_alpha) else alpha,
         targets=tuple(target for target in TARGETS if any(_is_target(name, target) for name in file.pairs)),
         dropout=float(file.config.get("lora_dropout") or 0.0),
         rslora=rslora,

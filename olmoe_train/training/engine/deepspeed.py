@@ -27,9 +27,7 @@ from olmoe_train.checkpoint.sharded import MOMENTS, load_checkpoint, persistent_
 from olmoe_train.config.optimizer import OptimizerConfig
 from olmoe_train.config.train import ParallelConfig, TrainerConfig
 from olmoe_train.distributed.deepspeed_config import deepspeed_config
-from olmoe_train.distributed.expert_parallel import (
-    apply_expert_parallelism,
-)
+from olmoe_train.distributed.expert_parallel import apply_expert_parallelism
 from olmoe_train.distributed.fsdp import shard
 from olmoe_train.distributed.materialize import shard_slices
 from olmoe_train.distributed.mesh import build_mesh, local_tensor
@@ -268,7 +266,8 @@ class ZeroEngine:
 
 def _gather(tensor: Tensor) -> Tensor:
     """Gather a sharded tensor. With expert parallelism, gather only this rank's experts. Collective."""
-    assert isinstance(tensor, DTensor)
+    if not isinstance(tensor, DTensor):
+        return tensor  # frozen, on one rank
     names = tensor.device_mesh.mesh_dim_names
     assert names is not None
     placements = [Shard(0) if name == "expert" else Replicate() for name in names]

@@ -70,22 +70,16 @@ def build_zero_model(
     is partitioned as soon as it is allocated."""
     import deepspeed
 
-    with torch.device("meta"):
-        model = OlmoeForCausalLM(stored.config)
-    if stored.adapter is not None:
-        add_adapter(model, stored.adapter)
-        if quantized_weights(stored):
-            quantize_base(model)
-    model.set_experts_backend(stored.decoder_layers[0].mlp.experts.backend)
-    if stored.balancer is not None:
-        model.set_balancer(stored.balancer)
+    model = _meta_copy(stored)
     if parallel.expert_parallel_size > 1:
         _keep_own_experts(model, parallel.expert_parallel_size)
     checkpoint_activations(model, trainer.activation_checkpointing)
     if trainer.compile:
         compile_layers(model)
     if trainer.precision is Precision.bf16:
-        model.bfloat16()
+        # Not model.bfloat16(), which would round the fp32 scales of quantized weights, too.
+        for parameter in model.parameters():
+            parameter.data = parameter.data.bfloat16()
     for part in (model.model.embed_tokens, *model.model.layers, model.model.norm, model.lm_head):
         part.to_empty(device=device)
         if part is model.lm_head:
@@ -96,6 +90,20 @@ def build_zero_model(
             _mark_experts(part, parallel.expert_parallel_size)
         if parallel.zero_stage == 3:
             deepspeed.zero.Init(module=part, config_dict_or_path=config)
+    return model
+
+
+def _meta_copy(stored: OlmoeForCausalLM) -> OlmoeForCausalLM:
+    """A whole model like `stored` on the meta device, with its adapter, kernels and balancer."""
+    with torch.device("meta"):
+        model = OlmoeForCausalLM(stored.config)
+    if stored.adapter is not None:
+        add_adapter(model, stored.adapter)
+        if quantized_weights(stored):
+            quantize_base(model)
+    model.set_experts_backend(stored.decoder_layers[0].mlp.experts.backend)
+    if stored.balancer is not None:
+        model.set_balancer(stored.balancer)
     return model
 
 

@@ -75,7 +75,7 @@ def adapter_warnings(cfg: TrainConfig) -> list[str]:
     adapter, warnings = cfg.adapter, []
     if not isinstance(adapter, LoraConfig):
         return []
-    if adapter.router is RouterTraining.frozen:
+    if adapter.router is RouterTraining.frozen and cfg.model.num_experts > 1:
         warnings += [
             f"loss.{name} has no effect: the routers are frozen (adapter.router=frozen), and the router "
             "losses are only reported"
