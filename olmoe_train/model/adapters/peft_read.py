@@ -47,6 +47,8 @@ _UNUSED: dict[str, tuple[Any, ...]] = {
     "velora_config": (None,),
     "monteclora_config": (None,),
 }
+# Values of init_lora_weights with which PEFT takes the initial adapter out of the base weights.
+_CHANGE_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 _MATRIX = re.compile(
     r"(.+)\.(?:lora_([AB])\.weight|lora_embedding_([AB])|lora_(magnitude)_vector(?:\.weight)?)"
 )
@@ -79,11 +81,22 @@ class _File:
         return UserError(f"{self.path}: {what}")
 
     def scale(self, name: str, rank: int) -> float:
-        """The scale of the weight or module `name`, by PEFT's rule for alpha_pattern."""
-        patterns = self.config.get("alpha_pattern") or {}
-        found = next((key for key in patterns if re.match(rf"(.*\.)?({key})$", name)), None)
-        alpha = float(self.config["lora_alpha"] if found is None else patterns[found])
+        """The scale of the weight or module `name`, whose lora_A has this rank.
+
+        Raises:
+            UserError: The configuration says another rank.
+        """
+        expected = self._value("r", "rank_pattern", name)
+        if rank != expected:
+            raise self.refuse(f"{name} has rank {rank}, and {CONFIG} says {expected:g}")
+        alpha = self._value("lora_alpha", "alpha_pattern", name)
         return alpha / (rank**0.5 if self.config.get("use_rslora") else rank)
+
+    def _value(self, key: str, patterns_key: str, name: str) -> float:
+        """A value for one weight or module, by PEFT's rule for patterns."""
+        patterns = self.config.get(patterns_key) or {}
+        found = next((text for text in patterns if re.match(rf"(.*\.)?({text})$", name)), None)
+        return float(self.config[key] if found is None else patterns[found])
 
 
 def read_peft(directory: Path, config: OlmoeConfig) -> tuple[AdapterSpec, dict[str, Tensor]]:
@@ -112,6 +125,9 @@ def read_peft(directory: Path, config: OlmoeConfig) -> tuple[AdapterSpec, dict[s
     _join_gate_and_up(file)
     if not file.pairs:
         raise file.refuse("holds no LoRA matrices of an OLMoE's weights")
+    for name, pair in file.pairs.items():
+        if pair.a is None or pair.b is None or (pair.magnitude is None) == bool(file.config.get("use_dora")):
+            raise file.refuse(f"{name}: lora_A, lora_B and, with use_dora, the magnitude must all be there")
     return _normalized(file, config)
 
 
@@ -130,8 +146,15 @@ def _open(directory: Path, config: OlmoeConfig) -> _File:
     for key, unused in _UNUSED.items():
         if key in values and values[key] not in unused and values[key] not in ([], {}):
             raise UserError(f"{directory / CONFIG}: {key}={values[key]} cannot be represented here")
-    if not isinstance(values.get("r"), int) or not isinstance(values.get("lora_alpha"), int | float):
-        raise UserError(f"{directory / CONFIG}: r and lora_alpha must be numbers")
+    numbers = (values.get("r"), values.get("lora_alpha"))
+    if not all(isinstance(number, int | float) and number > 0 for number in numbers):
+        raise UserError(f"{directory / CONFIG}: r and lora_alpha must be positive numbers")
+    if str(values.get("init_lora_weights")).startswith(_CHANGE_THE_BASE):
+        raise UserError(
+            f"{directory / CONFIG}: init_lora_weights={values['init_lora_weights']} changed the base model, "
+            "so the adapter does not fit the base itself; convert it to plain LoRA with PEFT "
+            "(save_pretrained with path_initial_model_for_weight_conversion)"
+        )
     try:
         stored = load_file(path)
     except (OSError, SafetensorError) as error:
@@ -151,14 +174,20 @@ def _is_transposed(file: _File, config: OlmoeConfig) -> bool:
     if not stacked:
         return False
     version = str(file.config.get("peft_version", ""))
-    numbers = re.match(r"(\d+)\.(\d+)", version)
-    older = numbers is not None and (int(numbers[1]), int(numbers[2])) < (0, 19)
-    if numbers is None and 2 * config.intermediate_size == config.hidden_size:
-        raise file.refuse(
-            f"the layout of the experts is not known: {CONFIG} has no peft_version, and gate_up_proj is "
-            'square; add "peft_version" with the version of PEFT that wrote the file'
-        )
-    return older
+    if (numbers := re.match(r"(\d+)\.(\d+)", version)) is not None:
+        return (int(numbers[1]), int(numbers[2])) < (0, 19)
+    # PEFT before 0.18 wrote no version. The width of an A tells, unless its weight is square.
+    hidden, width = config.hidden_size, config.intermediate_size
+    for key in stacked:
+        if key.endswith(".lora_A.weight"):
+            is_down = _stacked_name(file, key.removesuffix(".lora_A.weight")).endswith("down_proj")
+            now, before = (width, hidden) if is_down else (hidden, 2 * width)
+            if now != before:
+                return file.tensors[key].shape[1] == before
+    raise file.refuse(
+        f"the layout of the experts is not known: {CONFIG} has no peft_version, and the adapted weight is "
+        'square; add "peft_version" with the version of PEFT that wrote the file'
+    )
 
 
 def _add(file: _File, key: str, tensor: Tensor, transposed: bool) -> None:
@@ -167,6 +196,8 @@ def _add(file: _File, key: str, tensor: Tensor, transposed: bool) -> None:
     if match is None:
         raise file.refuse(f"{key}: no tensor of a LoRA or DoRA adapter, or of a router")
     module, kind = match[1], match[2] or match[3] or match[4]
+    if kind != "magnitude" and tensor.ndim != 2:
+        raise file.refuse(f"{key} {list(tensor.shape)} is no matrix")
     name, experts = f"{module}.weight", 0
     if module.endswith((".mlp.experts", ".mlp.experts.base_layer")):
         name, experts = _stacked_name(file, module), file.experts
@@ -271,7 +302,7 @@ def _normalized(file: _File, config: OlmoeConfig) -> tuple[AdapterSpec, dict[str
     expected = {name: p.shape for name, p in model.named_parameters() if p.requires_grad}
     tensors = dict(file.routers)
     for name, pair in file.pairs.items():
-        tensors |= _tensors_of(file, name, pair, spec)
+        tensors |= _tensors_of(name, pair, spec)
     _check(file, tensors, expected)
     for name, shape in expected.items():
         if name not in tensors:
@@ -281,9 +312,9 @@ def _normalized(file: _File, config: OlmoeConfig) -> tuple[AdapterSpec, dict[str
     return spec, tensors
 
 
-def _tensors_of(file: _File, name: str, pair: _Pair, spec: AdapterSpec) -> dict[str, Tensor]:
-    if pair.a is None or pair.b is None or (pair.magnitude is None) == spec.dora:
-        raise file.refuse(f"{name}: lora_A, lora_B and, with use_dora, the magnitude must all be there")
+def _tensors_of(name: str, pair: _Pair, spec: AdapterSpec) -> dict[str, Tensor]:
+    assert pair.a is not None
+    assert pair.b is not None
     padding = spec.rank - pair.a.shape[-2]
     module, _, kind = name.rpartition(".")
     prefix = f"{module}.{kind.removesuffix('proj')}" if ".mlp.experts" in module else f"{module}."

@@ -261,7 +261,7 @@ def test_adapters_per_expert_are_read(rslora: bool, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("width", [24, 16])
 def test_the_transposed_layout_of_peft_0_18_is_read(width: int, tmp_path: Path) -> None:
-    """There A is [E R, O] and B is [I, R E]. With width 16 only peft_version tells the layouts apart."""
+    """There A is [E R, O] and B is [I, R E]. With width 16 the file of gate_up_proj alone does not tell."""
     ours, theirs, rank = pair({"hidden_size": 32, "intermediate_size": width, "num_experts": 4, "rank": 8})
     files: dict[str, Tensor] = {}
     weights = {name: p.detach().clone() for name, p in theirs.named_parameters()}
@@ -283,13 +283,20 @@ def test_the_transposed_layout_of_peft_0_18_is_read(width: int, tmp_path: Path) 
     logits = expected(IDS_BS).logits.detach()
     assert error(merged_logits(theirs, spec, tensors), logits) < 1e-5 * logits.abs().max().item()
 
-    write_files(tmp_path / "unknown", config, files)  # no peft_version
+    write_files(tmp_path / "before-0.18", config, files)  # no peft_version: the shapes tell
+    again, found = read_peft(tmp_path / "before-0.18", ours.config)
+    assert again == spec
+    assert all(torch.equal(found[name], tensors[name]) for name in tensors)
+    of_gate_up = {
+        key.replace(".base_layer", ""): tensor for key, tensor in files.items() if ".base_layer" in key
+    }
+    config["target_parameters"] = EXPERT_PARAMETERS[:1]
+    write_files(tmp_path / "gate-up", config, of_gate_up)
     if width == 16:
-        with pytest.raises(UserError, match="has no peft_version, and gate_up_proj is square"):
-            read_peft(tmp_path / "unknown", ours.config)
+        with pytest.raises(UserError, match="has no peft_version, and the adapted weight is square"):
+            read_peft(tmp_path / "gate-up", ours.config)
     else:
-        with pytest.raises(UserError, match="in this model"):
-            read_peft(tmp_path / "unknown", ours.config)
+        assert read_peft(tmp_path / "gate-up", ours.config)[0].rank == rank
 
 
 # --- refusals ---------------------------------------------------------------------------------------------
@@ -308,7 +315,11 @@ def set_nan(tensors: dict[str, Tensor]) -> None:
         (lambda c, t: c.update(peft_type="LOHA"), "peft_type=LOHA: only LORA can be read"),
         (lambda c, t: c.update(bias="all"), "bias=all cannot be represented"),
         (lambda c, t: c.update(trainable_token_indices=[3]), "trainable_token_indices="),
-        (lambda c, t: c.pop("r"), "r and lora_alpha must be numbers"),
+        (lambda c, t: c.pop("r"), "r and lora_alpha must be positive numbers"),
+        (lambda c, t: c.update(lora_alpha=0), "r and lora_alpha must be positive numbers"),
+        (lambda c, t: c.update(r=5), "has rank 8, and adapter_config.json says 5"),
+        (lambda c, t: c.update(init_lora_weights="pissa_niter_4"), "changed the base model"),
+        (lambda c, t: t.update({Q_PROJ: torch.zeros(8)}), r"q_proj.lora_A.weight \[8\] is no matrix"),
         (lambda c, t: set_nan(t), r"q_proj\.lora_A\.weight.*nan"),
         (lambda c, t: t.pop(Q_PROJ), "q_proj.weight: lora_A, lora_B and"),
         (lambda c, t: t.update({Q_PROJ: torch.zeros(8, 31)}), "q_proj.lora_A is .*31.* there, and"),
