@@ -205,9 +205,11 @@ class Terminal:
     """A command in a terminal of its own."""
 
     def __init__(self, *command: str) -> None:
+        # A shell starts background jobs with SIGINT ignored, and ignored signals stay so in every child.
+        heed = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)"
         spawn = f"import os, pty, sys; sys.exit(os.waitstatus_to_exitcode(pty.spawn({list(command)!r})))"
         self.process = subprocess.Popen(
-            [sys.executable, "-c", spawn],
+            [sys.executable, "-c", f"{heed}; {spawn}"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             env=command_environment() | {"TERM": "dumb"},
