@@ -11,8 +11,10 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
+from olmoe_train.model import OlmoeConfig, OlmoeForCausalLM
 from tests.end_to_end.conftest import Quickstart
 from tests.support.commands import TINY, command_environment, olmoe, run, train_command
+from tests.support.sizes import SIZES
 
 
 def status(run_dir: Path) -> dict[str, Any]:
@@ -113,7 +115,9 @@ def test_a_missing_source_is_the_users_to_mend(tmp_path: Path) -> None:
 
 
 def test_resolved_config_is_yaml(tmp_path: Path) -> None:
-    result = olmoe("train", "experiment=olmoe_sft", "--cfg", "job", cwd=tmp_path)
+    OlmoeForCausalLM(OlmoeConfig(**SIZES | {"max_position_embeddings": 96})).save_pretrained(tmp_path / "HF")
+    overrides = ("experiment=olmoe_sft", "model.init_from=HF", "data.dir=none")
+    result = olmoe("train", *overrides, "--cfg", "job", cwd=tmp_path)
     assert result.returncode == 0, result.stderr
-    assert OmegaConf.create(result.stdout).model.hidden_size == 2048
-    assert "sequence_length: 4096\n" in result.stdout  # in the preset: that of the model
+    assert OmegaConf.create(result.stdout).model.hidden_size == SIZES["hidden_size"]
+    assert "sequence_length: 96\n" in result.stdout  # in the preset: that of the model
