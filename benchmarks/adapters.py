@@ -38,12 +38,13 @@ from benchmarks.cpu_step import (
     batch,
     config_fields,
     resident,
+    step_of,
     time_steps,
 )
 from olmoe_train.distributed.compile import compile_layers
 from olmoe_train.model import OlmoeConfig, OlmoeForCausalLM
-from olmoe_train.model.adapters.add import PROJECTIONS, add_adapter, is_adapter_parameter
-from olmoe_train.model.adapters.spec import ATTENTION, EXPERTS, AdapterSpec
+from olmoe_train.model.adapters.add import PROJECTIONS, add_adapter
+from olmoe_train.model.adapters.spec import ATTENTION, EXPERTS, AdapterSpec, is_adapter_parameter
 from olmoe_train.planning.live_memory import LiveBytes, held_bytes
 
 SHAPE = Shape(
@@ -150,21 +151,6 @@ def our_loss(model: OlmoeForCausalLM) -> Callable[[Tensor], Tensor]:
 
 def optimizer_of(model: nn.Module) -> torch.optim.AdamW:
     return torch.optim.AdamW(adapter_of(model), lr=2e-4, weight_decay=0.0, fused=True)
-
-
-def step_of(
-    loss_of: Callable[[Tensor], Tensor], optimizer: torch.optim.Optimizer
-) -> Callable[[Tensor], float]:
-    """One training step of the adapter in a model: ids [B, S] -> loss."""
-
-    def step(ids_BS: Tensor) -> float:
-        loss = loss_of(ids_BS)
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        return loss.item()
-
-    return step
 
 
 def check_same(dtype: str, rank: int) -> None:

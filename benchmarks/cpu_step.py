@@ -106,6 +106,13 @@ def build_step(
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=3e-4, betas=(0.9, 0.95), weight_decay=0.1, fused=True
     )
+    return step_of(loss_of, optimizer)
+
+
+def step_of(
+    loss_of: Callable[[Tensor], Tensor], optimizer: torch.optim.Optimizer
+) -> Callable[[Tensor], float]:
+    """One training step: ids [B, S] -> loss."""
 
     def step(ids_BS: Tensor) -> float:
         loss = loss_of(ids_BS)

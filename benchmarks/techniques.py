@@ -66,7 +66,7 @@ def unfused_adamw() -> Iterator[None]:
 
 # Name -> what takes its place for the time of a step.
 WITHOUT: dict[str, Callable[[], Any]] = {
-    "rows in multiples of 32": lambda: mock.patch.object(experts, "_padding_pays", return_value=False),
+    "rows in multiples of 32": lambda: mock.patch.object(experts, "padding_pays", return_value=False),
     "gather and sum at once": lambda: mock.patch.object(experts, "sum_rows", gather_then_sum),
     "own backward of the experts": lambda: mock.patch.object(OlmoeExperts, "forward", experts_by_autograd),
     "loss in chunks": lambda: mock.patch.object(transformer, "cross_entropy_sum", whole_logits),

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import torch
 
-from olmoe_train.checkpoint.convert.export import DTYPES, with_overrides, write_adapter, write_export
+from olmoe_train.checkpoint.convert.export import with_overrides, write_adapter, write_export
 from olmoe_train.checkpoint.convert.stored_model import StoredModel, open_stored_model
 from olmoe_train.cli.app import run_verb
-from olmoe_train.config.choices import ExportFormat, StripPrefix
+from olmoe_train.config.choices import DTYPES, ExportFormat, StripPrefix
 from olmoe_train.config.verbs import ExportConfig
 from olmoe_train.utils.errors import UserError
 

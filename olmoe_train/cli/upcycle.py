@@ -7,7 +7,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
-from olmoe_train.checkpoint.convert.export import DTYPES, model_card_of, with_overrides, write_export
+from olmoe_train.checkpoint.convert.export import model_card_of, with_overrides, write_export
 from olmoe_train.checkpoint.convert.model_card import upcycled_card
 from olmoe_train.checkpoint.convert.upcycle import (
     model_overrides,
@@ -20,6 +20,7 @@ from olmoe_train.checkpoint.convert.upcycle import (
     upcycled_config,
 )
 from olmoe_train.cli.app import run_verb
+from olmoe_train.config.choices import DTYPES
 from olmoe_train.config.verbs import UpcycleConfig
 
 

@@ -3,8 +3,10 @@
 from dataclasses import dataclass, field
 from typing import Any
 
+from omegaconf import OmegaConf
+
 from olmoe_train.config.choices import AdapterScaling, AdapterTarget, QuantizeBase, RouterTraining
-from olmoe_train.config.variants import VariantConfig, register_variant
+from olmoe_train.config.variants import VARIANTS, VariantConfig, register_variant, writable
 from olmoe_train.model.adapters.spec import TARGETS, AdapterSpec
 
 FROM_FILE = ("rank", "alpha", "targets", "scaling")
@@ -92,24 +94,16 @@ def adapter_spec(cfg: AdapterConfig) -> AdapterSpec | None:
     )
 
 
-def saved_adapter_spec(section: dict[str, Any]) -> AdapterSpec | None:
-    """`adapter_spec` of the plain values of a saved configuration's section `adapter`."""
-    if section.get("name", "none") == "none":
-        return None
-    return AdapterSpec(
-        rank=section["rank"],
-        alpha=section["alpha"],
-        targets=tuple(name for name in TARGETS if name in section["targets"]),
-        dropout=section["dropout"],
-        rslora=section["scaling"] == AdapterScaling.rslora.name,
-        dora=section["name"] == DoraConfig.name,
-        trains_router=section["router"] == RouterTraining.full.name,
-    )
+def saved_adapter(section: dict[str, Any]) -> AdapterConfig:
+    """The section `adapter` of a saved configuration.
 
-
-def saved_quantizes_base(section: dict[str, Any]) -> bool:
-    """`quantizes_base` of the plain values of a saved configuration's section `adapter`."""
-    return section.get("quantize_base") == QuantizeBase.nf4.name
+    Args:
+        section: Its plain values; empty in a run from before there were adapters.
+    """
+    kind = VARIANTS["adapter"][section.get("name", NoAdapterConfig.name)]
+    cfg = OmegaConf.to_object(OmegaConf.merge(writable(OmegaConf.structured(kind)), section))
+    assert isinstance(cfg, AdapterConfig)
+    return cfg
 
 
 def quantizes_base(cfg: AdapterConfig) -> bool:

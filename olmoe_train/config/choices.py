@@ -2,10 +2,16 @@
 
 from enum import Enum
 
+import torch
+
 
 class Precision(Enum):
     bf16 = "bf16"
     fp32 = "fp32"
+
+
+DTYPES = {Precision.fp32: torch.float32, Precision.bf16: torch.bfloat16}
+"""Data type of the computation, or of exported weights."""
 
 
 class ExportFormat(Enum):

@@ -7,6 +7,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from olmoe_train.config.adapter import FROM_FILE, DoraConfig, LoraConfig
 from olmoe_train.config.choices import AdapterScaling, AdapterTarget, RouterTraining
+from olmoe_train.config.initial_model import as_yaml
 from olmoe_train.config.model import ModelConfig, olmoe_config
 from olmoe_train.model.adapters.peft_read import read_peft
 from olmoe_train.model.adapters.spec import AdapterSpec
@@ -42,7 +43,7 @@ def resolve_adapter(composed: DictConfig) -> None:
         model = OmegaConf.to_object(composed.model)
         assert isinstance(model, ModelConfig)
         try:
-            spec, _ = read_peft(Path(source).expanduser(), olmoe_config(model))
+            spec, _ = read_peft(Path(source).expanduser(), olmoe_config(model), headers_only=True)
         except UserError as error:
             raise UserError(f"model.adapter_from={source}: {error}") from None
         values = _values_of(spec)
@@ -72,17 +73,10 @@ def _refuse_contradictions(
             continue
         given = list(adapter[name]) if name == "targets" else adapter[name]
         if set(given) != set(theirs) if name == "targets" else given != theirs:
-            contradictions.append(f"adapter.{name}={_text(given)}, and {_text(theirs)} there")
+            contradictions.append(f"adapter.{name}={as_yaml(given)}, and {as_yaml(theirs)} there")
     if spec.trains_router and adapter.router is RouterTraining.frozen:
         contradictions.append("adapter.router=frozen, and trained routers there: set adapter.router=full")
     if contradictions:
         what = f"model.adapter_from={source}: the adapter there is another one:"
         fix = "remove these keys: a key that is not given has the value of model.adapter_from"
         raise UserError("\n  ".join([what, *contradictions, fix]))
-
-
-def _text(value: Any) -> str:
-    """A value as it is written in YAML."""
-    if isinstance(value, list):
-        return f"[{', '.join(map(_text, value))}]"
-    return str(getattr(value, "name", value))

@@ -4,6 +4,7 @@ A key is given if the command line, an experiment or a preset of `model` sets it
 Hydra composes onto has no value for the architecture (MISSING), so what has one afterwards was given.
 """
 
+from enum import Enum
 from pathlib import Path
 from typing import Any
 
@@ -166,7 +167,7 @@ def _take_from(model: DictConfig, stored: OlmoeConfig, init_from: str) -> None:
                 contradictions.append(f"model.{name}=null, and {theirs} there")
             model[name] = theirs
         elif model[name] not in accepted and name not in _FREE:
-            contradictions.append(f"model.{name}={_text(model[name])}, and {_text(theirs)} there")
+            contradictions.append(f"model.{name}={as_yaml(model[name])}, and {as_yaml(theirs)} there")
     if contradictions:
         what = f"model.init_from={init_from}: its configuration decides the architecture; these keys differ:"
         fix = (
@@ -178,7 +179,7 @@ def _take_from(model: DictConfig, stored: OlmoeConfig, init_from: str) -> None:
 
 def _rope_contradictions(model: DictConfig, theirs: dict[str, Any]) -> list[str]:
     return [
-        f"model.rope_parameters.{key}={_text(value)}, and {_text(theirs.get(key))} there"
+        f"model.rope_parameters.{key}={as_yaml(value)}, and {as_yaml(theirs.get(key))} there"
         for key, value in _given_rope(model).items()
         if value != theirs.get(key)
     ]
@@ -194,8 +195,10 @@ def _given_rope(model: DictConfig) -> dict[str, Any]:
     return {str(key): value for key, value in rope.items() if value != MISSING}
 
 
-def _text(value: object) -> str:
+def as_yaml(value: object) -> str:
     """A value as it is written in YAML."""
     if value is None or isinstance(value, bool):
         return {None: "null", True: "true", False: "false"}[value]
-    return str(value)
+    if isinstance(value, list):
+        return f"[{', '.join(map(as_yaml, value))}]"
+    return value.name if isinstance(value, Enum) else str(value)

@@ -6,7 +6,8 @@ from torch.distributed.tensor import DTensor, Shard
 
 from olmoe_train.distributed.mesh import local_tensor
 from olmoe_train.model import OlmoeForCausalLM
-from olmoe_train.model.adapters.add import adapter_initial_value, is_adapter_parameter
+from olmoe_train.model.adapters.add import adapter_initial_value
+from olmoe_train.model.adapters.spec import is_adapter_parameter
 from olmoe_train.model.initialization import initial_value
 
 

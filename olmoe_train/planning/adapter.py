@@ -5,11 +5,12 @@ from dataclasses import dataclass
 import torch
 
 from olmoe_train.config.adapter import AdapterConfig, adapter_spec, quantizes_base
-from olmoe_train.config.choices import Precision
+from olmoe_train.config.choices import DTYPES, Precision
 from olmoe_train.model import OlmoeConfig, OlmoeForCausalLM
-from olmoe_train.model.adapters.add import add_adapter, freeze_base, quantizable
+from olmoe_train.model.adapters.add import add_adapter, freeze_base, quantized_weights
 from olmoe_train.model.adapters.nf4 import BLOCK
 from olmoe_train.model.adapters.spec import AdapterSpec
+from olmoe_train.planning.flops import parameter_counts
 
 
 @dataclass(frozen=True)
@@ -27,18 +28,13 @@ def adapter_plan(cfg: AdapterConfig) -> AdapterPlan | None:
     return None if spec is None else AdapterPlan(spec, quantizes_base(cfg))
 
 
-def compute_dtype(precision: Precision) -> torch.dtype:
-    """Data type of the computation."""
-    return torch.bfloat16 if precision is Precision.bf16 else torch.float32
-
-
 def meta_model(config: OlmoeConfig, adapter: AdapterPlan | None, precision: Precision) -> OlmoeForCausalLM:
     """A model whose tensors have the shapes, dtypes and `requires_grad` of training, with no memory."""
     with torch.device("meta"):
         model = OlmoeForCausalLM(config)
     if adapter is not None:
         add_adapter(model, adapter.spec)
-        freeze_base(model, compute_dtype(precision), adapter.quantized)
+        freeze_base(model, DTYPES[precision], adapter.quantized)
     return model
 
 
@@ -66,21 +62,16 @@ class AdapterCounts:
         return text
 
 
-def adapter_counts(config: OlmoeConfig, spec: AdapterSpec, quantize_base: bool) -> AdapterCounts:
+def adapter_counts(config: OlmoeConfig, adapter: AdapterPlan) -> AdapterCounts:
     """Count on a meta model; nothing is allocated.
 
     Args:
         config: Architecture of the model.
-        spec: The adapter.
-        quantize_base: Whether the adapted weights are held in NF4.
+        adapter: The adapter.
     """
-    with torch.device("meta"):
-        model = OlmoeForCausalLM(config)
-    base = sum(parameter.numel() for parameter in model.parameters())
-    add_adapter(model, spec)
-    trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-    quantized = 0
-    if quantize_base:
-        weights = [getattr(module, parameter) for _, module, parameter, _ in quantizable(model)]
-        quantized = sum(weight.numel() for weight in weights)
-    return AdapterCounts(base, trained, quantized)
+    model = meta_model(config, adapter, Precision.fp32)
+    return AdapterCounts(
+        base=parameter_counts(config).total,
+        trained=sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad),
+        quantized=sum(weight.shape.numel() for weight in quantized_weights(model).values()),
+    )

@@ -8,10 +8,8 @@ benchmarks/plan_memory.py compares the memory with real runs.
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 
-import torch
-
 from olmoe_train.config.adapter import adapter_spec
-from olmoe_train.config.choices import ActivationCheckpointing, Offload, Precision, Strategy
+from olmoe_train.config.choices import DTYPES, ActivationCheckpointing, Offload, Strategy
 from olmoe_train.config.model import olmoe_config
 from olmoe_train.config.train import ParallelConfig
 from olmoe_train.config.verbs import PlanConfig
@@ -76,8 +74,7 @@ def gpu_peak_flops(cfg: PlanConfig) -> float:
     """Peak FLOP/s of one GPU: gpu_tflops, or that of an H100 in trainer.precision."""
     if cfg.gpu_tflops is not None:
         return cfg.gpu_tflops * 1e12
-    dtype = torch.bfloat16 if cfg.trainer.precision is Precision.bf16 else torch.float32
-    peak = peak_flops("H100", dtype)
+    peak = peak_flops("H100", DTYPES[cfg.trainer.precision])
     assert peak is not None
     return peak
 
@@ -196,7 +193,7 @@ def run_lines(cfg: PlanConfig) -> list[str]:
         "run": f"{speed.steps:,} steps, {speed.steps * tokens:,} tokens: {time}",
     }
     if (adapter := adapter_plan(cfg.adapter)) is not None:
-        of_adapter = adapter_counts(olmoe_config(cfg.model), adapter.spec, adapter.quantized)
+        of_adapter = adapter_counts(olmoe_config(cfg.model), adapter)
         rows = {"parameters": rows.pop("parameters"), "adapter": f"{cfg.adapter.name}: {of_adapter}"} | rows
     return [f"{name:<12}{text}" for name, text in rows.items()]
 

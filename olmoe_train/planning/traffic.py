@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from olmoe_train.config.choices import ActivationCheckpointing, Strategy
 from olmoe_train.model import OlmoeConfig
 from olmoe_train.planning.adapter import AdapterPlan
-from olmoe_train.planning.layout import ParallelLayout, Unit, count_units
+from olmoe_train.planning.layout import ParallelLayout, count_units
 from olmoe_train.planning.memory import FP32, MicroBatch
 
 
@@ -188,12 +188,9 @@ def step_traffic(
         layers = ring(dense, dense_group, links) + ring(experts, expert_group, links)
         return ring(root, dense_group, links) + layers.times(units.layers)
 
-    def gathered(unit: Unit, element: int) -> int:
-        return element * unit.gathered
-
     b, passes = batch.element, 2 if layout.reshard_after_forward else 1
     weights = over_layers(
-        gathered(units.root, b), passes * gathered(units.dense, b), passes * gathered(units.experts, b)
+        b * units.root.gathered, passes * b * units.dense.gathered, passes * b * units.experts.gathered
     )
     gradients = over_layers(
         FP32 * units.root.reduced, FP32 * units.dense.reduced, FP32 * units.experts.reduced

@@ -9,7 +9,6 @@ import torch
 import torch.distributed as dist
 
 from olmoe_train.checkpoint.saver import Saver
-from olmoe_train.config.adapter import adapter_spec, quantizes_base
 from olmoe_train.config.balancing import AuxiliaryLossConfig, BalancingConfig
 from olmoe_train.config.choices import BalanceScope, Strategy
 from olmoe_train.config.compose import plain_values
@@ -22,13 +21,12 @@ from olmoe_train.distributed.materialize import materialize
 from olmoe_train.distributed.mesh import Mesh, build_mesh
 from olmoe_train.distributed.parallelize import parallelize
 from olmoe_train.model import OlmoeForCausalLM
-from olmoe_train.model.adapters.add import add_adapter, freeze_base
 from olmoe_train.model.configuration import OlmoeConfig
 from olmoe_train.model.moe.balancing import AuxiliaryLosses, Balancer
 from olmoe_train.optim.build import build_optimizer, trained_parameters
 from olmoe_train.optim.schedule import Schedule
 from olmoe_train.optim.skip_step import SkipGuard
-from olmoe_train.planning.adapter import adapter_counts, compute_dtype
+from olmoe_train.planning.adapter import adapter_counts, adapter_plan, meta_model
 from olmoe_train.planning.duration import tokens_per_step, total_steps, warmup_and_decay_steps
 from olmoe_train.run.directory import Run
 from olmoe_train.run.loggers import MetricsLog
@@ -68,14 +66,10 @@ def build_run(cfg: TrainConfig) -> Run:
 
 def build_model(cfg: TrainConfig, mesh: Mesh) -> OlmoeForCausalLM:
     """The model in its layout on this rank, with its initial weights. Memory is allocated after sharding."""
-    with torch.device("meta"):
-        model = OlmoeForCausalLM(olmoe_config(cfg.model))
-    spec = adapter_spec(cfg.adapter)
-    if spec is not None:
-        quantized = quantizes_base(cfg.adapter)
-        log.info("adapter=%s: %s", cfg.adapter.name, adapter_counts(model.config, spec, quantized))
-        add_adapter(model, spec)
-        freeze_base(model, compute_dtype(cfg.trainer.precision), quantized)
+    adapter = adapter_plan(cfg.adapter)
+    model = meta_model(olmoe_config(cfg.model), adapter, cfg.trainer.precision)
+    if adapter is not None:
+        log.info("adapter=%s: %s", cfg.adapter.name, adapter_counts(model.config, adapter))
     model.set_experts_backend(cfg.model.experts_backend.value)
     model.set_balancer(build_balancer(cfg, model.config))
     model = parallelize(model, cfg.trainer, cfg.parallel, mesh)

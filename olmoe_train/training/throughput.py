@@ -6,7 +6,7 @@ import time
 import torch
 import torch.distributed as dist
 
-from olmoe_train.config.choices import Precision
+from olmoe_train.config.choices import DTYPES, Precision
 from olmoe_train.model.adapters.spec import AdapterSpec
 from olmoe_train.model.configuration import OlmoeConfig
 from olmoe_train.planning.flops import peak_flops, train_flops_per_token
@@ -27,9 +27,8 @@ class Throughput:
         """tokens: trained on before this process started. adapter: the one that is trained, if any."""
         self._device = device
         self._flops_per_token = train_flops_per_token(config, sequence_length, adapter).total
-        dtype = torch.bfloat16 if precision is Precision.bf16 else torch.float32
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
-        self._peak_flops = peak_flops(name, dtype)
+        self._peak_flops = peak_flops(name, DTYPES[precision])
         self.restart(tokens)
 
     def restart(self, tokens: int) -> None:

@@ -9,9 +9,9 @@ from olmoe_train.config import compose
 from olmoe_train.config.adapter import LoraConfig
 from olmoe_train.config.choices import AdapterScaling, AdapterTarget
 from olmoe_train.model import OlmoeConfig, OlmoeForCausalLM
-from olmoe_train.model.adapters.add import add_adapter, is_adapter_parameter
+from olmoe_train.model.adapters.add import add_adapter
 from olmoe_train.model.adapters.peft_write import write_peft
-from olmoe_train.model.adapters.spec import EXPERTS, LM_HEAD, AdapterSpec
+from olmoe_train.model.adapters.spec import EXPERTS, LM_HEAD, AdapterSpec, is_adapter_parameter
 from olmoe_train.utils.errors import UserError
 from tests.support.sizes import SIZES
 

@@ -1,6 +1,7 @@
 """Memory that `olmoe plan` predicts: bytes by hand, against autograd's tensors and against real ranks."""
 
 from dataclasses import replace
+from itertools import product
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ from torch.distributed.fsdp import FSDPModule
 from olmoe_train.cli.plan import is_valid
 from olmoe_train.config.adapter import DoraConfig, LoraConfig
 from olmoe_train.config.choices import (
+    DTYPES,
     ActivationCheckpointing,
     AdapterTarget,
     ExpertsBackend,
@@ -27,7 +29,7 @@ from olmoe_train.model import OlmoeConfig, OlmoeForCausalLM
 from olmoe_train.model.adapters.add import add_adapter, quantize_base
 from olmoe_train.model.losses import router_losses_from_stats
 from olmoe_train.optim.build import build_optimizer, trained_parameters
-from olmoe_train.planning.adapter import adapter_plan, compute_dtype
+from olmoe_train.planning.adapter import adapter_plan
 from olmoe_train.planning.layout import ParallelLayout, count_units
 from olmoe_train.planning.live_memory import LiveBytes, held_bytes
 from olmoe_train.planning.memory import MicroBatch, rank_memory, saved_activations
@@ -164,15 +166,16 @@ ADAPTERS = {
 }
 
 
+# Not nf4 in bf16: on a CPU the loop over quantized experts pads the rows, which the plan leaves out.
+MEASURED = [pair for pair in product(ADAPTERS, Precision) if pair != ("nf4", Precision.bf16)]
+
+
 @pytest.mark.parametrize("mode", ActivationCheckpointing)
-@pytest.mark.parametrize("precision", Precision)
-@pytest.mark.parametrize("name", ADAPTERS)
+@pytest.mark.parametrize(("name", "precision"), MEASURED)
 def test_saved_activations_with_an_adapter_are_autograds(
     name: str, precision: Precision, mode: ActivationCheckpointing
 ) -> None:
     """Bytes per layer, three layers less two: the first layer's input has no gradient, and keeps less."""
-    if name == "nf4" and precision is Precision.bf16:
-        pytest.skip("on a CPU the loop over quantized experts pads the rows, which the plan leaves out")
     plan = adapter_plan(ADAPTERS[name])
     assert plan is not None
     batch = MicroBatch(2, 64, precision, mode)
@@ -183,7 +186,7 @@ def test_saved_activations_with_an_adapter_are_autograds(
         add_adapter(model, plan.spec)
         if plan.quantized:
             quantize_base(model)
-        model.to(compute_dtype(precision))
+        model.to(DTYPES[precision])
         model.set_experts_backend("grouped_mm")
         checkpoint_activations(model, mode)
         before = {t.untyped_storage() for t in (*model.parameters(), *model.buffers())}

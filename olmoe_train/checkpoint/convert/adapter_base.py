@@ -14,12 +14,12 @@ import xxhash
 from torch import Tensor
 
 from olmoe_train.checkpoint.sharded import model_tensor_names, open_model_tensors, saved_state
-from olmoe_train.config.adapter import saved_adapter_spec, saved_quantizes_base
+from olmoe_train.config.adapter import adapter_spec, quantizes_base, saved_adapter
 from olmoe_train.model import OlmoeConfig, OlmoeForCausalLM
-from olmoe_train.model.adapters.add import adapted_weight, magnitude_of, quantized_weights
-from olmoe_train.model.adapters.merge import adapter_names, merged
+from olmoe_train.model.adapters.add import is_quantizable, magnitude_of, quantized_weights
+from olmoe_train.model.adapters.merge import merged
 from olmoe_train.model.adapters.nf4 import round_trip_nf4
-from olmoe_train.model.adapters.spec import EXPERTS, AdapterSpec, BaseIdentity
+from olmoe_train.model.adapters.spec import AdapterSpec, BaseIdentity, adapter_names
 from olmoe_train.model.hf.directory import assign, parameter_shapes
 from olmoe_train.utils.errors import UserError
 
@@ -56,7 +56,6 @@ def load_base(model: OlmoeForCausalLM, read: Read, source: str | Path) -> BaseId
     """
     parameters = dict(model.named_parameters())
     quantized = quantized_weights(model)
-    magnitudes = {adapted_weight(name): name for name in parameters if name.endswith("magnitude")}
     digest = WeightHash()
     for name in parameter_shapes(OlmoeForCausalLM, model.config):
         weight = read(name)
@@ -66,7 +65,7 @@ def load_base(model: OlmoeForCausalLM, read: Read, source: str | Path) -> BaseId
         else:
             weight = weight.to(parameters[name].dtype)
             assign(parameters[name], weight)
-        if (magnitude := magnitudes.get(name)) is not None:
+        if (magnitude := adapter_names(name)[2]) in parameters:
             weight = round_trip_nf4(weight) if name in quantized else weight
             assign(parameters[magnitude], magnitude_of(magnitude, weight))
     return BaseIdentity(str(Path(source).expanduser().absolute()), digest.hexdigest())
@@ -120,16 +119,11 @@ class SavedAdapter:
             if name in self.names:
                 return self.read(name)  # a trained router
             weight = read_base(name)
-            if self.quantized and adapter_names(name)[0] in self.names and quantizable_name(name):
+            if self.quantized and adapter_names(name)[0] in self.names and is_quantizable(name):
                 weight = round_trip_nf4(weight)
-            return merged(name, weight, set(self.names), self.read, self.spec)
+            return merged(name, weight, self.names, self.read, self.spec)
 
         return read
-
-
-def quantizable_name(name: str) -> bool:
-    """Whether a weight that has an adapter is one that NF4 quantizes: an attention projection or experts."""
-    return ".self_attn." in name or f".mlp.{EXPERTS}." in name
 
 
 def open_adapter(checkpoint: Path) -> SavedAdapter | None:
@@ -140,13 +134,14 @@ def open_adapter(checkpoint: Path) -> SavedAdapter | None:
     """
     state: dict[str, Any] = saved_state(checkpoint)
     section = state.get("config", {}).get("adapter") or {}
-    spec = saved_adapter_spec(section)
+    cfg = saved_adapter(section)
+    spec = adapter_spec(cfg)
     if spec is None:
         return None
     base, model = BaseIdentity(**state["base"]), state["config"]["model"]
     return SavedAdapter(
         spec,
-        saved_quantizes_base(section),
+        quantizes_base(cfg),
         base,
         model["init_from"] if model.get("revision") is not None else base.path,
         frozenset(model_tensor_names(checkpoint)),

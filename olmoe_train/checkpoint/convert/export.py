@@ -11,7 +11,7 @@ from olmoe_train.checkpoint.convert.model_card import model_card
 from olmoe_train.checkpoint.convert.olmo import holds_olmo_model, write_olmo_directory
 from olmoe_train.checkpoint.convert.stored_model import StoredModel, open_stored_model
 from olmoe_train.checkpoint.directory import step_of
-from olmoe_train.config.choices import ExportFormat, Precision
+from olmoe_train.config.choices import ExportFormat
 from olmoe_train.config.verbs import ExportConfig
 from olmoe_train.model import OlmoeConfig
 from olmoe_train.model.adapters.peft_read import read_peft
@@ -20,8 +20,6 @@ from olmoe_train.model.hf.directory import holds_model, write_directory
 from olmoe_train.model.hf.special_tokens import special_token_errors
 from olmoe_train.model.transformer import OlmoeForCausalLM
 from olmoe_train.utils.errors import UserError
-
-DTYPES = {Precision.fp32: torch.float32, Precision.bf16: torch.bfloat16}
 
 
 def hf_directory(run_dir: Path, checkpoint: Path) -> Path:

@@ -13,7 +13,14 @@ from olmoe_train.model import OlmoeForCausalLM
 from olmoe_train.model.adapters.experts import LoraExperts
 from olmoe_train.model.adapters.linear import LoraEmbedding, LoraHead, LoraLinear
 from olmoe_train.model.adapters.nf4 import Nf4Weight
-from olmoe_train.model.adapters.spec import ATTENTION, EMBEDDINGS, EXPERTS, LM_HEAD, AdapterSpec
+from olmoe_train.model.adapters.spec import (
+    ATTENTION,
+    EMBEDDINGS,
+    EXPERTS,
+    LM_HEAD,
+    AdapterSpec,
+    is_adapter_parameter,
+)
 from olmoe_train.model.initialization import generator_of
 from olmoe_train.model.moe.block import OlmoeTopKRouter
 
@@ -49,24 +56,6 @@ def add_adapter(model: OlmoeForCausalLM, spec: AdapterSpec) -> None:
         of_router = spec.trains_router and name.endswith("mlp.gate.weight")
         parameter.requires_grad_(of_router or is_adapter_parameter(name))
     model.adapter = spec
-
-
-def is_adapter_parameter(name: str) -> bool:
-    """Whether a parameter of this name is part of an adapter."""
-    return name.endswith(("lora_A", "lora_B", "magnitude"))
-
-
-def adapted_weight(name: str) -> str:
-    """The name of the weight that an adapter's parameter is for.
-
-    Args:
-        name: Name of the parameter, such as `model.layers.0.mlp.experts.gate_up_lora_A`.
-    """
-    module, _, kind = name.rpartition(".")
-    for prefix in ("gate_up", "down"):
-        if kind.startswith(prefix):
-            return f"{module}.{prefix}_proj"
-    return f"{module}.weight"
 
 
 def adapter_initial_value(
@@ -109,15 +98,20 @@ def magnitude_of(name: str, weight: Tensor) -> Tensor:
 
     Args:
         name: Name of the magnitude.
-        weight: The weight of `adapted_weight(name)`, as the model computes with it.
+        weight: The weight that the magnitude is for, as the model computes with it.
     """
     if "embed_tokens" in name:
         weight = weight.t()
     return torch.linalg.vector_norm(weight, dim=-1, dtype=torch.promote_types(weight.dtype, torch.float32))
 
 
+def is_quantizable(name: str) -> bool:
+    """Whether NF4 quantizes a weight of this name that has an adapter: attention projections and experts."""
+    return ".self_attn." in name or ".mlp.experts." in name
+
+
 def quantizable(model: OlmoeForCausalLM) -> Iterator[tuple[str, nn.Module, str, str]]:
-    """The weights that are kept in 4 bits: experts and attention projections.
+    """The adapted weights that `is_quantizable` names.
 
     Yields:
         (name of the weight in the model, its module, name of the parameter there, name of the attribute that

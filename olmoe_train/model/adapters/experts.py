@@ -20,15 +20,13 @@ from olmoe_train.model.adapters.nf4 import Nf4Weight
 from olmoe_train.model.adapters.spec import AdapterSpec
 from olmoe_train.model.configuration import OlmoeConfig
 from olmoe_train.model.moe.experts import (
-    CPU_ROW_MULTIPLE,
     Groups,
     OlmoeExperts,
     Routing,
-    fits_grouped_mm,
+    group_rows,
     grouped_matmul,
     grouped_weight_grad,
-    pad_rows,
-    padding_pays,
+    sorted_gradients,
     sorted_weights,
     sum_rows,
     unsort_weights,
@@ -66,9 +64,7 @@ class LoraExperts(OlmoeExperts):
         down = self._base(self.down_proj, self.down_nf4)
         grouped = False  # quantized experts are multiplied one by one
         if isinstance(gate_up, Tensor) and isinstance(down, Tensor):
-            grouped = self.backend == "grouped_mm"
-            if self.backend == "auto":
-                grouped = self._grouped_is_faster(x_ND, routing) and fits_grouped_mm(gate_up, down)
+            grouped = self._uses_grouped(x_ND, routing, gate_up, down)
         parts: list[Tensor | None] = []
         for name, weight in (("gate_up", gate_up), ("down", down)):
             a_ELI, b_EOL = (
@@ -161,10 +157,7 @@ class _LoraExperts(torch.autograd.Function):
         scale: float,
         dropout: Dropout,
     ) -> Tensor:
-        if not grouped and padding_pays(x_ND, routing):
-            routing = pad_rows(routing, CPU_ROW_MULTIPLE)
-        counts_E = routing.counts_E
-        groups: Groups = counts_E.cumsum(0).to(torch.int32) if grouped else counts_E.tolist()
+        routing, groups = group_rows(x_ND, routing, grouped)
         x_RD = x_ND.index_select(0, routing.token_R)
         raw_RH = _multiply(x_RD, gate_up, groups)
         low_RL = grouped_matmul(dropout(x_RD, 0), a1_ELD.transpose(1, 2), groups) * scale
@@ -184,9 +177,7 @@ class _LoraExperts(torch.autograd.Function):
     def backward(ctx: Any, d_out_ND: Tensor) -> tuple[Tensor | None, ...]:
         x_ND, weights_NJ, a1_ELD, b1_EHL, gain1_EH, a2_ELF, b2_EDL, gain2_ED, raw_RH = ctx.saved_tensors
         (gate_up, down), (routing, experts, groups, scale, dropout) = ctx.base, ctx.call
-        d_out_RD = d_out_ND.index_select(0, routing.token_R)
-        if routing.padding is not None:
-            d_out_RD.index_fill_(0, routing.padding, 0)
+        d_out_RD = sorted_gradients(d_out_ND, routing)
         weight_R = None if weights_NJ is None else sorted_weights(weights_NJ, routing, x_ND.dtype)
 
         # down

@@ -3,27 +3,16 @@
 Shapes: O and I the widths of a weight, R rank of the adapter, E experts, D hidden, V vocabulary.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 
 import torch
 from torch import Tensor
 
-from olmoe_train.model.adapters.spec import AdapterSpec
-
-
-def adapter_names(weight: str) -> tuple[str, str, str]:
-    """Names of lora_A, lora_B and magnitude of a weight, whether or not it has an adapter.
-
-    Args:
-        weight: Name of the weight, such as `model.layers.0.mlp.experts.down_proj`.
-    """
-    module, _, kind = weight.rpartition(".")
-    prefix = "" if kind == "weight" else kind.removesuffix("proj")
-    return f"{module}.{prefix}lora_A", f"{module}.{prefix}lora_B", f"{module}.{prefix}magnitude"
+from olmoe_train.model.adapters.spec import AdapterSpec, adapter_names
 
 
 def merged(
-    name: str, weight: Tensor, names: set[str], read: Callable[[str], Tensor], spec: AdapterSpec
+    name: str, weight: Tensor, names: Collection[str], read: Callable[[str], Tensor], spec: AdapterSpec
 ) -> Tensor:
     """A weight with its adapter: W + s B A, and for DoRA m / ||W + s B A|| times that.
 

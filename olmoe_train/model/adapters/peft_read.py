@@ -18,14 +18,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
 from olmoe_train.model import OlmoeConfig, OlmoeForCausalLM
-from olmoe_train.model.adapters.add import add_adapter, is_adapter_parameter
+from olmoe_train.model.adapters.add import add_adapter
 from olmoe_train.model.adapters.peft_write import CONFIG, PREFIX, TARGET_MODULES, WEIGHTS
-from olmoe_train.model.adapters.spec import EXPERTS, TARGETS, AdapterSpec
+from olmoe_train.model.adapters.spec import EXPERTS, TARGETS, AdapterSpec, adapter_names, is_adapter_parameter
 from olmoe_train.utils.errors import UserError
 from olmoe_train.utils.files import read_json_object
 from olmoe_train.utils.finite import first_not_finite
@@ -99,12 +99,15 @@ class _File:
         return float(self.config[key] if found is None else patterns[found])
 
 
-def read_peft(directory: Path, config: OlmoeConfig) -> tuple[AdapterSpec, dict[str, Tensor]]:
+def read_peft(
+    directory: Path, config: OlmoeConfig, headers_only: bool = False
+) -> tuple[AdapterSpec, dict[str, Tensor]]:
     """Read an adapter.
 
     Args:
         directory: Holds adapter_config.json and adapter_model.safetensors.
         config: Architecture of the model that the adapter is for.
+        headers_only: Read shapes and no values: the tensors are on the meta device.
 
     Returns:
         The adapter, with dropout as in the file; and its tensors by this package's names, fp32, with the
@@ -115,7 +118,7 @@ def read_peft(directory: Path, config: OlmoeConfig) -> tuple[AdapterSpec, dict[s
         UserError: A file is missing or damaged, the adapter is for another model, or it has something that
             this package cannot represent; the message names the file and what it is.
     """
-    file = _open(directory, config)
+    file = _open(directory, config, headers_only)
     transposed = _is_transposed(file, config)
     for key, tensor in file.tensors.items():
         if key.endswith("mlp.gate.weight"):
@@ -131,7 +134,7 @@ def read_peft(directory: Path, config: OlmoeConfig) -> tuple[AdapterSpec, dict[s
     return _normalized(file, config)
 
 
-def _open(directory: Path, config: OlmoeConfig) -> _File:
+def _open(directory: Path, config: OlmoeConfig, headers_only: bool) -> _File:
     if not (directory / CONFIG).is_file():
         raise UserError(f"{directory}: no {CONFIG}; give the directory of a PEFT adapter")
     values = read_json_object(directory / CONFIG)
@@ -156,16 +159,23 @@ def _open(directory: Path, config: OlmoeConfig) -> _File:
             "(save_pretrained with path_initial_model_for_weight_conversion)"
         )
     try:
-        stored = load_file(path)
+        stored = _read_shapes(path) if headers_only else load_file(path)
     except (OSError, SafetensorError) as error:
         raise UserError(f"{path}: cannot be read: {error}") from None
     for key, tensor in stored.items():
         if not key.startswith(PREFIX):
             raise file.refuse(f"{key}: the name does not start with {PREFIX}")
-        if found := first_not_finite(tensor):
+        if not headers_only and (found := first_not_finite(tensor)):
             raise file.refuse(f"{key}{found}")
         file.tensors[key.removeprefix(PREFIX)] = tensor.float()
     return file
+
+
+def _read_shapes(path: Path) -> dict[str, Tensor]:
+    """The tensors of a safetensors file on the meta device."""
+    with safe_open(path, framework="pt") as file:
+        keys = file.keys()  # not a dict
+        return {key: torch.empty(file.get_slice(key).get_shape(), device="meta") for key in keys}
 
 
 def _is_transposed(file: _File, config: OlmoeConfig) -> bool:
@@ -265,8 +275,8 @@ def _stack_experts(
         raise file.refuse(f"{module}: experts with DoRA, or with only one of lora_A and lora_B")
     (rank, width_in), width_out = example.a.shape, example.b.shape[0]
     blocks = len(kinds)
-    a = torch.zeros(file.experts, blocks * rank, width_in)
-    b = torch.zeros(file.experts, blocks * width_out, blocks * rank)
+    a = example.a.new_zeros(file.experts, blocks * rank, width_in)
+    b = example.b.new_zeros(file.experts, blocks * width_out, blocks * rank)
     for expert, pairs in found.items():
         for kind, pair in pairs.items():
             if pair.a is None or pair.b is None or pair.a.shape != example.a.shape:
@@ -316,14 +326,13 @@ def _tensors_of(name: str, pair: _Pair, spec: AdapterSpec) -> dict[str, Tensor]:
     assert pair.a is not None
     assert pair.b is not None
     padding = spec.rank - pair.a.shape[-2]
-    module, _, kind = name.rpartition(".")
-    prefix = f"{module}.{kind.removesuffix('proj')}" if ".mlp.experts" in module else f"{module}."
+    name_a, name_b, name_m = adapter_names(name)
     tensors = {
-        f"{prefix}lora_A": torch.nn.functional.pad(pair.a, (0, 0, 0, padding)),
-        f"{prefix}lora_B": torch.nn.functional.pad(pair.b * (pair.scale / spec.scale), (0, padding)),
+        name_a: torch.nn.functional.pad(pair.a, (0, 0, 0, padding)),
+        name_b: torch.nn.functional.pad(pair.b * (pair.scale / spec.scale), (0, padding)),
     }
     if pair.magnitude is not None:
-        tensors[f"{prefix}magnitude"] = pair.magnitude
+        tensors[name_m] = pair.magnitude
     return {key: tensor.contiguous() for key, tensor in tensors.items()}
 
 

@@ -63,3 +63,19 @@ class BaseIdentity:
     """Where they were, absolute."""
     xxh3_128: str
     """Hash of their names, dtypes and bytes, in hexadecimal; the same for every file layout."""
+
+
+def is_adapter_parameter(name: str) -> bool:
+    """Whether a parameter of this name is part of an adapter."""
+    return name.endswith(("lora_A", "lora_B", "magnitude"))
+
+
+def adapter_names(weight: str) -> tuple[str, str, str]:
+    """Names of lora_A, lora_B and magnitude of a weight, whether or not it has an adapter.
+
+    Args:
+        weight: Name of the weight, such as `model.layers.0.mlp.experts.down_proj`.
+    """
+    module, _, kind = weight.rpartition(".")
+    prefix = "" if kind == "weight" else kind.removesuffix("proj")
+    return f"{module}.{prefix}lora_A", f"{module}.{prefix}lora_B", f"{module}.{prefix}magnitude"

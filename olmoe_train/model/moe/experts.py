@@ -184,10 +184,14 @@ class OlmoeExperts(nn.Module):
         if self.backend == "sonicmoe":
             assert weights_NJ is not None, "refused with expert parallelism"
             return sonic_experts(x_ND, weights_NJ, expert_indices(routing), gate_up_EHD, down_EDF)
-        grouped = self.backend == "grouped_mm"
-        if self.backend == "auto":
-            grouped = self._grouped_is_faster(x_ND, routing) and fits_grouped_mm(gate_up_EHD, down_EDF)
+        grouped = self._uses_grouped(x_ND, routing, gate_up_EHD, down_EDF)
         return _Experts.apply(x_ND, weights_NJ, gate_up_EHD, down_EDF, routing, self, grouped)
+
+    def _uses_grouped(self, x_ND: Tensor, routing: Routing, *weights: Tensor) -> bool:
+        """True if the grouped kernel multiplies these weights, and not a loop over experts."""
+        if self.backend == "auto":
+            return self._grouped_is_faster(x_ND, routing) and fits_grouped_mm(*weights)
+        return self.backend == "grouped_mm"
 
     def _grouped_is_faster(self, x_ND: Tensor, routing: Routing) -> bool:
         """True if the grouped kernel is faster than a loop over experts.
@@ -214,12 +218,7 @@ class _Experts(torch.autograd.Function):
         experts: OlmoeExperts,
         grouped: bool,
     ) -> Tensor:
-        if not grouped and padding_pays(x_ND, routing):
-            routing = pad_rows(routing, CPU_ROW_MULTIPLE)
-        counts_E = routing.counts_E
-        # The grouped kernel reads the group ends on the device. The loop needs the counts on the host, which
-        # is a sync on CUDA.
-        groups: Groups = counts_E.cumsum(0).to(torch.int32) if grouped else counts_E.tolist()
+        routing, groups = group_rows(x_ND, routing, grouped)
         x_RD = x_ND.index_select(0, routing.token_R)
         gate_up_RH = grouped_matmul(x_RD, gate_up_EHD.transpose(1, 2), groups)
         del x_RD
@@ -234,9 +233,7 @@ class _Experts(torch.autograd.Function):
     def backward(ctx: Any, d_out_ND: Tensor) -> tuple[Tensor | None, ...]:
         x_ND, weights_NJ, gate_up_EHD, down_EDF, gate_up_RH = ctx.saved_tensors
         routing, experts, groups = ctx.routing, ctx.experts, ctx.groups
-        d_out_RD = d_out_ND.index_select(0, routing.token_R)
-        if routing.padding is not None:
-            d_out_RD.index_fill_(0, routing.padding, 0)
+        d_out_RD = sorted_gradients(d_out_ND, routing)
         weight_R = None
         if weights_NJ is not None:
             weight_R = sorted_weights(weights_NJ, routing, x_ND.dtype)
@@ -256,6 +253,27 @@ class _Experts(torch.autograd.Function):
         if weights_NJ is not None:
             d_weights_NJ = unsort_weights(d_weight_R, routing).to(weights_NJ.dtype)
         return d_x_ND, d_weights_NJ, d_gate_up_EHD, d_down_EDF, None, None, None
+
+
+def group_rows(x_ND: Tensor, routing: Routing, grouped: bool) -> tuple[Routing, Groups]:
+    """The routing, padded where that pays, and its groups in the form that the kernel reads.
+
+    The grouped kernel reads the group ends on the device. The loop needs the counts on the host, which is a
+    sync on CUDA.
+    """
+    if grouped:
+        return routing, routing.counts_E.cumsum(0).to(torch.int32)
+    if padding_pays(x_ND, routing):
+        routing = pad_rows(routing, CPU_ROW_MULTIPLE)
+    return routing, routing.counts_E.tolist()
+
+
+def sorted_gradients(d_out_ND: Tensor, routing: Routing) -> Tensor:
+    """Return d_out_RD: the gradient of the output of each sorted row's input; 0 for padding."""
+    d_out_RD = d_out_ND.index_select(0, routing.token_R)
+    if routing.padding is not None:
+        d_out_RD.index_fill_(0, routing.padding, 0)
+    return d_out_RD
 
 
 def fits_grouped_mm(*weights: Tensor) -> bool:

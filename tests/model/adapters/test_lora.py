@@ -11,16 +11,20 @@ from torch.utils._pytree import tree_leaves
 
 from olmoe_train.model import OlmoeConfig, OlmoeForCausalLM
 from olmoe_train.model.adapters.add import (
-    adapted_weight,
     adapter_initial_value,
     add_adapter,
-    is_adapter_parameter,
     magnitude_of,
 )
 from olmoe_train.model.adapters.experts import LoraExperts
 from olmoe_train.model.adapters.linear import row_norms
-from olmoe_train.model.adapters.merge import adapter_names
-from olmoe_train.model.adapters.spec import ATTENTION, EXPERTS, TARGETS, AdapterSpec
+from olmoe_train.model.adapters.spec import (
+    ATTENTION,
+    EXPERTS,
+    TARGETS,
+    AdapterSpec,
+    adapter_names,
+    is_adapter_parameter,
+)
 from olmoe_train.model.moe.experts import sort_by_expert
 from tests.support.sizes import SIZES
 
@@ -34,11 +38,11 @@ def adapted_model(spec: AdapterSpec, dtype: torch.dtype, **sizes: Any) -> OlmoeF
             parameter.normal_(std=0.2)
     add_adapter(model, spec)
     model.to(dtype)
-    weights = dict(model.named_parameters())
+    weights = {adapter_names(name)[2]: p for name, p in model.named_parameters()}  # by magnitude
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if name.endswith("magnitude"):
-                norms = magnitude_of(name, weights[adapted_weight(name)])
+                norms = magnitude_of(name, weights[name])
                 parameter.copy_(norms * (0.5 + torch.rand_like(norms)))
             elif is_adapter_parameter(name):
                 parameter.normal_(std=0.3)
@@ -265,11 +269,11 @@ def test_a_new_adapter_changes_nothing() -> None:
     ids_BS = torch.randint(2, SIZES["vocab_size"], (2, 9))
     expected = model(ids_BS).logits
     add_adapter(model, AdapterSpec(rank=4, alpha=10.0, targets=TARGETS, dora=True))
-    weights = dict(model.named_parameters())
+    weights = {adapter_names(name)[2]: p for name, p in model.named_parameters()}  # by magnitude
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if name.endswith("magnitude"):
-                parameter.copy_(magnitude_of(name, weights[adapted_weight(name)]))
+                parameter.copy_(magnitude_of(name, weights[name]))
             elif is_adapter_parameter(name):
                 parameter.copy_(adapter_initial_value(name, parameter.shape, 0))
     assert torch.allclose(model(ids_BS).logits, expected, rtol=0, atol=1e-6)

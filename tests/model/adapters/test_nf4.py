@@ -6,13 +6,12 @@ import torch
 from olmoe_train.model import OlmoeConfig, OlmoeForCausalLM
 from olmoe_train.model.adapters.add import (
     add_adapter,
-    is_adapter_parameter,
     quantize_base,
     quantized_weights,
 )
 from olmoe_train.model.adapters.nf4 import LEVELS, dequantize_nf4, quantize_nf4, round_trip_nf4
-from olmoe_train.model.adapters.spec import ATTENTION, EXPERTS, AdapterSpec
-from olmoe_train.planning.adapter import adapter_counts
+from olmoe_train.model.adapters.spec import ATTENTION, EXPERTS, AdapterSpec, is_adapter_parameter
+from olmoe_train.planning.adapter import AdapterPlan, adapter_counts
 from tests.support.sizes import SIZES
 
 # QLoRA, arXiv 2305.14314, appendix E, as printed there.
@@ -92,7 +91,8 @@ def test_of_the_released_model_97_percent_are_in_4_bits() -> None:
         num_experts=64,
         num_experts_per_tok=8,
     )
-    counts = adapter_counts(config, AdapterSpec(16, 32.0, (ATTENTION, EXPERTS)), quantize_base=True)
+    spec = AdapterSpec(16, 32.0, (ATTENTION, EXPERTS))
+    counts = adapter_counts(config, AdapterPlan(spec, quantized=True))
     assert counts.base == 6_919_161_856
     assert counts.quantized == 16 * (64 * 3 * 2048 * 1024 + 4 * 2048 * 2048)
     # Per layer 4 projections of 16 x (2048 + 2048), and per expert 16 x (2048 + 2048) and 16 x (1024 + 2048).

@@ -15,11 +15,19 @@ from torch import Tensor
 
 from olmoe_train.model import OlmoeConfig, OlmoeForCausalLM
 from olmoe_train.model.adapters import peft_read, peft_write
-from olmoe_train.model.adapters.add import add_adapter, is_adapter_parameter
+from olmoe_train.model.adapters.add import add_adapter
 from olmoe_train.model.adapters.merge import merged
 from olmoe_train.model.adapters.peft_read import read_peft
 from olmoe_train.model.adapters.peft_write import CONFIG, WEIGHTS, write_peft
-from olmoe_train.model.adapters.spec import ATTENTION, EMBEDDINGS, EXPERTS, LM_HEAD, TARGETS, AdapterSpec
+from olmoe_train.model.adapters.spec import (
+    ATTENTION,
+    EMBEDDINGS,
+    EXPERTS,
+    LM_HEAD,
+    TARGETS,
+    AdapterSpec,
+    is_adapter_parameter,
+)
 from olmoe_train.utils.errors import UserError
 from tests.support.pair import TINY, make_pair
 
@@ -246,6 +254,7 @@ def test_adapters_per_expert_are_read(rslora: bool, tmp_path: Path) -> None:
     write_files(tmp_path / "old", config, files)
     spec, tensors = read_peft(tmp_path / "old", ours.config)
     assert (spec.rank, spec.targets) == (2 * rank, (EXPERTS,))
+    assert read_peft(tmp_path / "old", ours.config, headers_only=True)[0] == spec
     expected = transformers.OlmoeForCausalLM(theirs.config).eval()
     expected.load_state_dict(weights, strict=False)
     logits = expected(IDS_BS).logits.detach()
