@@ -219,6 +219,7 @@ def load_checkpoint(
     content = _read_state(directory)
     reader = HuggingFaceStorageReader(str(directory))
     stored = reader.read_metadata().state_dict_metadata
+    _reshard(model)
     if optimizer is not None:
         _make_optimizer_state(model, optimizer, content["adam_steps"], stored)
     tensors, _ = _training_tensors(model, optimizer)
@@ -303,9 +304,7 @@ def _training_tensors(
     This works for any optimizer whose state per parameter is tensors of the parameter's shape and an optional
     step count, for example AdamW's moments or SGD's momentum.
     """
-    for unit in model.modules():
-        if isinstance(unit, FSDPModule):
-            unit.reshard()  # a forward pass without backward leaves the root's parameters gathered
+    _reshard(model)
     tensors, steps = {}, {}
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
@@ -322,6 +321,16 @@ def _training_tensors(
     # One copy to the host for all step counts, instead of one copy per parameter.
     counts = torch.stack(list(steps.values())).tolist() if steps else []
     return tensors, dict(zip(steps, counts, strict=True))
+
+
+def _reshard(model: nn.Module) -> None:
+    """Give the model its sharded parameters, which the optimizer knows.
+
+    A forward pass without backward leaves gathered ones, for example the pass of the reference.
+    """
+    for unit in model.modules():
+        if isinstance(unit, FSDPModule):
+            unit.reshard()
 
 
 def persistent_buffers(model: nn.Module) -> dict[str, Tensor]:
