@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from olmoe_train.config.optimizer import AdamWConfig, OptimizerConfig
+from olmoe_train.config.optimizer import AdamWConfig, OptimizerConfig, RMSpropConfig
 
 Parameters = Iterable[nn.Parameter] | list[dict[str, Any]]
 """Parameters, or parameter groups."""
@@ -20,8 +20,27 @@ def build_adamw(parameters: Parameters, cfg: AdamWConfig) -> torch.optim.Optimiz
     )
 
 
+def build_rmsprop(parameters: Parameters, cfg: RMSpropConfig) -> torch.optim.Optimizer:
+    """RMSprop over every parameter, one parameter at a time.
+
+    torch has no fused RMSprop. foreach=True would hold the roots of all mean squares at once, 4 bytes per
+    element of the rank's shard. The step count stays on the CPU (capturable=False), and no update depends on
+    it.
+    """
+    return torch.optim.RMSprop(
+        parameters,
+        lr=cfg.lr,
+        alpha=cfg.alpha,
+        eps=cfg.eps,
+        weight_decay=cfg.weight_decay,
+        momentum=cfg.momentum,
+        foreach=False,
+    )
+
+
 OPTIMIZERS: dict[type[OptimizerConfig], Callable[[Parameters, Any], torch.optim.Optimizer]] = {
     AdamWConfig: build_adamw,
+    RMSpropConfig: build_rmsprop,
 }
 """Variant of `optimizer` -> its builder. A new optimizer is one configuration class and one entry here."""
 

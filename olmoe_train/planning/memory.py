@@ -29,7 +29,7 @@ class RankMemory:
     gradients: int
     """fp32 gradients, summed over the micro-batches so far: this rank's shard."""
     optimizer: int
-    """The two fp32 moments of AdamW: this rank's shard."""
+    """The fp32 moments of the optimizer, two for AdamW: this rank's shard."""
     gathered: int
     """Whole weights that FSDP2 holds for the current units, and for the ones it prefetches."""
     reduction: int
@@ -79,11 +79,15 @@ class MicroBatch:
 
 
 def rank_memory(
-    config: OlmoeConfig, layout: ParallelLayout, batch: MicroBatch, adapter: AdapterPlan | None = None
+    config: OlmoeConfig,
+    layout: ParallelLayout,
+    batch: MicroBatch,
+    adapter: AdapterPlan | None = None,
+    moments: int = 2,
 ) -> RankMemory:
     """The memory of the fullest rank, with fsdp or ddp.
 
-    Parameters, gradients and moments take 4, 4 and 8 bytes per element of the rank's shard. With an adapter,
+    Parameters, gradients and each moment take 4 bytes per element of the rank's shard. With an adapter,
     only trained elements have gradients and moments. The peak of a step is either in the head, which holds
     the gradient of its weight in fp32, or in the backward of the last layers, where all activations and the
     first gradients are held. `temporaries` includes the difference if the peak is in the head. With much
@@ -95,6 +99,7 @@ def rank_memory(
         layout: How the ranks share the model.
         batch: What one rank computes at a time.
         adapter: The adapter; None: every parameter is trained.
+        moments: Number of moments per trained element: 2 for AdamW.
 
     Returns:
         Bytes of each part.
@@ -106,7 +111,7 @@ def rank_memory(
     return RankMemory(
         parameters=units.held_bytes,
         gradients=FP32 * units.trained,
-        optimizer=2 * FP32 * units.trained,
+        optimizer=moments * FP32 * units.trained,
         gathered=gathered,
         reduction=reduction,
         activations=saved_activations(config, batch, adapter) + recomputed_activations(config, batch),

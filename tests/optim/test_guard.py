@@ -7,8 +7,10 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from olmoe_train.config.optimizer import RMSpropConfig
 from olmoe_train.config.train import TrainerConfig
 from olmoe_train.distributed.mesh import init_distributed
+from olmoe_train.optim.build import build_optimizer
 from olmoe_train.optim.skip_step import ENOUGH, WINDOW, SkipGuard, step_unless
 from tests.support.ranks import run_ranks
 
@@ -56,6 +58,7 @@ OPTIMIZERS: list[Callable[[list[torch.nn.Parameter]], torch.optim.Optimizer]] = 
     lambda parameters: torch.optim.SGD(parameters, lr=0.1, momentum=0.9),
     lambda parameters: torch.optim.SGD(parameters, lr=0.1, fused=True),
     lambda parameters: torch.optim.Adagrad(parameters),
+    lambda parameters: build_optimizer(parameters, RMSpropConfig()),
 ]
 
 

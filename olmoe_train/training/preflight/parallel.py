@@ -10,6 +10,7 @@ from olmoe_train.config.choices import (
     Precision,
     Strategy,
 )
+from olmoe_train.config.optimizer import AdamWConfig
 from olmoe_train.config.train import TrainConfig
 from olmoe_train.distributed.deepspeed_config import deepspeed_config
 from olmoe_train.distributed.mesh import resolve_device
@@ -84,6 +85,11 @@ def _deepspeed_errors(cfg: TrainConfig, world_size: int) -> list[str]:
         errors.append(
             f"{stage} with trainer.precision=bf16: DeepSpeed accumulates gradients in fp32 only from "
             "ZeRO-1 on; set parallel.zero_stage=1, or parallel.strategy=ddp"
+        )
+    if not isinstance(cfg.optimizer, AdamWConfig):
+        errors.append(
+            f"optimizer={cfg.optimizer.name}: with parallel.strategy=deepspeed the optimizer is AdamW; set "
+            "optimizer=adamw, or parallel.strategy=fsdp"
         )
     if trainer.spike_sigmas is not None:
         errors.append(
