@@ -17,7 +17,8 @@ from olmoe_train.distributed.mesh import build_mesh, init_distributed
 from olmoe_train.optim.build import build_optimizer
 from olmoe_train.optim.clipping import clip_gradients
 from olmoe_train.training.batch import Batch, Totals, count_tokens
-from olmoe_train.training.build import build_model, build_objective
+from olmoe_train.training.build import build_model
+from olmoe_train.training.objectives.next_token import NextToken
 
 EOS, PAD = 0, 1
 
@@ -62,7 +63,7 @@ class BareStep:
         self.device = init_distributed("cpu")
         self.model = build_model(cfg, build_mesh(cfg.parallel, self.device))
         self.optimizer = build_optimizer(self.model.parameters(), cfg.optimizer)
-        self.objective = build_objective(cfg, self.model, self.device)
+        self.objective = NextToken(self.model, self.device)
 
     def random_batch(self) -> Batch:
         """Random tokens: input_ids and targets, int64 [micro_batch_size, sequence_length]."""

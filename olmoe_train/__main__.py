@@ -9,6 +9,7 @@ VERBS = {
     "prepare": "turn a corpus into tokens on disk",
     "plan": "memory, traffic, layouts and duration of a training run, without running it",
     "train": "pretrain or fine-tune",
+    "logprobs": "log-probabilities of the reference, for preference tuning",
     "evaluate": "validation loss and perplexity",
     "upcycle": "make an OLMoE from a dense model",
     "export": "write a run's checkpoint as a Hugging Face directory",

@@ -13,13 +13,13 @@ from olmoe_train.cli.app import run_verb
 from olmoe_train.cli.ranks import HELP, on_ranks
 from olmoe_train.config.compose import plain_values
 from olmoe_train.config.train import TrainConfig
-from olmoe_train.data.loader import TrainingData
 from olmoe_train.distributed.mesh import init_distributed
 from olmoe_train.distributed.rendezvous import leave_distributed
 from olmoe_train.optim.skip_step import SkipGuard
 from olmoe_train.training.batch import Batch, Totals, count_tokens, to_device
 from olmoe_train.training.build import (
     build_callbacks,
+    build_data,
     build_engine,
     build_objective,
     build_run,
@@ -56,11 +56,11 @@ def train(
     """
     device = init_distributed(cfg.trainer.device.value, cfg.trainer.rendezvous_timeout)
     with build_run(cfg) as run:
-        data = TrainingData(cfg.data, cfg.seed)
+        data = build_data(cfg)
         last_step = count_steps(cfg, data)
         schedule = build_schedule(cfg, last_step)
         engine = build_engine(cfg, device)
-        objective = build_objective(cfg, engine.model, device)
+        objective = build_objective(cfg, engine.model, data, device, run.watchdog.with_heartbeat)
         identity = resume_fingerprint(plain_values(cfg), schedule, data, engine.model.base)
         saved = resume(cfg.checkpoint, run, engine, identity)
         run.write_config(cfg)

@@ -53,6 +53,11 @@ def check_data(config: OlmoeConfig, manifest: Manifest, cfg: EvaluateConfig) -> 
             model's; the message lists all reasons.
     """
     errors = []
+    if manifest.preferences is not None:
+        errors.append(
+            f"data.dir={cfg.data.dir} holds preferences, and this command computes the loss of texts: give "
+            "other data; a run with objective=preference validates on preferences"
+        )
     if manifest.vocab_size > config.vocab_size:
         errors.append(
             f"data.dir={cfg.data.dir} has token ids up to {manifest.vocab_size - 1}, but the model has only "

@@ -95,12 +95,15 @@ class Records(Enum):
     sharegpt = "sharegpt"
     alpaca = "alpaca"
     prompt_completion = "prompt_completion"
+    preference = "preference"
+    unpaired_preference = "unpaired_preference"
 
 
 class LearnedTurns(Enum):
     all = "all"
     last = "last"
     marked = "marked"
+    completion = "completion"
 
 
 class Turns(Enum):
@@ -116,6 +119,33 @@ class OnBadRecord(Enum):
 class Packing(Enum):
     concat = "concat"
     best_fit = "best_fit"
+    none = "none"
+
+
+class Truncate(Enum):
+    drop = "drop"
+    prompt_start = "prompt_start"
+    completion_end = "completion_end"
+
+
+class PreferenceKind(Enum):
+    dpo = "dpo"
+    dpo_norm = "dpo_norm"
+    ipo = "ipo"
+    simpo = "simpo"
+    orpo = "orpo"
+    kto = "kto"
+
+
+class Reference(Enum):
+    cached = "cached"
+    live = "live"
+    none = "none"
+
+
+class IpoLogProbs(Enum):
+    per_token = "per_token"
+    summed = "summed"
 
 
 class ExpertsBackend(Enum):

@@ -13,6 +13,7 @@ from olmoe_train.config.choices import (
     Records,
     SourceKind,
     TokenDtype,
+    Truncate,
     Turns,
 )
 
@@ -54,7 +55,10 @@ class SourceConfig:
     a conversation that the tokenizer's chat template renders; only the assistant's turns contribute to the
     loss. sharegpt: conversations_field, a conversation in the form of ShareGPT. alpaca: instruction_field,
     input_field and output_field, a conversation of one question and its answer. prompt_completion:
-    prompt_field and completion_field; only the completion contributes to the loss."""
+    prompt_field and completion_field; only the completion contributes to the loss. preference: chosen_field
+    and rejected_field, two completions of one prompt, for objective=preference. unpaired_preference:
+    prompt_field, completion_field and label_field, a completion that is wanted or not, for
+    objective.kind=kto."""
     text_field: str = "text"
     """Field or column with the text of a document."""
     messages_field: str = "messages"
@@ -80,15 +84,30 @@ class SourceConfig:
     none."""
     learn: LearnedTurns = LearnedTurns.all
     """Which turns of the assistant contribute to the loss. all: every turn. last: the last one. marked: every
-    turn except those whose message has "weight": 0 or "train": false. An empty turn never does."""
+    turn except those whose message has "weight": 0 or "train": false. An empty turn never does.
+    completion: of preferences, every turn after the prompt."""
     turns: Turns = Turns.together
     """What becomes of a conversation with several turns. together: one document. expand: a document for each
     turn that contributes to the loss, which ends with this turn; the turns before it are read only. For chat
     templates that render an earlier turn differently from the last one, such as those that drop thoughts."""
     prompt_field: str = "prompt"
-    """Field or column with a prompt, a string."""
+    """Field or column with a prompt, a string. Of preferences, a string or a list of messages;
+    records=preference may lack it, and the prompt is then the common beginning of the two conversations."""
     completion_field: str = "completion"
-    """Field or column with the completion of the prompt, a string."""
+    """Field or column with the completion of the prompt, a string. Of records=unpaired_preference, a string
+    or a list of messages."""
+    chosen_field: str = "chosen"
+    """Field or column with the preferred completion of records=preference: a string or a list of messages."""
+    rejected_field: str = "rejected"
+    """Field or column with the other completion of records=preference, in the form of the preferred one."""
+    label_field: str = "label"
+    """Field or column of records=unpaired_preference: true if the completion is wanted, false if it is
+    not."""
+    truncate: Truncate = Truncate.drop
+    """What becomes of a preference with more than data.sequence_length tokens in a prompt with its
+    completion. drop: it is left out. prompt_start: the prompt loses its first tokens, equally many before
+    both completions. completion_end: each completion loses its last tokens. What cannot be cut in this way is
+    left out."""
     id_field: str | None = "id"
     """Field or column that identifies a document; the choice of validation documents depends on it. null, or
     a document without this field: its file and line identify it."""
@@ -158,7 +177,8 @@ class DataConfig:
     packing: Packing = Packing.concat
     """How documents form sequences. concat: consecutive tokens, cut anywhere (as in the released model's
     training). best_fit: as many whole documents as fit, then padding; only a document longer than the
-    sequence is cut."""
+    sequence is cut. none: every document is padded to the longest one of its micro-batch; only for
+    preferences. With objective=preference, packing changes no result."""
     mask_documents: bool = False
     """Separate the documents in a sequence: attention does not cross documents, positions start at 0 in each
     document, and the first token of a document is not predicted. The released model was trained without

@@ -185,6 +185,15 @@ class PlanConfig(TrainConfig):
     67 in fp32."""
 
 
+@dataclass(frozen=True)
+class LogprobsConfig(TrainConfig):
+    """Compute the log-probabilities of the reference for preference tuning, and store them.
+
+    It accepts every key of `olmoe train`, and reads those of the model, the data, the batch sizes and the
+    layout.
+    """
+
+
 VERBS: dict[str, type] = {
     "prepare": PrepareConfig,
     "train": TrainConfig,
@@ -193,5 +202,6 @@ VERBS: dict[str, type] = {
     "export": ExportConfig,
     "upcycle": UpcycleConfig,
     "plan": PlanConfig,
+    "logprobs": LogprobsConfig,
 }
 """The config dataclass of each verb."""

@@ -8,7 +8,7 @@ checkpoint must keep. The module sequences.py defines what a sample is.
 import hashlib
 import itertools
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -21,6 +21,7 @@ from olmoe_train.config.choices import Packing
 from olmoe_train.config.data import DataConfig
 from olmoe_train.data.mixture import SCHEDULE, SourceSchedule, mixture_components, read_manifests, source_seed
 from olmoe_train.data.packing import ALGORITHM
+from olmoe_train.data.preferences import COMPLETIONS, PAIRS, CollatePreferences, PreferenceSequences
 from olmoe_train.data.sample_order import ORDER, sample_for
 from olmoe_train.data.sequences import Sequences, mask_repetition
 from olmoe_train.data.tokens import Manifest, open_split, shard_files
@@ -32,23 +33,29 @@ Sample = dict[str, np.ndarray]
 class TrainingData:
     """The training data of a run, opened once: manifests, samples, and what determines the sample order."""
 
-    def __init__(self, cfg: DataConfig, seed: int) -> None:
+    def __init__(self, cfg: DataConfig, seed: int, single: bool = False) -> None:
         """Read the manifests.
 
         Args:
             cfg: The `data` section of the configuration.
             seed: Seed of the sample order.
+            single: Of preferences, whether a sample is one completion, and not a pair.
 
         Raises:
             UserError: A manifest is missing or damaged, or the sources have different tokenizers.
         """
-        self.cfg, self.seed = cfg, seed
+        self.cfg, self.seed, self.single = cfg, seed, single
         self.manifests = read_manifests(cfg)
+
+    @property
+    def has_preferences(self) -> bool:
+        """Whether the data consists of preferences."""
+        return all(manifest.preferences is not None for manifest in self.manifests.values())
 
     @cached_property
     def samples(self) -> "TrainSamples":
         """Every sample by its global index. The first access reads the index of every shard."""
-        return TrainSamples(self.cfg, self.seed)
+        return TrainSamples(self.cfg, self.seed, self.has_preferences, self.single)
 
     def fingerprint(self) -> dict[str, Any]:
         """Return what determines the stream of samples, as flat JSON values.
@@ -56,11 +63,14 @@ class TrainingData:
         A run may continue from a sample index only if the fingerprint is unchanged.
         """
         manifests = self.manifests
+        packing = ALGORITHM if self.cfg.packing is Packing.best_fit else self.cfg.packing.value
+        if self.has_preferences:  # packing does not change the samples
+            packing = COMPLETIONS if self.single else PAIRS
         common = {
             "order": ORDER,
             "seed": self.seed,
             "sequence_length": self.cfg.sequence_length,
-            "packing": ALGORITHM if self.cfg.packing is Packing.best_fit else self.cfg.packing.value,
+            "packing": packing,
             "tokenizer_sha256": next(iter(manifests.values())).tokenizer_sha256,
         }
         if not self.cfg.mixture:
@@ -83,6 +93,7 @@ def build_train_loader(
 ) -> DataLoader[dict[str, torch.Tensor]]:
     """Build an endless loader of this rank's micro-batches, starting at sample index `start_sample`.
 
+    A sample is a sequence; of preferences it is a pair, or a single completion.
     Step j, counted from 0, consists of the samples start_sample + [j * global_batch_size,
     (j + 1) * global_batch_size) of the global order. Rank r gets the r-th contiguous share of these samples.
     After j steps the state to save is `start_sample + j * global_batch_size`.
@@ -96,18 +107,24 @@ def build_train_loader(
         micro_batch_size: Sequences per micro-batch (B).
 
     Returns:
-        A loader that yields the columns of `collate`.
+        A loader that yields the columns of `collate`, or of CollatePreferences.
 
     Raises:
         UserError: Data is missing or damaged, or a training split is shorter than one sequence.
     """
     assert global_batch_size % (world_size * micro_batch_size) == 0, "preflight refuses this"
     batches = RankMicroBatches(start_sample, global_batch_size, rank, world_size, micro_batch_size)
-    return _loader(data.samples, batches, data.cfg.num_workers, data.seed)
+    return _loader(data.samples, batches, data.cfg.num_workers, data.seed, _collate(data.cfg, data.manifests))
 
 
 def build_eval_batches(
-    data: DataConfig, rank: int, world_size: int, micro_batch_size: int, max_sequences: int | None = None
+    data: DataConfig,
+    rank: int,
+    world_size: int,
+    micro_batch_size: int,
+    max_sequences: int | None = None,
+    single: bool = False,
+    first_document: int = 0,
 ) -> DataLoader[dict[str, torch.Tensor]]:
     """Build this rank's batches of the validation split of data.dir, in order.
 
@@ -120,14 +137,16 @@ def build_eval_batches(
         world_size: Number of ranks.
         micro_batch_size: Sequences per batch and rank (B).
         max_sequences: Use only the first `max_sequences` sequences over all ranks. None uses all.
+        single: As for TrainingData.
+        first_document: Of preferences, number of the first document, in the data as a whole.
 
     Returns:
-        A loader that yields the columns of `collate`, including attention_mask.
+        A loader that yields the columns of `collate`, including attention_mask, or of CollatePreferences.
 
     Raises:
         UserError: Data is missing or damaged, or the validation split is empty.
     """
-    dataset = EvalSequences(data)
+    dataset = EvalSequences(data, single, first_document)
     count = len(dataset) if max_sequences is None else min(max_sequences, len(dataset))
     if count == 0:
         raise UserError(
@@ -138,9 +157,15 @@ def build_eval_batches(
     steps = -(-count // global_batch_size)
     rows = [index if index < count else EvalSequences.FILLER for index in range(steps * global_batch_size)]
     starts = range(rank * micro_batch_size, len(rows), global_batch_size)
-    return _loader(
-        dataset, [rows[start : start + micro_batch_size] for start in starts], data.num_workers, seed=0
-    )
+    batches = [rows[start : start + micro_batch_size] for start in starts]
+    return _loader(dataset, batches, data.num_workers, 0, _collate(data, read_manifests(data)))
+
+
+def _collate(data: DataConfig, manifests: dict[str, Manifest]) -> "Collate":
+    manifest = next(iter(manifests.values()))
+    if manifest.preferences is None:
+        return collate
+    return CollatePreferences(data, manifest.padding)
 
 
 def _contents(manifest: Manifest) -> dict[str, Any]:
@@ -158,12 +183,25 @@ class TrainSamples(Dataset[Sample]):
         UserError: The training split of a source is shorter than one sequence.
     """
 
-    def __init__(self, data: DataConfig, seed: int):
+    def __init__(self, data: DataConfig, seed: int, preferences: bool = False, single: bool = False):
+        """
+        Args:
+            data: The `data` section of the configuration.
+            seed: Seed of the sample order.
+            preferences: Whether the data consists of preferences.
+            single: As for TrainingData.
+        """
         self.sources = mixture_components(data)
         read_manifests(data)  # raises UserError if the sources do not fit together
-        self.sequences = [
-            Sequences(open_split(source.directory, "train"), data, keep_tail=False) for source in self.sources
-        ]
+        self.sequences: list[Sequences | PreferenceSequences] = []
+        first_document = 0
+        for source in self.sources:
+            split = open_split(source.directory, "train")
+            if preferences:
+                self.sequences.append(PreferenceSequences(split, data, single, first_document))
+                first_document += split.documents
+            else:
+                self.sequences.append(Sequences(split, data, keep_tail=False))
         for source, sequences in zip(self.sources, self.sequences, strict=True):
             if len(sequences) == 0:
                 where = f"the training split of {source.name}" if data.mixture else "the whole training split"
@@ -224,8 +262,13 @@ class EvalSequences(Dataset[Sample]):
 
     FILLER = -1
 
-    def __init__(self, data: DataConfig):
-        self.sequences = Sequences(open_split(data.dir, "validation"), data, keep_tail=True)
+    def __init__(self, data: DataConfig, single: bool = False, first_document: int = 0):
+        split = open_split(data.dir, "validation")
+        self.sequences: Sequences | PreferenceSequences
+        if split.manifest.preferences is not None:
+            self.sequences = PreferenceSequences(split, data, single, first_document)
+        else:
+            self.sequences = Sequences(split, data, keep_tail=True)
 
     def __len__(self) -> int:
         return len(self.sequences)
@@ -279,8 +322,12 @@ def collate(samples: list[Sample]) -> dict[str, torch.Tensor]:
     return batch
 
 
+Collate = Callable[[list[Sample]], dict[str, torch.Tensor]]
+"""Samples -> one micro-batch."""
+
+
 def _loader(
-    dataset: Dataset[Any], batches: Iterable[list[int]], num_workers: int, seed: int
+    dataset: Dataset[Any], batches: Iterable[list[int]], num_workers: int, seed: int, collate: Collate
 ) -> DataLoader[dict[str, torch.Tensor]]:
     return DataLoader(
         dataset,

@@ -34,9 +34,7 @@ class Sequences:
         self.padded = keep_tail or data.packing is Packing.best_fit
         rounded_up = len(split) + (data.sequence_length - 1 if keep_tail else 0)
         self._count = rounded_up // data.sequence_length if self.packs is None else len(self.packs)
-        # Any id is correct here, because attention, loss and router statistics mask out padding.
-        manifest = split.manifest
-        self.pad = manifest.eos_token_id if manifest.pad_token_id is None else manifest.pad_token_id
+        self.pad = split.manifest.padding
 
     def __len__(self) -> int:
         return self._count

@@ -23,7 +23,7 @@ MANIFEST = "manifest.json"
 TOKENIZER = "tokenizer"
 DTYPES: dict[str, np.dtype[Any]] = {"uint16": np.dtype("<u2"), "uint32": np.dtype("<u4")}
 ENDS_DTYPE = np.dtype("<u8")
-MASK_DTYPE = np.dtype("u1")
+MASK_DTYPE = LABELS_DTYPE = np.dtype("u1")
 
 
 @dataclass(frozen=True)
@@ -41,6 +41,10 @@ class Shard:
     mask_path: str | None = None
     """Loss mask: one uint8 per token, 1 if the token is a target. None: every token is a target."""
     mask_sha256: str | None = None
+    labels_path: str | None = None
+    """Labels of preferences: one uint8 per document, 1 for a chosen or wanted completion and 0 for another.
+    None: the data has no preferences."""
+    labels_sha256: str | None = None
 
 
 @dataclass(frozen=True)
@@ -85,6 +89,29 @@ class Targets:
 
 
 @dataclass(frozen=True)
+class Preferences:
+    """Counts over both splits for data of preferences."""
+
+    paired: bool
+    """Documents 2i and 2i + 1 of a split are the chosen and the rejected completion of one prompt. False:
+    every document is a completion with its own label."""
+    records: int
+    """Pairs, or completions with labels."""
+    longest: int
+    """Tokens of the longest document."""
+    desirable: int
+    """Documents with the label 1."""
+    cut: int = 0
+    """Records that lost tokens (data.source.truncate)."""
+    too_long: int = 0
+    """Records that are left out because they are too long."""
+    unaligned: int = 0
+    """Records that are left out because the completion could not be located among the tokens."""
+    equal_when_cut: int = 0
+    """Pairs that are left out because cutting made their sides equal."""
+
+
+@dataclass(frozen=True)
 class Manifest:
     """Description of a prepared directory, stored as manifest.json. The defaults are for older manifests."""
 
@@ -117,19 +144,28 @@ class Manifest:
     """None: every token is a target."""
     tokens_in_place: bool = False
     """The token files lie elsewhere and are named by absolute paths (data.format=olmo)."""
+    preferences: Preferences | None = None
+    """None: the data has no preferences."""
     split_note: str | None = None
     """Sentence: how the splits differ from data.source.validation_fraction, in a small corpus. None: they do
     not."""
+
+    @property
+    def padding(self) -> int:
+        """Token id of padding. Any id is correct: attention, loss and router statistics mask out padding."""
+        return self.eos_token_id if self.pad_token_id is None else self.pad_token_id
 
 
 def write_manifest(directory: Path, manifest: Manifest) -> None:
     """Write manifest.json into a directory that is not published yet."""
     record: dict[str, Any] = {"format": FORMAT, "version": VERSION, **asdict(manifest)}
     for shard in (*record["train"]["shards"], *record["validation"]["shards"]):
-        if shard["mask_path"] is None:
-            del shard["mask_path"], shard["mask_sha256"]
-    if manifest.split_note is None:
-        del record["split_note"]
+        for optional in ("mask", "labels"):
+            if shard[f"{optional}_path"] is None:
+                del shard[f"{optional}_path"], shard[f"{optional}_sha256"]
+    for later in ("split_note", "preferences"):
+        if record[later] is None:
+            del record[later]
     (directory / MANIFEST).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
 
 
@@ -180,6 +216,8 @@ def _parse_manifest(record: dict[str, Any]) -> Manifest:
     values |= {name: _parse_split(record[name], name, in_place) for name in ("train", "validation")}
     if values.get("targets") is not None:
         values["targets"] = Targets(**values["targets"])
+    if values.get("preferences") is not None:
+        values["preferences"] = Preferences(**values["preferences"])
     manifest = Manifest(**values)
     if manifest.dtype not in DTYPES:
         raise ValueError(f"dtype is {manifest.dtype!r}, not {' or '.join(DTYPES)}")
@@ -215,12 +253,14 @@ def _damaged(path: Path, problem: str, directory: Path) -> UserError:
 
 
 def shard_files(shard: Shard) -> list[tuple[str, str]]:
-    """List (path, SHA-256) of each file of a shard. ValueError for a mask without a hash or the reverse."""
-    if (shard.mask_path is None) != (shard.mask_sha256 is None):
-        raise ValueError(f"{shard.path} has only one of mask_path and mask_sha256")
+    """List (path, SHA-256) of each file of a shard. ValueError for a file without a hash or the reverse."""
     files = [(shard.path, shard.sha256), (shard.ends_path, shard.ends_sha256)]
-    if shard.mask_path is not None and shard.mask_sha256 is not None:
-        files.append((shard.mask_path, shard.mask_sha256))
+    for name in ("mask", "labels"):
+        path, sha256 = getattr(shard, f"{name}_path"), getattr(shard, f"{name}_sha256")
+        if (path is None) != (sha256 is None):
+            raise ValueError(f"{shard.path} has only one of {name}_path and {name}_sha256")
+        if path is not None:
+            files.append((path, sha256))
     return files
 
 
@@ -242,8 +282,11 @@ class TokenSplit:
             self._check_size(shard.ends_path, shard.documents * ENDS_DTYPE.itemsize)
             if shard.mask_path is not None:
                 self._check_size(shard.mask_path, shard.tokens * MASK_DTYPE.itemsize)
+            if shard.labels_path is not None:
+                self._check_size(shard.labels_path, shard.documents * LABELS_DTYPE.itemsize)
         self.has_mask = any(shard.mask_path is not None for shard in self.shards)
         self._starts = np.cumsum([0, *(shard.tokens for shard in self.shards)])
+        self._first_documents = np.cumsum([0, *(shard.documents for shard in self.shards)])
         self._maps: dict[str, np.ndarray] = {}
 
     def _check_size(self, relative: str, expected: int) -> None:
@@ -273,6 +316,29 @@ class TokenSplit:
             if path is not None:
                 out[at : at + last - first] = self._map(path, MASK_DTYPE)[first:last]
         return out
+
+    @property
+    def documents(self) -> int:
+        """Number of documents."""
+        return int(self._first_documents[-1])
+
+    def document(self, index: int) -> tuple[int, int]:
+        """Return (start, stop) of a document, in tokens of the split."""
+        assert 0 <= index < self.documents, f"document {index} of {self.documents}"
+        shard = int(np.searchsorted(self._first_documents, index, side="right")) - 1
+        ends = self._map(self.shards[shard].ends_path, ENDS_DTYPE)
+        at, base = index - int(self._first_documents[shard]), int(self._starts[shard])
+        return base + (int(ends[at - 1]) if at > 0 else 0), base + int(ends[at])
+
+    def labels(self, first: int, last: int) -> np.ndarray:
+        """Read the labels of documents [first, last), as uint8. Only of preferences."""
+        found = [np.empty(0, LABELS_DTYPE)]
+        for shard, begin in zip(self.shards, self._first_documents.tolist(), strict=False):
+            low, high = max(0, first - begin), min(last - begin, shard.documents)
+            if low < high:
+                assert shard.labels_path is not None, "the manifest has preferences"
+                found.append(self._map(shard.labels_path, LABELS_DTYPE)[low:high])
+        return np.concatenate(found)
 
     def document_starts(self, start: int, stop: int) -> np.ndarray:
         """Return the positions in (start, stop) where documents start, as int64, ascending."""

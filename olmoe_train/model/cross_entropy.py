@@ -1,6 +1,7 @@
-"""Chunked cross-entropy of the output head: the full [T, V] logits are never in memory.
+"""Chunked cross-entropy and log-probabilities of the output head: the [T, V] logits are never in memory.
 
-Shapes: B batch, S sequence, T tokens, C tokens per chunk, D hidden, V vocabulary, R rank of an adapter.
+Shapes: B batch, S sequence, T tokens, P positions with a target, C tokens per chunk, D hidden, V vocabulary,
+R rank of an adapter.
 """
 
 from collections.abc import Callable
@@ -106,16 +107,15 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     ) -> Tensor:
         loss = hidden_TD.new_zeros((), dtype=torch.float32)
         logits_chunk = hidden_TD.new_empty(min(HEAD_CHUNK_ROWS, len(hidden_TD)), len(weight_VD))
-        gradients = _Gradients(hidden_TD, weight_VD, low_TR, b_VR, gain_V) if needs_gradient else None
+        gradients = None
+        if needs_gradient:
+            gradients = _Gradients(hidden_TD, weight_VD, low_TR, b_VR, gain_V, weight_VD.requires_grad)
         for start in range(0, hidden_TD.shape[0], HEAD_CHUNK_ROWS):
             rows = slice(start, start + HEAD_CHUNK_ROWS)
-            hidden_CD, labels_C = hidden_TD[rows], labels_T[rows]
+            labels_C = labels_T[rows]
             is_target_C1 = (labels_C != IGNORE_INDEX)[:, None]
             target_C1 = labels_C.clamp(min=0)[:, None]
-            raw_CV = torch.mm(hidden_CD, weight_VD.t(), out=logits_chunk[: len(hidden_CD)])
-            if low_TR is not None and b_VR is not None:
-                raw_CV.addmm_(low_TR[rows], b_VR.t())
-            logits_CV = raw_CV if gain_V is None else raw_CV * gain_V
+            raw_CV, logits_CV = _logits(rows, logits_chunk, hidden_TD, weight_VD, low_TR, b_VR, gain_V)
             at_target_C1, d_logits_CV = log_probs(logits_CV, target_C1, is_target_C1)
             loss -= (at_target_C1 * is_target_C1).sum()
             if gradients is not None:
@@ -136,6 +136,93 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         return (*gradients, None, None, None)
 
 
+def target_log_probs_of(
+    hidden_PD: Tensor,
+    weight_VD: Tensor,
+    targets_P: Tensor,
+    log_probs: Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]] = target_log_probs,
+    adapter: HeadAdapter | None = None,
+) -> Tensor:
+    """log softmax(hidden @ weight.T)[target] of each position.
+
+    A loss that is not linear in these values weights each position differently, and the weights are known
+    only in backward. The backward pass therefore computes each chunk of logits again. Memory holds one chunk
+    of logits and one fp32 [V, D] weight gradient. The softmax is fp32 for every input dtype.
+
+    Args:
+        hidden_PD: Output of the final norm at the positions, any float dtype.
+        weight_VD: Weight of the head.
+        targets_P: int64, without IGNORE_INDEX.
+        log_probs: target_log_probs, or a compiled version of that function.
+        adapter: The head's adapter, in the dtype of `hidden_PD`. None: no adapter.
+
+    Returns:
+        fp32 [P] (fp64 for fp64 inputs), in nats.
+    """
+    parts = (None, None, None) if adapter is None else (adapter.low_TR, adapter.b_VR, adapter.gain_V)
+    return _ChunkedLogProbs.apply(hidden_PD, weight_VD, *parts, targets_P, log_probs)
+
+
+class _ChunkedLogProbs(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden_PD: Tensor,
+        weight_VD: Tensor,
+        low_PR: Tensor | None,
+        b_VR: Tensor | None,
+        gain_V: Tensor | None,
+        targets_P: Tensor,
+        log_probs: Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]],
+    ) -> Tensor:
+        exact = torch.promote_types(hidden_PD.dtype, torch.float32)
+        out_P = hidden_PD.new_empty(len(hidden_PD), dtype=exact)
+        chunk = hidden_PD.new_empty(min(HEAD_CHUNK_ROWS, len(hidden_PD)), len(weight_VD))
+        for start in range(0, len(hidden_PD), HEAD_CHUNK_ROWS):
+            rows = slice(start, start + HEAD_CHUNK_ROWS)
+            _, logits_CV = _logits(rows, chunk, hidden_PD, weight_VD, low_PR, b_VR, gain_V)
+            at_target_C = logits_CV.gather(1, targets_P[rows, None]).squeeze(1).to(exact)
+            out_P[rows] = at_target_C - logits_CV.to(exact).logsumexp(-1)
+        ctx.save_for_backward(hidden_PD, weight_VD, low_PR, b_VR, gain_V, targets_P)
+        ctx.log_probs = log_probs
+        return out_P
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, d_out_P: Tensor) -> tuple[Tensor | None, ...]:
+        hidden_PD, weight_VD, low_PR, b_VR, gain_V, targets_P = ctx.saved_tensors
+        gradients = _Gradients(hidden_PD, weight_VD, low_PR, b_VR, gain_V, ctx.needs_input_grad[1])
+        chunk = hidden_PD.new_empty(min(HEAD_CHUNK_ROWS, len(hidden_PD)), len(weight_VD))
+        for start in range(0, len(hidden_PD), HEAD_CHUNK_ROWS):
+            rows = slice(start, start + HEAD_CHUNK_ROWS)
+            raw_CV, logits_CV = _logits(rows, chunk, hidden_PD, weight_VD, low_PR, b_VR, gain_V)
+            target_C1, d_out_C1 = targets_P[rows, None], d_out_P[rows, None]
+            at_target_C1, d_logits_CV = ctx.log_probs(logits_CV, target_C1, torch.ones_like(target_C1) > 0)
+            # d log p / d logits = onehot(target) - softmax; see _ChunkedCrossEntropy for the target.
+            d_target_C1 = at_target_C1.exp() - 1
+            d_logits_CV.scatter_(1, target_C1, d_target_C1.to(d_logits_CV.dtype))
+            d_logits_CV *= -d_out_C1.to(d_logits_CV.dtype)
+            gradients.add(rows, d_logits_CV, raw_CV)
+        return (*gradients.rounded(), None, None)
+
+
+def _logits(
+    rows: slice,
+    out: Tensor,
+    hidden_TD: Tensor,
+    weight_VD: Tensor,
+    low_TR: Tensor | None,
+    b_VR: Tensor | None,
+    gain_V: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """(Logits of the rows before the adapter's gain, logits), [C, V]. The first ones are in `out`."""
+    hidden_CD = hidden_TD[rows]
+    raw_CV = torch.mm(hidden_CD, weight_VD.t(), out=out[: len(hidden_CD)])
+    if low_TR is not None and b_VR is not None:
+        raw_CV.addmm_(low_TR[rows], b_VR.t())
+    return raw_CV, raw_CV if gain_V is None else raw_CV * gain_V
+
+
 class _Gradients:
     """Gradients of the summed loss with respect to the tensor inputs, summed over the chunks."""
 
@@ -146,7 +233,9 @@ class _Gradients:
         low_TR: Tensor | None,
         b_VR: Tensor | None,
         gain_V: Tensor | None,
+        of_weight: bool,
     ) -> None:
+        """of_weight: whether the weight needs a gradient."""
         self.hidden_TD, self.weight_VD, self.low_TR, self.b_VR, self.gain_V = (
             hidden_TD,
             weight_VD,
@@ -156,7 +245,7 @@ class _Gradients:
         )
         self.d_hidden_TD = torch.empty_like(hidden_TD)
         # fp32: a bf16 sum would be rounded once per chunk.
-        self.d_weight_VD = _fp32_zeros(weight_VD) if weight_VD.requires_grad else None
+        self.d_weight_VD = _fp32_zeros(weight_VD) if of_weight else None
         self.d_low_TR = None if low_TR is None else torch.empty_like(low_TR)
         self.d_b_VR = None if b_VR is None else _fp32_zeros(b_VR)
         self.d_gain_V = None if gain_V is None else _fp32_zeros(gain_V)

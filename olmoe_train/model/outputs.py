@@ -94,3 +94,5 @@ class TrainingOutput:
     """Cross-entropy summed over the target tokens, an fp32 scalar."""
     router: RouterStats
     """Sums over the unpadded tokens, of every layer."""
+    log_probs: Tensor | None = None
+    """Log-probability of each target, fp32 [P], if positions were asked for; `ce_sum` is then 0."""

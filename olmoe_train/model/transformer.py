@@ -353,6 +353,7 @@ class OlmoeForCausalLM(OlmoePreTrainedModel):
         position_ids: Tensor | None = None,
         document_offsets: Tensor | None = None,
         targets: Tensor | None = None,
+        target_positions: Tensor | None = None,
     ) -> TrainingOutput:
         """Forward pass for training: summed cross-entropy and the routers' sums, without logits.
 
@@ -364,9 +365,11 @@ class OlmoeForCausalLM(OlmoePreTrainedModel):
             document_offsets: See OlmoeModel.run_layers.
             targets: [B, S] int64, the token to predict at each position, -100 where there is none; give
                 `targets` or `labels`. Without either the head is skipped, and ce_sum is 0.
+            target_positions: [P] int64, positions in the B x S tokens of the flattened batch. With them,
+                `targets` is [P] int64, and the log-probability of each target is returned.
 
         Returns:
-            Summed cross-entropy and the routers' sums.
+            Summed cross-entropy or the targets' log-probabilities, and the routers' sums.
         """
         assert labels is None or targets is None, "labels and targets are two forms of one column"
         if labels is not None:
@@ -379,10 +382,13 @@ class OlmoeForCausalLM(OlmoePreTrainedModel):
             output_router_stats=True,
         )
         assert decoded.router_stats is not None
-        hidden_BSD = decoded.last_hidden_state
-        ce_sum = hidden_BSD.new_zeros((), dtype=torch.float32)
+        hidden_TD = decoded.last_hidden_state.flatten(0, 1)
+        ce_sum = hidden_TD.new_zeros((), dtype=torch.float32)
+        if target_positions is not None:
+            log_probs_P = self.lm_head(hidden_TD.index_select(0, target_positions), targets_P=targets)
+            return TrainingOutput(ce_sum, decoded.router_stats, log_probs_P)
         if targets is not None:
-            ce_sum = self.lm_head(hidden_BSD.flatten(0, 1), targets.flatten())
+            ce_sum = self.lm_head(hidden_TD, targets.flatten())
         return TrainingOutput(ce_sum, decoded.router_stats)
 
     def generate(self, input_ids: Tensor, **options: Any) -> Tensor:

@@ -9,15 +9,16 @@ from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 
 from olmoe_train.config.adapter import adapter_spec
-from olmoe_train.config.choices import DTYPES, ActivationCheckpointing, Offload, Strategy
+from olmoe_train.config.choices import DTYPES, ActivationCheckpointing, Offload, Reference, Strategy
 from olmoe_train.config.model import olmoe_config
+from olmoe_train.config.objective import PreferenceConfig
 from olmoe_train.config.train import ParallelConfig
 from olmoe_train.config.verbs import PlanConfig
 from olmoe_train.planning.adapter import adapter_counts, adapter_plan
 from olmoe_train.planning.duration import tokens_per_step, total_steps
 from olmoe_train.planning.flops import FlopsPerToken, parameter_counts, peak_flops, train_flops_per_token
 from olmoe_train.planning.layout import ParallelLayout
-from olmoe_train.planning.memory import MicroBatch, RankMemory, rank_memory
+from olmoe_train.planning.memory import FP32, MicroBatch, RankMemory, rank_memory
 from olmoe_train.planning.memory_deepspeed import deepspeed_memory, host_memory, save_memory
 from olmoe_train.planning.traffic import Links, StepTraffic, step_traffic
 
@@ -59,11 +60,12 @@ def plan_speed(cfg: PlanConfig) -> Speed:
     """The speed of a run: tokens/s = gpus x peak x MFU / FLOPs per token."""
     config, adapter = olmoe_config(cfg.model), adapter_spec(cfg.adapter)
     flops = train_flops_per_token(config, cfg.data.sequence_length, adapter)
+    length = cfg.objective.sequences_per_sample * cfg.data.sequence_length
     peak = gpu_peak_flops(cfg)
     return Speed(
         flops,
         peak,
-        tokens_per_step(cfg.trainer, cfg.data.sequence_length),
+        tokens_per_step(cfg.trainer, length),
         cfg.trainer.global_batch_size // (cfg.trainer.micro_batch_size * cfg.gpus),
         total_steps(cfg.trainer, cfg.data.sequence_length),
         cfg.gpus * peak * cfg.mfu / flops.total,
@@ -98,7 +100,7 @@ def plan_micro_batch(cfg: PlanConfig) -> MicroBatch:
     """The micro-batch of the configuration's sections `trainer` and `data`."""
     trainer = cfg.trainer
     return MicroBatch(
-        trainer.micro_batch_size,
+        trainer.micro_batch_size * cfg.objective.sequences_per_sample,
         cfg.data.sequence_length,
         trainer.precision,
         trainer.activation_checkpointing,
@@ -109,9 +111,21 @@ def plan_memory(cfg: PlanConfig, layout: ParallelLayout, batch: MicroBatch) -> l
     """The memory of one rank at each load factor; only at load factor 1 without expert parallelism."""
     config = olmoe_config(cfg.model)
     factors = LOAD_FACTORS if layout.expert_parallel_size > 1 else LOAD_FACTORS[:1]
-    memory = deepspeed_memory if layout.strategy is Strategy.deepspeed else rank_memory
-    adapter = adapter_plan(cfg.adapter)
-    return [memory(config, layout, replace(batch, load_factor=factor), adapter) for factor in factors]
+    adapter, batches = adapter_plan(cfg.adapter), [replace(batch, load_factor=factor) for factor in factors]
+    if layout.strategy is Strategy.deepspeed:
+        return [deepspeed_memory(config, layout, batch, adapter) for batch in batches]
+    return [rank_memory(config, layout, batch, adapter, cfg.optimizer.moments) for batch in batches]
+
+
+def reference_memory(cfg: PlanConfig, layout: ParallelLayout, batch: MicroBatch) -> int:
+    """Bytes per rank of the second model of objective.reference=live, in the precision of the computation."""
+    objective = cfg.objective
+    is_live = isinstance(objective, PreferenceConfig) and objective.reference_kind is Reference.live
+    if not is_live or adapter_plan(cfg.adapter) is not None:
+        return 0
+    if layout.strategy is Strategy.deepspeed:
+        layout = ParallelLayout(Strategy.fsdp, layout.gpus, layout.expert_parallel_size)
+    return rank_memory(olmoe_config(cfg.model), layout, batch).parameters * batch.element // FP32
 
 
 IsValid = Callable[[PlanConfig], bool]
@@ -173,7 +187,7 @@ def fits(cfg: PlanConfig, memory: RankMemory) -> bool:
 
 def run_lines(cfg: PlanConfig) -> list[str]:
     """Lines with model, step, speed and duration."""
-    counts, speed, trainer = parameter_counts(olmoe_config(cfg.model)), plan_speed(cfg), cfg.trainer
+    counts, speed = parameter_counts(olmoe_config(cfg.model)), plan_speed(cfg)
     flops = speed.flops_per_token
     parts = ", ".join(
         f"{name.replace('_', ' ')} {value / 1e9:.4g}"
@@ -185,8 +199,9 @@ def run_lines(cfg: PlanConfig) -> list[str]:
     rows = {
         "parameters": f"{counts.total:,}; {counts.active:,} active per token",
         "per token": f"{flops.total / 1e9:.4g} GFLOP in forward and backward: {parts}",
-        "per step": f"{trainer.global_batch_size:,} sequences x {length:,} = {tokens:,} tokens; GPUs x "
-        f"micro-batches x sequences: {cfg.gpus:,} x {speed.micro_batches:,} x {trainer.micro_batch_size}",
+        "per step": f"{tokens // length:,} sequences x {length:,} = {tokens:,} tokens; GPUs x "
+        f"micro-batches x sequences: {cfg.gpus:,} x {speed.micro_batches:,} x "
+        f"{plan_micro_batch(cfg).sequences}",
         "speed": f"{rate:,.0f} tokens/s ({rate / cfg.gpus:,.0f} per GPU), "
         f"{speed.seconds_per_step:.2f} s per step, at mfu {cfg.mfu:.1%} of "
         f"{speed.peak_flops / 1e12:,.1f} TFLOP/s per GPU",
@@ -216,12 +231,14 @@ def memory_lines(cfg: PlanConfig) -> list[str]:
         lines.append(f"  {part.replace('_', '-'):<16}{values}")
     fitting = "".join(f"{'yes' if fits(cfg, memory) else 'no':>10}" for memory in memories)
     lines.append(f"  {'fits ' + _room(cfg):<16}{fitting}")
+    if reference := reference_memory(cfg, layout, batch):
+        lines.append(f"  for objective.reference=live, not in the total: {reference / unit:.2f} {name}")
     config, adapter = olmoe_config(cfg.model), adapter_plan(cfg.adapter)
     if host := host_memory(config, layout, batch, adapter):
         lines.append(f"  offloaded to the CPU: {host / unit:.2f} {name} per GPU")
     if cfg.checkpoint.async_save and layout.strategy is not Strategy.deepspeed:
-        # Trained weights in fp32, and the moments, which are twice as large.
-        copied = memories[0].optimizer * 3 // 2
+        # Trained weights in fp32, which are as large as each moment, and the moments.
+        copied = memories[0].optimizer // cfg.optimizer.moments * (1 + cfg.optimizer.moments)
         lines.append(f"  copied to the CPU for checkpoint.async_save: {copied / unit:.2f} {name} per GPU")
     if layout.strategy is Strategy.deepspeed:
         copied = save_memory(config, layout, adapter)

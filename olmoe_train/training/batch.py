@@ -19,6 +19,10 @@ Batch = dict[str, Tensor]
 """A micro-batch: the columns of `collate` in data/loader.py, input_ids and targets [B, S] among them."""
 
 
+DECODER_INPUTS = ("input_ids", "attention_mask", "position_ids", "document_offsets")
+"""Columns that the decoder reads; of these, input_ids is always there."""
+
+
 class StepBatches(Iterator[list[Batch]]):
     """Groups a stream of micro-batches into optimizer steps; measures the time spent waiting for them.
 
@@ -68,6 +72,8 @@ class Totals:
     """Tokens that have a label to predict; at least 1."""
     num_tokens_host: int
     """Tokens that are not padding, on the host."""
+    num_positions: int
+    """Tokens with padding."""
     sequences_without_targets: int
     repetitive_sequences: int
     """Sequences that data.repetition_filter left out of the loss."""
@@ -76,11 +82,11 @@ class Totals:
 
 
 def count_tokens(micro_batches: list[Batch], stop_requested: bool, device: torch.device) -> Totals:
-    """Count the step's global batch with one all-reduce of five numbers on the CPU; no GPU is waited for.
+    """Count the step's global batch with one all-reduce of six numbers on the CPU; no GPU is waited for.
 
     Removes the column `repetitive` from the batches; the model gets the other columns.
     """
-    counts = torch.zeros(5, dtype=torch.int64)
+    counts = torch.zeros(6, dtype=torch.int64)
     for batch in micro_batches:
         mask = batch.get("attention_mask")
         counts[0] += batch["input_ids"].numel() if mask is None else mask.sum()
@@ -89,11 +95,12 @@ def count_tokens(micro_batches: list[Batch], stop_requested: bool, device: torch
         counts[2] += (~is_target.any(dim=1)).sum()
         if (repetitive := batch.pop("repetitive", None)) is not None:
             counts[3] += repetitive.sum()
-    counts[4] = int(stop_requested)
+        counts[4] += batch["input_ids"].numel()
+    counts[5] = int(stop_requested)
     dist.all_reduce(counts)
     tokens, targets = counts[:2].clamp(min=1).to(device, torch.float32, non_blocking=True)
-    on_host, _, empty, repetitive_count, stop = counts.tolist()
-    return Totals(tokens, targets, on_host, empty, repetitive_count, bool(stop))
+    on_host, _, empty, repetitive_count, positions, stop = counts.tolist()
+    return Totals(tokens, targets, on_host, positions, empty, repetitive_count, bool(stop))
 
 
 def to_device(batch: Batch, device: torch.device) -> Batch:

@@ -32,8 +32,17 @@ class StepTerms:
 
     def stacked(self) -> tuple[list[str], Tensor]:
         """(Names in metrics.jsonl, their values in one tensor)."""
-        names = ["train/loss", *(f"train/{name}" for name in self.named)]
+        names = ["train/loss", *map(metric_name, self.named)]
         return names, torch.stack([self.loss, *self.named.values()])
+
+
+TRL_NAMES = ("kl",)
+"""Terms without a slash that keep the name that TRL gives them."""
+
+
+def metric_name(term: str) -> str:
+    """Name of a term in metrics.jsonl: train/TERM, or TERM itself if it is TRL's (rewards/margins)."""
+    return term if "/" in term or term in TRL_NAMES else f"train/{term}"
 
 
 def read_step(terms: StepTerms, router: RouterSums, grad_norm: Tensor) -> dict[str, Any]:
@@ -103,11 +112,11 @@ class DataCounts:
         self._reset()
 
     def _reset(self) -> None:
-        self.sequences = self.tokens = self.without_targets = self.repetitive = 0
+        self.positions = self.tokens = self.without_targets = self.repetitive = 0
 
-    def add(self, totals: Totals, sequences: int) -> None:
-        """Count one step's global batch of so many sequences."""
-        self.sequences += sequences
+    def add(self, totals: Totals) -> None:
+        """Count one step's global batch."""
+        self.positions += totals.num_positions
         self.tokens += totals.num_tokens_host
         self.without_targets += totals.sequences_without_targets
         self.repetitive += totals.repetitive_sequences
@@ -117,7 +126,7 @@ class DataCounts:
         values: dict[str, float] = {"data/sequences_without_targets": self.without_targets}
         if self.data.repetition_filter:
             values["data/repetitive_sequences"] = self.repetitive
-        if self.data.packing is Packing.best_fit:
-            values["data/padding"] = 1 - self.tokens / (self.sequences * self.data.sequence_length)
+        if self.data.packing is not Packing.concat:
+            values["data/padding"] = 1 - self.tokens / self.positions
         self._reset()
         return values

@@ -1,4 +1,5 @@
-"""The released recipes, hyper-parameter by hyper-parameter, against the paper (arXiv 2409.02060)."""
+"""The released recipes, hyper-parameter by hyper-parameter, against the paper (arXiv 2409.02060), and the
+commands, logs and code of the released runs."""
 
 from dataclasses import replace
 from functools import cache
@@ -9,9 +10,19 @@ import torch
 
 from olmoe_train.config import compose
 from olmoe_train.config.balancing import AuxiliaryLossConfig
-from olmoe_train.config.choices import BalanceScope, Convention, Packing, Precision, Schedule
+from olmoe_train.config.choices import (
+    ActivationCheckpointing,
+    BalanceScope,
+    Convention,
+    Packing,
+    Precision,
+    PreferenceKind,
+    Reference,
+    Schedule,
+)
 from olmoe_train.config.model import olmoe_config
-from olmoe_train.config.optimizer import AdamWConfig
+from olmoe_train.config.objective import NextTokenConfig, PreferenceConfig
+from olmoe_train.config.optimizer import AdamWConfig, RMSpropConfig
 from olmoe_train.config.reference import config_directory
 from olmoe_train.config.train import TrainConfig
 from olmoe_train.data.tokens import Manifest, Split
@@ -86,21 +97,167 @@ def test_annealing_as_released() -> None:
     assert cfg.seed != recipe("olmoe_1b_7b_0924").seed, "the mix is reshuffled for annealing"
 
 
-def test_fine_tuning_as_released(tmp_path: Path) -> None:
-    """The command that github.com/allenai/OLMoE gives for OLMoE-1B-7B-0924-SFT."""
+@pytest.mark.parametrize(
+    "name", ["olmoe_sft", "olmoe_sft_0125", "olmoe_dpo", "olmoe_dpo_0125", "olmoe_kto", "olmoe_lora"]
+)
+def test_adaptation_needs_a_model(name: str) -> None:
     with pytest.raises(UserError, match=r"model\.init_from=GIVE_AN_HF_DIRECTORY: neither an HF dir"):
-        recipe("olmoe_sft")
-    OlmoeConfig(intermediate_size=1024).save_pretrained(tmp_path)
-    cfg = recipe("olmoe_sft", f"model.init_from={tmp_path}")
-    assert (cfg.optimizer.lr, cfg.optimizer.weight_decay) == (2e-5, 0.0)
-    assert (cfg.scheduler.kind, cfg.scheduler.final_factor) == (Schedule.linear, 0.0)
-    assert (cfg.scheduler.warmup_fraction, cfg.scheduler.warmup_start_factor) == (0.03, 0.0)
+        recipe(name)
+
+
+@pytest.fixture(scope="module")
+def released(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """`model.init_from` of a directory with the configuration of the released models."""
+    directory = tmp_path_factory.mktemp("released")
+    OlmoeConfig(intermediate_size=1024).save_pretrained(directory)
+    return f"model.init_from={directory}"
+
+
+def linear_to_zero(cfg: TrainConfig, steps: int, warmup_steps: float) -> None:
+    """Assert that the rate of a run of `steps` rises from 0 to its peak, then falls linearly to 0."""
+    schedule = build_schedule(cfg, steps)
+    assert cfg.scheduler.kind is Schedule.linear
+    assert (schedule.warmup_end, schedule.decay_end) == pytest.approx((warmup_steps, steps))
+    half = steps // 2
+    rates = [schedule.multiplier(step) for step in (0, half, steps)]
+    assert rates == pytest.approx(
+        [0.0 if warmup_steps else 1.0, (steps - half) / (steps - warmup_steps), 0.0]
+    )
+
+
+def as_composed(cfg: TrainConfig) -> tuple[float, float]:
+    """torch's default betas in the type that Hydra composes, after a comparison of their values."""
+    assert isinstance(cfg.optimizer, AdamWConfig)
+    assert tuple(cfg.optimizer.betas) == (0.9, 0.999)
+    return cfg.optimizer.betas
+
+
+def no_router_losses(cfg: TrainConfig) -> bool:
+    """arXiv 2409.02060, section 4.3 and table 7: adapted without load-balancing loss. The log of SFT has no
+    auxiliary loss, the first loss of DPO's log is ln 2, and olmoe_0125.sh has no flag for one."""
+    return (cfg.loss.router_aux_loss_coef, cfg.loss.router_z_loss_coef) == (0.0, 0.0)
+
+
+def test_fine_tuning_as_released(released: str) -> None:
+    """OLMoE-1B-7B-0924-SFT: the command of github.com/allenai/OLMoE, and logs/olmoe-sft-logs.txt there."""
+    cfg = recipe("olmoe_sft", released)
+    # README; open-instruct's finetune.py leaves betas and eps at torch's defaults; clipping of the log.
+    assert cfg.optimizer == AdamWConfig(
+        lr=2e-5, weight_decay=0.0, max_grad_norm=1.0, betas=as_composed(cfg), eps=1e-8
+    )
+    linear_to_zero(cfg, 9_500, 285)  # log
+    assert cfg.objective == NextTokenConfig()
+    assert no_router_losses(cfg)
+    assert cfg.trainer.precision is Precision.bf16  # log
     assert (cfg.trainer.max_epochs, cfg.trainer.max_steps, cfg.trainer.max_tokens) == (2, None, None)
     # --num_processes 8 --per_device_train_batch_size 2 --gradient_accumulation_steps 8
     assert (cfg.trainer.global_batch_size, cfg.trainer.micro_batch_size) == (8 * 2 * 8, 2)
     assert (cfg.data.sequence_length, cfg.data.packing) == (4096, Packing.best_fit)
     assert cfg.data.mask_documents
     assert olmoe_config(cfg.model).to_dict() == olmoe_config(recipe("olmoe_1b_7b_0924").model).to_dict()
+
+
+def test_fine_tuning_of_0125(released: str) -> None:
+    """olmoe_0125.sh and olmo2_1124_7b_sft.yaml of open-instruct: as 0924, except for learning rate and seed.
+    They sweep 2e-5 and 1.75e-5; the last stage's path names 1.75e-5 and seed 7."""
+    cfg, of_0924 = recipe("olmoe_sft_0125", released), recipe("olmoe_sft", released)
+    assert (cfg.optimizer.lr, cfg.seed, cfg.run_dir) == (1.75e-5, 7, "runs/olmoe_sft_0125")
+    # olmo2_1124_7b_sft.yaml: linear, warm-up 0.03, no decay, 2 epochs, 4096 tokens, batches of 128.
+    linear_to_zero(cfg, 1_000, 30)
+    assert cfg.optimizer.weight_decay == 0.0
+    assert (cfg.trainer.max_epochs, cfg.trainer.global_batch_size) == (2, 128)
+    assert cfg.data.sequence_length == 4096
+    others = replace(cfg, optimizer=of_0924.optimizer, seed=of_0924.seed, run_dir=of_0924.run_dir)
+    assert others == of_0924
+    assert replace(cfg.optimizer, lr=of_0924.optimizer.lr) == of_0924.optimizer
+
+
+def test_dpo_as_released(released: str) -> None:
+    """OLMoE-1B-7B-0924-Instruct: the command of github.com/allenai/OLMoE, logs/olmoe-dpo-logs.txt there, and
+    dpo_tune.py of open-instruct."""
+    cfg = recipe("olmoe_dpo", released)
+    # README: sigmoid loss of summed log-probabilities, beta 0.1. The log: a reference.
+    assert cfg.objective == PreferenceConfig(
+        kind=PreferenceKind.dpo, beta=0.1, label_smoothing=0.0, sft_weight=0.0, reference=Reference.cached
+    )
+    # README: 5e-7, no decay; betas and eps are torch's defaults; clipping of the log.
+    assert cfg.optimizer == AdamWConfig(
+        lr=5e-7, weight_decay=0.0, max_grad_norm=1.0, betas=as_composed(cfg), eps=1e-8
+    )
+    linear_to_zero(cfg, 5_712, 571.2)  # log: 571 of 5,712 steps
+    assert (cfg.trainer.max_epochs, cfg.trainer.max_steps, cfg.trainer.stop_at_step) == (3, None, None)
+    # --num_processes 8 --per_device_train_batch_size 1 --gradient_accumulation_steps 4; the log: 32 x 1 x 1
+    assert (cfg.trainer.global_batch_size, cfg.trainer.micro_batch_size) == (8 * 1 * 4, 1)
+    # 60,917 pairs of the log in batches of 32 are 1,904 steps an epoch.
+    assert 3 * -(-60_917 // cfg.trainer.global_batch_size) == 5_712
+    assert cfg.trainer.precision is Precision.bf16
+    assert cfg.trainer.activation_checkpointing is ActivationCheckpointing.full
+    assert (cfg.data.sequence_length, cfg.data.packing, cfg.data.mask_documents) == (
+        4096,
+        Packing.best_fit,
+        True,
+    )
+    assert no_router_losses(cfg)
+
+
+def test_kto_as_released(released: str) -> None:
+    """The KTO model of arXiv 2409.02060: the command of github.com/allenai/OLMoE, kto.py and
+    config_8gpusdsz2_m7.yml of github.com/Muennighoff/kto, and the defaults of trl 0.9.6."""
+    cfg = recipe("olmoe_kto", released)
+    # The command: beta 0.1. trl: weights of 1.
+    assert cfg.objective == PreferenceConfig(
+        kind=PreferenceKind.kto,
+        beta=0.1,
+        desirable_weight=1.0,
+        undesirable_weight=1.0,
+        reference=Reference.cached,
+    )
+    # The command: rmsprop, 5e-7. torch: alpha, eps, no momentum. Transformers: no decay, clipping at 1.
+    assert cfg.optimizer == RMSpropConfig(
+        lr=5e-7, weight_decay=0.0, max_grad_norm=1.0, alpha=0.99, eps=1e-8, momentum=0.0
+    )
+    # The command: 3 epochs. The paper: the model of step 5,000, after 1.3 epochs.
+    trainer = cfg.trainer
+    assert (trainer.max_epochs, trainer.max_steps, trainer.stop_at_step) == (3, None, 5_000)
+    # Inferred: Transformers' default schedule over 3 epochs of 5,000 / 1.3 = 3,846 steps. 57% are left then.
+    linear_to_zero(cfg, 11_538, 0)
+    assert build_schedule(cfg, 11_538).multiplier(5_000) == pytest.approx(0.5667, abs=1e-4)
+    assert (trainer.global_batch_size, trainer.micro_batch_size) == (8 * 4 * 1, 4)  # 8 GPUs, no accumulation
+    assert trainer.precision is Precision.bf16
+    # kto_trainer.py of trl 0.9.6 falls back to 512 without max_length.
+    assert (cfg.data.sequence_length, cfg.data.packing, cfg.data.mask_documents) == (
+        512,
+        Packing.best_fit,
+        True,
+    )
+    assert no_router_losses(cfg)
+
+
+def test_dpo_of_0125(released: str) -> None:
+    """docs/archived_dev_scripts/olmoe_0125.sh of open-instruct (dpo_tune_cache.py)."""
+    cfg = recipe("olmoe_dpo_0125", released)
+    # --dpo_loss_type dpo_norm, beta 5, cached reference.
+    assert cfg.objective == PreferenceConfig(
+        kind=PreferenceKind.dpo_norm,
+        beta=5.0,
+        label_smoothing=0.0,
+        sft_weight=0.0,
+        reference=Reference.cached,
+    )
+    # The first learning rate of the sweep 5e-7 to 9e-7; no decay; clipping as in the log of 0924.
+    assert cfg.optimizer == AdamWConfig(
+        lr=5e-7, weight_decay=0.0, max_grad_norm=1.0, betas=as_composed(cfg), eps=1e-8
+    )
+    linear_to_zero(cfg, 1_000, 100)  # warm-up 0.1
+    assert (cfg.trainer.max_epochs, cfg.trainer.max_steps, cfg.trainer.stop_at_step) == (1, None, None)
+    assert (cfg.trainer.global_batch_size, cfg.trainer.micro_batch_size) == (4 * 8 * 2 * 2, 2)
+    assert cfg.trainer.precision is Precision.bf16
+    assert (cfg.data.sequence_length, cfg.data.packing, cfg.data.mask_documents) == (
+        2048,
+        Packing.best_fit,
+        True,
+    )
+    assert no_router_losses(cfg)
 
 
 @pytest.mark.parametrize("name", ["olmoe_1b_7b_0924", "olmoe_1b_7b_0924_anneal"])

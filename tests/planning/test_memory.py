@@ -36,7 +36,8 @@ from olmoe_train.planning.memory import MicroBatch, rank_memory, saved_activatio
 from olmoe_train.planning.report import plan_layout, plan_memory, plan_micro_batch, possible_layouts
 from olmoe_train.planning.traffic import Links, step_traffic
 from olmoe_train.training.batch import count_tokens
-from olmoe_train.training.build import build_model, build_objective
+from olmoe_train.training.build import build_model
+from olmoe_train.training.objectives.next_token import NextToken
 from tests.support.plans import (
     DENSE,
     EXPERTS,
@@ -265,7 +266,7 @@ def measure(cfg: TrainConfig) -> tuple[int, int, int, int, int]:
                 if parameter.is_floating_point():
                     local_tensor(parameter).normal_(std=0.05)
     optimizer = build_optimizer(trained_parameters(model), cfg.optimizer)
-    objective = build_objective(cfg, model, device)
+    objective = NextToken(model, device)
     assert isinstance(model, FSDPModule)
     with LiveBytes([*model.parameters(), *model.buffers()]) as live:
         for step in range(2):

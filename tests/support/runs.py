@@ -55,6 +55,7 @@ DOCUMENTS: dict[str, Any] = {
 ADAPTERS: dict[str, LoraConfig] = {
     # Every target, and the router losses: no weight of the model is left out of the gradients' path.
     "lora": LoraConfig(rank=4, alpha=10.0, targets=list(AdapterTarget), router=RouterTraining.full),
+    "lora_frozen_router": LoraConfig(rank=4, alpha=10.0, targets=list(AdapterTarget)),
     "dora": DoraConfig(rank=4, alpha=10.0),
     "nf4": LoraConfig(rank=4, alpha=10.0, quantize_base=QuantizeBase.nf4),
 }

@@ -37,6 +37,7 @@ TOTALS = Totals(
     torch.tensor(8.0),
     torch.tensor(7.0),
     num_tokens_host=6,
+    num_positions=8,
     sequences_without_targets=1,
     repetitive_sequences=0,
     stop_requested=False,
@@ -67,12 +68,14 @@ def test_values_by_hand() -> None:
 def test_terms_are_sums_over_micro_batches_and_shown_by_their_names() -> None:
     terms = StepTerms(CPU)
     for loss, margin in ((1.0, 0.25), (2.0, 0.5)):
-        terms.add(torch.tensor(loss), {"margin": torch.tensor(margin)})
+        hidden = {"rewards/chosen": torch.tensor(9.0), "kl": torch.tensor(0.5)}
+        terms.add(torch.tensor(loss), {"margin": torch.tensor(margin)} | hidden)
     values = read_step(terms, RouterSums.zeros(2, 4, CPU), torch.tensor(1.0))
     assert (values["train/loss"], values["train/margin"]) == (3.0, 0.75)
+    assert (values["rewards/chosen"], values["kl"]) == (18.0, 1.0), "names of TRL's stay as they are"
     values |= {"step": 3, "train/lr": 1e-3, "perf/tokens_per_second": 10.0, "perf/mfu": None}
-    assert console_line(values, ["train/margin"], 9) == (
-        "step 3/9 | loss 3.0000 | margin 0.750 | grad norm 1.000 | lr 1.00e-03 | 10 tok/s"
+    assert console_line(values, ["margin", "rewards/chosen", "kl"], 9) == (
+        "step 3/9 | loss 3.0000 | margin 0.750 | kl 1.000 | grad norm 1.000 | lr 1.00e-03 | 10 tok/s"
     )
 
 
@@ -80,7 +83,7 @@ def test_data_is_counted_between_logged_steps() -> None:
     counts = DataCounts(DataConfig(dir="x", sequence_length=4, packing=Packing.best_fit))
     for steps in (3, 1):  # of 2 sequences with 8 places and 6 tokens, one of them without a target
         for _ in range(steps):
-            counts.add(TOTALS, sequences=2)
+            counts.add(TOTALS)
         values = counts.read()
         assert values["data/sequences_without_targets"] == steps
         assert values["data/padding"] == 0.25

@@ -2,6 +2,7 @@
 next-token prediction, SGD, a callback with a state, and a balancer with a buffer. And what `train` leaves
 behind where it raises."""
 
+import json
 import math
 import os
 import signal
@@ -23,7 +24,8 @@ from olmoe_train.checkpoint.convert.stored_model import open_stored_model
 from olmoe_train.config.balancing import BalancingConfig
 from olmoe_train.config.objective import ObjectiveConfig
 from olmoe_train.config.optimizer import OptimizerConfig
-from olmoe_train.config.train import ParallelConfig, TrainConfig
+from olmoe_train.config.train import EvaluationConfig, ParallelConfig, TrainConfig
+from olmoe_train.data.loader import TrainingData
 from olmoe_train.model import OlmoeForCausalLM
 from olmoe_train.model.configuration import OlmoeConfig
 from olmoe_train.model.losses import router_losses_from_stats
@@ -35,7 +37,7 @@ from olmoe_train.training import build
 from olmoe_train.training.batch import Batch, Totals
 from olmoe_train.training.callbacks.base import Callback, StepReport
 from olmoe_train.training.engine.base import Engine
-from olmoe_train.training.objectives.base import RouterSums
+from olmoe_train.training.objectives.base import Heartbeat, RouterSums, Validation
 from olmoe_train.training.state import TrainState
 from tests.support.faults import (
     BeforeStep,
@@ -100,13 +102,24 @@ class Copy:
     def end_step(self, model: OlmoeForCausalLM, totals: Totals, skipped: Tensor) -> None:
         self.calls.append("end")
 
+    def validate(
+        self, model: OlmoeForCausalLM, data: TrainingData, cfg: EvaluationConfig, with_heartbeat: Heartbeat
+    ) -> dict[str, Validation]:
+        return {"validation": Validation({"loss": 0.25, "copied": 0.5}, "1 token")}
+
 
 def test_an_objective_that_is_not_next_token(
     data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     made: list[Copy] = []
 
-    def build_copy(cfg: TrainConfig, model: OlmoeForCausalLM, device: torch.device) -> Copy:
+    def build_copy(
+        cfg: TrainConfig,
+        model: OlmoeForCausalLM,
+        data: TrainingData,
+        device: torch.device,
+        with_heartbeat: Heartbeat,
+    ) -> Copy:
         made.append(Copy(model.config, device))
         return made[0]
 
@@ -118,6 +131,8 @@ def test_an_objective_that_is_not_next_token(
     losses = [record["train/copy_loss"] for record in metrics(tmp_path)]
     assert losses[-1] < 0.5 * losses[0]  # copying is easier than predicting
     assert all("train/ce_loss" not in record for record in metrics(tmp_path))
+    lines = map(json.loads, (tmp_path / "metrics.jsonl").read_text().splitlines())
+    assert [record["eval/validation/copied"] for record in lines if "eval/validation/copied" in record]
     assert "| copy_loss " in capsys.readouterr().out
 
 

@@ -8,7 +8,7 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Executor, Future, ProcessPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 
@@ -18,8 +18,9 @@ from tokenizers import Tokenizer
 from olmoe_train.config.choices import Records
 from olmoe_train.data.chat_template import Span, TemplateError
 from olmoe_train.data.prepare.batches import Batch, Work
+from olmoe_train.data.prepare.compare import EncodedSide, compare_sides, encode_side
 from olmoe_train.data.prepare.loss_mask import align_spans, mark_targets
-from olmoe_train.data.prepare.record_spec import Filtered, RecordSpec
+from olmoe_train.data.prepare.record_spec import PREFERENCES, Filtered, RecordSpec
 from olmoe_train.data.prepare.records import BadRecord, Document, ValidationSplit, documents
 from olmoe_train.data.tokenizer import load_for_encoding
 from olmoe_train.data.tokens import DTYPES
@@ -47,6 +48,12 @@ class EncodedSplit:
     """TURN_COUNTS of the documents."""
     hashes: tuple[int, int] | None
     """Least and greatest split_hash of the documents. None: no document has one."""
+    preferences: Counter[str] = field(default_factory=Counter)
+    """PREFERENCE_COUNTS of the records."""
+    longest: int = 0
+    """Tokens of the longest document of preferences."""
+    labels: np.ndarray | None = None
+    """uint8 per document, of preferences."""
 
 
 @dataclass(frozen=True)
@@ -95,6 +102,8 @@ class Encoder:
         return Encoded(self._encode(train, bad), self._encode(validation, bad), empty, filtered, bad)
 
     def _encode(self, batch: list[Document], bad: list[BadRecord]) -> EncodedSplit:
+        if self.spec.records in PREFERENCES:
+            return self._encode_preferences(batch, bad)
         dtype = DTYPES[self.dtype]
         arrays, masks = [np.empty(0, dtype)], [np.empty(0, np.uint8)]
         text_bytes = unaligned = without_target = further = 0
@@ -102,10 +111,7 @@ class Encoder:
         hashes: list[int] = []
         for document, ids in zip(batch, self._ids([document.text for document in batch]), strict=True):
             if isinstance(ids, str):
-                record = BadRecord(document.where, ids, document.text.encode())
-                if self.strict:
-                    raise record.error()
-                bad.append(record)
+                self._report(BadRecord(document.where, ids, document.text.encode()), bad)
                 continue
             text_bytes += len(document.text.encode())
             further += document.further
@@ -135,6 +141,50 @@ class Encoder:
             further,
             turns,
             (min(hashes), max(hashes)) if hashes else None,
+        )
+
+    def _report(self, record: BadRecord, bad: list[BadRecord]) -> None:
+        if self.strict:
+            raise record.error()
+        bad.append(record)
+
+    def _encode_preferences(self, batch: list[Document], bad: list[BadRecord]) -> EncodedSplit:
+        """Encode records of one or two documents each; a record is kept or left out as a whole."""
+        size = 2 if self.spec.records is Records.preference else 1
+        encoded = self._ids([document.text for document in batch])
+        counts: Counter[str] = Counter()
+        kept: list[Document] = []
+        sides: list[EncodedSide] = []
+        for first in range(0, len(batch), size):
+            record = batch[first : first + size]
+            found: list[EncodedSide | None] = []
+            for document, ids in zip(record, encoded[first : first + size], strict=True):
+                if isinstance(ids, str):
+                    self._report(BadRecord(document.where, ids, document.text.encode()), bad)
+                    break
+                found.append(encode_side(document, ids, self.eos_token_id, self._encode_text))
+            if len(found) < len(record):
+                continue
+            compared, reason = compare_sides(found, self.spec.truncate, self.spec.sequence_length)
+            counts.update([reason] if reason else [])
+            sides += compared
+            kept += record[: len(compared)]
+        counts["desirable"] = sum(document.label == 1 for document in kept)
+        hashes = [document.split_hash for document in kept if document.split_hash is not None]
+        dtype = DTYPES[self.dtype]
+        return EncodedSplit(
+            np.concatenate([np.empty(0, dtype), *(np.array(side.ids, dtype) for side in sides)]),
+            np.concatenate([np.empty(0, np.uint8), *(side.targets for side in sides)]),
+            [len(side.ids) for side in sides],
+            text_bytes=sum(len(document.text.encode()) for document in kept),
+            unaligned=0,
+            without_target=0,
+            further=sum(document.further for document in kept),
+            turns=Counter(),
+            hashes=(min(hashes), max(hashes)) if hashes else None,
+            preferences=counts,
+            longest=max((len(side.ids) for side in sides), default=0),
+            labels=np.array([document.label for document in kept], np.uint8),
         )
 
     @property

@@ -7,11 +7,11 @@ from enum import Enum
 from pathlib import Path
 from typing import Any
 
-from olmoe_train.config.choices import Records, SourceKind
+from olmoe_train.config.choices import LearnedTurns, Records, SourceKind, Truncate, Turns
 from olmoe_train.config.data import SourceConfig
 from olmoe_train.data.prepare.corpus import CorpusFile, FileFormat, digest, find_files, python_stdlib_files
 from olmoe_train.data.prepare.hub import HubDataset, hub_splits, open_hub_dataset
-from olmoe_train.data.prepare.record_spec import CONTENT_KEYS, CONVERSATIONS
+from olmoe_train.data.prepare.record_spec import CONTENT_KEYS, CONVERSATIONS, PREFERENCES
 from olmoe_train.utils.errors import UserError
 
 
@@ -66,7 +66,8 @@ def source_errors(source: SourceConfig) -> list[str]:
         for key, is_unused in unused.items()
         if is_unused and (value := getattr(source, key))
     ]
-    if source.records not in CONVERSATIONS:
+    errors += _preference_errors(source)
+    if source.records not in (*CONVERSATIONS, *PREFERENCES):
         errors += [
             f"data.source.{key}={value}: has no effect with data.source.records={source.records.value}"
             for key, value in changed_conversation_keys(source).items()
@@ -75,6 +76,29 @@ def source_errors(source: SourceConfig) -> list[str]:
         errors.append(
             f"data.source.records={source.records.value}: {kind} has only text files; see data=chat"
         )
+    return errors
+
+
+def _preference_errors(source: SourceConfig) -> list[str]:
+    """What is wrong with the keys of preferences, and of other records that only preferences take."""
+    records = f"data.source.records={source.records.value}"
+    learn = f"data.source.learn={source.learn.value}"
+    if source.records not in PREFERENCES:
+        errors = []
+        if source.learn is LearnedTurns.completion and source.records in CONVERSATIONS:
+            errors.append(f"{learn}: is for preferences (data=preference); set all, last or marked")
+        if source.truncate is not Truncate.drop:
+            errors.append(f"data.source.truncate={source.truncate.value}: has no effect with {records}")
+        return errors
+    errors = []
+    if source.learn is LearnedTurns.marked:
+        errors.append(f"{learn}: {records} compares whole completions; set completion, all or last")
+    if source.learn is LearnedTurns.all and source.records is Records.unpaired_preference:
+        errors.append(f"{learn}: {records} compares completions without their prompts; set completion")
+    if source.turns is not Turns.together:
+        errors.append(f"data.source.turns={source.turns.value}: has no effect with {records}")
+    if source.input_field != SourceConfig.input_field:
+        errors.append(f"data.source.input_field={source.input_field}: has no effect with {records}")
     return errors
 
 
@@ -119,10 +143,15 @@ def open_corpus(source: SourceConfig) -> Corpus:
     return Corpus(files, None, f"{len(files):,} files, {size:,} bytes: {' '.join(source.paths)}")
 
 
-def source_settings(source: SourceConfig, corpus: Corpus) -> dict[str, Any]:
+def source_settings(source: SourceConfig, corpus: Corpus, sequence_length: int) -> dict[str, Any]:
     """Return the settings that determine the documents, as the manifest stores them.
 
     For the standard library no further settings apply.
+
+    Args:
+        source: The `data.source` section.
+        corpus: What it stands for.
+        sequence_length: data.sequence_length, at which preferences are cut.
     """
     settings: dict[str, Any] = {
         "data.source.kind": source.kind.value,
@@ -144,6 +173,13 @@ def source_settings(source: SourceConfig, corpus: Corpus) -> dict[str, Any]:
         for key in CONTENT_KEYS[source.records]:
             settings[f"data.source.{key}_field"] = getattr(source, f"{key}_field")
         settings |= {f"data.source.{key}": value for key, value in changed_conversation_keys(source).items()}
+    if source.records in PREFERENCES:
+        settings |= {
+            "data.source.prompt_field": source.prompt_field,
+            "data.source.learn": source.learn.value,
+            "data.source.truncate": source.truncate.value,
+            "data.sequence_length": sequence_length,
+        }
     if source.keep:
         settings["data.source.keep"] = [asdict(one) for one in source.keep]
     for key in ("min_characters", "max_characters"):

@@ -16,6 +16,7 @@ from rich.progress import Progress
 from olmoe_train.config.choices import OnBadRecord, Records
 from olmoe_train.config.data import OlmoFilesConfig, SourceConfig, TokenizerConfig
 from olmoe_train.config.verbs import PrepareConfig
+from olmoe_train.data.chat_template import ChatTemplate
 from olmoe_train.data.prepare.batches import START, Position, read_batches
 from olmoe_train.data.prepare.corpus import digest
 from olmoe_train.data.prepare.encode import Encoder, cores, in_order, worker_processes
@@ -29,11 +30,12 @@ from olmoe_train.data.prepare.progress import (
     PrepareProgress,
     read_progress,
 )
-from olmoe_train.data.prepare.record_spec import CONVERSATIONS, RecordSpec
+from olmoe_train.data.prepare.record_spec import CONVERSATIONS, PREFERENCES, RecordSpec
 from olmoe_train.data.prepare.records import BadRecord, Document, ValidationSplit, documents
 from olmoe_train.data.prepare.shards import ChangedError, clear, resumable_directory
 from olmoe_train.data.prepare.summary import (
     check_same_settings,
+    left_out,
     no_targets,
     progress_bar,
     summary,
@@ -54,6 +56,7 @@ from olmoe_train.data.tokens import (
     MANIFEST,
     TOKENIZER,
     Manifest,
+    Preferences,
     Targets,
     read_manifest,
     verify_hashes,
@@ -82,9 +85,7 @@ def prepare(cfg: PrepareConfig, limits: Limits = DEFAULT_LIMITS) -> Manifest:
     _check(cfg)
     final = Path(cfg.data.dir).expanduser().resolve()
     tokenizer = tokenizer_from_config(cfg.tokenizer)
-    chats = cfg.data.source.records in CONVERSATIONS
-    template = chat_template_from_config(cfg.tokenizer, tokenizer) if chats else None
-    spec = RecordSpec.from_config(cfg.data.source, template)
+    spec = RecordSpec.from_config(cfg.data.source, _template(cfg, tokenizer), cfg.data.sequence_length)
     corpus = open_corpus(cfg.data.source)
     settings = _settings(cfg, tokenizer, spec, corpus)
     if (final / MANIFEST).exists():
@@ -103,6 +104,15 @@ def prepare(cfg: PrepareConfig, limits: Limits = DEFAULT_LIMITS) -> Manifest:
         print(f"prepared {final}")
     print(summary(final, manifest))
     return manifest
+
+
+def _template(cfg: PrepareConfig, tokenizer: TokenizerFiles | None) -> ChatTemplate | None:
+    """The chat template, if the records need one. Preferences may be texts, which need none."""
+    records = cfg.data.source.records
+    has_one = tokenizer.chat_template if tokenizer else cfg.tokenizer.chat_template
+    if records in CONVERSATIONS or (records in PREFERENCES and has_one):
+        return chat_template_from_config(cfg.tokenizer, tokenizer)
+    return None
 
 
 def _keep(partial: Path) -> bool:
@@ -143,7 +153,7 @@ def _check(cfg: PrepareConfig) -> None:
 
 def _tokenizer_errors(cfg: PrepareConfig) -> list[str]:
     errors = []
-    if cfg.data.source.records not in CONVERSATIONS:
+    if cfg.data.source.records not in (*CONVERSATIONS, *PREFERENCES):
         chats = " or ".join(records.value for records in CONVERSATIONS)
         errors += [
             f"tokenizer.{key}: has no effect without data.source.records={chats}"
@@ -168,7 +178,7 @@ def _settings(
     """Collect the settings that determine the bytes of the shards, as the manifest stores them."""
     settings = {
         "seed": cfg.seed,
-        **source_settings(cfg.data.source, corpus),
+        **source_settings(cfg.data.source, corpus, cfg.data.sequence_length),
         "data.source.shard_tokens": cfg.data.source.shard_tokens,
         # A tokenizer counts by its contents, wherever it lies. It brings its own vocabulary size.
         "tokenizer.path": f"sha256:{tokenizer.sha256}" if tokenizer else None,
@@ -331,6 +341,11 @@ def _manifest(
         targets = Targets(
             counts.records_with_text, counts.unaligned, counts.without_target, target_tokens, **counts.turns
         )
+    preferences = None
+    if source.records in PREFERENCES:
+        paired = source.records is Records.preference
+        records = counts.records_with_text
+        preferences = Preferences(paired, records, counts.longest, **counts.preferences)
     return Manifest(
         settings=settings,
         source=redact_text(corpus.description),
@@ -347,12 +362,18 @@ def _manifest(
         train=train,
         validation=validation,
         targets=targets,
+        preferences=preferences,
     )
 
 
 def _check_splits(manifest: Manifest, source: SourceConfig, corpus: Corpus) -> None:
     """Raise UserError if a split has no documents, or the data has no targets."""
     train, validation = manifest.train.documents, manifest.validation.documents
+    if not train + validation and (found := manifest.preferences) and (reasons := left_out(found)):
+        raise UserError(
+            f"data.source: of {manifest.source} no preference is left: {'; '.join(reasons)}.\n"
+            "  docs/guides/fine-tune.md says what a chat template must satisfy; data.source.truncate cuts."
+        )
     if not train + validation:
         filters = f" that passes the filters ({manifest.filtered_records:,} records do not)"
         raise UserError(

@@ -13,8 +13,10 @@ import numpy as np
 from olmoe_train.config.choices import Records
 from olmoe_train.config.data import SourceConfig
 from olmoe_train.data.prepare.batches import START, Batch, Position
+from olmoe_train.data.prepare.compare import LEFT_OUT, PREFERENCE_COUNTS
 from olmoe_train.data.prepare.encode import Encoded, EncodedSplit
 from olmoe_train.data.prepare.limits import DEFAULT_LIMITS, Limits
+from olmoe_train.data.prepare.record_spec import PREFERENCES
 from olmoe_train.data.prepare.records import BadRecord
 from olmoe_train.data.prepare.shards import ChangedError, SplitWriter
 from olmoe_train.utils.errors import UserError
@@ -42,6 +44,10 @@ class Counts:
     """Documents that are not the first one of their record (data.source.turns=expand)."""
     turns: dict[str, int] = field(default_factory=dict)
     """TURN_COUNTS over all documents."""
+    preferences: dict[str, int] = field(default_factory=lambda: dict.fromkeys(PREFERENCE_COUNTS, 0))
+    """PREFERENCE_COUNTS."""
+    longest: int = 0
+    """Tokens of the longest document of preferences."""
     least_hash: int | None = None
     """Least split_hash of a document. None: no document has one."""
     greatest_hash: int | None = None
@@ -53,7 +59,8 @@ class Counts:
 
     @property
     def records(self) -> int:
-        return self.records_with_text + self.empty + self.quarantined + self.filtered
+        left_out = sum(self.preferences.get(name, 0) for name in LEFT_OUT)
+        return self.records_with_text + self.empty + self.quarantined + self.filtered + left_out
 
     def add(self, new: EncodedSplit) -> None:
         """Add the documents of a batch."""
@@ -62,6 +69,8 @@ class Counts:
         self.without_target += new.without_target
         self.further += new.further
         self.turns = dict(Counter(self.turns) + new.turns)
+        self.preferences = {name: count + new.preferences[name] for name, count in self.preferences.items()}
+        self.longest = max(self.longest, new.longest)
         if new.hashes is not None:
             least, greatest = new.hashes
             self.least_hash = least if self.least_hash is None else min(self.least_hash, least)
@@ -143,9 +152,10 @@ class OutputWriter:
         self._position = progress.position
         self._save_seconds = limits.save_seconds
         self.counts = progress.counts
-        masked = source.records is not Records.text
+        masked, labelled = source.records is not Records.text, source.records in PREFERENCES
+        self._together = 2 if source.records is Records.preference else 1
         self.train, self.validation = (
-            SplitWriter(directory, name, source.shard_tokens, vocab_size, dtype, masked, saved)
+            SplitWriter(directory, name, source.shard_tokens, vocab_size, dtype, masked, saved, labelled)
             for name, saved in (("train", progress.train), ("validation", progress.validation))
         )
         self._quarantine = Quarantine(directory, source.max_bad_fraction, progress.quarantine_bytes)
@@ -160,7 +170,7 @@ class OutputWriter:
         """Write a batch. UserError if more than the allowed share of the records so far is bad."""
         shards = self.shards_closed
         for split, new in ((self.train, encoded.train), (self.validation, encoded.validation)):
-            split.add(new.tokens, new.lengths, new.text_bytes, new.targets)
+            split.add(new.tokens, new.lengths, new.text_bytes, new.targets, new.labels, self._together)
             self.counts.add(new)
         self.counts.empty += encoded.empty
         self.counts.filtered += encoded.filtered

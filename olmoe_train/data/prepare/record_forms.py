@@ -40,7 +40,18 @@ def conversation_of(record: dict[str, Any], spec: RecordSpec) -> Conversation:
     """
     read = {Records.messages: _from_messages, Records.sharegpt: _from_sharegpt, Records.alpaca: _from_alpaca}
     messages = read[spec.records](record, spec)
-    return Conversation(messages, _tools(record, spec), _kwargs(record, spec))
+    return Conversation(messages, *conversation_extras(record, spec))
+
+
+def conversation_extras(
+    record: dict[str, Any], spec: RecordSpec
+) -> tuple[list[dict[str, Any]] | None, dict[str, Any]]:
+    """Return (tools, variables for the chat template) of a record.
+
+    Raises:
+        FormError: They are malformed.
+    """
+    return _tools(record, spec), _kwargs(record, spec)
 
 
 def json_type(value: Any) -> str:
@@ -72,6 +83,11 @@ def fitting_form(record: dict[str, Any], spec: RecordSpec) -> str:
             found.append((Records.messages, (name,), settings(Records.messages, messages_field=name)))
         elif isinstance(first, dict) and {"from", "value"} <= first.keys():
             found.append((Records.sharegpt, (name,), settings(Records.sharegpt, conversations_field=name)))
+    if {"chosen", "rejected"} <= record.keys():
+        found.insert(0, (Records.preference, ("chosen", "rejected"), settings(Records.preference)))
+    if isinstance(record.get("label"), bool) and {"prompt", "completion"} <= record.keys():
+        names = CONTENT_KEYS[Records.unpaired_preference]
+        found.insert(0, (Records.unpaired_preference, names, settings(Records.unpaired_preference)))
     for records in (Records.alpaca, Records.prompt_completion, Records.text):
         names = CONTENT_KEYS[records]
         if all(isinstance(record.get(name), str) for name in names):
@@ -84,7 +100,16 @@ def fitting_form(record: dict[str, Any], spec: RecordSpec) -> str:
 
 def _from_messages(record: dict[str, Any], spec: RecordSpec) -> list[Message]:
     field = spec.content_fields[0]
-    messages = _list(record[field], field)
+    return messages_of(record[field], field)
+
+
+def messages_of(value: Any, field: str) -> list[Message]:
+    """Return the value of a field that has to be a list of messages.
+
+    Raises:
+        FormError: It is none.
+    """
+    messages = _list(value, field)
     for number, message in enumerate(messages, start=1):
         if not isinstance(message, dict):
             raise FormError(f"message {number} is a JSON {json_type(message)}, not an object")

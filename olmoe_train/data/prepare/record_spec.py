@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Any
 
-from olmoe_train.config.choices import LearnedTurns, Records, Turns
+from olmoe_train.config.choices import LearnedTurns, Records, Truncate, Turns
 from olmoe_train.config.data import SourceConfig
 from olmoe_train.data.chat_template import ChatTemplate
 from olmoe_train.utils.errors import UserError
@@ -40,13 +40,20 @@ class RecordSpec:
     """Of an alpaca record: the field that the question is about. Records may lack it."""
     tools_field: str | None = None
     template_kwargs_field: str | None = None
+    prompt_field: str | None = None
+    """Of a pair: the field with the prompt. Records may lack it."""
+    truncate: Truncate = Truncate.drop
+    sequence_length: int = 0
+    """Of preferences: greatest number of tokens of a prompt with its completion."""
     excerpt_bytes: int = 1000
     """Bytes that are kept of a record longer than max_record_bytes: enough to recognize it."""
 
     @classmethod
-    def from_config(cls, source: SourceConfig, template: ChatTemplate | None) -> "RecordSpec":
-        """Build the specification from data.source. `template` renders records=messages."""
-        chats = source.records in CONVERSATIONS
+    def from_config(
+        cls, source: SourceConfig, template: ChatTemplate | None, sequence_length: int = 0
+    ) -> "RecordSpec":
+        """Build the specification from data.source. `template` renders conversations."""
+        chats = source.records in (*CONVERSATIONS, *PREFERENCES)
         return cls(
             source.records,
             content_fields(source),
@@ -61,13 +68,16 @@ class RecordSpec:
             source.input_field if source.records is Records.alpaca else None,
             source.tools_field if chats else None,
             source.template_kwargs_field if chats else None,
+            source.prompt_field if source.records is Records.preference else None,
+            source.truncate,
+            sequence_length,
         )
 
     @property
     def optional_fields(self) -> set[str]:
         """Fields of the content that a record may lack."""
         extra = {Records.sharegpt: ("system",), Records.alpaca: ("system", "history")}.get(self.records, ())
-        named = (self.input_field, self.tools_field, self.template_kwargs_field)
+        named = (self.input_field, self.tools_field, self.template_kwargs_field, self.prompt_field)
         return {*extra, *(field for field in named if field is not None)}
 
     def columns(self, where: str, names: list[str]) -> list[str]:
@@ -111,12 +121,16 @@ CONTENT_KEYS = {
     Records.messages: ("messages",),
     Records.sharegpt: ("conversations",),
     Records.alpaca: ("instruction", "output"),
+    Records.preference: ("chosen", "rejected"),
+    Records.unpaired_preference: ("prompt", "completion", "label"),
     Records.prompt_completion: ("prompt", "completion"),
 }
 
 
 CONVERSATIONS = (Records.messages, Records.sharegpt, Records.alpaca)
 """Records that a chat template renders."""
+PREFERENCES = (Records.preference, Records.unpaired_preference)
+"""Records of objective=preference. A chat template renders those that are conversations."""
 
 
 def content_fields(source: SourceConfig) -> tuple[str, ...]:

@@ -16,6 +16,7 @@ from olmoe_train.data.chat_template import (
 )
 from olmoe_train.data.prepare.batches import DAMAGE, Lines, WholeFiles, Work, chunks, damaged
 from olmoe_train.data.prepare.corpus import CorpusFile, FileFormat, split_hash
+from olmoe_train.data.prepare.preferences import preference_of
 from olmoe_train.data.prepare.record_forms import (
     FormError,
     conversation_of,
@@ -24,7 +25,7 @@ from olmoe_train.data.prepare.record_forms import (
     string_of,
     without_nulls,
 )
-from olmoe_train.data.prepare.record_spec import CONVERSATIONS, Filtered, RecordSpec
+from olmoe_train.data.prepare.record_spec import CONVERSATIONS, PREFERENCES, Filtered, RecordSpec
 from olmoe_train.utils.errors import UserError
 
 
@@ -48,6 +49,12 @@ class Document:
     """The document is not the first one of its record (data.source.turns=expand)."""
     turns: tuple[Conversation, list[int]] | None = None
     """The conversation and its turns to learn, to try data.source.turns=expand on if they cannot be found."""
+    label: int | None = None
+    """Of a preference: 1 for a chosen or wanted completion, 0 for another."""
+    prompt_end: int = 0
+    """Of a preference: the character at which the completion begins."""
+    learns_eos: bool = False
+    """Of a preference: whether the eos is part of the completion. A chat template writes the end itself."""
 
 
 # What `olmoe prepare` counts in conversations, by the names that the manifest gives the counts.
@@ -148,6 +155,8 @@ def _documents(
         replace(document, validation=is_validation, where=where, split_hash=hashed) for document in found
     ]
     counts = documents[0].counts
+    if spec.records in PREFERENCES and not all(_is_kept(document, spec) for document in documents):
+        return [Filtered.FILTERED]
     kept = [
         replace(document, further=place > 0, counts=() if place else counts)
         for place, document in enumerate(one for one in documents if _is_kept(one, spec))
@@ -186,9 +195,23 @@ def _content(record: dict[str, Any], spec: RecordSpec, is_row: bool) -> list[Doc
             if field not in record:
                 there = ", ".join(map(repr, list(record)[:10])) or "no fields"
                 raise FormError(f"no field {field!r} ({spec.key_of(field)}); it has {there}")
-        if spec.records in CONVERSATIONS:
-            if is_row:
-                record = {field: without_nulls(value) for field, value in record.items()}
+        if is_row and spec.records in (*CONVERSATIONS, *PREFERENCES):
+            record = {field: without_nulls(value) for field, value in record.items()}
+        if spec.records in PREFERENCES:
+            sides = preference_of(record, spec)
+            documents = [
+                Document(
+                    side.text,
+                    False,
+                    "",
+                    side.spans,
+                    label=side.label,
+                    prompt_end=side.prompt_end,
+                    learns_eos=side.is_text,
+                )
+                for side in sides
+            ]
+        elif spec.records in CONVERSATIONS:
             conversation = conversation_of(record, spec)
             documents = _of_conversation(conversation, spec)
         else:

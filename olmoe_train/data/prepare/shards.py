@@ -25,10 +25,10 @@ class ChangedError(Exception):
 
 
 class SplitWriter:
-    """Writes documents to shards `root/split/shard-00000.npy`, with their indexes and loss masks.
+    """Writes documents to shards `root/split/shard-00000.npy`, with their indexes, loss masks and labels.
 
-    A document is never cut. A shard is closed before a document that would take it past `shard_tokens`, and a
-    longer document gets its own shard. Memory is constant.
+    A document is never cut, and the two sides of a pair are in one shard. A shard is closed before documents
+    that would take it past `shard_tokens`, and longer ones get their own shard. Memory is constant.
     """
 
     def __init__(
@@ -40,6 +40,7 @@ class SplitWriter:
         dtype: np.dtype[Any],
         masked: bool = False,
         progress: dict[str, Any] | None = None,
+        labelled: bool = False,
     ):
         """Open a split for writing.
 
@@ -51,6 +52,7 @@ class SplitWriter:
             dtype: Data type of the token files.
             masked: Whether shards have a loss mask.
             progress: What `save` returned. The files are cut back to that point and continued.
+            labelled: Whether shards have labels.
 
         Raises:
             ChangedError: The files do not hold what they did at that point.
@@ -59,7 +61,7 @@ class SplitWriter:
         self._split = split
         self._shard_tokens = shard_tokens
         self._dtype = dtype
-        self._masked = masked
+        self._masked, self._labelled = masked, labelled
         self._closed: list[Shard] = []
         self._open: _OpenShard | None = None
         self._text_bytes = 0
@@ -75,7 +77,13 @@ class SplitWriter:
         return len(self._closed)
 
     def add(
-        self, tokens: np.ndarray, lengths: list[int], text_bytes: int, targets: np.ndarray | None = None
+        self,
+        tokens: np.ndarray,
+        lengths: list[int],
+        text_bytes: int,
+        targets: np.ndarray | None = None,
+        labels: np.ndarray | None = None,
+        together: int = 1,
     ) -> None:
         """Append documents.
 
@@ -84,17 +92,26 @@ class SplitWriter:
             lengths: Tokens of each document.
             text_bytes: UTF-8 bytes of the documents.
             targets: Loss mask, uint8 per token: 1 for a target. Given exactly if the shards are masked.
+            labels: uint8 per document. Given exactly if the shards are labelled.
+            together: Number of consecutive documents that are in one shard: 2 for pairs.
         """
         assert (targets is not None) == self._masked
+        assert (labels is not None) == self._labelled
         self._text_bytes += text_bytes
         self._count(tokens, targets)
         start = 0
-        for length in lengths:
-            if self._open is None or self._open.tokens + length > self._shard_tokens:
+        for number, length in enumerate(lengths):
+            whole = sum(lengths[number : number + together])
+            is_first = number % together == 0
+            if self._open is None or (is_first and self._open.tokens + whole > self._shard_tokens):
                 self._close_shard()
-                self._open = _OpenShard(self._root, self._stem(), None, self._dtype, self._masked)
+                self._open = self._new_shard(None)
             document = slice(start, start + length)
-            self._open.add(tokens[document], None if targets is None else targets[document])
+            of_document = (
+                None if targets is None else targets[document],
+                None if labels is None else labels[number],
+            )
+            self._open.add(tokens[document], *of_document)
             start += length
 
     def save(self) -> dict[str, Any]:
@@ -111,6 +128,9 @@ class SplitWriter:
         documents = sum(shard.documents for shard in self._closed)
         tokens = sum(shard.tokens for shard in self._closed)
         return Split(documents, tokens, self._text_bytes, tuple(self._closed))
+
+    def _new_shard(self, saved: Shard | None) -> "_OpenShard":
+        return _OpenShard(self._root, self._stem(), saved, self._dtype, self._masked, self._labelled)
 
     def _stem(self) -> str:
         return f"{self._split}/shard-{len(self._closed):05d}"
@@ -129,7 +149,7 @@ class SplitWriter:
             self._count_shard(shard)
         if progress["open"] is not None:
             shard = Shard(**progress["open"])
-            self._open = _OpenShard(self._root, self._stem(), shard, self._dtype, self._masked)
+            self._open = self._new_shard(shard)
             self._count_shard(shard)
 
     def _count(self, tokens: np.ndarray, targets: np.ndarray | None) -> None:
@@ -190,34 +210,50 @@ class _HashedFile:
 
 
 class _OpenShard:
-    """The shard that documents are appended to: tokens, document index and perhaps a loss mask."""
+    """The shard that documents are appended to: tokens, index, and perhaps a loss mask and labels."""
 
-    def __init__(self, root: Path, stem: str, saved: Shard | None, dtype: np.dtype[Any], masked: bool):
+    def __init__(
+        self,
+        root: Path,
+        stem: str,
+        saved: Shard | None,
+        dtype: np.dtype[Any],
+        masked: bool,
+        labelled: bool,
+    ):
         self.path = f"{stem}.npy"
         # The suffix is not .npy, so that a program that trains on `*.npy` does not read the index as tokens.
         self._ends_path = f"{stem}.ends.u64"
         self._mask_path = f"{stem}.mask.u8" if masked else None
+        self._labels_path = f"{stem}.labels.u8" if labelled else None
         self.tokens = saved.tokens if saved else 0
         self._documents = saved.documents if saved else 0
         self._mask: _HashedFile | None = None
+        self._labels: _HashedFile | None = None
         if saved:
             size, ends_size = saved.tokens * dtype.itemsize, saved.documents * ENDS_DTYPE.itemsize
             self._file = _HashedFile(root / self.path, size, saved.sha256)
             self._ends = _HashedFile(root / self._ends_path, ends_size, saved.ends_sha256)
             if self._mask_path and saved.mask_sha256:
                 self._mask = _HashedFile(root / self._mask_path, saved.tokens, saved.mask_sha256)
+            if self._labels_path and saved.labels_sha256:
+                self._labels = _HashedFile(root / self._labels_path, saved.documents, saved.labels_sha256)
         else:
             self._file, self._ends = _HashedFile(root / self.path), _HashedFile(root / self._ends_path)
             if self._mask_path:
                 self._mask = _HashedFile(root / self._mask_path)
+            if self._labels_path:
+                self._labels = _HashedFile(root / self._labels_path)
 
-    def add(self, document: np.ndarray, mask: np.ndarray | None) -> None:
+    def add(self, document: np.ndarray, mask: np.ndarray | None, label: int | None) -> None:
         self._file.append(document.tobytes())
         self.tokens += len(document)
         self._documents += 1
         self._ends.append(self.tokens.to_bytes(ENDS_DTYPE.itemsize, "little"))
         if self._mask is not None and mask is not None:
             self._mask.append(mask.tobytes())
+        if self._labels is not None and label is not None:
+            self._labels.append(bytes([label]))
 
     def save(self) -> Shard:
         """Force the files to the disk, and describe them as they are now."""
@@ -232,6 +268,8 @@ class _OpenShard:
             ends_sha256=self._ends.sha256,
             mask_path=self._mask_path,
             mask_sha256=self._mask.sha256 if self._mask else None,
+            labels_path=self._labels_path,
+            labels_sha256=self._labels.sha256 if self._labels else None,
         )
 
     def close(self) -> Shard:
@@ -241,7 +279,8 @@ class _OpenShard:
         return shard
 
     def _files(self) -> list[_HashedFile]:
-        return [file for file in (self._file, self._ends, self._mask) if file is not None]
+        files = (self._file, self._ends, self._mask, self._labels)
+        return [file for file in files if file is not None]
 
 
 @contextmanager

@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
 from olmoe_train.data.prepare.progress import QUARANTINE
-from olmoe_train.data.tokens import Manifest, Targets
+from olmoe_train.data.tokens import Manifest, Preferences, Targets
 from olmoe_train.utils.errors import UserError
 
 
@@ -87,6 +87,26 @@ def _turns(found: Targets, marks_count: bool) -> list[str]:
     ]
 
 
+def left_out(found: Preferences) -> list[str]:
+    """Say why preferences are left out, one phrase per reason that occurs."""
+    reasons = {
+        "are too long": found.too_long,
+        "are left out because the completion was not found among the tokens": found.unaligned,
+        "are left out because cutting made their sides equal": found.equal_when_cut,
+    }
+    return [f"{count:,} {reason}" for reason, count in reasons.items() if count]
+
+
+def _preferences(found: Preferences) -> list[str]:
+    what = "pairs" if found.paired else f"completions, {found.desirable:,} of them wanted"
+    lines = [f"{found.records:,} {what}; the longest has {found.longest:,} tokens"]
+    lines += [f"{found.cut:,} were cut"] if found.cut else []
+    return [
+        f"  {'preferences' if not place else '':<11} {line}"
+        for place, line in enumerate([*lines, *left_out(found)])
+    ]
+
+
 def summary(directory: Path, manifest: Manifest) -> str:
     """Describe prepared data in a few lines."""
     rows = [f"  source      {manifest.source}"]
@@ -98,7 +118,9 @@ def summary(directory: Path, manifest: Manifest) -> str:
         )
     if manifest.split_note:
         rows.append(f"  {'':<11} {manifest.split_note}")
-    if (found := manifest.targets) is not None:
+    if manifest.preferences is not None:
+        rows += _preferences(manifest.preferences)
+    elif (found := manifest.targets) is not None:
         rows.append(
             f"  targets     {found.tokens:,} tokens of {found.conversations:,} documents; "
             f"{found.without_target:,} documents have none (in {found.unaligned:,} the target text was not "

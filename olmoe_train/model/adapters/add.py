@@ -5,6 +5,7 @@ Shapes: E experts, R rank of the adapter, I input width of a weight, V vocabular
 
 import math
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -56,6 +57,24 @@ def add_adapter(model: OlmoeForCausalLM, spec: AdapterSpec) -> None:
         of_router = spec.trains_router and name.endswith("mlp.gate.weight")
         parameter.requires_grad_(of_router or is_adapter_parameter(name))
     model.adapter = spec
+
+
+@contextmanager
+def adapter_off(model: OlmoeForCausalLM) -> Iterator[None]:
+    """Let the model compute what its frozen base computes, in forward passes within the block.
+
+    A router that trains next to the adapter stays as it is.
+    """
+    modules = [
+        m for m in model.modules() if isinstance(m, LoraLinear | LoraHead | LoraEmbedding | LoraExperts)
+    ]
+    for module in modules:
+        module.enabled = False
+    try:
+        yield
+    finally:
+        for module in modules:
+            module.enabled = True
 
 
 def adapter_initial_value(

@@ -47,6 +47,8 @@ class LoraExperts(OlmoeExperts):
     down_magnitude: nn.Parameter | None
     gate_up_nf4: Nf4Weight | None
     down_nf4: Nf4Weight | None
+    enabled: bool = True
+    """False: the experts compute what their base computes (add.adapter_off)."""
 
     def __init__(self, config: OlmoeConfig, base: OlmoeExperts, spec: AdapterSpec) -> None:
         with torch.device("meta"):
@@ -72,16 +74,17 @@ class LoraExperts(OlmoeExperts):
             )
             magnitude = getattr(self, f"{name}_magnitude")
             gain_EO = None
-            if magnitude is not None:
+            if magnitude is not None and self.enabled:
                 gain_EO = _gain(self.local_experts(magnitude), weight, a_ELI, b_EOL, self.scale).to(
                     x_ND.dtype
                 )
             if grouped:
                 a_ELI, b_EOL = pad_rank(a_ELI, b_EOL)
             parts += [a_ELI, b_EOL, gain_EO]
-        dropout = Dropout.draw(self.dropout if self.training else 0.0)
+        dropout = Dropout.draw(self.dropout if self.training and self.enabled else 0.0)
+        scale = self.scale if self.enabled else 0.0  # adds exactly 0, also to quantized experts
         return _LoraExperts.apply(
-            x_ND, weights_NJ, *parts, gate_up, down, routing, self, grouped, self.scale, dropout
+            x_ND, weights_NJ, *parts, gate_up, down, routing, self, grouped, scale, dropout
         )
 
     def _base(self, weight: Tensor | None, quantized: Nf4Weight | None) -> Weight:

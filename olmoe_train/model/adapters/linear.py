@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from olmoe_train.model.adapters.nf4 import Nf4Weight, nf4_linear
 from olmoe_train.model.adapters.spec import AdapterSpec
 from olmoe_train.model.configuration import OlmoeConfig
-from olmoe_train.model.cross_entropy import HeadAdapter, cross_entropy_sum
+from olmoe_train.model.cross_entropy import HeadAdapter, cross_entropy_sum, target_log_probs_of
 from olmoe_train.model.head import OlmoeHead
 
 
@@ -22,6 +22,8 @@ class LoraLinear(nn.Linear):
     lora_B: nn.Parameter
     magnitude: nn.Parameter | None
     nf4: Nf4Weight | None
+    enabled: bool = True
+    """False: the module computes what its base computes (add.adapter_off)."""
 
     def __init__(self, base: nn.Linear, spec: AdapterSpec) -> None:
         super().__init__(base.in_features, base.out_features, base.bias is not None, device="meta")
@@ -31,10 +33,12 @@ class LoraLinear(nn.Linear):
         self.nf4 = None
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002  the name in nn.Linear
-        a_RI, b_OR = self.lora_A.to(input.dtype), self.lora_B.to(input.dtype)
-        low = F.linear(F.dropout(input, self.dropout, self.training), a_RI) * self.scale
         weight = self.weight if self.nf4 is None else self.nf4
         out = F.linear(input, weight) if isinstance(weight, Tensor) else nf4_linear(input, weight)
+        if not self.enabled:
+            return out if self.bias is None else out + self.bias
+        a_RI, b_OR = self.lora_A.to(input.dtype), self.lora_B.to(input.dtype)
+        low = F.linear(F.dropout(input, self.dropout, self.training), a_RI) * self.scale
         out = out + F.linear(low, b_OR)
         if self.magnitude is not None:
             out = out * gain(self.magnitude, weight_of(weight), a_RI, b_OR, self.scale).to(out.dtype)
@@ -47,6 +51,8 @@ class LoraHead(OlmoeHead):
     lora_A: nn.Parameter
     lora_B: nn.Parameter
     magnitude: nn.Parameter | None
+    enabled: bool = True
+    """As in LoraLinear."""
 
     def __init__(self, config: OlmoeConfig, base: OlmoeHead, spec: AdapterSpec) -> None:
         with torch.device("meta"):
@@ -55,15 +61,20 @@ class LoraHead(OlmoeHead):
         self.scale, self.dropout = spec.scale, spec.dropout
         add_parameters(self, spec, "", tuple(base.weight.shape), base.weight.device)
 
-    def forward(self, x: Tensor, labels_T: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, labels_T: Tensor | None = None, targets_P: Tensor | None = None) -> Tensor:
         """As OlmoeHead.forward."""
+        if not self.enabled:
+            return super().forward(x, labels_T, targets_P)
         a_RD, b_VR = self.lora_A.to(x.dtype), self.lora_B.to(x.dtype)
         low = F.linear(F.dropout(x, self.dropout, self.training), a_RD) * self.scale
         gain_V = None
         if self.magnitude is not None:
             gain_V = gain(self.magnitude, self.weight, a_RD, b_VR, self.scale).to(x.dtype)
+        adapter = HeadAdapter(low, b_VR, gain_V)
+        if targets_P is not None:
+            return target_log_probs_of(x, self.weight, targets_P, self.log_probs, adapter)
         if labels_T is not None:
-            return cross_entropy_sum(x, self.weight, labels_T, self.log_probs, HeadAdapter(low, b_VR, gain_V))
+            return cross_entropy_sum(x, self.weight, labels_T, self.log_probs, adapter)
         logits = F.linear(x, self.weight) + F.linear(low, b_VR)
         return logits if gain_V is None else logits * gain_V
 
@@ -74,6 +85,8 @@ class LoraEmbedding(nn.Embedding):
     lora_A: nn.Parameter
     lora_B: nn.Parameter
     magnitude: nn.Parameter | None
+    enabled: bool = True
+    """As in LoraLinear."""
 
     def __init__(self, base: nn.Embedding, spec: AdapterSpec) -> None:
         super().__init__(base.num_embeddings, base.embedding_dim, base.padding_idx, device="meta")
@@ -84,6 +97,8 @@ class LoraEmbedding(nn.Embedding):
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002  the name in nn.Embedding
         out = super().forward(input)
+        if not self.enabled:
+            return out
         a_RV, b_DR = self.lora_A.to(out.dtype), self.lora_B.to(out.dtype)
         out = out + F.linear(F.embedding(input, a_RV.t(), self.padding_idx) * self.scale, b_DR)
         if self.magnitude is not None:

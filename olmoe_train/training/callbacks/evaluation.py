@@ -3,36 +3,42 @@
 import logging
 from typing import Any
 
-import torch
-
 from olmoe_train.config.train import EvaluationConfig
 from olmoe_train.data.loader import TrainingData
-from olmoe_train.evaluation.perplexity import Evaluation, evaluate_data
 from olmoe_train.model import OlmoeForCausalLM
 from olmoe_train.run.loggers import MetricsLog
 from olmoe_train.run.watchdog import Watchdog
 from olmoe_train.training.callbacks.base import Callback, StepReport
+from olmoe_train.training.objectives.base import Objective, Validation
 from olmoe_train.training.state import TrainState
 from olmoe_train.training.throughput import Throughput
 
 log = logging.getLogger(__name__)
+SHOWN = {
+    "loss": "{:.4f}",
+    "perplexity": "{:.2f}",
+    "rewards/accuracies": "{:.3f}",
+    "rewards/margins": "{:.3f}",
+    "kl": "{:.3f}",
+}
+"""Values that the console shows, with their format."""
 
 
 class Evaluate(Callback):
-    """Loss and perplexity of the validation splits: eval/NAME/loss, eval/NAME/perplexity."""
+    """What the objective measures on the validation splits: eval/NAME/loss and more."""
 
     def __init__(
         self,
         cfg: EvaluationConfig,
         data: TrainingData,
         model: OlmoeForCausalLM,
+        objective: Objective,
         metrics: MetricsLog,
         throughput: Throughput,
         watchdog: Watchdog,
-        device: torch.device,
     ) -> None:
-        self.cfg, self.data, self.model, self.metrics = cfg, data, model, metrics
-        self.throughput, self.watchdog, self.device = throughput, watchdog, device
+        self.cfg, self.data, self.model, self.objective = cfg, data, model, objective
+        self.metrics, self.throughput, self.watchdog = metrics, throughput, watchdog
         self.has_data = any(manifest.validation.tokens for manifest in data.manifests.values())
 
     def on_start(self, state: TrainState) -> None:
@@ -48,21 +54,17 @@ class Evaluate(Callback):
     def _evaluate(self, state: TrainState) -> None:
         if not self.has_data:
             return
-        results = evaluate_data(
-            self.model, self.data.cfg, self.cfg, self.device, self.watchdog.with_heartbeat
-        )
+        results = self.objective.validate(self.model, self.data, self.cfg, self.watchdog.with_heartbeat)
         self._log(state, results)
         self.throughput.restart(state.tokens)
 
-    def _log(self, state: TrainState, results: dict[str, Evaluation]) -> None:
+    def _log(self, state: TrainState, results: dict[str, Validation]) -> None:
         values: dict[str, Any] = {"step": state.step, "tokens": state.tokens}
         for name, result in results.items():
-            log.info(
-                f"step {state.step} | {name} loss {result.loss:.4f}"
-                f" | perplexity {result.perplexity:.2f} | {result.tokens:,} tokens"
-            )
-            values[f"eval/{name}/loss"] = result.loss
-            values[f"eval/{name}/perplexity"] = result.perplexity
+            shown = {key: SHOWN[key].format(value) for key, value in result.values.items() if key in SHOWN}
+            parts = [f"{key.rpartition('/')[2]} {text}" for key, text in shown.items()]
+            log.info(" | ".join([f"step {state.step}", f"{name} {parts[0]}", *parts[1:], result.count]))
+            values |= {f"eval/{name}/{key}": value for key, value in result.values.items()}
         self.metrics.write(values)
         shares = self.data.samples.shares(state.samples) if self.data.cfg.mixture else {}
         for name, share in shares.items():

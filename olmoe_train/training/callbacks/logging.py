@@ -13,16 +13,27 @@ from olmoe_train.run.directory import Run
 from olmoe_train.run.loggers import MetricsLog
 from olmoe_train.training.callbacks.base import Callback, StepReport
 from olmoe_train.training.engine.base import Engine
-from olmoe_train.training.metrics import DataCounts, ExpertUse, read_step
+from olmoe_train.training.metrics import DataCounts, ExpertUse, metric_name, read_step
 from olmoe_train.training.objectives.base import Objective
 from olmoe_train.training.state import TrainState
 from olmoe_train.training.throughput import Throughput
 
 log = logging.getLogger(__name__)
 
-CONSOLE_NAMES = {"ce_loss": "ce", "load_balancing_loss": "balance", "router_z_loss": "z"}
-"""Short names of terms in the console line; other terms are shown by their own name."""
-CONSOLE_DIGITS = {"ce_loss": 4}
+CONSOLE_NAMES = {
+    "ce_loss": "ce",
+    "preference_loss": "preference",
+    "sft_loss": "sft",
+    "load_balancing_loss": "balance",
+    "router_z_loss": "z",
+    "rewards/accuracies": "accuracy",
+    "rewards/margins": "margin",
+    "rewards_per_token/accuracies": "accuracy per token",
+    "rewards_per_token/margins": "margin per token",
+}
+"""Short names of terms in the console line. Other terms are shown by their own name, unless it has a
+slash."""
+CONSOLE_DIGITS = {"ce_loss": 4, "preference_loss": 4}
 """Digits after the point; 3 for other terms."""
 
 
@@ -41,13 +52,11 @@ class Logging(Callback):
         guard: SkipGuard,
         data: TrainingData,
         *,
-        sequences_per_step: int,
         dead_expert_steps: int,
         device: torch.device,
     ) -> None:
         self.run, self.metrics, self.throughput = run, metrics, throughput
         self.engine, self.objective, self.guard, self.data = engine, objective, guard, data
-        self.sequences_per_step = sequences_per_step
         self.counts = DataCounts(data.cfg)
         self._config, self._dead_after, self._device = engine.model.config, dead_expert_steps, device
         self.experts = self._expert_use(None)
@@ -55,7 +64,7 @@ class Logging(Callback):
 
     def on_step(self, state: TrainState, report: StepReport) -> None:
         self.experts.update(state.step, self.objective.router.counts_LE)
-        self.counts.add(report.totals, self.sequences_per_step)
+        self.counts.add(report.totals)
         if not report.is_logged:
             return
         values: dict[str, Any] = {"step": state.step, "tokens": state.tokens}
@@ -65,7 +74,7 @@ class Logging(Callback):
         values["train/lr"] = self.engine.learning_rate
         values |= mixture_shares(self.data, state.samples)
         values |= self.throughput.measure(state.tokens)
-        log.info(console_line(values, [f"train/{name}" for name in report.terms.named], state.last_step))
+        log.info(console_line(values, list(report.terms.named), state.last_step))
         self._warn_of_dead_experts(values["router/dead_experts"])
         self.metrics.write(values)
         self.guard.check(state.step)
@@ -93,11 +102,12 @@ class Logging(Callback):
 
 
 def console_line(values: dict[str, Any], terms: list[str], last_step: int) -> str:
-    """One line per logged step. terms: names of the objective's terms in `values`, in their order."""
+    """One line per logged step. terms: the objective's terms, in their order."""
     parts = [f"step {values['step']}/{last_step}", f"loss {values['train/loss']:.4f}"]
-    for name in terms:
-        short = name.removeprefix("train/")
-        parts.append(f"{CONSOLE_NAMES.get(short, short)} {values[name]:.{CONSOLE_DIGITS.get(short, 3)}f}")
+    for term in terms:
+        if term in CONSOLE_NAMES or "/" not in term:
+            value = values[metric_name(term)]
+            parts.append(f"{CONSOLE_NAMES.get(term, term)} {value:.{CONSOLE_DIGITS.get(term, 3)}f}")
     parts.append(f"grad norm {values['train/grad_norm']:.3f}")
     parts.append(f"lr {values['train/lr']:.2e}")
     parts.append(f"{values['perf/tokens_per_second']:,.0f} tok/s")

@@ -185,4 +185,6 @@ def start_deepspeed(
 
 
 def _as_tuple(output: TrainingOutput) -> tuple[Any, ...]:
-    return output.ce_sum, output.router
+    if output.log_probs is None:
+        return output.ce_sum, output.router
+    return output.ce_sum, output.router, output.log_probs

@@ -3,14 +3,30 @@
 Shapes: L layers, E experts.
 """
 
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from olmoe_train.config.train import EvaluationConfig
+from olmoe_train.data.loader import TrainingData
 from olmoe_train.model import OlmoeForCausalLM
 from olmoe_train.training.batch import Batch, Totals
+
+Heartbeat = Callable[[Iterable[Batch]], Iterable[Batch]]
+"""Wraps the batches of a long pass over data, to report progress to the watchdog."""
+
+
+@dataclass(frozen=True)
+class Validation:
+    """Result on one set of validation data."""
+
+    values: dict[str, float]
+    """Value by name; metrics show each as eval/SET/NAME. `loss` is one of them, and comes first."""
+    count: str
+    """How much data that is, for people: "1,234 tokens"."""
 
 
 @dataclass
@@ -59,7 +75,7 @@ class Objective(Protocol):
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """(The share of the loss, which has a gradient; shares of named terms, unweighted.)
 
-        All are fp32 scalars. Metrics, console and wandb show each term as train/NAME.
+        All are fp32 scalars. Metrics and wandb show each term under `metrics.metric_name`.
         """
 
     def end_step(self, model: OlmoeForCausalLM, totals: Totals, skipped: Tensor) -> None:
@@ -69,4 +85,16 @@ class Objective(Protocol):
             model: as updated.
             totals: counts over the global batch.
             skipped: bool scalar on the device, whether the update was not applied.
+        """
+
+    def validate(
+        self, model: OlmoeForCausalLM, data: TrainingData, cfg: EvaluationConfig, with_heartbeat: Heartbeat
+    ) -> dict[str, Validation]:
+        """Result on the validation split of each source by its name, and on all together. Collective.
+
+        Args:
+            model: As trained so far.
+            data: The data of the run. At least one source has a validation split.
+            cfg: Batch size, and number of samples per source.
+            with_heartbeat: Wraps the batches.
         """

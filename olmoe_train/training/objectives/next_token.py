@@ -3,9 +3,12 @@
 import torch
 from torch import Tensor
 
+from olmoe_train.config.train import EvaluationConfig
+from olmoe_train.data.loader import TrainingData
+from olmoe_train.evaluation.perplexity import evaluate_data
 from olmoe_train.model import OlmoeForCausalLM
 from olmoe_train.training.batch import Batch, Totals
-from olmoe_train.training.objectives.base import RouterSums
+from olmoe_train.training.objectives.base import Heartbeat, RouterSums, Validation
 from olmoe_train.training.objectives.router_terms import RouterTerms
 
 
@@ -18,7 +21,7 @@ class NextToken:
     columns: tuple[str, ...] = ("input_ids", "targets")
 
     def __init__(self, model: OlmoeForCausalLM, device: torch.device) -> None:
-        self._routers = RouterTerms(model, device)
+        self._routers, self.device = RouterTerms(model, device), device
 
     @property
     def router(self) -> RouterSums:
@@ -39,3 +42,13 @@ class NextToken:
 
     def end_step(self, model: OlmoeForCausalLM, totals: Totals, skipped: Tensor) -> None:
         self._routers.end_step(skipped)
+
+    def validate(
+        self, model: OlmoeForCausalLM, data: TrainingData, cfg: EvaluationConfig, with_heartbeat: Heartbeat
+    ) -> dict[str, Validation]:
+        """Loss and perplexity: eval/SET/loss, eval/SET/perplexity."""
+        results = evaluate_data(model, data.cfg, cfg, self.device, with_heartbeat)
+        return {
+            name: Validation({"loss": one.loss, "perplexity": one.perplexity}, f"{one.tokens:,} tokens")
+            for name, one in results.items()
+        }

@@ -7,6 +7,11 @@ from olmoe_train.training.preflight.adapter import adapter_errors, adapter_warni
 from olmoe_train.training.preflight.backend import backend_errors, machine_errors
 from olmoe_train.training.preflight.model_and_data import data_errors, model_errors
 from olmoe_train.training.preflight.parallel import deepspeed_file_errors, parallel_errors
+from olmoe_train.training.preflight.preference import (
+    preference_data_errors,
+    preference_errors,
+    preference_warnings,
+)
 from olmoe_train.training.preflight.unused_keys import gathering_without_effect, keys_without_effect
 from olmoe_train.utils.errors import configuration_error
 
@@ -26,6 +31,7 @@ def validate(cfg: TrainConfig, world_size: int) -> list[str]:
     """
     of_model = model_errors(cfg)
     of_data, manifests = data_errors(cfg, check_tokens=not of_model)
+    of_data += preference_data_errors(cfg, manifests)
     errors = [*_configuration_errors(cfg, world_size, of_model), *of_data, *machine_errors(cfg)]
     if not errors:
         errors = deepspeed_file_errors(cfg, world_size)
@@ -34,6 +40,7 @@ def validate(cfg: TrainConfig, world_size: int) -> list[str]:
     return [
         *keys_without_effect(cfg, manifests),
         *adapter_warnings(cfg),
+        *preference_warnings(cfg, manifests),
         *gathering_without_effect(cfg.parallel, world_size),
         *launcher_warnings(),
     ]
@@ -52,6 +59,7 @@ def _configuration_errors(cfg: TrainConfig, world_size: int, of_model: list[str]
         *variant_errors(cfg),
         *backend_errors(cfg),
         *adapter_errors(cfg, world_size),
+        *preference_errors(cfg),
     ]
 
 
