@@ -11,8 +11,8 @@ import torch.distributed as dist
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from olmoe_train.config.train import TrainConfig
+from olmoe_train.data.manifest import TOKENIZER, Manifest, Split, write_manifest
 from olmoe_train.data.prepare.shards import SplitWriter
-from olmoe_train.data.tokens import TOKENIZER, Manifest, Split, write_manifest
 from olmoe_train.distributed.mesh import build_mesh, init_distributed
 from olmoe_train.optim.build import build_optimizer
 from olmoe_train.optim.clipping import clip_gradients

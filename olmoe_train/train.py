@@ -21,12 +21,12 @@ from olmoe_train.training.build import (
     build_callbacks,
     build_data,
     build_engine,
-    build_objective,
     build_run,
     build_schedule,
     build_step_batches,
     count_steps,
 )
+from olmoe_train.training.build_objective import build_objective
 from olmoe_train.training.callbacks.base import Callback, StepReport
 from olmoe_train.training.compatibility import resume_fingerprint
 from olmoe_train.training.engine.base import Engine
@@ -83,7 +83,7 @@ def train(
             micro_batches = [to_device(batch, device) for batch in micro_batches]
             engine.set_learning_rate(schedule.multiplier(step))
             seed_dropout(cfg.seed, step)
-            objective.begin_step(engine.model, micro_batches, totals, is_logged)
+            totals = objective.begin_step(engine.model, micro_batches, totals, is_logged)
             seed_dropout(cfg.seed, step)
             terms = forward_backward(engine, objective, micro_batches, totals)
             outcome = engine.step(partial(guard.judge, step, terms.loss))

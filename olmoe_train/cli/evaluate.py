@@ -10,8 +10,8 @@ from olmoe_train.checkpoint.convert.stored_model import load_stored_model
 from olmoe_train.cli.app import run_verb
 from olmoe_train.config.choices import StripPrefix
 from olmoe_train.config.verbs import EvaluateConfig
+from olmoe_train.data.manifest import Manifest
 from olmoe_train.data.mixture import VALIDATION, mixture_errors, read_manifests, verify
-from olmoe_train.data.tokens import Manifest
 from olmoe_train.distributed.mesh import resolve_device
 from olmoe_train.evaluation.perplexity import evaluate_data
 from olmoe_train.model import OlmoeConfig

@@ -18,10 +18,9 @@ from olmoe_train.config.verbs import LogprobsConfig
 from olmoe_train.distributed.mesh import build_mesh, init_distributed
 from olmoe_train.distributed.rendezvous import leave_distributed
 from olmoe_train.model import OlmoeForCausalLM
-from olmoe_train.training.build import (
+from olmoe_train.training.build import build_data, build_model
+from olmoe_train.training.build_objective import (
     build_cached_reference,
-    build_data,
-    build_model,
     build_reference_model,
     logprobs_directory,
 )

@@ -143,6 +143,17 @@ class Reference(Enum):
     none = "none"
 
 
+class RewardKind(Enum):
+    exact = "exact"
+    regex = "regex"
+    python = "python"
+
+
+class RoutingUse(Enum):
+    record = "record"
+    replay = "replay"
+
+
 class IpoLogProbs(Enum):
     per_token = "per_token"
     summed = "summed"

@@ -1,8 +1,15 @@
 """The options of `objective`: one dataclass per training objective."""
 
+import re
 from dataclasses import dataclass
 
-from olmoe_train.config.choices import IpoLogProbs, PreferenceKind, Reference
+from olmoe_train.config.choices import (
+    IpoLogProbs,
+    PreferenceKind,
+    Reference,
+    RewardKind,
+    RoutingUse,
+)
 from olmoe_train.config.variants import VariantConfig, register_variant
 
 
@@ -101,5 +108,65 @@ class PreferenceConfig(ObjectiveConfig):
         return errors
 
 
+@dataclass(frozen=True)
+class GrpoConfig(ObjectiveConfig):
+    """Reinforcement learning with verified rewards: GRPO (arXiv 2402.03300) on prompts with answers. In every
+    step the model samples group_size completions of each prompt, from its own distribution. A completion's
+    advantage is its reward minus the mean of its group, divided by the group's standard deviation.
+    trainer.global_batch_size and trainer.micro_batch_size count prompts."""
+
+    name: str = "grpo"
+    group_size: int = 8
+    """Completions per prompt."""
+    max_new_tokens: int = 256
+    """Most tokens of a completion. A prompt may have data.sequence_length minus this many."""
+    clip_low: float = 0.2
+    """The ratio of a token's probabilities, in the training pass and when it was sampled, counts as at least
+    1 minus this where the advantage is negative."""
+    clip_high: float = 0.2
+    """The ratio counts as at most 1 plus this where the advantage is positive."""
+    divide_by_std: bool = True
+    """Divide advantages by the standard deviation of the group's rewards. false: as in Dr. GRPO (arXiv
+    2503.20783)."""
+    kl_coef: float = 0.0
+    """Weight of the KL divergence from the initial model, which then runs in every step. 0: no such model."""
+    routing: RoutingUse = RoutingUse.replay
+    """Experts of the training pass. replay: those of the sampled pass, token by token. record: the router's
+    own choice; rollout/routing_agreement says how often both are the same."""
+    reward: RewardKind = RewardKind.exact
+    """What is compared with the answer. exact: the completion. regex: the last match of reward_pattern.
+    python: reward_function decides."""
+    reward_pattern: str | None = None
+    """Regular expression whose first group, or else whose match, is the completion's answer: '####
+    (-?[0-9,]+)'."""
+    reward_function: str | None = None
+    """Python function FILE.py:FUNCTION of (completion, answer), two texts, that returns the reward as a
+    number. The file is code that this run executes."""
+
+    def errors(self) -> list[str]:
+        errors = []
+        if self.group_size < 2:
+            errors.append(
+                f"objective.group_size={self.group_size}: must be at least 2, to compare completions"
+            )
+        if self.max_new_tokens < 1:
+            errors.append(f"objective.max_new_tokens={self.max_new_tokens}: must be positive")
+        for key in ("clip_low", "clip_high", "kl_coef"):
+            if getattr(self, key) < 0:
+                errors.append(f"objective.{key}={getattr(self, key)}: must not be negative")
+        for kind, key in ((RewardKind.regex, "reward_pattern"), (RewardKind.python, "reward_function")):
+            given = getattr(self, key)
+            if self.reward is kind and given is None:
+                errors.append(f"objective.{key}: has no value, and objective.reward={kind.value} needs one")
+            if self.reward is not kind and given is not None:
+                errors.append(f"objective.{key}={given}: has no effect; set objective.reward={kind.value}")
+        try:
+            re.compile(self.reward_pattern or "")
+        except re.error as error:
+            errors.append(f"objective.reward_pattern={self.reward_pattern}: no regular expression: {error}")
+        return errors
+
+
 register_variant("objective", NextTokenConfig)
+register_variant("objective", GrpoConfig)
 register_variant("objective", PreferenceConfig)

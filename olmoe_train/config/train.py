@@ -39,9 +39,10 @@ class TrainerConfig:
     """Save a checkpoint and stop at this step. The learning-rate schedule does not change; run again without
     this key to continue."""
     global_batch_size: int = 16
-    """Sequences per optimizer step, over all ranks and micro-batches."""
+    """Sequences per optimizer step, over all ranks and micro-batches. objective=preference counts pairs, or
+    completions for kto, and objective=grpo prompts."""
     micro_batch_size: int = 8
-    """Sequences per forward pass of one rank."""
+    """Sequences per forward pass of one rank; pairs, completions or prompts as for global_batch_size."""
     precision: Precision = Precision.bf16
     """bf16: compute in bfloat16, with fp32 master weights and fp32 gradient reduction. fp32: everything in
     fp32."""

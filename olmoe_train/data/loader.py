@@ -19,12 +19,14 @@ from torch.utils.data import DataLoader, Dataset
 
 from olmoe_train.config.choices import Packing
 from olmoe_train.config.data import DataConfig
+from olmoe_train.data.manifest import Manifest, shard_files
 from olmoe_train.data.mixture import SCHEDULE, SourceSchedule, mixture_components, read_manifests, source_seed
 from olmoe_train.data.packing import ALGORITHM
 from olmoe_train.data.preferences import COMPLETIONS, PAIRS, CollatePreferences, PreferenceSequences
+from olmoe_train.data.prompts import PROMPTS, CollatePrompts, PromptSequences
 from olmoe_train.data.sample_order import ORDER, sample_for
 from olmoe_train.data.sequences import Sequences, mask_repetition
-from olmoe_train.data.tokens import Manifest, open_split, shard_files
+from olmoe_train.data.tokens import TokenSplit, open_split
 from olmoe_train.utils.errors import UserError
 
 Sample = dict[str, np.ndarray]
@@ -33,18 +35,22 @@ Sample = dict[str, np.ndarray]
 class TrainingData:
     """The training data of a run, opened once: manifests, samples, and what determines the sample order."""
 
-    def __init__(self, cfg: DataConfig, seed: int, single: bool = False) -> None:
+    def __init__(
+        self, cfg: DataConfig, seed: int, single: bool = False, longest_prompt: int | None = None
+    ) -> None:
         """Read the manifests.
 
         Args:
             cfg: The `data` section of the configuration.
             seed: Seed of the sample order.
             single: Of preferences, whether a sample is one completion, and not a pair.
+            longest_prompt: Samples are prompts with answers, of at most this many tokens each. None: they are
+                sequences, or preferences.
 
         Raises:
             UserError: A manifest is missing or damaged, or the sources have different tokenizers.
         """
-        self.cfg, self.seed, self.single = cfg, seed, single
+        self.cfg, self.seed, self.single, self.longest_prompt = cfg, seed, single, longest_prompt
         self.manifests = read_manifests(cfg)
 
     @property
@@ -55,7 +61,7 @@ class TrainingData:
     @cached_property
     def samples(self) -> "TrainSamples":
         """Every sample by its global index. The first access reads the index of every shard."""
-        return TrainSamples(self.cfg, self.seed, self.has_preferences, self.single)
+        return TrainSamples(self.cfg, self.seed, self.single, self.longest_prompt)
 
     def fingerprint(self) -> dict[str, Any]:
         """Return what determines the stream of samples, as flat JSON values.
@@ -66,6 +72,8 @@ class TrainingData:
         packing = ALGORITHM if self.cfg.packing is Packing.best_fit else self.cfg.packing.value
         if self.has_preferences:  # packing does not change the samples
             packing = COMPLETIONS if self.single else PAIRS
+        if self.longest_prompt is not None:
+            packing = f"{PROMPTS}, at most {self.longest_prompt} tokens"
         common = {
             "order": ORDER,
             "seed": self.seed,
@@ -114,7 +122,13 @@ def build_train_loader(
     """
     assert global_batch_size % (world_size * micro_batch_size) == 0, "preflight refuses this"
     batches = RankMicroBatches(start_sample, global_batch_size, rank, world_size, micro_batch_size)
-    return _loader(data.samples, batches, data.cfg.num_workers, data.seed, _collate(data.cfg, data.manifests))
+    return _loader(
+        data.samples,
+        batches,
+        data.cfg.num_workers,
+        data.seed,
+        _collate(data.cfg, data.manifests, data.longest_prompt),
+    )
 
 
 def build_eval_batches(
@@ -125,6 +139,7 @@ def build_eval_batches(
     max_sequences: int | None = None,
     single: bool = False,
     first_document: int = 0,
+    longest_prompt: int | None = None,
 ) -> DataLoader[dict[str, torch.Tensor]]:
     """Build this rank's batches of the validation split of data.dir, in order.
 
@@ -137,7 +152,7 @@ def build_eval_batches(
         world_size: Number of ranks.
         micro_batch_size: Sequences per batch and rank (B).
         max_sequences: Use only the first `max_sequences` sequences over all ranks. None uses all.
-        single: As for TrainingData.
+        single, longest_prompt: As for TrainingData.
         first_document: Of preferences, number of the first document, in the data as a whole.
 
     Returns:
@@ -146,7 +161,7 @@ def build_eval_batches(
     Raises:
         UserError: Data is missing or damaged, or the validation split is empty.
     """
-    dataset = EvalSequences(data, single, first_document)
+    dataset = EvalSequences(data, single, first_document, longest_prompt)
     count = len(dataset) if max_sequences is None else min(max_sequences, len(dataset))
     if count == 0:
         raise UserError(
@@ -158,11 +173,33 @@ def build_eval_batches(
     rows = [index if index < count else EvalSequences.FILLER for index in range(steps * global_batch_size)]
     starts = range(rank * micro_batch_size, len(rows), global_batch_size)
     batches = [rows[start : start + micro_batch_size] for start in starts]
-    return _loader(dataset, batches, data.num_workers, 0, _collate(data, read_manifests(data)))
+    collate_fn = _collate(data, read_manifests(data), longest_prompt)
+    return _loader(dataset, batches, data.num_workers, 0, collate_fn)
 
 
-def _collate(data: DataConfig, manifests: dict[str, Manifest]) -> "Collate":
+AnySequences = Sequences | PreferenceSequences | PromptSequences
+"""The samples of one split."""
+
+
+def _open(
+    split: TokenSplit,
+    data: DataConfig,
+    keep_tail: bool,
+    single: bool,
+    longest_prompt: int | None,
+    first_document: int,
+) -> AnySequences:
+    if longest_prompt is not None:
+        return PromptSequences(split, longest_prompt, first_document)
+    if split.manifest.preferences is not None:
+        return PreferenceSequences(split, data, single, first_document)
+    return Sequences(split, data, keep_tail)
+
+
+def _collate(data: DataConfig, manifests: dict[str, Manifest], longest_prompt: int | None) -> "Collate":
     manifest = next(iter(manifests.values()))
+    if longest_prompt is not None:
+        return CollatePrompts(manifest.padding)
     if manifest.preferences is None:
         return collate
     return CollatePreferences(data, manifest.padding)
@@ -183,25 +220,16 @@ class TrainSamples(Dataset[Sample]):
         UserError: The training split of a source is shorter than one sequence.
     """
 
-    def __init__(self, data: DataConfig, seed: int, preferences: bool = False, single: bool = False):
-        """
-        Args:
-            data: The `data` section of the configuration.
-            seed: Seed of the sample order.
-            preferences: Whether the data consists of preferences.
-            single: As for TrainingData.
-        """
+    def __init__(self, data: DataConfig, seed: int, single: bool = False, longest_prompt: int | None = None):
+        """The arguments are those of TrainingData."""
         self.sources = mixture_components(data)
         read_manifests(data)  # raises UserError if the sources do not fit together
-        self.sequences: list[Sequences | PreferenceSequences] = []
+        self.sequences: list[AnySequences] = []
         first_document = 0
         for source in self.sources:
             split = open_split(source.directory, "train")
-            if preferences:
-                self.sequences.append(PreferenceSequences(split, data, single, first_document))
-                first_document += split.documents
-            else:
-                self.sequences.append(Sequences(split, data, keep_tail=False))
+            self.sequences.append(_open(split, data, False, single, longest_prompt, first_document))
+            first_document += split.documents
         for source, sequences in zip(self.sources, self.sequences, strict=True):
             if len(sequences) == 0:
                 where = f"the training split of {source.name}" if data.mixture else "the whole training split"
@@ -223,6 +251,7 @@ class TrainSamples(Dataset[Sample]):
         source, index = self.schedule.locate(global_index)
         sequences = self.sequences[source]
         sample = sequences.sample(sample_for(index, len(sequences), self.seeds[source]))
+        sample |= {"sample_index": np.array(global_index)} if isinstance(sequences, PromptSequences) else {}
         return mask_repetition(sample) if self.repetition_filter else sample
 
     @property
@@ -262,13 +291,15 @@ class EvalSequences(Dataset[Sample]):
 
     FILLER = -1
 
-    def __init__(self, data: DataConfig, single: bool = False, first_document: int = 0):
+    def __init__(
+        self,
+        data: DataConfig,
+        single: bool = False,
+        first_document: int = 0,
+        longest_prompt: int | None = None,
+    ):
         split = open_split(data.dir, "validation")
-        self.sequences: Sequences | PreferenceSequences
-        if split.manifest.preferences is not None:
-            self.sequences = PreferenceSequences(split, data, single, first_document)
-        else:
-            self.sequences = Sequences(split, data, keep_tail=True)
+        self.sequences = _open(split, data, True, single, longest_prompt, first_document)
 
     def __len__(self) -> int:
         return len(self.sequences)

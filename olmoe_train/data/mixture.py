@@ -15,7 +15,8 @@ from pathlib import Path
 
 from olmoe_train.config.choices import DataFormat
 from olmoe_train.config.data import DataConfig
-from olmoe_train.data.tokens import Manifest, read_manifest, verify_hashes
+from olmoe_train.data.manifest import Manifest, read_manifest
+from olmoe_train.data.tokens import verify_hashes
 from olmoe_train.utils.errors import UserError
 
 SCHEDULE = "turns-v1"

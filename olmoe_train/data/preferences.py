@@ -126,6 +126,7 @@ class CollatePreferences:
                 of the flattened rows; document by document.
             target_ids: int64 [P], the tokens that they predict.
             completion_lengths: int64 [N], the number of these positions of each document.
+            document_starts: int64 [N], the first position of each document in the flattened rows.
             document_ids: int64 [N]. wanted: bool [N].
             mismatched_*: all but the last two once more, for mismatched completions, if there are any.
         """
@@ -163,6 +164,7 @@ class CollatePreferences:
             "target_positions": target_positions,
             "target_ids": targets.ravel()[target_positions],
             "completion_lengths": np.array(counts, np.int64),
+            "document_starts": rows_N * width + starts_N,
         }
         if self.packed:
             # Padding counts as a document of its own.

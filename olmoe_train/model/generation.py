@@ -4,7 +4,7 @@ Shapes: B batch, S prompt length, C cached and new tokens, V vocabulary.
 """
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -21,6 +21,12 @@ log = logging.getLogger(__name__)
 
 DEFAULT_NEW_TOKENS = 20
 """Tokens to add if neither max_new_tokens nor max_length is given; the default of Transformers."""
+
+
+Draw = Callable[[Tensor], Tensor]
+"""Logits, fp32 [B, V] -> the next token of every row, int64 [B]."""
+AllEnded = Callable[[Tensor], bool]
+"""Which rows have ended, bool [B] -> whether to stop."""
 
 
 class LanguageModel(Protocol):
@@ -117,6 +123,8 @@ def stream_tokens(
     pad_token_id: int | None = None,
     generator: torch.Generator | None = None,
     cache: KVCache | None = None,
+    draw: Draw | None = None,
+    all_ended: AllEnded | None = None,
 ) -> Iterator[Tensor]:
     """Decode one token per row at a time, until all rows have ended.
 
@@ -124,6 +132,9 @@ def stream_tokens(
         temperature: Temperature of the softmax; 0: greedy decoding. All others are those of `generate`.
         cache: Keys and values of the first tokens of `input_ids`, fewer than S, which are not computed again.
             Those of all further tokens but the last are appended. None: a new cache.
+        draw: Chooses the tokens, in place of `temperature`, `top_k`, `top_p` and `generator`.
+        all_ended: Decides when to stop. A sharded model needs equally many passes on all ranks, so the
+            decision must be the same there. None: stop when all rows have ended.
 
     Yields:
         The next token of every row, int64 [B]; the padding token for rows that have ended.
@@ -158,12 +169,15 @@ def stream_tokens(
         )
         logits_BV = output.logits[:, -1].float()
         _check_finite(logits_BV, length, output.logits.dtype)
-        token_B = sample_token(logits_BV, temperature, top_k, top_p, generator)
+        if draw is None:
+            token_B = sample_token(logits_BV, temperature, top_k, top_p, generator)
+        else:
+            token_B = draw(logits_BV)
         if stops:
             token_B = token_B.masked_fill(ended_B, filler)
             ended_B |= torch.isin(token_B, stop_ids)
         yield token_B
-        if stops and ended_B.all():
+        if stops and (ended_B.all() if all_ended is None else all_ended(ended_B)):
             return
         new_BS = token_B[:, None]
         if position_BS is not None:

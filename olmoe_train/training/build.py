@@ -1,9 +1,7 @@
-"""Builds what a run needs from its configuration. This file and the loop see the configuration whole."""
+"""Builds what a run needs from its configuration. This file, build_objective.py and the loop see it whole."""
 
 import logging
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
-from dataclasses import replace
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -12,19 +10,17 @@ import torch.distributed as dist
 
 from olmoe_train.checkpoint.saver import Saver
 from olmoe_train.config.balancing import AuxiliaryLossConfig, BalancingConfig
-from olmoe_train.config.choices import DTYPES, ActivationCheckpointing, BalanceScope, PreferenceKind, Strategy
-from olmoe_train.config.choices import Reference as ReferenceKind
+from olmoe_train.config.choices import BalanceScope, PreferenceKind, Strategy
 from olmoe_train.config.compose import plain_values
 from olmoe_train.config.model import olmoe_config
-from olmoe_train.config.objective import NextTokenConfig, ObjectiveConfig, PreferenceConfig
-from olmoe_train.config.train import ParallelConfig, TrainConfig
+from olmoe_train.config.objective import GrpoConfig, PreferenceConfig
+from olmoe_train.config.train import TrainConfig
 from olmoe_train.data.loader import TrainingData, build_train_loader
 from olmoe_train.data.mixture import mixture_components
 from olmoe_train.distributed.materialize import materialize
 from olmoe_train.distributed.mesh import Mesh, build_mesh
 from olmoe_train.distributed.parallelize import parallelize
 from olmoe_train.model import OlmoeForCausalLM
-from olmoe_train.model.adapters.add import adapter_off, freeze_base
 from olmoe_train.model.configuration import OlmoeConfig
 from olmoe_train.model.moe.balancing import AuxiliaryLosses, Balancer
 from olmoe_train.optim.build import build_optimizer, trained_parameters
@@ -45,18 +41,7 @@ from olmoe_train.training.callbacks.stragglers import Stragglers
 from olmoe_train.training.engine.base import Engine
 from olmoe_train.training.engine.fsdp import FsdpEngine
 from olmoe_train.training.initial_weights import download_initial_weights, fill_model
-from olmoe_train.training.objectives.base import Heartbeat, Objective
-from olmoe_train.training.objectives.next_token import NextToken
-from olmoe_train.training.objectives.preference import Preference
-from olmoe_train.training.objectives.reference import (
-    CachedReference,
-    LiveReference,
-    NoReference,
-    Reference,
-    model_without_adapter,
-    second_model,
-)
-from olmoe_train.training.objectives.reference_cache import cached_reference, identity_of
+from olmoe_train.training.objectives.base import Objective
 from olmoe_train.training.preflight.checks import validate
 from olmoe_train.training.resume import saved_state
 from olmoe_train.training.state import TrainState
@@ -126,147 +111,14 @@ def build_balancer(cfg: TrainConfig, config: OlmoeConfig) -> Balancer:
     return BALANCERS[type(cfg.balancing)](cfg, config)
 
 
-def build_next_token(
-    cfg: TrainConfig,
-    model: OlmoeForCausalLM,
-    data: TrainingData,
-    device: torch.device,
-    with_heartbeat: Heartbeat,
-) -> Objective:
-    return NextToken(model, device)
-
-
-def build_preference(
-    cfg: TrainConfig,
-    model: OlmoeForCausalLM,
-    data: TrainingData,
-    device: torch.device,
-    with_heartbeat: Heartbeat,
-) -> Objective:
-    assert isinstance(cfg.objective, PreferenceConfig)
-    reference = build_reference(cfg, cfg.objective, model, data, device, with_heartbeat)
-    return Preference(cfg.objective, model, reference, cfg.trainer.global_batch_size, device)
-
-
-def build_reference(
-    cfg: TrainConfig,
-    objective: PreferenceConfig,
-    model: OlmoeForCausalLM,
-    data: TrainingData,
-    device: torch.device,
-    with_heartbeat: Heartbeat = iter,
-) -> Reference:
-    """The reference that objective.reference names. Collective.
-
-    Args:
-        cfg: The run's.
-        objective: `cfg.objective`.
-        model: The model to train, with its initial weights.
-        data: The data of the run.
-        device: The device of this rank.
-        with_heartbeat: Wraps the batches of the pass that computes log-probabilities to store.
-
-    Raises:
-        UserError: Stored log-probabilities belong to another model or other data.
-    """
-    kind = objective.reference_kind
-    if kind is ReferenceKind.none:
-        return NoReference()
-    if kind is ReferenceKind.cached:
-        return build_cached_reference(cfg, objective, model, data, device, with_heartbeat)
-    if model.adapter is not None:
-        return LiveReference(model_without_adapter)
-    return LiveReference(second_model(build_reference_model(cfg, device)))
-
-
-def build_cached_reference(
-    cfg: TrainConfig,
-    objective: PreferenceConfig,
-    model: OlmoeForCausalLM,
-    data: TrainingData,
-    device: torch.device,
-    with_heartbeat: Heartbeat = iter,
-) -> CachedReference:
-    """Stored log-probabilities, computed if they are missing. The arguments are those of build_reference."""
-    precision = cfg.trainer.precision
-    identity = identity_of(model, cfg.model, cfg.adapter, precision, cfg.seed, data)
-    directory = logprobs_directory(cfg, objective)
-    with initial_reference(model, cfg) as reference:
-        return cached_reference(
-            reference, identity, cfg.trainer, cfg.evaluation, data, directory, device, with_heartbeat
-        )
-
-
-def logprobs_directory(cfg: TrainConfig, objective: PreferenceConfig) -> Path:
-    """Where the log-probabilities of the reference are stored."""
-    if objective.logprobs_dir is not None:
-        return Path(objective.logprobs_dir).expanduser()
-    return Path(cfg.run_dir).expanduser() / "logprobs"
-
-
-@contextmanager
-def initial_reference(model: OlmoeForCausalLM, cfg: TrainConfig) -> Iterator[OlmoeForCausalLM]:
-    """The reference as a model with initial weights: a new adapter is off, one of model.adapter_from is
-    on."""
-    if model.adapter is not None and cfg.model.adapter_from is None:
-        with adapter_off(model):
-            yield model
-    else:
-        yield model
-
-
-def build_reference_model(cfg: TrainConfig, device: torch.device) -> OlmoeForCausalLM:
-    """A frozen model with the weights of model.init_from, sharded like the model that is trained. Collective.
-
-    Its weights are held in the data type of the computation. With DeepSpeed, which needs an optimizer, FSDP2
-    shards the reference over the same ranks.
-    """
-    parallel = cfg.parallel
-    if parallel.strategy is Strategy.deepspeed:
-        parallel = ParallelConfig(expert_parallel_size=parallel.expert_parallel_size)
-    mesh = build_mesh(parallel, device)
-    model = meta_model(olmoe_config(cfg.model), None, cfg.trainer.precision)
-    model.requires_grad_(False)
-    freeze_base(model, DTYPES[cfg.trainer.precision], quantized=False)
-    model.set_experts_backend(cfg.model.experts_backend.value)
-    trainer = replace(cfg.trainer, activation_checkpointing=ActivationCheckpointing.none)
-    parallelize(model, trainer, parallel, mesh)
-    materialize(model, mesh.device, cfg.seed)
-    if cfg.model.init_from is not None:
-        fill_model(model, cfg.model)
-    return model
-
-
-BuildObjective = Callable[[TrainConfig, OlmoeForCausalLM, TrainingData, torch.device, Heartbeat], Objective]
-OBJECTIVES: dict[type[ObjectiveConfig], BuildObjective] = {
-    NextTokenConfig: build_next_token,
-    PreferenceConfig: build_preference,
-}
-"""Variant of `objective` -> its builder. A new objective is one configuration class and one entry here."""
-
-
-def build_objective(
-    cfg: TrainConfig,
-    model: OlmoeForCausalLM,
-    data: TrainingData,
-    device: torch.device,
-    with_heartbeat: Heartbeat = iter,
-) -> Objective:
-    """The objective that `objective=...` names. Collective.
-
-    Args:
-        cfg: The run's.
-        model: With its balancer, and with its initial weights, also in a run that will resume.
-        data: The data of the run.
-        device: The device of this rank.
-        with_heartbeat: Wraps the batches of a pass over the data before the first step.
-    """
-    return OBJECTIVES[type(cfg.objective)](cfg, model, data, device, with_heartbeat)
-
-
 def build_data(cfg: TrainConfig) -> TrainingData:
-    """The data of a run. For kto a sample is a completion, for other preference losses a pair."""
-    is_kto = isinstance(cfg.objective, PreferenceConfig) and cfg.objective.kind is PreferenceKind.kto
+    """The data of a run. A sample is a sequence; for grpo it is a prompt with its answer, for kto a
+    completion, and for other preference losses a pair."""
+    objective = cfg.objective
+    if isinstance(objective, GrpoConfig):
+        longest_prompt = cfg.data.sequence_length - objective.max_new_tokens
+        return TrainingData(cfg.data, cfg.seed, longest_prompt=longest_prompt)
+    is_kto = isinstance(objective, PreferenceConfig) and objective.kind is PreferenceKind.kto
     return TrainingData(cfg.data, cfg.seed, single=is_kto)
 
 

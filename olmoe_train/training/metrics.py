@@ -36,7 +36,7 @@ class StepTerms:
         return names, torch.stack([self.loss, *self.named.values()])
 
 
-TRL_NAMES = ("kl",)
+TRL_NAMES = ("kl", "reward", "reward_std")
 """Terms without a slash that keep the name that TRL gives them."""
 
 

@@ -21,16 +21,17 @@ from olmoe_train.config.choices import (
     Schedule,
 )
 from olmoe_train.config.model import olmoe_config
-from olmoe_train.config.objective import NextTokenConfig, PreferenceConfig
+from olmoe_train.config.objective import GrpoConfig, NextTokenConfig, PreferenceConfig
 from olmoe_train.config.optimizer import AdamWConfig, RMSpropConfig
 from olmoe_train.config.reference import config_directory
 from olmoe_train.config.train import TrainConfig
-from olmoe_train.data.tokens import Manifest, Split
+from olmoe_train.data.manifest import Manifest, Split
 from olmoe_train.model import OlmoeConfig, OlmoeForCausalLM
 from olmoe_train.optim.schedule import Schedule as LearningRate
 from olmoe_train.planning.duration import total_steps
 from olmoe_train.planning.flops import parameter_counts, train_flops_per_token
 from olmoe_train.training.build import build_schedule
+from olmoe_train.training.objectives.rewards import build_reward
 from olmoe_train.training.preflight.checks import validate
 from olmoe_train.utils.errors import UserError
 
@@ -258,6 +259,19 @@ def test_dpo_of_0125(released: str) -> None:
         True,
     )
     assert no_router_losses(cfg)
+
+
+def test_verified_rewards_of_0125_in_small(tmp_path: Path) -> None:
+    """open-instruct: olmoe_0125.sh. Its PPO is GRPO here; only what the script has is held."""
+    OlmoeConfig(intermediate_size=1024).save_pretrained(tmp_path)
+    cfg = recipe("olmoe_grpo", f"model.init_from={tmp_path}")
+    assert isinstance(cfg.objective, GrpoConfig)
+    assert cfg.optimizer.lr == 3e-7
+    assert cfg.objective.kl_coef in (0.01, 0.02, 0.03, 0.07)
+    assert (cfg.loss.router_aux_loss_coef, cfg.loss.router_z_loss_coef) == (0, 0)
+    reward = build_reward(cfg.objective)
+    assert reward("6 x 7 is 42, so 1,042.", "#### 1042") == 1
+    assert reward("6 x 7 is 42.", "43") == 0
 
 
 @pytest.mark.parametrize("name", ["olmoe_1b_7b_0924", "olmoe_1b_7b_0924_anneal"])

@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from olmoe_train.data.tokens import open_split, read_manifest, verify_hashes
+from olmoe_train.data.manifest import read_manifest
+from olmoe_train.data.tokens import open_split, verify_hashes
 from olmoe_train.utils.errors import UserError
 from tests.support.data import EOS, add_loss_mask, write_prepared
 

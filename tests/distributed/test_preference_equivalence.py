@@ -193,7 +193,7 @@ def test_losses_metrics_and_weights_are_the_same(trained: Callable[[str], Result
     for step, expected in zip(found.metrics, reference.metrics, strict=True):
         assert step["tokens"] == expected["tokens"]
         for key in (key for key in expected if key.startswith(COMPARED)):
-            # Rewards are differences of sums of some 500 nats, whose fp32 rounding is 3e-5.
+            # Rewards are differences of sums of some 500 nats, in which the layouts differ by rounding.
             limit = 2e-5 if key.endswith(("loss", "logps/chosen", "logps/rejected")) else 2e-4
             assert step[key] == pytest.approx(expected[key], rel=limit, abs=limit), (step["step"], key)
     for parameter, value in reference.final.items():

@@ -16,7 +16,7 @@ from olmoe_train.config.data import DataConfig, MixtureSource
 from olmoe_train.config.train import EvaluationConfig
 from olmoe_train.config.verbs import EvaluateConfig
 from olmoe_train.data.loader import build_eval_batches
-from olmoe_train.data.tokens import read_manifest
+from olmoe_train.data.manifest import read_manifest
 from olmoe_train.evaluation.perplexity import Evaluation, evaluate_data, evaluate_model
 from olmoe_train.model import OlmoeConfig, OlmoeForCausalLM
 from olmoe_train.utils.errors import UserError

@@ -10,7 +10,7 @@ from tokenizers import Tokenizer
 
 from olmoe_train.config.choices import Records, SourceKind
 from olmoe_train.config.verbs import PrepareConfig
-from olmoe_train.data.tokens import read_manifest
+from olmoe_train.data.manifest import read_manifest
 from tests.support.chat_templates import turn
 from tests.support.data import prepare_config, read_documents
 

@@ -11,8 +11,8 @@ from tokenizers import Tokenizer
 
 from olmoe_train.config.data import DataConfig, SourceConfig, TokenizerConfig
 from olmoe_train.config.verbs import PrepareConfig
+from olmoe_train.data.manifest import DTYPES, TOKENIZER, Manifest, Split, read_manifest, write_manifest
 from olmoe_train.data.prepare.shards import SplitWriter
-from olmoe_train.data.tokens import DTYPES, TOKENIZER, Manifest, Split, read_manifest, write_manifest
 
 EOS, PAD = 0, 1
 UNLIMITED = 10**9

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from olmoe_train.data.tokens import Preferences, Split, read_manifest, write_manifest
+from olmoe_train.data.manifest import Preferences, Split, read_manifest, write_manifest
 from tests.support.data import add_loss_mask, write_prepared
 
 

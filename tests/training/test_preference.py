@@ -18,7 +18,7 @@ from olmoe_train.config.model import olmoe_config
 from olmoe_train.config.train import TrainConfig
 from olmoe_train.model import OlmoeForCausalLM
 from olmoe_train.train import train
-from olmoe_train.training import build
+from olmoe_train.training import build_objective
 from olmoe_train.training.batch import Batch, Totals
 from olmoe_train.training.objectives.preference import Preference
 from olmoe_train.utils.errors import UserError
@@ -123,7 +123,7 @@ class TokenWeighted(Preference):
 def test_the_loss_weighs_pairs_and_not_tokens(
     config: Config, monkeypatch: pytest.MonkeyPatch, objective: type[Preference], is_invariant: bool
 ) -> None:
-    monkeypatch.setattr(build, "Preference", objective)
+    monkeypatch.setattr(build_objective, "Preference", objective)
     losses = []
     for size in (8, 1):
         cfg = config(
@@ -183,8 +183,8 @@ def test_stale_log_probs_are_refused_with_both_hashes(config: Config, parts: Pat
     with pytest.raises(UserError, match=f"model: hash {manifest['model']} there"):
         train(precision)
     dist.destroy_process_group()
-    (stored / "train.f32").write_bytes(b"\0" * (stored / "train.f32").stat().st_size)
-    with pytest.raises(UserError, match=r"train\.f32: missing or damaged"):
+    (stored / "train.f64").write_bytes(b"\0" * (stored / "train.f64").stat().st_size)
+    with pytest.raises(UserError, match=r"train\.f64: missing or damaged"):
         train(config("e", objective__logprobs_dir=stored))
 
 
@@ -205,6 +205,7 @@ def test_configurations_that_make_no_sense_are_refused(config: Config, parts: Pa
             "adapter__router": "full",
         },
         "data.sequence_length=8: data.dir=": {"data__sequence_length": 8},
+        "has files and no manifest.json; give another": {"objective__logprobs_dir": parts / "base" / ".."},
         "holds preferences; set objective=preference": {"objective": "next_token"},
     }
     for message, changes in refused.items():

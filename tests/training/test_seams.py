@@ -33,7 +33,7 @@ from olmoe_train.model.moe.router_stats import RouterStats
 from olmoe_train.optim import build as optim_build
 from olmoe_train.run.lock import RunLock
 from olmoe_train.train import train
-from olmoe_train.training import build
+from olmoe_train.training import build, build_objective
 from olmoe_train.training.batch import Batch, Totals
 from olmoe_train.training.callbacks.base import Callback, StepReport
 from olmoe_train.training.engine.base import Engine
@@ -87,8 +87,9 @@ class Copy:
 
     def begin_step(
         self, model: OlmoeForCausalLM, micro_batches: list[Batch], totals: Totals, logged: bool
-    ) -> None:
+    ) -> Totals:
         self.calls.append("begin")
+        return totals
 
     def __call__(
         self, model: OlmoeForCausalLM, micro_batch: Batch, totals: Totals
@@ -123,7 +124,7 @@ def test_an_objective_that_is_not_next_token(
         made.append(Copy(model.config, device))
         return made[0]
 
-    monkeypatch.setitem(build.OBJECTIVES, CopyConfig, build_copy)
+    monkeypatch.setitem(build_objective.OBJECTIVES, CopyConfig, build_copy)
     changes = ONE_RANK | {"objective": CopyConfig(), "trainer": {"max_steps": 40}, "checkpoint": {"every": 0}}
     state = train(config(data, tmp_path, **changes))
     assert (state.step, state.last_step, state.stopped_by_signal) == (40, 40, False)

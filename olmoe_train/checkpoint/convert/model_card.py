@@ -9,7 +9,7 @@ from omegaconf import OmegaConf
 
 from olmoe_train.checkpoint.sharded import saved_state
 from olmoe_train.config.model import ModelConfig, olmoe_config
-from olmoe_train.data.tokens import read_manifest
+from olmoe_train.data.manifest import read_manifest
 from olmoe_train.model import OlmoeConfig
 from olmoe_train.planning.flops import parameter_counts
 from olmoe_train.utils.errors import UserError

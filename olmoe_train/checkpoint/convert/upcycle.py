@@ -26,7 +26,8 @@ from olmoe_train.checkpoint.convert.upcycled_weights import Reinitialization, up
 from olmoe_train.config.choices import StripPrefix
 from olmoe_train.config.model import ModelConfig
 from olmoe_train.config.verbs import UpcycleConfig
-from olmoe_train.data.tokens import open_split, read_manifest
+from olmoe_train.data.manifest import read_manifest
+from olmoe_train.data.tokens import open_split
 from olmoe_train.model import OlmoeConfig, OlmoeForCausalLM
 from olmoe_train.model.initialization import generator_of
 from olmoe_train.utils.errors import UserError

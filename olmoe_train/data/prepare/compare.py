@@ -66,6 +66,9 @@ def compare_sides(
     found = [side for side in sides if side is not None]
     if len(found) < len(sides):
         return [], "unaligned"
+    # A chat template may render one prompt differently before two completions.
+    if any(side.ids[: side.prompt_tokens] != found[0].ids[: found[0].prompt_tokens] for side in found[1:]):
+        return [], "unaligned"
     longest = max(len(side.ids) for side in found)
     if longest <= length:
         return found, None

@@ -17,13 +17,13 @@ from tokenizers import Tokenizer
 
 from olmoe_train.config.choices import Records
 from olmoe_train.data.chat_template import Span, TemplateError
+from olmoe_train.data.manifest import DTYPES
 from olmoe_train.data.prepare.batches import Batch, Work
 from olmoe_train.data.prepare.compare import EncodedSide, compare_sides, encode_side
 from olmoe_train.data.prepare.loss_mask import align_spans, mark_targets
 from olmoe_train.data.prepare.record_spec import PREFERENCES, Filtered, RecordSpec
 from olmoe_train.data.prepare.records import BadRecord, Document, ValidationSplit, documents
 from olmoe_train.data.tokenizer import load_for_encoding
-from olmoe_train.data.tokens import DTYPES
 
 
 @dataclass(frozen=True)

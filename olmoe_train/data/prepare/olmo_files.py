@@ -16,12 +16,7 @@ import numpy as np
 
 from olmoe_train.config.data import DataConfig, SourceConfig
 from olmoe_train.config.verbs import PrepareConfig
-from olmoe_train.data.prepare.corpus import CorpusFile, digest, find_files
-from olmoe_train.data.prepare.encode import cores, worker_processes
-from olmoe_train.data.prepare.shards import clear, resumable_directory
-from olmoe_train.data.prepare.summary import check_same_settings, progress_bar, summary, unigram_entropy
-from olmoe_train.data.tokenizer import TokenizerFiles, tokenizer_from_config
-from olmoe_train.data.tokens import (
+from olmoe_train.data.manifest import (
     DTYPES,
     ENDS_DTYPE,
     MANIFEST,
@@ -30,9 +25,14 @@ from olmoe_train.data.tokens import (
     Shard,
     Split,
     read_manifest,
-    verify_hashes,
     write_manifest,
 )
+from olmoe_train.data.prepare.corpus import CorpusFile, digest, find_files
+from olmoe_train.data.prepare.encode import cores, worker_processes
+from olmoe_train.data.prepare.shards import clear, resumable_directory
+from olmoe_train.data.prepare.summary import check_same_settings, progress_bar, summary, unigram_entropy
+from olmoe_train.data.tokenizer import TokenizerFiles, tokenizer_from_config
+from olmoe_train.data.tokens import verify_hashes
 from olmoe_train.utils.errors import UserError
 from olmoe_train.utils.redaction import redact_text
 

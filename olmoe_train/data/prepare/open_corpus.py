@@ -79,18 +79,29 @@ def source_errors(source: SourceConfig) -> list[str]:
     return errors
 
 
+# The kind of records that reads each key. A key at its default is no error anywhere.
+_PREFERENCE_FIELDS = {
+    "chosen_field": Records.preference,
+    "rejected_field": Records.preference,
+    "label_field": Records.unpaired_preference,
+}
+
+
 def _preference_errors(source: SourceConfig) -> list[str]:
     """What is wrong with the keys of preferences, and of other records that only preferences take."""
     records = f"data.source.records={source.records.value}"
     learn = f"data.source.learn={source.learn.value}"
+    errors = [
+        f"data.source.{key}={getattr(source, key)}: has no effect with {records}"
+        for key, reader in _PREFERENCE_FIELDS.items()
+        if source.records is not reader and getattr(source, key) != getattr(SourceConfig, key)
+    ]
     if source.records not in PREFERENCES:
-        errors = []
         if source.learn is LearnedTurns.completion and source.records in CONVERSATIONS:
             errors.append(f"{learn}: is for preferences (data=preference); set all, last or marked")
         if source.truncate is not Truncate.drop:
             errors.append(f"data.source.truncate={source.truncate.value}: has no effect with {records}")
         return errors
-    errors = []
     if source.learn is LearnedTurns.marked:
         errors.append(f"{learn}: {records} compares whole completions; set completion, all or last")
     if source.learn is LearnedTurns.all and source.records is Records.unpaired_preference:

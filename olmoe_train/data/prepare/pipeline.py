@@ -17,6 +17,16 @@ from olmoe_train.config.choices import OnBadRecord, Records
 from olmoe_train.config.data import OlmoFilesConfig, SourceConfig, TokenizerConfig
 from olmoe_train.config.verbs import PrepareConfig
 from olmoe_train.data.chat_template import ChatTemplate
+from olmoe_train.data.manifest import (
+    DTYPES,
+    MANIFEST,
+    TOKENIZER,
+    Manifest,
+    Preferences,
+    Targets,
+    read_manifest,
+    write_manifest,
+)
 from olmoe_train.data.prepare.batches import START, Position, read_batches
 from olmoe_train.data.prepare.corpus import digest
 from olmoe_train.data.prepare.encode import Encoder, cores, in_order, worker_processes
@@ -51,17 +61,7 @@ from olmoe_train.data.tokenizer import (
     tokenizer_from_config,
     train_tokenizer,
 )
-from olmoe_train.data.tokens import (
-    DTYPES,
-    MANIFEST,
-    TOKENIZER,
-    Manifest,
-    Preferences,
-    Targets,
-    read_manifest,
-    verify_hashes,
-    write_manifest,
-)
+from olmoe_train.data.tokens import verify_hashes
 from olmoe_train.utils.errors import UserError
 from olmoe_train.utils.redaction import redact, redact_text
 

@@ -58,7 +58,10 @@ def preference_of(record: dict[str, Any], spec: RecordSpec) -> list[Side]:
     if all(isinstance(value, str) for value in values):
         return _of_texts(prompt, values, spec)
     if all(isinstance(value, list) for value in values):
-        return _of_conversations(prompt, values, record, spec)
+        chosen, rejected = _of_conversations(prompt, values, record, spec)
+        if chosen.text == rejected.text:  # a chat template may strip white space or ignore a key
+            raise FormError(f"its {names[0]!r} and {names[1]!r} are equal once they are rendered")
+        return [chosen, rejected]
     kinds = [f"{name!r} is a JSON {json_type(value)}" for name, value in zip(names, values, strict=True)]
     raise FormError(f"its {kinds[0]} and its {kinds[1]}; both must be strings, or lists of messages")
 
@@ -71,7 +74,7 @@ def _labelled(record: dict[str, Any], spec: RecordSpec) -> Side:
     if isinstance(prompt, str) and isinstance(completion, str):
         return _text_side(prompt, completion, int(label), prompt_name, completion_name, spec)
     if isinstance(prompt, list) and isinstance(completion, list):
-        messages = messages_of(prompt, prompt_name) + messages_of(completion, completion_name)
+        messages = _messages(prompt, prompt_name) + _messages(completion, completion_name)
         return _rendered(messages, len(prompt), int(label), completion_name, record, spec)
     raise FormError(
         f"its {prompt_name!r} is a JSON {json_type(prompt)} and its {completion_name!r} a JSON "
@@ -131,12 +134,22 @@ def _of_conversations(
     prompt: Any, sides: list[list[Any]], record: dict[str, Any], spec: RecordSpec
 ) -> list[Side]:
     names = spec.content_fields
-    conversations = [messages_of(side, name) for side, name in zip(sides, names, strict=True)]
+    conversations = [_messages(side, name) for side, name in zip(sides, names, strict=True)]
     start, conversations = _with_prompt(prompt, conversations, spec)
     return [
         _rendered(messages, start, label, name, record, spec)
         for messages, label, name in zip(conversations, (1, 0), names, strict=True)
     ]
+
+
+def _messages(value: list[Any], field: str) -> list[Message]:
+    """Read a list of messages. A record has several lists, so an error names the field."""
+    if not value:
+        raise FormError(f"its {field!r} has no message")
+    try:
+        return messages_of(value, field)
+    except FormError as error:
+        raise FormError(f"{error} (in its {field!r})") from None
 
 
 def _with_prompt(
@@ -145,13 +158,18 @@ def _with_prompt(
     """Return (number of messages of the prompt, both conversations with it)."""
     chosen, rejected = conversations
     if isinstance(prompt, list):
-        messages = messages_of(prompt, str(spec.prompt_field))
+        messages = _messages(prompt, str(spec.prompt_field))
         count = len(messages)
         if all(conversation[:count] == messages for conversation in conversations):
             return count, conversations
         return count, [messages + conversation for conversation in conversations]
     shorter = min(len(chosen), len(rejected))
     count = next((at for at in range(shorter) if chosen[at] != rejected[at]), shorter)
+    if count == 0 and isinstance(prompt, str) and chosen[0]["role"] == ASSISTANT:
+        raise FormError(
+            f"its {spec.prompt_field!r} is a JSON string, and its {spec.content_fields[0]!r} is a list of "
+            "messages without it; make the prompt a list of messages"
+        )
     if count == 0:
         names = " and ".join(map(repr, spec.content_fields))
         raise FormError(f"its {names} have no common prompt: their first messages differ")
@@ -190,6 +208,8 @@ def _rendered(
         prompt = template.render(before.messages, True, before.tools, before.kwargs)
     except TemplateError as error:
         raise FormError(str(error)) from None
+    if turns and rendered.empty_turns == len(turns):
+        raise FormError(f"the assistant says nothing in the turns of its {name!r} that are compared")
     proven = rendered.spans and rendered.text.startswith(prompt)
     return Side(rendered.text, len(prompt), rendered.spans if proven else None, label, is_text=False)
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from olmoe_train.config.choices import Records
 from olmoe_train.data.chat_template import ASSISTANT, RESERVED, Conversation, Message
-from olmoe_train.data.prepare.record_spec import CONTENT_KEYS, RecordSpec
+from olmoe_train.data.prepare.record_spec import CONTENT_KEYS, PREFERENCES, RecordSpec
 
 # The names that data sets in the form of ShareGPT use (FastChat, LLaMA-Factory, axolotl, Unsloth).
 _SHAREGPT_ROLES = {
@@ -71,6 +71,8 @@ def without_nulls(value: Any) -> Any:
 
 def fitting_form(record: dict[str, Any], spec: RecordSpec) -> str:
     """Return "; it fits data.source.records=..." with the settings that read the record. Empty: none does."""
+    if spec.records in PREFERENCES and all(field in record for field in spec.content_fields):
+        return ""  # The sides of a pair are conversations, too, but read as such they are no preference.
 
     def settings(records: Records, **fields: str) -> str:
         others = [f"data.source.{key}={name}" for key, name in fields.items() if f"{name}_field" != key]

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from olmoe_train.data.tokens import ENDS_DTYPE, Shard, Split, shard_files
+from olmoe_train.data.manifest import ENDS_DTYPE, Shard, Split, shard_files
 from olmoe_train.utils.errors import UserError
 from olmoe_train.utils.files import file_lock, fsync_path, publish_directory
 

@@ -8,8 +8,8 @@ import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
+from olmoe_train.data.manifest import Manifest, Preferences, Targets
 from olmoe_train.data.prepare.progress import QUARANTINE
-from olmoe_train.data.tokens import Manifest, Preferences, Targets
 from olmoe_train.utils.errors import UserError
 
 
@@ -110,9 +110,11 @@ def _preferences(found: Preferences) -> list[str]:
 def summary(directory: Path, manifest: Manifest) -> str:
     """Describe prepared data in a few lines."""
     rows = [f"  source      {manifest.source}"]
+    paired = manifest.preferences is not None and manifest.preferences.paired
     for name, split in (("train", manifest.train), ("validation", manifest.validation)):
+        count = f"{split.documents // 2:,} pairs" if paired else f"{split.documents:,} documents"
         rows.append(
-            f"  {name:<11} {split.documents:,} documents, {split.tokens:,} tokens, "
+            f"  {name:<11} {count}, {split.tokens:,} tokens, "
             f"{f'{split.bytes:,} bytes, ' if split.bytes else ''}"
             f"{len(split.shards)} shard(s)"
         )

@@ -1,7 +1,7 @@
 """Keeps a split from being empty where a hash chooses the documents and the corpus is small."""
 
+from olmoe_train.data.manifest import Manifest
 from olmoe_train.data.prepare.progress import Counts
-from olmoe_train.data.tokens import Manifest
 
 
 def held_out_below(manifest: Manifest, counts: Counts, fraction: float) -> int | None:

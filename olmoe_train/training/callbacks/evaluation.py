@@ -20,6 +20,7 @@ SHOWN = {
     "rewards/accuracies": "{:.3f}",
     "rewards/margins": "{:.3f}",
     "kl": "{:.3f}",
+    "reward": "{:.3f}",
 }
 """Values that the console shows, with their format."""
 

@@ -60,14 +60,17 @@ class Objective(Protocol):
 
     def begin_step(
         self, model: OlmoeForCausalLM, micro_batches: list[Batch], totals: Totals, logged: bool
-    ) -> None:
+    ) -> Totals:
         """Before the first micro-batch: passes over the whole step, if the loss needs them; collective.
 
         Args:
             model: called without gradients.
-            micro_batches: this rank's, on the device.
+            micro_batches: this rank's, on the device. They may get further columns, or others.
             totals: counts over the global batch.
             logged: whether the step's values are logged.
+
+        Returns:
+            The counts over the global batch as it is now.
         """
 
     def __call__(

@@ -31,7 +31,7 @@ def completion_log_probs(
         prefix: "", or MISMATCHED for kto's mismatched completions.
 
     Returns:
-        (Summed log-probability of each document's completion, fp32 [N]; the routers' sums). The order of
+        (Summed log-probability of each document's completion, fp64 [N]; the routers' sums). The order of
         summation is that of the tokens, whatever the layout.
     """
     inputs = {name: batch[prefix + name] for name in DECODER_INPUTS if prefix + name in batch}
@@ -43,7 +43,9 @@ def completion_log_probs(
     assert output.log_probs is not None
     # unsafe: without it the host reads the lengths back to check that they add up to P.
     lengths_N = batch[prefix + "completion_lengths"]
-    return torch.segment_reduce(output.log_probs, "sum", lengths=lengths_N, unsafe=True), output.router
+    # fp64: of two sums of thousands of nats, as fp32, the loss would see a difference that is off by 5e-4.
+    log_probs_P = output.log_probs.double()
+    return torch.segment_reduce(log_probs_P, "sum", lengths=lengths_N, unsafe=True), output.router
 
 
 @contextmanager
@@ -62,9 +64,9 @@ class SplitLogProbs:
     """Log-probabilities of the documents of a split, on the CPU, the same on every rank."""
 
     sum_D: Tensor
-    """Summed over the tokens of each completion, fp32; 0 where `tokens_D` is 0."""
+    """Summed over the tokens of each completion, fp64; 0 where `tokens_D` is 0."""
     tokens_D: Tensor
-    """Tokens of each completion, fp32; 0 where the document was not visited."""
+    """Tokens of each completion, fp64; 0 where the document was not visited."""
     wanted_D: Tensor
     """bool, the labels."""
     mismatched_D: Tensor | None
@@ -90,13 +92,13 @@ def split_log_probs(
         documents: D.
         device: The device of this rank.
     """
-    columns_4D = torch.zeros(4, documents, device=device)
+    columns_4D = torch.zeros(4, documents, dtype=torch.float64, device=device)
     has_mismatched = False
     with without_dropout(model):
         for on_any_device in batches:
             batch = {name: tensor.to(device, non_blocking=True) for name, tensor in on_any_device.items()}
             sum_N, _ = completion_log_probs(model, batch)
-            columns = [sum_N, batch["completion_lengths"].float(), batch["wanted"].float()]
+            columns = [sum_N, batch["completion_lengths"].double(), batch["wanted"].double()]
             has_mismatched = MISMATCHED + "input_ids" in batch
             if has_mismatched:
                 columns.append(completion_log_probs(model, batch, MISMATCHED)[0])

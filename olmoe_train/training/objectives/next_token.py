@@ -29,8 +29,9 @@ class NextToken:
 
     def begin_step(
         self, model: OlmoeForCausalLM, micro_batches: list[Batch], totals: Totals, logged: bool
-    ) -> None:
+    ) -> Totals:
         self._routers.begin_step(model, micro_batches, logged)
+        return totals
 
     def __call__(
         self, model: OlmoeForCausalLM, micro_batch: Batch, totals: Totals

@@ -36,7 +36,7 @@ from olmoe_train.training.objectives.reference import Reference
 from olmoe_train.training.objectives.router_terms import RouterTerms
 
 REFERENCE = "reference"
-"""Column that begin_step adds: the reference's log-probabilities, fp32 [N]."""
+"""Column that begin_step adds: the reference's log-probabilities, fp64 [N]."""
 
 
 class Preference:
@@ -84,17 +84,18 @@ class Preference:
 
     def begin_step(
         self, model: OlmoeForCausalLM, micro_batches: list[Batch], totals: Totals, logged: bool
-    ) -> None:
+    ) -> Totals:
         self._routers.begin_step(model, micro_batches, logged)
         for batch in micro_batches:
             batch[REFERENCE] = self.reference.of_batch(model, batch)
         if self._kto:
             self._estimate_divergence(model, micro_batches)
+        return totals
 
     @torch.no_grad()
     def _estimate_divergence(self, model: OlmoeForCausalLM, micro_batches: list[Batch]) -> None:
         """z: mean of s - r over the mismatched completions of the global batch, at least 0; collective."""
-        sums_3 = torch.zeros(3, device=self.device)
+        sums_3 = torch.zeros(3, dtype=torch.float64, device=self.device)
         for batch in micro_batches:
             with without_dropout(model):
                 sum_N, _ = completion_log_probs(model, batch, MISMATCHED)
@@ -109,13 +110,13 @@ class Preference:
         self, model: OlmoeForCausalLM, micro_batch: Batch, totals: Totals
     ) -> tuple[Tensor, dict[str, Tensor]]:
         sum_N, router = completion_log_probs(model, micro_batch)
-        completions = Completions(sum_N, micro_batch[REFERENCE], micro_batch["completion_lengths"].float())
+        completions = Completions(sum_N, micro_batch[REFERENCE], micro_batch["completion_lengths"].double())
         if self._kto:
             loss, terms = self._kto_share(completions, micro_batch["wanted"])
         else:
             loss, terms = self._pair_share(completions)
-        loss, router_terms = self._routers.add(loss, router, totals)
-        return loss, terms | router_terms
+        loss, router_terms = self._routers.add(loss.float(), router, totals)
+        return loss, {name: term.float() for name, term in terms.items()} | router_terms
 
     def _pair_share(self, completions: Completions) -> tuple[Tensor, dict[str, Tensor]]:
         chosen, rejected = completions.select(slice(0, None, 2)), completions.select(slice(1, None, 2))

@@ -56,7 +56,7 @@ def validation_batches(
     one = replace(data.cfg, dir=str(source.directory), mixture=[])
     ranks = (dist.get_rank(), dist.get_world_size())
     sizes = (cfg.micro_batch_size, max_samples)
-    return build_eval_batches(one, *ranks, *sizes, data.single, source.first_document)
+    return build_eval_batches(one, *ranks, *sizes, data.single, source.first_document, data.longest_prompt)
 
 
 def first_epochs(data: TrainingData, trainer: TrainerConfig) -> Iterator[tuple[int, Iterable[Batch]]]:

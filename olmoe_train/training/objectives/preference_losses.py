@@ -36,11 +36,11 @@ class Completions:
     """Log-probabilities of N completions."""
 
     sum_N: Tensor
-    """s: summed over the tokens of each completion, in nats, fp32."""
+    """s: summed over the tokens of each completion, in nats, fp64."""
     reference_N: Tensor
     """r: the same of the reference, without gradient; 0 if there is none."""
     tokens_N: Tensor
-    """n: tokens of each completion, fp32."""
+    """n: tokens of each completion, fp64."""
 
     @property
     def mean(self) -> Tensor:
@@ -63,7 +63,7 @@ class Completions:
 
 
 def pair_losses(cfg: PreferenceConfig, chosen: Completions, rejected: Completions) -> Tensor:
-    """Loss of each pair, fp32 [N], without the term of sft_weight.
+    """Loss of each pair, fp64 [N], without the term of sft_weight.
 
     Args:
         cfg: Kind and coefficients; any kind but kto.
@@ -87,13 +87,13 @@ def pair_losses(cfg: PreferenceConfig, chosen: Completions, rejected: Completion
 
 
 def _smoothed(x_N: Tensor, smoothing: float, gamma: float = 0.0) -> Tensor:
-    """(1 - e) (-log sigmoid(x - gamma)) + e (-log sigmoid(gamma - x)), fp32 [N]."""
+    """(1 - e) (-log sigmoid(x - gamma)) + e (-log sigmoid(gamma - x)), fp64 [N]."""
     loss_N = -(1 - smoothing) * F.logsigmoid(x_N - gamma)
     return loss_N - smoothing * F.logsigmoid(gamma - x_N) if smoothing else loss_N
 
 
 def log_odds_ratio(chosen: Completions, rejected: Completions) -> Tensor:
-    """log(odds_w / odds_l) of the mean log-probabilities, fp32 [N]."""
+    """log(odds_w / odds_l) of the mean log-probabilities, fp64 [N]."""
     return _log_odds(chosen.mean) - _log_odds(rejected.mean)
 
 
@@ -105,7 +105,7 @@ def _log_odds(log_p_N: Tensor) -> Tensor:
 
 
 def kto_losses(cfg: PreferenceConfig, completions: Completions, wanted_N: Tensor, z: Tensor) -> Tensor:
-    """Loss of each completion, fp32 [N].
+    """Loss of each completion, fp64 [N].
 
     Args:
         cfg: beta and the two weights.
@@ -120,7 +120,7 @@ def kto_losses(cfg: PreferenceConfig, completions: Completions, wanted_N: Tensor
 
 @torch.no_grad()
 def pair_metrics(cfg: PreferenceConfig, chosen: Completions, rejected: Completions) -> dict[str, Tensor]:
-    """Metrics of each pair, fp32 [N], under TRL's names. Rewards are beta (s - r).
+    """Metrics of each pair, fp64 [N], under TRL's names. Rewards are beta (s - r).
 
     In rewards/accuracies a tie counts as half. For kinds that divide by the number of tokens, metrics with
     _per_token in their name are of s / n and r / n.

@@ -25,7 +25,7 @@ from olmoe_train.training.objectives.preference_data import ValidationSource
 
 
 class Reference(Protocol):
-    """Summed log-probabilities of completions under the reference, fp32, without gradient."""
+    """Summed log-probabilities of completions under the reference, fp64, without gradient."""
 
     def of_batch(self, model: OlmoeForCausalLM, batch: Batch, prefix: str = "") -> Tensor:
         """[N], of a micro-batch on the device. Collective.
@@ -57,7 +57,7 @@ class NoReference:
     """Zeros, for simpo and orpo."""
 
     def of_batch(self, model: OlmoeForCausalLM, batch: Batch, prefix: str = "") -> Tensor:
-        return torch.zeros(len(batch["document_ids"]), device=batch["document_ids"].device)
+        return torch.zeros_like(batch["document_ids"], dtype=torch.float64)
 
     def of_validation(
         self,
@@ -66,7 +66,7 @@ class NoReference:
         batches: Callable[[], Iterable[Batch]],
         device: torch.device,
     ) -> tuple[Tensor, Tensor | None]:
-        return torch.zeros(source.documents), None
+        return torch.zeros(source.documents, dtype=torch.float64), None
 
 
 @dataclass(frozen=True)

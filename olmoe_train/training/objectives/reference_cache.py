@@ -1,6 +1,6 @@
 """Stored log-probabilities of the reference: `olmoe logprobs`, or the run before its first step, writes them.
 
-A directory holds one little-endian fp32 file per column, with an entry per document in the order of the data,
+A directory holds one little-endian fp64 file per column, with an entry per document in the order of the data,
 and manifest.json with the hashes of the files, of the model and of the data. Files that belong to another
 model or to other data are refused.
 
@@ -10,7 +10,6 @@ Shapes: D documents of all sources of a split.
 import hashlib
 import json
 import logging
-from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,11 +28,11 @@ from olmoe_train.config.initial_model import initial_directory
 from olmoe_train.config.model import ModelConfig
 from olmoe_train.config.train import EvaluationConfig, TrainerConfig
 from olmoe_train.data.loader import TrainingData
-from olmoe_train.data.tokens import shard_files
+from olmoe_train.data.manifest import shard_files
 from olmoe_train.distributed.collectives import on_rank_0
 from olmoe_train.model import OlmoeForCausalLM
 from olmoe_train.model.hf.directory import parameter_shapes
-from olmoe_train.training.batch import Batch
+from olmoe_train.training.objectives.base import Heartbeat
 from olmoe_train.training.objectives.log_probs import SplitLogProbs, split_log_probs
 from olmoe_train.training.objectives.preference_data import (
     first_epochs,
@@ -47,8 +46,7 @@ from olmoe_train.utils.files import atomic_directory, read_json_object, write_js
 log = logging.getLogger(__name__)
 FORMAT, VERSION, MANIFEST = "olmoe-train-logprobs", 1, "manifest.json"
 COLUMNS = ("train", "train_mismatched", "validation", "validation_mismatched")
-"""Names of the files, which end in .f32; the mismatched ones are there for kto only."""
-Heartbeat = Callable[[Iterable[Batch]], Iterable[Batch]]
+"""Names of the files, which end in .f64; the mismatched ones are there for kto only."""
 
 
 @dataclass(frozen=True)
@@ -153,7 +151,7 @@ def compute_log_probs(
         with_heartbeat: Wraps the batches, to report progress to the watchdog.
 
     Returns:
-        Name out of COLUMNS -> fp32 [D] on the CPU.
+        Name out of COLUMNS -> fp64 [D] on the CPU.
     """
     train = [
         split_log_probs(model, with_heartbeat(batches), 0, documents, device)
@@ -180,7 +178,8 @@ def compute_log_probs(
 
 def _joined(parts: list[SplitLogProbs], mismatched: bool = False) -> Tensor:
     columns = [part.mismatched_D if mismatched else part.sum_D for part in parts]
-    return torch.cat([torch.empty(0), *(column_D for column_D in columns if column_D is not None)])
+    found = [column_D for column_D in columns if column_D is not None]
+    return torch.cat([torch.empty(0, dtype=torch.float64), *found])
 
 
 def write_log_probs(directory: Path, columns: dict[str, Tensor], identity: Identity) -> None:
@@ -196,8 +195,8 @@ def write_log_probs(directory: Path, columns: dict[str, Tensor], identity: Ident
         try:
             with atomic_directory(directory) as partial:
                 for name, column_D in columns.items():
-                    raw = column_D.numpy().astype("<f4").tobytes()
-                    (partial / f"{name}.f32").write_bytes(raw)
+                    raw = column_D.numpy().astype("<f8").tobytes()
+                    (partial / f"{name}.f64").write_bytes(raw)
                     described = {"documents": len(column_D), "sha256": hashlib.sha256(raw).hexdigest()}
                     manifest["files"][name] = described
                 write_json(partial / MANIFEST, manifest)
@@ -236,11 +235,11 @@ def read_log_probs(directory: Path, identity: Identity, single: bool) -> dict[st
         )
     columns = {}
     for name, described in manifest["files"].items():
-        path = directory / f"{name}.f32"
+        path = directory / f"{name}.f64"
         raw = path.read_bytes() if name in COLUMNS and path.is_file() else b""
-        if hashlib.sha256(raw).hexdigest() != described["sha256"] or len(raw) != 4 * described["documents"]:
+        if hashlib.sha256(raw).hexdigest() != described["sha256"] or len(raw) != 8 * described["documents"]:
             raise UserError(f"{path}: missing or damaged; delete {directory}, and the run computes it again")
-        columns[name] = torch.from_numpy(np.frombuffer(raw, "<f4").astype(np.float32))
+        columns[name] = torch.from_numpy(np.frombuffer(raw, "<f8").astype(np.float64))
     if single and "train_mismatched" not in columns:
         raise UserError(
             f"{directory} has no log-probabilities of mismatched completions, which objective.kind=kto "
@@ -259,7 +258,7 @@ def cached_reference(
     device: torch.device,
     with_heartbeat: Heartbeat = iter,
 ) -> CachedReference:
-    """Read the stored log-probabilities, or compute and store them if the directory is missing. Collective.
+    """Read the stored log-probabilities, or compute and store them if there are none. Collective.
 
     Args:
         model: The reference: the model that is trained, with its initial weights.
@@ -270,7 +269,16 @@ def cached_reference(
     Raises:
         UserError: As read_log_probs and write_log_probs.
     """
-    exists = [directory.is_dir()]
+    exists = [False]
+
+    def look() -> None:
+        exists[0] = (directory / MANIFEST).is_file()
+        if not exists[0] and directory.is_dir() and any(directory.iterdir()):
+            raise UserError(
+                f"objective.logprobs_dir={directory}: has files and no {MANIFEST}; give another directory"
+            )
+
+    on_rank_0(look)
     dist.broadcast_object_list(exists)  # ranks may see a shared file system at different times
     if exists[0]:
         log.info("log-probabilities of the reference: read from %s", directory)

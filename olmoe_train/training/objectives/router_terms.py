@@ -3,6 +3,10 @@
 Shapes: L layers, E experts.
 """
 
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -33,11 +37,23 @@ class RouterTerms:
         self._count_micro_batch = False
         self._global_counts_LE: Tensor | None = None
 
-    def begin_step(self, model: OlmoeForCausalLM, micro_batches: list[Batch], logged: bool) -> None:
+    def begin_step(
+        self,
+        model: OlmoeForCausalLM,
+        micro_batches: list[Batch],
+        logged: bool,
+        within: Callable[[Batch], AbstractContextManager[Any]] = lambda batch: nullcontext(),
+    ) -> None:
         """Reset the sums, and count the experts' load of the whole step if the balancer needs the counts.
 
         The gradient of the first micro-batch then depends on where the last one is routed, so a step of
         several micro-batches needs one more forward pass per micro-batch. Collective.
+
+        Args:
+            model: Called without gradients.
+            micro_batches: This rank's.
+            logged: Whether the step's values are logged.
+            within: The context of the forward pass of a micro-batch.
         """
         self.sums = RouterSums.zeros(self.layers, self.experts, self.device)
         self._global_counts_LE = None
@@ -49,7 +65,8 @@ class RouterTerms:
             with torch.no_grad():
                 for batch in micro_batches:
                     inputs = {name: batch[name] for name in DECODER_INPUTS if name in batch}
-                    counts_LE += model.training_forward(**inputs).router.counts_LE
+                    with within(batch):
+                        counts_LE += model.training_forward(**inputs).router.counts_LE
             dist.all_reduce(counts_LE)
             self._global_counts_LE = counts_LE
 

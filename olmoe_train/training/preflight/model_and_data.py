@@ -9,8 +9,8 @@ from olmoe_train.config.initial_model import initial_directory
 from olmoe_train.config.keys import documented_keys
 from olmoe_train.config.model import olmoe_config
 from olmoe_train.config.train import TrainConfig
+from olmoe_train.data.manifest import Manifest
 from olmoe_train.data.mixture import mixture_components, mixture_errors, read_manifests, verify
-from olmoe_train.data.tokens import Manifest
 from olmoe_train.model.hf.special_tokens import special_token_errors
 from olmoe_train.utils.errors import UserError
 

@@ -3,10 +3,10 @@
 from dataclasses import fields
 
 from olmoe_train.config.adapter import LoraConfig
-from olmoe_train.config.choices import Packing, PreferenceKind, Reference, RouterTraining
-from olmoe_train.config.objective import PreferenceConfig
+from olmoe_train.config.choices import Packing, PreferenceKind, Reference, RouterTraining, Strategy
+from olmoe_train.config.objective import GrpoConfig, PreferenceConfig
 from olmoe_train.config.train import TrainConfig
-from olmoe_train.data.tokens import Manifest
+from olmoe_train.data.manifest import Manifest
 
 USED_BY = {
     "gamma": (PreferenceKind.simpo,),
@@ -24,11 +24,11 @@ USED_BY = {
 def preference_errors(cfg: TrainConfig) -> list[str]:
     """What is wrong with the objective, apart from the data itself; one message per error."""
     packing = f"data.packing={cfg.data.packing.value}"
-    if not isinstance(cfg.objective, PreferenceConfig):
+    if not isinstance(cfg.objective, PreferenceConfig | GrpoConfig):
         if cfg.data.packing is Packing.none:
-            return [f"{packing}: is for objective=preference; set data.packing=best_fit or concat"]
+            return [f"{packing}: is for preferences and grpo; set data.packing=best_fit or concat"]
         return []
-    errors = []
+    errors, name = [], f"objective={cfg.objective.name}"
     if cfg.data.packing is Packing.concat:
         errors.append(
             f"{packing}: cuts documents, and a completion must stay whole; set data.packing=best_fit "
@@ -41,8 +41,7 @@ def preference_errors(cfg: TrainConfig) -> list[str]:
         )
     if cfg.data.repetition_filter:
         errors.append(
-            "data.repetition_filter=true: filters the sequences of pretraining; set it to false for "
-            "objective=preference"
+            f"data.repetition_filter=true: filters the sequences of pretraining; set it to false for {name}"
         )
     in_tokens = {
         "trainer.max_tokens": cfg.trainer.max_tokens,
@@ -50,12 +49,36 @@ def preference_errors(cfg: TrainConfig) -> list[str]:
         "scheduler.decay_tokens": cfg.scheduler.decay_tokens,
     }
     errors += [
-        f"{key}={value}: a step of objective=preference has a number of pairs, not of tokens; give a length "
-        "in steps, epochs or as a fraction"
+        f"{key}={value}: a step of {name} has a number of samples, not of tokens; give a length in steps, "
+        "epochs or as a fraction"
         for key, value in in_tokens.items()
         if value is not None
     ]
+    if isinstance(cfg.objective, GrpoConfig):
+        return errors + _grpo_errors(cfg, cfg.objective)
     return errors + _live_errors(cfg, cfg.objective)
+
+
+def _grpo_errors(cfg: TrainConfig, objective: GrpoConfig) -> list[str]:
+    errors = []
+    if cfg.parallel.strategy is Strategy.deepspeed:
+        errors.append(
+            "parallel.strategy=deepspeed: objective=grpo samples from the model, and that engine has only "
+            "training passes; set parallel.strategy=fsdp"
+        )
+    if objective.max_new_tokens >= cfg.data.sequence_length:
+        errors.append(
+            f"objective.max_new_tokens={objective.max_new_tokens}: must be below data.sequence_length="
+            f"{cfg.data.sequence_length}, which has to hold the prompt, too"
+        )
+    changed_router = isinstance(cfg.adapter, LoraConfig) and cfg.adapter.router is RouterTraining.full
+    if objective.kl_coef and (changed_router or cfg.model.adapter_from is not None):
+        key = "adapter.router=full" if changed_router else "model.adapter_from"
+        errors.append(
+            f"objective.kl_coef={objective.kl_coef}: the initial model is the one with the adapter off, and "
+            f"with {key} it is not; set objective.kl_coef=0"
+        )
+    return errors
 
 
 def _live_errors(cfg: TrainConfig, objective: PreferenceConfig) -> list[str]:
@@ -82,6 +105,11 @@ def preference_data_errors(cfg: TrainConfig, manifests: dict[str, Manifest]) -> 
     for name, manifest in manifests.items():
         where = f"data.mixture: {name}" if cfg.data.mixture else f"data.dir={cfg.data.dir}"
         preferences = manifest.preferences
+        if isinstance(cfg.objective, GrpoConfig) and manifest.targets is None:
+            errors.append(
+                f"{where} has no answers: every token is a target; prepare prompts with answers, with "
+                "data=chat or data.source.records=prompt_completion"
+            )
         if not isinstance(cfg.objective, PreferenceConfig):
             if preferences is not None:
                 errors.append(f"{where} holds preferences; set objective=preference for it")

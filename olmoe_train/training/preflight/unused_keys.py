@@ -5,7 +5,7 @@ from olmoe_train.config.choices import BalanceScope, Strategy
 from olmoe_train.config.data import OlmoFilesConfig, SourceConfig
 from olmoe_train.config.model import ModelConfig
 from olmoe_train.config.train import ParallelConfig, TrainConfig
-from olmoe_train.data.tokens import Manifest
+from olmoe_train.data.manifest import Manifest
 from olmoe_train.model.hf.hub import is_hub_name
 
 

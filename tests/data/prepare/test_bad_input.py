@@ -18,13 +18,13 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 
 from olmoe_train.config.choices import OnBadRecord, Records, SourceKind
 from olmoe_train.config.verbs import PrepareConfig
+from olmoe_train.data.manifest import Manifest
 from olmoe_train.data.prepare.batches import START, numbered_lines, read_batches
 from olmoe_train.data.prepare.corpus import find_files
 from olmoe_train.data.prepare.limits import Limits
 from olmoe_train.data.prepare.pipeline import prepare
 from olmoe_train.data.prepare.record_spec import RecordSpec
 from olmoe_train.data.prepare.records import BadRecord, ValidationSplit, documents
-from olmoe_train.data.tokens import Manifest
 from olmoe_train.utils.errors import UserError
 from tests.support.data import prepare_config, read_texts
 

@@ -15,9 +15,9 @@ from transformers import AutoTokenizer
 from olmoe_train.config.choices import OnBadRecord, Records, SourceKind
 from olmoe_train.config.reference import config_directory
 from olmoe_train.data.chat_template import Conversation, open_template, read_template
+from olmoe_train.data.manifest import Manifest, Targets
 from olmoe_train.data.prepare.limits import Limits
 from olmoe_train.data.prepare.pipeline import prepare
-from olmoe_train.data.tokens import Manifest, Targets
 from olmoe_train.utils.errors import UserError
 from tests.support.chat_templates import (
     EOS,

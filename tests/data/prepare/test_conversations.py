@@ -12,8 +12,8 @@ import pytest
 from transformers import AutoTokenizer
 
 from olmoe_train.config.choices import LearnedTurns, SourceKind, Turns
+from olmoe_train.data.manifest import Manifest, Targets
 from olmoe_train.data.prepare.pipeline import prepare
-from olmoe_train.data.tokens import Manifest, Targets
 from olmoe_train.utils.errors import UserError
 from tests.support.chat_templates import (
     LLAMA,

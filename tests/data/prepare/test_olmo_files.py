@@ -13,10 +13,11 @@ from olmoe_train.config.choices import DataFormat, Packing, TokenDtype
 from olmoe_train.config.data import DataConfig, OlmoFilesConfig, SourceConfig, TokenizerConfig
 from olmoe_train.config.verbs import PrepareConfig
 from olmoe_train.data.loader import TrainingData, build_eval_batches, build_train_loader
+from olmoe_train.data.manifest import read_manifest
 from olmoe_train.data.mixture import verify
 from olmoe_train.data.prepare.corpus import find_files
 from olmoe_train.data.prepare.olmo_files import TokenFormat, index_olmo_files, index_token_file
-from olmoe_train.data.tokens import open_split, read_manifest
+from olmoe_train.data.tokens import open_split
 from olmoe_train.utils.errors import UserError
 from tests.support.chat_templates import TULU_3, write_tokenizer
 from tests.support.data import EOS, contents, write_prepared

@@ -13,10 +13,11 @@ import pytest
 
 from olmoe_train.config.choices import LearnedTurns, OnBadRecord, Records, Truncate, Turns
 from olmoe_train.config.verbs import PrepareConfig
+from olmoe_train.data.manifest import Preferences
 from olmoe_train.data.prepare.compare import EncodedSide, compare_sides
 from olmoe_train.data.prepare.limits import Limits
 from olmoe_train.data.prepare.pipeline import prepare
-from olmoe_train.data.tokens import Preferences, open_split, verify_hashes
+from olmoe_train.data.tokens import open_split, verify_hashes
 from olmoe_train.utils.errors import UserError
 from tests.support.chat_templates import MISTRAL, TEMPLATES, turn, write_tokenizer
 from tests.support.chats import chat_config, chats, learnt, write_lines
@@ -139,7 +140,18 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
         {"chosen": [ASK, {"role": "assistant"}], "rejected": [ASK, BAD]},
         "the completion in its 'chosen' is empty",
     ),
-    ({"chosen": [{"content": "x"}], "rejected": [ASK, BAD]}, "message 1 has no 'role'"),
+    ({"chosen": [{"content": "x"}], "rejected": [ASK, BAD]}, "message 1 has no 'role' (in its 'chosen')"),
+    ({"prompt": [], "chosen": [GOOD], "rejected": [BAD]}, "its 'prompt' has no message"),
+    (
+        {"chosen": [ASK, BAD | {"score": 1}], "rejected": [ASK, BAD | {"score": 2}]},
+        "its 'chosen' and 'rejected' are equal once they are rendered",
+    ),
+    (
+        {"prompt": "Hello there", "chosen": [GOOD], "rejected": [BAD]},
+        "its 'prompt' is a JSON string, and its 'chosen' is a list of messages without it",
+    ),
+    ({"prompt": [ASK], "chosen": "It is.", "rejected": "Yes"}, "its 'prompt' is a JSON list, not a string"),
+    ({"prompt": "what?", "messages": [ASK, GOOD]} | PAIR, "its 'prompt' is not the first message"),
 ]
 
 
@@ -150,6 +162,16 @@ def test_strict_names_path_and_line(tmp_path: Path, zephyr: Path, number: int) -
     with pytest.raises(UserError) as caught:
         prepare(config(tmp_path / "data", corpus, zephyr))
     assert str(caught.value).startswith(f"{corpus}:2: {reason}")
+    if not reason.startswith("no field"):
+        assert "it fits" not in str(caught.value), "read as conversations, the sides are no preference"
+
+
+def test_a_silent_last_turn_is_a_bad_record(tmp_path: Path, zephyr: Path) -> None:
+    silent = {"chosen": [ASK, GOOD, turn("user", "what?"), turn("assistant", "")], "rejected": [ASK, BAD]}
+    corpus = write_lines(tmp_path / "a.jsonl", silent)
+    assert prepare(config(tmp_path / "all", corpus, zephyr)).train.documents == 2
+    with pytest.raises(UserError, match=r":1: the assistant says nothing in the turns of its 'chosen' that"):
+        prepare(config(tmp_path / "data", corpus, zephyr, learn=LearnedTurns.last))
 
 
 @pytest.mark.parametrize(
@@ -230,6 +252,11 @@ def test_a_prompt_without_room_for_a_completion_is_left_out() -> None:
     assert compare_sides([side(PROMPT, [7]), None], Truncate.drop, 5) == ([], "unaligned")
 
 
+def test_a_prompt_that_differs_between_the_sides_is_left_out() -> None:
+    assert compare_sides([side(PROMPT, [7]), side([1, 2, 4], [8])], Truncate.drop, 5) == ([], "unaligned")
+    assert compare_sides([side(PROMPT, [7]), side([1, 2], [8])], Truncate.drop, 5) == ([], "unaligned")
+
+
 def test_the_first_token_is_no_target() -> None:
     """With learn=all a prompt may begin with a target once its first tokens are cut."""
     learned = EncodedSide([1, 2, 3, 7], np.array([0, 1, 0, 1], np.uint8), 3)
@@ -247,6 +274,7 @@ def test_counts_are_shown_and_lengths_are_settings(
     assert (manifest.preferences.records, manifest.preferences.too_long) == (2, 1)
     shown = capsys.readouterr().out
     assert "preferences 2 pairs; the longest has " in shown
+    assert "train       2 pairs, " in shown
     assert "1 are too long" in shown
     with pytest.raises(UserError, match=r"data\.sequence_length: 40 there, 100 requested"):
         prepare(config(tmp_path / "data", corpus, zephyr))
@@ -256,6 +284,18 @@ def test_counts_are_shown_and_lengths_are_settings(
     assert cut.preferences is not None
     assert (cut.preferences.records, cut.preferences.cut, cut.preferences.longest) == (3, 1, 40)
     assert "1 were cut" in capsys.readouterr().out
+
+
+def test_both_sides_lose_the_same_start_of_the_prompt(tmp_path: Path, zephyr: Path) -> None:
+    """Whole, the sides have 20 and 19 tokens, so each one loses 20 - 14 = 6 of its prompt."""
+    corpus = write_lines(tmp_path / "a.jsonl", PAIR)
+    prepare(config(tmp_path / "whole", corpus, zephyr))
+    whole = list(read_documents(tmp_path / "whole", "train"))
+    assert [len(one) for one in whole] == [20, 19]
+    cut = prepare(config(tmp_path / "cut", corpus, zephyr, length=14, truncate=Truncate.prompt_start))
+    assert list(read_documents(tmp_path / "cut", "train")) == [one[6:] for one in whole]
+    assert learnt(tmp_path / "cut") == learnt(tmp_path / "whole") == [["It is.</s>"], ["Yes</s>"]]
+    assert cut.preferences == Preferences(paired=True, records=1, longest=14, desirable=1, cut=1)
 
 
 def test_a_prompt_inside_a_token_is_left_out_and_counted(tmp_path: Path, zephyr: Path) -> None:
@@ -283,6 +323,14 @@ def test_keys_that_do_not_fit_are_refused(tmp_path: Path, zephyr: Path) -> None:
             "records": Records.messages,
             "learn": LearnedTurns.all,
             "truncate": Truncate.prompt_start,
+        },
+        "data.source.label_field=wanted: has no effect with data.source.records=preference": {
+            "label_field": "wanted"
+        },
+        "data.source.chosen_field=good: has no effect with data.source.records=messages": {
+            "records": Records.messages,
+            "learn": LearnedTurns.all,
+            "chosen_field": "good",
         },
     }
     for message, changes in refused.items():

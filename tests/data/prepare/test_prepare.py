@@ -15,13 +15,14 @@ from transformers import AutoTokenizer
 
 from olmoe_train.config.data import DataConfig, SourceConfig, TokenizerConfig
 from olmoe_train.config.verbs import PrepareConfig
+from olmoe_train.data.manifest import Split
 from olmoe_train.data.prepare.corpus import python_stdlib_files, split_hash
 from olmoe_train.data.prepare.limits import Limits
 from olmoe_train.data.prepare.pipeline import prepare
 from olmoe_train.data.prepare.records import ValidationSplit
 from olmoe_train.data.prepare.shards import clear, resumable_directory
 from olmoe_train.data.prepare.summary import unigram_entropy
-from olmoe_train.data.tokens import Split, open_split
+from olmoe_train.data.tokens import open_split
 from olmoe_train.utils.errors import UserError
 from tests.support.data import contents, prepare_config, read_documents
 

@@ -9,10 +9,10 @@ import pytest
 
 from olmoe_train.config.choices import SourceKind
 from olmoe_train.config.verbs import PrepareConfig
+from olmoe_train.data.manifest import read_manifest
 from olmoe_train.data.prepare import pipeline
 from olmoe_train.data.prepare.limits import Limits
 from olmoe_train.data.prepare.pipeline import prepare
-from olmoe_train.data.tokens import read_manifest
 from olmoe_train.utils.errors import UserError
 from tests.support.data import contents, prepare_config, read_texts
 
