@@ -143,6 +143,10 @@ class GrpoConfig(ObjectiveConfig):
     """Python function FILE.py:FUNCTION of (completion, answer), two texts, that returns the reward as a
     number. The file is code that this run executes."""
 
+    @property
+    def sequences_per_sample(self) -> int:
+        return self.group_size
+
     def errors(self) -> list[str]:
         errors = []
         if self.group_size < 2:

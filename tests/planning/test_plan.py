@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 
 from olmoe_train.cli.plan import check, is_valid
-from olmoe_train.config.choices import ActivationCheckpointing, Offload, Strategy
+from olmoe_train.config.choices import ActivationCheckpointing, Offload, Reference, Strategy
+from olmoe_train.config.objective import GrpoConfig, PreferenceConfig
 from olmoe_train.config.train import CheckpointConfig, ParallelConfig, TrainerConfig
 from olmoe_train.planning.layout import ParallelLayout
 from olmoe_train.planning.memory_deepspeed import host_memory
@@ -17,6 +18,7 @@ from olmoe_train.planning.report import (
     largest_micro_batch,
     memory_lines,
     plan_memory,
+    plan_micro_batch,
     plan_speed,
     possible_layouts,
 )
@@ -67,6 +69,20 @@ def test_deepspeeds_copy_for_a_save_is_planned_for() -> None:
     told = memory_lines(plan_config(gpus=8, parallel=parallel))
     assert f"  copied to the CPU for every save: {12 * TOTAL / 8 / GIB:.2f} GiB per GPU" in told
     assert not any("every save" in line for line in memory_lines(plan_config()))
+
+
+def test_samples_of_several_sequences_are_planned_for() -> None:
+    """A pair has two sequences, a prompt of grpo its group; a live reference holds 2 bytes a parameter."""
+    plain = plan_config()
+    length = plain.data.sequence_length
+    live = PreferenceConfig(reference=Reference.live)
+    for objective, sequences in ((live, 2), (GrpoConfig(group_size=4), 4)):
+        cfg = replace(plain, objective=objective)
+        assert plan_micro_batch(cfg).sequences == sequences * plain.trainer.micro_batch_size
+        assert plan_speed(cfg).tokens_per_step == sequences * plain.trainer.global_batch_size * length
+    told = memory_lines(replace(plan_config(gpus=8), objective=live))
+    assert f"  for objective.reference=live, not in the total: {2 * TOTAL / 8 / GIB:.2f} GiB" in told
+    assert not any("reference" in line for line in memory_lines(plain))
 
 
 def test_offloading_fits_the_released_model_on_one_gpu_of_80_gb() -> None:

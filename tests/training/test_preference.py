@@ -1,6 +1,7 @@
 """Runs with objective=preference on one rank: what they learn, resume, refuse, and what peers get wrong."""
 
 import json
+import math
 import random
 import shutil
 from collections.abc import Callable, Iterator
@@ -11,6 +12,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from transformers import AutoModelForCausalLM
 
 from olmoe_train.checkpoint.directory import checkpoint_path
 from olmoe_train.checkpoint.sharded import model_tensor_names, open_model_tensors
@@ -22,6 +24,7 @@ from olmoe_train.training import build_objective
 from olmoe_train.training.batch import Batch, Totals
 from olmoe_train.training.objectives.preference import Preference
 from olmoe_train.utils.errors import UserError
+from tests.support.data import EOS
 from tests.support.preferences import Document, pair, write_preferences
 from tests.support.runs import TINY, compose
 
@@ -213,6 +216,29 @@ def test_configurations_that_make_no_sense_are_refused(config: Config, parts: Pa
             train(config("refused", **changes))
         assert message in str(error.value)
         assert not Path(config("refused").run_dir, "checkpoints").exists()
+
+
+def test_the_sft_term_is_a_mean_over_pairs(config: Config, parts: Path) -> None:
+    """Its weight adds to the loss of training and of validation. Its value is that of Transformers' model."""
+    changes = {"trainer__max_steps": 1, "optimizer__lr": 1e-12, "trainer__global_batch_size": 64}
+    without, cfg = config("without", **changes), config("with", objective__sft_weight=0.5, **changes)
+    train(without)
+    train(cfg)
+    (step,), (plain,) = metrics(cfg), metrics(without)
+    assert step["train/loss"] == pytest.approx(plain["train/loss"] + 0.5 * step["train/sft_loss"], rel=1e-6)
+    model = AutoModelForCausalLM.from_pretrained(parts / "base")
+    means = []
+    for document in (one for one in pairs(64) if one.wanted):
+        ids = torch.tensor([[*document.prompt, *document.completion, EOS]])
+        labels = ids.clone()
+        labels[:, : len(document.prompt)] = -100
+        with torch.no_grad():
+            means.append(model(ids, labels=labels).loss.item())
+    assert step["train/sft_loss"] == pytest.approx(sum(means) / len(means), rel=1e-5)
+    # Validation weighs its own pairs in the same way.
+    lines = [json.loads(line) for line in (Path(cfg.run_dir) / "metrics.jsonl").read_text().splitlines()]
+    validated = next(line for line in lines if "eval/validation/loss" in line)
+    assert validated["eval/validation/loss"] > math.log(2) + 0.5 * 3
 
 
 def test_a_frozen_reference_is_not_trained(config: Config) -> None:
