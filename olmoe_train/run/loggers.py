@@ -17,6 +17,7 @@ import torch.distributed as dist
 
 from olmoe_train.config.choices import WandbMode
 from olmoe_train.config.train import WandbConfig
+from olmoe_train.run.metrics_registry import find_metric
 from olmoe_train.utils.files import atomic_write_text
 from olmoe_train.utils.redaction import redact_text
 
@@ -39,6 +40,7 @@ class MetricsLog:
         """
         self._path = run_dir / "metrics.jsonl"
         self._wandb: Any = None
+        self._defined: set[str] = set()
         if dist.get_rank() == 0:
             self._piece = WandbPiece()
             if wandb.mode is not WandbMode.disabled:
@@ -59,7 +61,17 @@ class MetricsLog:
             file.write(json.dumps(clean) + "\n")
         scalars = {k: v for k, v in clean.items() if v is not None and not isinstance(v, list)}
         scalars["resumes"] = self._piece.resumes
+        self._send(lambda run: self._define(run, scalars))
         self._send(lambda run: run.log(scalars, step=values["step"] + self._piece.shift))
+
+    def _define(self, run: Any, scalars: dict[str, Any]) -> None:
+        """Tell wandb of metrics that it has not seen: their axis, and what a summary of them is."""
+        for name in scalars.keys() - self._defined - {"step"}:
+            metric = find_metric(name)
+            is_loss = metric is not None and metric.is_loss
+            # wandb's own step may be shifted (WandbPiece), so the axis is the training's.
+            run.define_metric(name, step_metric="step", summary="min" if is_loss else "last")
+            self._defined.add(name)
 
     def close(self) -> None:
         self._send(lambda run: run.finish())
@@ -158,7 +170,6 @@ def start_wandb(cfg: WandbConfig, run_dir: Path, config: dict[str, Any], run_id:
             ),
         )
         run.define_metric("step")
-        run.define_metric("*", step_metric="step")  # the axis of all charts; wandb's own step may be shifted
         return run
     except Exception as error:
         log.warning("warning: wandb could not start (%s); metrics.jsonl has everything", error)

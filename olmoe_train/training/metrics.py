@@ -11,6 +11,7 @@ from torch import Tensor
 
 from olmoe_train.config.choices import Packing
 from olmoe_train.config.data import DataConfig
+from olmoe_train.run.metrics_registry import find_metric
 from olmoe_train.training.batch import Totals
 from olmoe_train.training.objectives.base import RouterSums
 
@@ -36,13 +37,9 @@ class StepTerms:
         return names, torch.stack([self.loss, *self.named.values()])
 
 
-TRL_NAMES = ("kl", "reward", "reward_std")
-"""Terms without a slash that keep the name that TRL gives them."""
-
-
 def metric_name(term: str) -> str:
-    """Name of a term in metrics.jsonl: train/TERM, or TERM itself if it is TRL's (rewards/margins)."""
-    return term if "/" in term or term in TRL_NAMES else f"train/{term}"
+    """Name of an objective's term in metrics.jsonl: TERM if that is a metric's name, else train/TERM."""
+    return term if find_metric(term) is not None or "/" in term else f"train/{term}"
 
 
 def read_step(terms: StepTerms, router: RouterSums, grad_norm: Tensor) -> dict[str, Any]:

@@ -7,6 +7,7 @@ from olmoe_train.config.train import EvaluationConfig
 from olmoe_train.data.loader import TrainingData
 from olmoe_train.model import OlmoeForCausalLM
 from olmoe_train.run.loggers import MetricsLog
+from olmoe_train.run.metrics_registry import shown
 from olmoe_train.run.watchdog import Watchdog
 from olmoe_train.training.callbacks.base import Callback, StepReport
 from olmoe_train.training.objectives.base import Objective, Validation
@@ -14,15 +15,6 @@ from olmoe_train.training.state import TrainState
 from olmoe_train.training.throughput import Throughput
 
 log = logging.getLogger(__name__)
-SHOWN = {
-    "loss": "{:.4f}",
-    "perplexity": "{:.2f}",
-    "rewards/accuracies": "{:.3f}",
-    "rewards/margins": "{:.3f}",
-    "kl": "{:.3f}",
-    "reward": "{:.3f}",
-}
-"""Values that the console shows, with their format."""
 
 
 class Evaluate(Callback):
@@ -62,10 +54,10 @@ class Evaluate(Callback):
     def _log(self, state: TrainState, results: dict[str, Validation]) -> None:
         values: dict[str, Any] = {"step": state.step, "tokens": state.tokens}
         for name, result in results.items():
-            shown = {key: SHOWN[key].format(value) for key, value in result.values.items() if key in SHOWN}
-            parts = [f"{key.rpartition('/')[2]} {text}" for key, text in shown.items()]
+            of_set = {f"eval/{name}/{key}": value for key, value in result.values.items()}
+            parts = [text for key, value in of_set.items() if (text := shown(key, value)) is not None]
             log.info(" | ".join([f"step {state.step}", f"{name} {parts[0]}", *parts[1:], result.count]))
-            values |= {f"eval/{name}/{key}": value for key, value in result.values.items()}
+            values |= of_set
         self.metrics.write(values)
         shares = self.data.samples.shares(state.samples) if self.data.cfg.mixture else {}
         for name, share in shares.items():

@@ -11,6 +11,7 @@ from olmoe_train.model.configuration import OlmoeConfig
 from olmoe_train.optim.skip_step import SkipGuard
 from olmoe_train.run.directory import Run
 from olmoe_train.run.loggers import MetricsLog
+from olmoe_train.run.metrics_registry import METRICS, find_metric, shown
 from olmoe_train.training.callbacks.base import Callback, StepReport
 from olmoe_train.training.engine.base import Engine
 from olmoe_train.training.metrics import DataCounts, ExpertUse, metric_name, read_step
@@ -19,22 +20,6 @@ from olmoe_train.training.state import TrainState
 from olmoe_train.training.throughput import Throughput
 
 log = logging.getLogger(__name__)
-
-CONSOLE_NAMES = {
-    "ce_loss": "ce",
-    "preference_loss": "preference",
-    "sft_loss": "sft",
-    "load_balancing_loss": "balance",
-    "router_z_loss": "z",
-    "rewards/accuracies": "accuracy",
-    "rewards/margins": "margin",
-    "rewards_per_token/accuracies": "accuracy per token",
-    "rewards_per_token/margins": "margin per token",
-}
-"""Short names of terms in the console line. Other terms are shown by their own name, unless it has a
-slash."""
-CONSOLE_DIGITS = {"ce_loss": 4, "preference_loss": 4}
-"""Digits after the point; 3 for other terms."""
 
 
 class Logging(Callback):
@@ -102,18 +87,22 @@ class Logging(Callback):
 
 
 def console_line(values: dict[str, Any], terms: list[str], last_step: int) -> str:
-    """One line per logged step. terms: the objective's terms, in their order."""
-    parts = [f"step {values['step']}/{last_step}", f"loss {values['train/loss']:.4f}"]
-    for term in terms:
-        if term in CONSOLE_NAMES or "/" not in term:
-            value = values[metric_name(term)]
-            parts.append(f"{CONSOLE_NAMES.get(term, term)} {value:.{CONSOLE_DIGITS.get(term, 3)}f}")
-    parts.append(f"grad norm {values['train/grad_norm']:.3f}")
-    parts.append(f"lr {values['train/lr']:.2e}")
-    parts.append(f"{values['perf/tokens_per_second']:,.0f} tok/s")
-    if values["perf/mfu"] is not None:
-        parts.append(f"mfu {values['perf/mfu']:.1%}")
-    return " | ".join(parts)
+    """One line per logged step, with the metrics that the registry shows, in its order.
+
+    Args:
+        values: The step's metrics by name.
+        terms: Names of the objective's terms. A term that is no metric of the registry is shown, too.
+        last_step: Last step of the run.
+    """
+    parts = [shown(metric.name, values.get(metric.name)) for metric in METRICS]
+    names = {term: metric_name(term) for term in terms}
+    others = [
+        f"{term} {values[name]:.3f}"
+        for term, name in names.items()
+        if find_metric(name) is None and "/" not in term
+    ]
+    line = [f"step {values['step']}/{last_step}", *filter(None, parts)]
+    return " | ".join([*line[:2], *others, *line[2:]])
 
 
 def mixture_shares(data: TrainingData, samples: int) -> dict[str, float]:

@@ -1,0 +1,341 @@
+"""Every metric that a run logs: name, unit, meaning, which direction is better, and how people see it.
+
+The console's lines, wandb's summaries and the documentation's page read this list. A metric that is logged
+and not listed here is a failing test.
+"""
+
+import re
+from dataclasses import dataclass
+from enum import Enum
+from functools import cache
+
+
+class Better(Enum):
+    """Which values of a metric are better."""
+
+    lower = "lower"
+    higher = "higher"
+    neither = "neither"
+
+
+class Group(Enum):
+    """Sections of the documentation's page and of dashboards, in their order."""
+
+    progress = "Progress"
+    training = "Training"
+    preferences = "Preferences"
+    rewards = "Verified rewards"
+    performance = "Performance"
+    router = "Router"
+    validation = "Validation"
+    data = "Data"
+
+
+@dataclass(frozen=True)
+class Metric:
+    """One metric, or a family of metrics whose names differ in a part."""
+
+    name: str
+    """As in metrics.jsonl. NAME stands for a part without a slash, NN for two digits."""
+    unit: str
+    meaning: str
+    """One or two sentences in Markdown. Links are relative to docs/reference/."""
+    group: Group
+    better: Better = Better.neither
+    console: str | None = None
+    """How the console shows the value, a format such as "ce {:.4f}". None: the console does not show it."""
+
+    @property
+    def is_loss(self) -> bool:
+        """Whether the least value of a run sums it up, and not the last one."""
+        return self.name.endswith(("loss", "perplexity"))
+
+
+LOWER, HIGHER = Better.lower, Better.higher
+_ROUTER = "router/layer_NN"
+_PER_TOKEN = "; for `dpo_norm`, `ipo`, `simpo` and `orpo`"
+
+
+def _rewards(kind: str, unit: str, log_unit: str, of: str, ending: str) -> list[Metric]:
+    """The metrics of the rewards, and of the log-probabilities, per completion or per token."""
+    label, group = kind.replace("_", " "), Group.preferences
+    return [
+        Metric(
+            f"rewards{kind}/chosen",
+            unit,
+            f"mean reward of the chosen (wanted) completions, of {of}{ending}",
+            group,
+        ),
+        Metric(f"rewards{kind}/rejected", unit, f"the same of the rejected (unwanted) ones{ending}", group),
+        Metric(
+            f"rewards{kind}/margins",
+            unit,
+            f"difference of the two{ending}",
+            group,
+            HIGHER,
+            f"margin{label} {{:.3f}}",
+        ),
+        Metric(
+            f"rewards{kind}/accuracies",
+            "fraction, 0 to 1",
+            "share of the pairs whose chosen completion has the higher reward; a tie counts as half. Not for "
+            f"`kto`{ending}",
+            group,
+            HIGHER,
+            f"accuracy{label} {{:.3f}}",
+        ),
+        Metric(f"logps{kind}/chosen", log_unit, f"mean log-probability, {of}{ending}", group),
+        Metric(f"logps{kind}/rejected", log_unit, f"mean log-probability, {of}{ending}", group),
+    ]
+
+
+METRICS: tuple[Metric, ...] = (
+    Metric("step", "steps", "optimizer steps taken, including skipped ones", Group.progress),
+    Metric("tokens", "tokens", "tokens trained on so far, without padding", Group.progress),
+    Metric(
+        "train/loss",
+        "nats",
+        "the total loss: that of the objective plus the weighted router losses",
+        Group.training,
+        LOWER,
+        "loss {:.4f}",
+    ),
+    Metric("train/ce_loss", "nats per target token", "cross-entropy", Group.training, LOWER, "ce {:.4f}"),
+    Metric(
+        "train/preference_loss",
+        "none",
+        "the loss of the pairs, without the router losses and the term of `objective.sft_weight`",
+        Group.preferences,
+        LOWER,
+        "preference {:.4f}",
+    ),
+    Metric(
+        "train/sft_loss",
+        "nats per token",
+        "mean over pairs of -s / n of the chosen completion; with `objective.sft_weight`",
+        Group.preferences,
+        LOWER,
+        "sft {:.3f}",
+    ),
+    *_rewards("", "none", "nats", "summed log-probabilities", ""),
+    *_rewards("_per_token", "per token", "nats per token", "log-probabilities per token", _PER_TOKEN),
+    Metric(
+        "train/nll_loss",
+        "nats per token",
+        "of `orpo`: -s / n of the chosen completion",
+        Group.preferences,
+        LOWER,
+    ),
+    Metric("train/log_odds_chosen", "none", "of `orpo`: the log odds ratio", Group.preferences, HIGHER),
+    Metric(
+        "train/log_odds_ratio",
+        "none",
+        "of `orpo`: log sigmoid of the log odds ratio",
+        Group.preferences,
+        HIGHER,
+    ),
+    Metric(
+        "kl",
+        "nats",
+        "of `kto`: z, the estimate of the KL divergence, at least 0. Of `grpo`: the estimate of the KL "
+        "divergence from the initial model; with `objective.kl_coef`",
+        Group.preferences,
+        console="kl {:.3f}",
+    ),
+    Metric("reward", "none", "mean reward", Group.rewards, HIGHER, "reward {:.3f}"),
+    Metric(
+        "reward_std",
+        "none",
+        "mean over prompts of the standard deviation of their completions' rewards",
+        Group.rewards,
+    ),
+    Metric("completions/mean_length", "tokens", "mean length, eos included", Group.rewards),
+    Metric(
+        "train/policy_loss",
+        "none",
+        "the loss without the router losses and the KL divergence",
+        Group.rewards,
+        console="policy {:.4f}",
+    ),
+    Metric(
+        "clip_ratio/region_mean",
+        "fraction, 0 to 1",
+        "tokens without a gradient because their ratio is clipped, the mean over completions of each one's "
+        "share",
+        Group.rewards,
+    ),
+    Metric(
+        "rollout/routing_agreement",
+        "fraction, 0 to 1",
+        "share of the sampled pass's expert choices that the training pass makes, too",
+        Group.rewards,
+        HIGHER,
+    ),
+    Metric(
+        "rollout/log_prob_difference",
+        "nats",
+        "mean difference of a token's log-probability in the training pass and when it was sampled",
+        Group.rewards,
+        LOWER,
+    ),
+    Metric(
+        "train/load_balancing_loss",
+        "none",
+        "load-balancing loss, unweighted, in the chosen "
+        "[convention](../concepts/load-balancing.md#conventions)",
+        Group.training,
+        LOWER,
+        "balance {:.3f}",
+    ),
+    Metric("train/router_z_loss", "nats²", "router z-loss, unweighted", Group.training, LOWER, "z {:.3f}"),
+    Metric(
+        "train/grad_norm",
+        "none",
+        "global 2-norm of the gradient, before clipping",
+        Group.training,
+        console="grad norm {:.3f}",
+    ),
+    Metric("train/lr", "none", "learning rate of the step", Group.training, console="lr {:.2e}"),
+    Metric(
+        "train/skipped_steps",
+        "steps",
+        "steps of the whole run whose update was skipped, because a gradient was not finite or was a spike",
+        Group.training,
+        LOWER,
+    ),
+    Metric(
+        "perf/tokens_per_second",
+        "tokens per second",
+        "speed since the last logged step, over all ranks, without the time of validation and saving",
+        Group.performance,
+        HIGHER,
+        "{:,.0f} tok/s",
+    ),
+    Metric(
+        "perf/mfu",
+        "fraction, 0 to 1",
+        "model FLOPs utilization: arithmetic of the model per second, as a fraction of the peak of all "
+        "devices. Passes without gradients do not count. `null` if the peak of the device is unknown, as on "
+        "a CPU",
+        Group.performance,
+        HIGHER,
+        "mfu {:.1%}",
+    ),
+    Metric(
+        "perf/peak_memory_gib",
+        "GiB",
+        "most memory in use so far on rank 0: of CUDA's allocator, or the resident set of the process on a "
+        "CPU",
+        Group.performance,
+        LOWER,
+    ),
+    Metric(
+        "router/max_violation",
+        "none",
+        "tokens of the busiest expert divided by the mean over experts, minus 1; 0 is perfect balance. The "
+        "maximum over layers",
+        Group.router,
+        LOWER,
+    ),
+    Metric(
+        "router/entropy",
+        "nats",
+        "mean entropy of the routing distribution per token; ln(E) is uniform. The mean over layers",
+        Group.router,
+    ),
+    Metric(
+        "router/dead_experts",
+        "experts",
+        "experts that had no token for `logging.dead_expert_steps` steps. The sum over layers",
+        Group.router,
+        LOWER,
+    ),
+    Metric(f"{_ROUTER}/max_violation", "none", "of one layer, counted from 00", Group.router, LOWER),
+    Metric(f"{_ROUTER}/entropy", "nats", "of one layer", Group.router),
+    Metric(f"{_ROUTER}/dead_experts", "experts", "of one layer", Group.router, LOWER),
+    Metric(
+        f"{_ROUTER}/load",
+        "fractions, a list of E",
+        "share of each expert in the tokens of the step; the shares sum to 1",
+        Group.router,
+    ),
+    Metric(
+        "eval/NAME/loss",
+        "as `train/loss`",
+        "the objective's loss on the validation split, without router losses; of `grpo`, the negative reward",
+        Group.validation,
+        LOWER,
+        "loss {:.4f}",
+    ),
+    Metric(
+        "eval/NAME/perplexity",
+        "none",
+        "exp(loss), of `next_token`",
+        Group.validation,
+        LOWER,
+        "perplexity {:.2f}",
+    ),
+    Metric(
+        "data/sequences_without_targets",
+        "sequences",
+        "sequences with nothing to predict, since the last logged step",
+        Group.data,
+    ),
+    Metric(
+        "data/repetitive_sequences",
+        "sequences",
+        "sequences that the repetition filter masked, since the last logged step; with "
+        "`data.repetition_filter`",
+        Group.data,
+    ),
+    Metric(
+        "data/padding",
+        "fraction, 0 to 1",
+        "share of padding since the last logged step; unless `data.packing=concat`",
+        Group.data,
+        LOWER,
+    ),
+    Metric(
+        "data/NAME/share", "fraction, 0 to 1", "share of a mixture's source in the tokens so far", Group.data
+    ),
+    Metric(
+        "data/NAME/requested_share", "fraction, 0 to 1", "the share that `data.mixture` requests", Group.data
+    ),
+    Metric("data/NAME/epochs", "passes", "how often the source has been seen", Group.data),
+)
+"""In the order of the console's line."""
+
+VALIDATED = (Group.preferences, Group.rewards)
+"""Groups whose metrics validation has, too, under eval/NAME/."""
+
+
+@cache
+def find_metric(name: str) -> Metric | None:
+    """The metric of a name in metrics.jsonl; None: there is none.
+
+    The metric of eval/validation/rewards/margins is rewards/margins, and that of eval/validation/nll_loss is
+    train/nll_loss.
+    """
+    for metric in METRICS:
+        pattern = re.escape(metric.name).replace("NAME", "[^/]+").replace("NN", "[0-9]{2}")
+        if re.fullmatch(pattern, name):
+            return metric
+    validated = re.fullmatch("eval/[^/]+/(.+)", name)
+    if validated is None:
+        return None
+    found = find_metric(validated[1]) or find_metric(f"train/{validated[1]}")
+    return found if found is not None and found.group in VALIDATED else None
+
+
+def shown(name: str, value: float | None) -> str | None:
+    """A value as the console shows it; None: the console does not."""
+    metric = find_metric(name)
+    if value is None or metric is None or metric.console is None:
+        return None
+    return metric.console.format(value)
+
+
+def markdown_table(group: Group) -> str:
+    """The group's metrics as a Markdown table."""
+    rows = [f"| `{m.name}` | {m.unit} | {m.meaning} |" for m in METRICS if m.group is group]
+    return "\n".join(["| Name | Unit | Meaning |", "|---|---|---|", *rows])

@@ -1,0 +1,116 @@
+"""The registry has every metric that runs log, and no others."""
+
+import json
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch.distributed as dist
+
+from olmoe_train.config.choices import PreferenceKind
+from olmoe_train.config.train import WandbConfig
+from olmoe_train.distributed.mesh import init_distributed
+from olmoe_train.run.loggers import MetricsLog
+from olmoe_train.run.metrics_registry import METRICS, Group, find_metric, markdown_table, shown
+from olmoe_train.train import train
+from tests.support.data import write_prepared
+from tests.support.preferences import pair, write_preferences
+from tests.support.prompts import grpo_values, write_prompts
+from tests.support.runs import TINY, compose, real_tokens
+
+STEP = {"trainer.max_steps": 1, "trainer.global_batch_size": 4, "trainer.micro_batch_size": 4}
+
+
+@pytest.fixture(autouse=True)
+def process_group() -> Iterator[None]:
+    yield
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def logged(directory: Path, values: dict[str, Any]) -> set[str]:
+    """Names of the metrics of a run of one step, with validation before and after."""
+    train(compose(values | STEP | {"run_dir": directory, "evaluation.at_start": True}))
+    dist.destroy_process_group()
+    lines = (directory / "metrics.jsonl").read_text().splitlines()
+    return {name for line in lines for name in json.loads(line)}
+
+
+def runs(directory: Path) -> Iterator[dict[str, Any]]:
+    """Values by key of runs that together log every metric."""
+    documents = real_tokens()[:3]
+    for name in ("one", "two"):
+        write_prepared(directory / name, documents, documents[:1], vocab_size=258)
+    mixture = "[{dir: one, weight: 1}, {dir: two, weight: 2}]"
+    filtered = {"data.mixture": mixture, "data.repetition_filter": True, "data.packing": "best_fit"}
+    yield TINY | {"data.dir": directory} | filtered
+    sides = [[2, 3, 4], [5, 6]]
+    write_preferences(directory / "pairs", pair([7, 8], *sides) * 4, pair([7, 8], *sides), vocab_size=258)
+    of_pairs = TINY | {
+        "objective": "preference",
+        "data.dir": directory / "pairs",
+        "data.packing": "none",
+        "objective.sft_weight": 0.1,
+    }
+    for kind in PreferenceKind:
+        yield of_pairs | {"objective.kind": kind.value}
+    (directory / "grpo").mkdir()
+    write_prompts(directory / "grpo")
+    yield grpo_values(directory / "grpo") | {"objective.kl_coef": 0.1}
+
+
+def test_every_metric_that_is_logged_is_registered_and_the_reverse(tmp_path: Path) -> None:
+    found = {
+        name
+        for number, values in enumerate(runs(tmp_path))
+        for name in logged(tmp_path / f"{number}", values)
+    }
+    assert {name for name in found if find_metric(name) is None} == set()
+    assert {metric.name for metric in METRICS} == {
+        metric.name for name in found if (metric := find_metric(name)) is not None
+    }
+
+
+def test_a_name_has_one_metric() -> None:
+    names = [metric.name for metric in METRICS]
+    assert len(set(names)) == len(names)
+    for name in names:
+        example = name.replace("NAME", "web").replace("NN", "03")
+        metric = find_metric(example)
+        assert metric is not None
+        assert metric.name == name
+    assert find_metric("eval/web/rewards/margins") is find_metric("rewards/margins")
+    assert [find_metric(name) for name in ("train/nothing", "eval/web/lr", "router/layer_3/load")] == [
+        None
+    ] * 3
+
+
+def test_values_are_shown_as_the_registry_says() -> None:
+    assert shown("train/loss", 0.5) == "loss 0.5000"
+    assert shown("eval/web/rewards/accuracies", 0.25) == "accuracy 0.250"
+    assert shown("perf/mfu", None) is None
+    assert shown("train/skipped_steps", 3) is None
+
+
+def test_every_group_has_a_table() -> None:
+    for group in Group:
+        assert len(markdown_table(group).splitlines()) > 2
+    page = (Path(__file__).parents[2] / "docs/reference/metrics.md").read_text()
+    assert all(f"<!-- metrics: {group.value} -->" in page for group in Group)
+
+
+def test_wandb_keeps_the_least_loss_and_the_last_of_other_values(tmp_path: Path) -> None:
+    init_distributed("cpu")
+    log = MetricsLog(tmp_path, WandbConfig(), {}, step=0)
+    run = log._wandb
+    assert run is not None, "wandb logs offline without a key"
+    for step, loss in ((1, 0.5), (2, 0.25), (3, 1.0), (4, 1.0)):  # wandb holds back the last row
+        log.write({"step": step, "train/loss": loss, "router/dead_experts": step})
+    until = time.monotonic() + 30
+    while run.summary.get("step") != 3 and time.monotonic() < until:  # wandb's own process takes the rows
+        time.sleep(0.1)
+    assert dict(run.summary["train/loss"]) == {"min": 0.25}
+    assert dict(run.summary["router/dead_experts"]) == {"last": 3}
+    log.close()
