@@ -6,14 +6,11 @@ from typing import Any
 
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
-from mkdocs.structure.pages import Page
 
 from olmoe_train.config.reference import markdown_reference
-from olmoe_train.run.metrics_registry import Group, markdown_table
 
 ROOT = Path(__file__).parents[1]
 CONFIG_DIRECTORY = "reference/config"
-METRICS_TABLE = re.compile(r"<!-- metrics: ([^>]+) -->")
 ROOT_PAGES = {
     "CONTRIBUTING.md": "contributing/index.md",
     "CHANGELOG.md": "changelog.md",
@@ -37,11 +34,6 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
         text = _relative_to_page((ROOT / source).read_text(encoding="utf-8"), page)
         files.append(File.generated(config, page, content=text))
     return files
-
-
-def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
-    """Put the registry's tables into the page of metrics, in place of comments that name their groups."""
-    return METRICS_TABLE.sub(lambda match: markdown_table(Group(match[1])), markdown)
 
 
 def _section_of(nav: Any, page: str) -> list[Any]:

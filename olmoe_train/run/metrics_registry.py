@@ -5,9 +5,11 @@ and not listed here is a failing test.
 """
 
 import re
+import sys
 from dataclasses import dataclass
 from enum import Enum
 from functools import cache
+from pathlib import Path
 
 
 class Better(Enum):
@@ -339,3 +341,20 @@ def markdown_table(group: Group) -> str:
     """The group's metrics as a Markdown table."""
     rows = [f"| `{m.name}` | {m.unit} | {m.meaning} |" for m in METRICS if m.group is group]
     return "\n".join(["| Name | Unit | Meaning |", "|---|---|---|", *rows])
+
+
+def with_tables(page: str) -> str:
+    """A Markdown page in which the table of each section that is named like a group is the group's table."""
+    for group in Group:
+        section = re.compile(
+            rf"(?<=^## {group.value}$)(.*?\n)\|[^\n]*\n(?:\|[^\n]*\n)*", re.MULTILINE | re.DOTALL
+        )
+        if (found := section.search(page)) is not None:
+            page = page[: found.end(1)] + markdown_table(group) + "\n" + page[found.end() :]
+    return page
+
+
+if __name__ == "__main__":
+    # python -m olmoe_train.run.metrics_registry docs/reference/metrics.md
+    path = Path(sys.argv[1])
+    path.write_text(with_tables(path.read_text(encoding="utf-8")), encoding="utf-8")
