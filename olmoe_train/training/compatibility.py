@@ -31,6 +31,8 @@ SAFE_TO_CHANGE = (
     "data.verify_hashes",
     "data.num_workers",
     "data.source",
+    "objective.reference",  # where the same log-probabilities come from
+    "objective.logprobs_dir",  # their hashes are compared
     "trainer.stop_at_step",
     "trainer.micro_batch_size",
     "trainer.device",
@@ -46,6 +48,9 @@ SAFE_TO_CHANGE = (
     "logging",
     "evaluation",
 )
+# Objectives that pack the samples of a micro-batch, so that packing changes no result; and its keys.
+PACK_WITHIN_BATCHES = ("preference", "grpo")
+PACKING_KEYS = ("data.packing", "data.mask_documents")
 # These keys act only through the steps at which warm-up and decay end. Those steps are compared instead.
 SCHEDULE_KEYS = (
     "trainer.max_steps",
@@ -168,6 +173,8 @@ def changes_the_result(key: str, config: dict[str, Any]) -> bool:
         and config["balancing"].get("scope") == BalanceScope.micro_batch.name
     ):
         return bool(config["loss"]["router_aux_loss_coef"] != 0)
+    if key in PACKING_KEYS and config["objective"]["name"] in PACK_WITHIN_BATCHES:
+        return False
     return not _within(key, SAFE_TO_CHANGE) and key not in SCHEDULE_KEYS
 
 

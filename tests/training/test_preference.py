@@ -169,6 +169,21 @@ def test_a_run_in_two_parts_is_the_run_in_one(config: Config, changes: dict[str,
     assert all(torch.equal(tensor, expected[name]) for name, tensor in weights(cfg, 10).items())
 
 
+def test_what_changes_no_result_may_change_in_between(config: Config, tmp_path: Path) -> None:
+    whole = config("whole", trainer__max_steps=6)
+    train(whole)
+    train(config("parts", trainer__max_steps=6, trainer__stop_at_step=3))
+    others = {"data__packing": "none", "data__mask_documents": False, "trainer__micro_batch_size": 2}
+    stored = {"objective__logprobs_dir": tmp_path / "elsewhere"}
+    train(config("parts", trainer__max_steps=6, trainer__stop_at_step=5, **others, **stored))
+    last = config("parts", trainer__max_steps=6, objective__reference="live", **others)
+    train(last)
+    for one, other in zip(metrics(whole), metrics(last), strict=True):
+        assert one["train/loss"] == pytest.approx(other["train/loss"], rel=2e-5)
+    expected = weights(whole, 6)
+    assert all((tensor - expected[name]).abs().max() < 1e-5 for name, tensor in weights(last, 6).items())
+
+
 def test_stale_log_probs_are_refused_with_both_hashes(config: Config, parts: Path, tmp_path: Path) -> None:
     stored = tmp_path / "stored"
     train(config("first", objective__logprobs_dir=stored, trainer__max_steps=1))
