@@ -8,6 +8,7 @@ import logging
 import math
 import os
 import secrets
+import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -42,25 +43,28 @@ class MetricsLog:
         self._wandb: Any = None
         self._defined: set[str] = set()
         if dist.get_rank() == 0:
+            records = read_records(self._path)
+            self._resumes = records[-1].get("resumes", 0) + 1 if records else 0
             self._piece = WandbPiece()
             if wandb.mode is not WandbMode.disabled:
-                self._piece = begin_piece(run_dir / "wandb.json", step, last_logged_step(self._path))
+                last_logged = max((record["step"] for record in records), default=None)
+                self._piece = begin_piece(run_dir / "wandb.json", step, last_logged)
             forget_after(self._path, step)
             self._wandb = start_wandb(wandb, run_dir, config, self._piece.id)
 
     def write(self, values: dict[str, Any]) -> None:
         """Append one record. values: `step`, and metrics by name: numbers, None, or lists of numbers.
 
-        wandb gets the numbers only, and how often the run was resumed. NaN and infinity are written as null,
-        since JSON has neither.
+        The record also gets its time, and how often the run was resumed before. wandb gets the numbers only.
+        NaN and infinity are written as null, since JSON has neither.
         """
         if dist.get_rank() != 0:
             return
+        values = values | {"time": round(time.time(), 3), "resumes": self._resumes}
         clean = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
         with self._path.open("a") as file:
             file.write(json.dumps(clean) + "\n")
         scalars = {k: v for k, v in clean.items() if v is not None and not isinstance(v, list)}
-        scalars["resumes"] = self._piece.resumes
         self._send(lambda run: self._define(run, scalars))
         self._send(lambda run: run.log(scalars, step=values["step"] + self._piece.shift))
 
@@ -91,9 +95,14 @@ def forget_after(path: Path, step: int) -> None:
     """Remove the records of steps beyond `step`, from which a run resumes: those steps come again."""
     if not path.is_file():
         return
-    lines = path.read_text().splitlines(keepends=True) if step else []
-    kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
-    atomic_write_text(path, "".join(kept))
+    kept = [record for record in read_records(path) if record["step"] <= step] if step else []
+    atomic_write_text(path, "".join(json.dumps(record) + "\n" for record in kept))
+
+
+def read_records(path: Path) -> list[dict[str, Any]]:
+    """The records of a metrics.jsonl, in their order. A last line that a crash cut off is left out."""
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.is_file() else []
+    return [json.loads(line) for line in lines if line.endswith("\n")]
 
 
 @dataclass(frozen=True)
@@ -102,8 +111,6 @@ class WandbPiece:
 
     id: str = ""
     """Id of the wandb run, which all starts in this run directory share."""
-    resumes: int = 0
-    """How many starts came before."""
     shift: int = 0
     """wandb's own step is the step of the training plus this number. wandb takes steps in increasing order
     only, and a start repeats the steps after its checkpoint."""
@@ -115,24 +122,18 @@ def begin_piece(path: Path, step: int, last_logged: int | None) -> WandbPiece:
     Args:
         path: File that holds the piece of the previous start; replaced.
         step: Step from which the run continues.
-        last_logged: Last step that the previous starts logged; None: nothing was logged.
+        last_logged: Greatest step that the previous starts logged; None: nothing was logged.
     """
     try:
-        before = WandbPiece(**json.loads(path.read_text()))
+        before = json.loads(path.read_text())
         again = max(0, last_logged - step) + 1 if last_logged is not None else 0
-        piece = WandbPiece(before.id, before.resumes + 1, before.shift + again)
-    except (FileNotFoundError, ValueError, TypeError) as error:
+        piece = WandbPiece(before["id"], before["shift"] + again)
+    except (FileNotFoundError, ValueError, TypeError, KeyError) as error:
         if not isinstance(error, FileNotFoundError):
             log.warning("warning: %s cannot be read (%s): this start is a new wandb run", path, error)
         piece = WandbPiece(os.environ.get("WANDB_RUN_ID") or secrets.token_hex(4))
     atomic_write_text(path, json.dumps(asdict(piece)) + "\n")
     return piece
-
-
-def last_logged_step(path: Path) -> int | None:
-    """The highest step in metrics.jsonl, or None if there is none."""
-    lines = path.read_text().splitlines(keepends=True) if path.is_file() else []
-    return max((json.loads(line)["step"] for line in lines if line.endswith("\n")), default=None)
 
 
 def start_wandb(cfg: WandbConfig, run_dir: Path, config: dict[str, Any], run_id: str | None = None) -> Any:

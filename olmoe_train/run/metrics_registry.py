@@ -24,13 +24,15 @@ class Group(Enum):
     """Sections of the documentation's page and of dashboards, in their order."""
 
     progress = "Progress"
-    training = "Training"
+    loss = "Loss"
     preferences = "Preferences"
     rewards = "Verified rewards"
-    performance = "Performance"
     router = "Router"
-    validation = "Validation"
+    experts = "Experts"
     data = "Data"
+    performance = "Speed and memory"
+    health = "Health"
+    validation = "Evaluation"
 
 
 @dataclass(frozen=True)
@@ -94,15 +96,22 @@ def _rewards(kind: str, unit: str, log_unit: str, of: str, ending: str) -> list[
 METRICS: tuple[Metric, ...] = (
     Metric("step", "steps", "optimizer steps taken, including skipped ones", Group.progress),
     Metric("tokens", "tokens", "tokens trained on so far, without padding", Group.progress),
+    Metric("time", "seconds since 1970", "when the record was written", Group.progress),
+    Metric(
+        "resumes",
+        "starts",
+        "how many starts of the run came before the one that wrote the record",
+        Group.progress,
+    ),
     Metric(
         "train/loss",
         "nats",
         "the total loss: that of the objective plus the weighted router losses",
-        Group.training,
+        Group.loss,
         LOWER,
         "loss {:.4f}",
     ),
-    Metric("train/ce_loss", "nats per target token", "cross-entropy", Group.training, LOWER, "ce {:.4f}"),
+    Metric("train/ce_loss", "nats per target token", "cross-entropy", Group.loss, LOWER, "ce {:.4f}"),
     Metric(
         "train/preference_loss",
         "none",
@@ -185,24 +194,24 @@ METRICS: tuple[Metric, ...] = (
         "none",
         "load-balancing loss, unweighted, in the chosen "
         "[convention](../concepts/load-balancing.md#conventions)",
-        Group.training,
+        Group.loss,
         LOWER,
         "balance {:.3f}",
     ),
-    Metric("train/router_z_loss", "nats²", "router z-loss, unweighted", Group.training, LOWER, "z {:.3f}"),
+    Metric("train/router_z_loss", "nats²", "router z-loss, unweighted", Group.loss, LOWER, "z {:.3f}"),
     Metric(
         "train/grad_norm",
         "none",
         "global 2-norm of the gradient, before clipping",
-        Group.training,
+        Group.health,
         console="grad norm {:.3f}",
     ),
-    Metric("train/lr", "none", "learning rate of the step", Group.training, console="lr {:.2e}"),
+    Metric("train/lr", "none", "learning rate of the step", Group.loss, console="lr {:.2e}"),
     Metric(
         "train/skipped_steps",
         "steps",
         "steps of the whole run whose update was skipped, because a gradient was not finite or was a spike",
-        Group.training,
+        Group.health,
         LOWER,
     ),
     Metric(
@@ -249,17 +258,17 @@ METRICS: tuple[Metric, ...] = (
         "router/dead_experts",
         "experts",
         "experts that had no token for `logging.dead_expert_steps` steps. The sum over layers",
-        Group.router,
+        Group.experts,
         LOWER,
     ),
     Metric(f"{_ROUTER}/max_violation", "none", "of one layer, counted from 00", Group.router, LOWER),
     Metric(f"{_ROUTER}/entropy", "nats", "of one layer", Group.router),
-    Metric(f"{_ROUTER}/dead_experts", "experts", "of one layer", Group.router, LOWER),
+    Metric(f"{_ROUTER}/dead_experts", "experts", "of one layer", Group.experts, LOWER),
     Metric(
         f"{_ROUTER}/load",
         "fractions, a list of E",
         "share of each expert in the tokens of the step; the shares sum to 1",
-        Group.router,
+        Group.experts,
     ),
     Metric(
         "eval/NAME/loss",
