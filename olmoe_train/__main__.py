@@ -14,6 +14,7 @@ VERBS = {
     "upcycle": "make an OLMoE from a dense model",
     "export": "write a run's checkpoint as a Hugging Face directory",
     "generate": "continue a prompt",
+    "dashboard": "make the W&B workspace of a run, or of several runs to compare",
 }
 
 

@@ -5,7 +5,7 @@ from typing import Any
 
 from omegaconf import MISSING
 
-from olmoe_train.config.choices import ExportFormat, Precision, StripPrefix
+from olmoe_train.config.choices import ExportFormat, Precision, StripPrefix, XAxis
 from olmoe_train.config.data import DataConfig, TokenizerConfig
 from olmoe_train.config.train import EvaluationConfig, TrainConfig
 
@@ -194,6 +194,30 @@ class LogprobsConfig(TrainConfig):
     """
 
 
+@dataclass(frozen=True)
+class DashboardConfig:
+    """Make or update the W&B workspace of a run, or of several runs to compare."""
+
+    source: Any = MISSING
+    """Run directory, or a list of run directories to compare, [A,B,C]. They must be runs of wandb: their
+    wandb.json holds the run's id."""
+    entity: str | None = None
+    """User or team of W&B; null: WANDB_ENTITY, or else the default of the account."""
+    project: str | None = None
+    """Project of W&B that has the runs; null: logging.wandb.project of the runs."""
+    name: str | None = None
+    """Name of the workspace and title of the report; null: the names of the runs."""
+    x_axis: XAxis = XAxis.step
+    """Horizontal axis of the charts: optimizer steps, or tokens trained on."""
+    report: bool = False
+    """Also make a W&B Report: a page with a table of the runs and the charts that the runs share."""
+    dry_run: bool = False
+    """Write the JSON to `out` and connect to no server. --dry-run is the same."""
+    out: str | None = None
+    """JSON file to write; null: dashboard.json in the first run directory with dry_run=true, otherwise
+    none."""
+
+
 VERBS: dict[str, type] = {
     "prepare": PrepareConfig,
     "train": TrainConfig,
@@ -203,5 +227,6 @@ VERBS: dict[str, type] = {
     "upcycle": UpcycleConfig,
     "plan": PlanConfig,
     "logprobs": LogprobsConfig,
+    "dashboard": DashboardConfig,
 }
 """The config dataclass of each verb."""

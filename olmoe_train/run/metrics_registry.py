@@ -21,7 +21,7 @@ class Better(Enum):
 
 
 class Group(Enum):
-    """Sections of the documentation's page and of dashboards, in their order."""
+    """Sections of the documentation's page, in their order."""
 
     progress = "Progress"
     loss = "Loss"
@@ -33,6 +33,26 @@ class Group(Enum):
     performance = "Speed and memory"
     health = "Health"
     validation = "Evaluation"
+
+    @property
+    def section(self) -> str:
+        """The section of dashboards that shows the group: one of SECTIONS."""
+        if self in (Group.preferences, Group.rewards):
+            return "Fine-tuning"
+        return Group.health.value if self is Group.progress else self.value
+
+
+SECTIONS = (
+    "Loss",
+    "Router",
+    "Experts",
+    "Data",
+    "Speed and memory",
+    "Health",
+    "Fine-tuning",
+    "Evaluation",
+)
+"""Sections of dashboards, in their order."""
 
 
 @dataclass(frozen=True)
@@ -336,6 +356,14 @@ def find_metric(name: str) -> Metric | None:
         return None
     found = find_metric(validated[1]) or find_metric(f"train/{validated[1]}")
     return found if found is not None and found.group in VALIDATED else None
+
+
+def section_of(name: str) -> str | None:
+    """The section of dashboards for a name in metrics.jsonl; None: no metric has the name."""
+    metric = find_metric(name)
+    if metric is None:
+        return None
+    return Group.validation.section if name.startswith("eval/") else metric.group.section
 
 
 def shown(name: str, value: float | None) -> str | None:
