@@ -40,7 +40,7 @@ def main(cfg: DashboardConfig) -> None:
     name = cfg.name if cfg.name is not None else default_name(runs)
     check_name(name)
     require_package()
-    entity = entity_without_network(cfg.entity)
+    entity = entity_without_network(cfg.entity, runs)
     if not cfg.dry_run:
         require_key()
         entity = entity or default_entity()

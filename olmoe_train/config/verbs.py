@@ -202,7 +202,8 @@ class DashboardConfig:
     """Run directory, or a list of run directories to compare, [A,B,C]. They must be runs of wandb: their
     wandb.json holds the run's id."""
     entity: str | None = None
-    """User or team of W&B; null: WANDB_ENTITY, or else the default of the account."""
+    """User or team of W&B; null: logging.wandb.entity of the runs, WANDB_ENTITY, or the default of
+    the account, in this order."""
     project: str | None = None
     """Project of W&B that has the runs; null: logging.wandb.project of the runs."""
     name: str | None = None

@@ -148,7 +148,8 @@ def require_key() -> None:
     """
     import wandb
 
-    if not (os.environ.get("WANDB_API_KEY") or wandb.api.api_key):
+    wandb.setup(wandb.Settings(silent=True))  # it would print each address a second time
+    if not wandb.login(prompt=False, verify=False):
         raise UserError(f"W&B has no API key: set WANDB_API_KEY or call `wandb login`. {WITHOUT_NETWORK}")
 
 
@@ -163,8 +164,8 @@ def explained_errors() -> Iterator[None]:
     except (wandb.errors.Error, ValueError, SpecVersionError, UnsupportedViewError) as error:
         server = os.environ.get("WANDB_BASE_URL") or wandb.setup().settings.base_url
         raise UserError(
-            f"W&B at {server} did not save it: {error}. Check the network, WANDB_API_KEY, entity and project "
-            f"(a run that was logged offline needs `wandb sync` first). {WITHOUT_NETWORK}"
+            f"W&B at {server} did not save it: {str(error).rstrip('.')}. Check the network, WANDB_API_KEY, "
+            f"entity and project (a run that was logged offline needs `wandb sync` first). {WITHOUT_NETWORK}"
         ) from error
 
 

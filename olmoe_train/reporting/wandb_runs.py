@@ -22,6 +22,8 @@ class WandbRun:
     name: str
     """Name of the run in wandb."""
     project: str
+    entity: str | None
+    """User or team that the run is configured for; None: the default of the account."""
     config: dict[str, Any]
     """config.yaml: the configuration of the last start."""
     numbers: frozenset[str]
@@ -89,6 +91,7 @@ def _read_wandb_run(directory: Path) -> WandbRun:
         _run_id(directory),
         str(wandb.get("name") or directory.resolve().name),
         str(wandb.get("project") or "olmoe-train"),
+        wandb.get("entity"),
         config,
         frozenset(name for name, value in values if isinstance(value, int | float)),
         frozenset(lists),
@@ -110,6 +113,7 @@ def _run_id(directory: Path) -> str:
         raise UserError(f"{path} has no id of a wandb run ({error!r}): restore the file") from error
 
 
-def entity_without_network(entity: str | None) -> str | None:
-    """The user or team that is given, or else that of the environment; None: neither."""
-    return entity or os.environ.get("WANDB_ENTITY") or None
+def entity_without_network(entity: str | None, runs: list[WandbRun]) -> str | None:
+    """The user or team that is given, or else that of the runs or the environment; None: none of them."""
+    configured = [run.entity for run in runs if run.entity]
+    return entity or next(iter(configured), None) or os.environ.get("WANDB_ENTITY") or None

@@ -46,8 +46,11 @@ def check_name(name: str) -> None:
     Raises:
         UserError: W&B does not take the name.
     """
-    if refused := sorted({character for character in name if _is_symbol(character)}):
-        raise UserError(f"name={name!r}: W&B does not take {' '.join(refused)} in a name; leave it out")
+    if refused := sorted({character for character in name if _is_refused(character)}):
+        raise UserError(
+            f"name={name!r}: W&B does not take {' '.join(refused)} in a name or in the address made of it; "
+            "leave it out"
+        )
     if not 0 < len(name) <= 128:
         raise UserError(f"name={name!r} has {len(name)} characters; W&B takes 1 to 128")
 
@@ -55,12 +58,15 @@ def check_name(name: str) -> None:
 def default_name(runs: Sequence[WandbRun]) -> str:
     """The names of the runs, without the characters that W&B does not take in a name."""
     name = ", ".join(run.name for run in runs)
-    return "".join("-" if _is_symbol(character) else character for character in f"olmoe: {name}")[:128]
+    return "".join("-" if _is_refused(character) else character for character in f"olmoe: {name}")[:128]
 
 
-def _is_symbol(character: str) -> bool:
-    """Symbols are what wandb_workspaces/utils/validators.py refuses: emojis, and also + = < > | ~ ^ ` $."""
-    return unicodedata.category(character).startswith(("So", "Sk", "Sm", "Sc", "Cs"))
+def _is_refused(character: str) -> bool:
+    """Whether wandb_workspaces/utils/validators.py refuses the character, or an address gives it a meaning.
+
+    The former are emojis, and also + = < > | ~ ^ ` $.
+    """
+    return character in "/?#%\\" or unicodedata.category(character).startswith(("So", "Sk", "Sm", "Sc", "Cs"))
 
 
 def build_workspace(
@@ -106,11 +112,11 @@ def run_panels(runs: Sequence[WandbRun], x_axis: XAxis) -> dict[str, list[Panel]
     return panels_by_section(numbers, lists, x_axis, compares=len(runs) > 1)
 
 
-def only_runs(runs: Sequence[WandbRun]) -> list[Any]:
+def only_runs(runs: Sequence[WandbRun]) -> Any:
     """The filter of W&B that leaves these runs only."""
     from wandb_workspaces import expr
 
-    return [expr.Metric("ID").isin([run.id for run in runs])]
+    return expr.And(expr.Metric("ID").isin([run.id for run in runs]))
 
 
 def colored(runs: Sequence[WandbRun]) -> list[tuple[WandbRun, str]]:

@@ -17,6 +17,7 @@ from olmoe_train.config.data import DataConfig
 from olmoe_train.data.loader import build_eval_batches
 from tests.end_to_end.conftest import Quickstart
 from tests.support.commands import REPO, TINY, olmoe, run
+from tests.support.wandb_views import names_in_wandb, uncovered
 
 STEP_KEYS = {
     "step",
@@ -169,6 +170,15 @@ def test_generate_verb_writes_what_transformers_writes(quickstart: Quickstart, t
         result = olmoe("generate", f"source={source}", f"prompt={prompt}", "max_new_tokens=8", cwd=tmp_path)
         assert result.returncode == 0, result.stderr
         assert result.stdout == expected + "\n"
+
+
+def test_the_dashboard_has_panels_for_what_is_logged_and_no_others(
+    quickstart: Quickstart, tmp_path: Path
+) -> None:
+    result = olmoe("dashboard", f"source={quickstart.run_dir}", "--dry-run", "out=made.json", cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    spec = json.loads((tmp_path / "made.json").read_text())["workspace"]["spec"]
+    assert uncovered(spec, names_in_wandb(quickstart.run_dir)) == (set(), set())
 
 
 def test_export_has_the_hubs_names(quickstart: Quickstart) -> None:
