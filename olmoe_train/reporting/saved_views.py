@@ -5,6 +5,7 @@ RUN/wandb_views.json holds the addresses, in every run directory that is shown.
 
 import json
 import os
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -23,6 +24,9 @@ if TYPE_CHECKING:  # an extra, and importing it takes a second
 
 FILE = "wandb_views.json"
 TIMEOUT_S = 20
+SETTLE_S = 0.5
+"""Time for wandb-core to answer a request that was given up. If this process closes its connection before the
+answer, wandb-core closes its end unread, and each of the two then waits for the other to exit."""
 WITHOUT_NETWORK = "--dry-run writes the JSON without a network"
 
 
@@ -162,6 +166,7 @@ def explained_errors() -> Iterator[None]:
     try:
         yield
     except (wandb.errors.Error, ValueError, SpecVersionError, UnsupportedViewError) as error:
+        time.sleep(SETTLE_S)
         server = os.environ.get("WANDB_BASE_URL") or wandb.setup().settings.base_url
         raise UserError(
             f"W&B at {server} did not save it: {str(error).rstrip('.')}. Check the network, WANDB_API_KEY, "

@@ -13,6 +13,17 @@ if TYPE_CHECKING:  # an extra, and importing it takes a second
 
 GRID_COLUMNS, PANELS_PER_ROW, PANEL_ROWS = 24, 2, 8
 """W&B's grid is 24 columns wide."""
+HEAD = (
+    "Run",
+    "Wandb id",
+    "Layers",
+    "Experts per layer",
+    "Experts per token",
+    "Steps",
+    "Tokens",
+    "Least validation loss",
+    "Tokens per second, last",
+)
 
 
 def build_report(
@@ -71,8 +82,7 @@ def report_json(report: "wr.Report") -> dict[str, Any]:
 
 def table_of_runs(runs: Sequence[WandbRun]) -> str:
     """The runs as a Markdown table: architecture, length, and what came of it."""
-    head = ("Run", "Wandb id", "Layers", "Experts per layer", "Experts per token", "Steps", "Tokens")
-    rows = [(*head, "Least validation loss", "Tokens per second, last")]
+    rows: list[tuple[str, ...]] = [HEAD]
     for run in runs:
         model = run.config.get("model") or {}
         validation = [

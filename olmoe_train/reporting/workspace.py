@@ -124,7 +124,7 @@ def colored(runs: Sequence[WandbRun]) -> list[tuple[WandbRun, str]]:
     return [(run, COLORS[number % len(COLORS)]) for number, run in enumerate(runs)]
 
 
-def wandb_panel(panel: Panel, x_axis: XAxis) -> "wr.interface.Panel":
+def wandb_panel(panel: Panel, x_axis: XAxis) -> "wr.Panel":
     """A panel in the words of W&B."""
     import wandb_workspaces.reports.v2 as wr
 

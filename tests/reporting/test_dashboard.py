@@ -107,6 +107,10 @@ def test_every_panel_shows_a_logged_value_and_every_logged_value_is_on_a_panel(
     shown = [name for name in SECTIONS if name != "Fine-tuning"]
     assert sections(content["spec"]) == [*shown, "Other"]
     assert content["spec"]["section"]["settings"]["xAxis"] == "tokens"
+    panels = content["spec"]["section"]["panelBankConfig"]["sections"][-2]["panels"]
+    assert "^eval/[^/]+/loss$" in {
+        panel["config"].get("metricRegex") for panel in panels
+    }  # also on one of Loss
 
 
 def test_saving_twice_updates(verb: Verb, runs: Path, views: Views) -> None:
