@@ -15,7 +15,8 @@ OTHER = "Other"
 """Section of the metrics that the registry does not list, such as those of a newer version."""
 SECTIONS = [group.value for group in Group] + [OTHER]
 LAYER = re.compile(r"router/layer_(\d+)/(.+)")
-_UNIGRAM = "guessing by token frequency (unigram entropy)"
+_OVER_LAYERS = re.compile(r"[.;] The (maximum|mean|sum) over layers$")
+_UNIGRAM = "guessing by frequency"
 _ORDER = [metric.name for metric in METRICS]
 
 TITLES = {
@@ -154,7 +155,7 @@ def _matrix(name: str) -> Chart:
         whole = find_metric(name.replace("layer_NN/", ""))
         chart.rows = "layer"
         chart.title = f"{_title(whole.name if whole else name)}, by layer"
-        chart.meaning = _plain(f"{whole.meaning}; here {chart.meaning}") if whole else chart.meaning
+        chart.meaning = _plain(_OVER_LAYERS.sub("", whole.meaning)) if whole else chart.meaning
     elif name.endswith("by_position"):
         chart.rows = "position bucket"
     else:

@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -56,16 +57,19 @@ HEADLINES = {
 }
 
 
-def assess(data: RunData, config: dict[str, Any], status: dict[str, Any]) -> dict[str, Any]:
+def assess(
+    data: RunData, config: dict[str, Any], status: dict[str, Any], unigram: float | None = None
+) -> dict[str, Any]:
     """The verdict on a run, as JSON values: `level`, `headline`, `checks`, and `state` of the run.
 
     Args:
         data: The run's records.
         config: config.yaml with dotted keys; may be empty.
         status: status.json; may be empty.
+        unigram: Unigram entropy of the data, in nats per token; None: unknown.
     """
     makers: list[Callable[[RunData, dict[str, Any]], Check | None]] = [
-        _busiest_expert, _dead_experts, _entropy, _trend, _skipped, _not_finite, _learning,
+        _busiest_expert, _dead_experts, _entropy, _trend, _skipped, _not_finite, partial(_learning, unigram),
     ]  # fmt: skip
     checks = [check for make in makers if (check := make(data, config)) is not None]
     of_router = "router/entropy" in data.scalars and _experts(data) != 1
@@ -134,12 +138,12 @@ def _busiest_expert(data: RunData, config: dict[str, Any]) -> Check | None:
             f"With {top_k} of {experts} experts per token, no expert can have more than {limit:g} times its share. "
             f"Good: up to {shown[0]}. Bad: from {shown[1]}, close to collapse."
         )
-        most = f"; {limit:g}x would be every token"
+        most = f", where {limit:g}x is the most possible"
     else:
         level = _level(load, *WITHOUT_TOP_K)
         definition += f"Good: up to {WITHOUT_TOP_K[0]:g}. Bad: from {WITHOUT_TOP_K[1]:g}."
         most = ""
-    return Check("Busiest expert", level, f"{load:.2f}x its fair share{_where(data)}{most}", definition)
+    return Check("Busiest expert", level, f"{load:.2f}x its fair share{most}{_where(data)}", definition)
 
 
 def _where(data: RunData) -> str:
@@ -148,7 +152,7 @@ def _where(data: RunData) -> str:
         return ""
     loads_LE = data.loads.values[-1]
     layer, expert = divmod(int(loads_LE.argmax()), loads_LE.shape[1])
-    return f" (last: layer {data.layers[layer]}, expert {expert})"
+    return f"; at the last step layer {data.layers[layer]}, expert {expert}"
 
 
 def _dead_experts(data: RunData, config: dict[str, Any]) -> Check | None:
@@ -249,7 +253,7 @@ def _not_finite(data: RunData, config: dict[str, Any]) -> Check | None:
     return Check("NaN or infinity", Level.bad if last else Level.watch, text, definition)
 
 
-def _learning(data: RunData, config: dict[str, Any]) -> Check | None:
+def _learning(unigram: float | None, data: RunData, config: dict[str, Any]) -> Check | None:
     name = "train/ce_loss" if "train/ce_loss" in data.scalars else "train/loss"
     series = data.scalars.get(name)
     if series is None or len(series.values) < 10 or "reward" in data.scalars:
@@ -262,12 +266,14 @@ def _learning(data: RunData, config: dict[str, Any]) -> Check | None:
     if math.isnan(now) or math.isnan(best):
         return None
     diverging = now > best + max(0.5, 0.1 * abs(best))
-    text = f"{name} is {now:.3f}" + (f"; it was {best:.3f}: the run diverges" if diverging else "")
+    text = f"{now:.2f}" + (f"; it was {best:.2f}: the run diverges" if diverging else "")
+    if unigram is not None and name == "train/ce_loss":
+        text += f" nats per token; guessing by token frequency alone gives {unigram:.2f}"
     definition = (
         "Median of the training loss over the last tenth of the records, against its least median over a tenth. "
         "Bad: it is 10%, and at least 0.5, above it."
     )
-    return Check("Loss", Level.bad if diverging else Level.good, text, definition)
+    return Check("Training loss", Level.bad if diverging else Level.good, text, definition)
 
 
 def _level(value: float, watch: float, bad: float) -> Level:

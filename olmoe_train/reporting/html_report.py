@@ -32,8 +32,8 @@ STYLES = ("uplot/uPlot.min.css", "report.css")
 
 POINTS, BUCKETS, LOAD_BYTES = 1000, 200, 620_000
 """Of one run: points per curve, columns of a matrix over steps, bytes of the experts' loads before base64. Several
-runs share them."""
-LEAST_POINTS, LEAST_BUCKETS = 200, 50
+runs share points and bytes."""
+LEAST_POINTS = 200
 MOST_SAMPLES, MOST_SAMPLE_CHARACTERS, MOST_MARKS = 12, 2000, 300
 """Evaluations with generated text, characters of one text, and skipped steps and alerts that a report shows."""
 
@@ -111,15 +111,15 @@ def run_values(reader: RunReader, runs: int) -> dict[str, Any]:
         runs: Number of runs of the report, which share the room.
     """
     data, config = reader.data, flatten(redact(reader.config()))
-    points, buckets = max(LEAST_POINTS, POINTS // runs), max(LEAST_BUCKETS, BUCKETS // runs)
-    curves, matrices = _curves(data, points), _matrices(data, buckets)
+    points, unigram = max(LEAST_POINTS, POINTS // runs), unigram_entropy(config)
+    curves, matrices = _curves(data, points), _matrices(data, BUCKETS)
     loads = None
     if data.loads.values and data.loads.values[0].shape[1] > 1:
-        loads = expert_loads(data.loads, data.layers, buckets, LOAD_BYTES // runs)
+        loads = expert_loads(data.loads, data.layers, BUCKETS, LOAD_BYTES // runs)
     return {
-        "health": assess(data, config, reader.status()),
+        "health": assess(data, config, reader.status(), unigram),
         "config": {key: _plain(value) for key, value in config.items()},
-        "unigram": unigram_entropy(config),
+        "unigram": unigram,
         "records": len(data.clock.steps),
         "points": points,
         "clock": _clock(data, points),

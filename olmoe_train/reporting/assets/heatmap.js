@@ -4,14 +4,15 @@
 /** Colors of loads: blue below the fair share, neutral at it, orange above. Readable with every color vision. */
 function loadRamp() {
   return isDark()
-    ? ramp([[0, "#4aa8ff"], [0.25, "#2a6aa8"], [0.5, "#23272b"], [0.75, "#b2571b"], [1, "#ffb15c"]])
+    ? ramp([[0, "#173f78"], [0.25, "#2c5c94"], [0.5, "#565e66"], [0.75, "#cc7630"], [1, "#ffc682"]])
     : ramp([[0, "#0b4a8f"], [0.25, "#6fa8d6"], [0.5, "#f6f4ef"], [0.75, "#ee9a4d"], [1, "#b03a06"]]);
 }
 
 /** Colors of other values, from low to high. */
 function valueRamp() {
-  const stops = [[0, "#1d2b53"], [0.3, "#2f6690"], [0.55, "#4aa79a"], [0.8, "#b6cf6a"], [1, "#fde98a"]];
-  return ramp(isDark() ? stops : stops.map(([x], i) => [x, stops[stops.length - 1 - i][1]]));
+  return isDark()
+    ? ramp([[0, "#20262e"], [0.3, "#2f5f86"], [0.55, "#3f9f98"], [0.8, "#a9cf76"], [1, "#fdeb96"]])
+    : ramp([[0, "#f2f0e6"], [0.25, "#b9d8c2"], [0.5, "#5fb0a6"], [0.75, "#2f6f95"], [1, "#1d2b53"]]);
 }
 
 /** A load on the ramp: 1/4 of the fair share and less is 0, the fair share 0.5, 4 times and more 1. */
@@ -148,6 +149,7 @@ function colorBar(colors, labels, zeroText) {
   const marks = el("div", { class: "barlabels" }, ...labels.map(([position, text]) => {
     const mark = el("span", { text });
     mark.style.left = `${100 * position}%`;
+    mark.style.transform = `translateX(-${100 * position}%)`;
     return mark;
   }));
   const zero = zeroText ? [el("i", { class: "swatch" }), el("span", { text: zeroText })] : [];

@@ -85,7 +85,7 @@ class LineChart {
     this.plot = new uPlot({
       width: Math.max(120, this.box.clientWidth), height: this.height(), padding: [10, 10, 0, 0], legend: { show: false },
       cursor: { sync: { key: "curves", setSeries: false, scales: ["x", null] }, drag: { x: true, y: false, dist: 6 }, points: { size: 7 } },
-      scales: { x: { time: false, range: (u, low, high) => (this.zoom ? this.zoom : low === high ? [low - 1, high + 1] : [low, high]) }, y: { distr: this.log ? 3 : 1 } },
+      scales: { x: { time: false, range: (u, low, high) => (this.zoom ? this.zoom : low === high ? [low - 1, high + 1] : [low, high]) }, y: this.log ? { distr: 3 } : { range: (u, low, high) => (low === null ? [0, 1] : low === high ? (low === 0 ? [0, 1] : [low - Math.abs(low) / 10, high + Math.abs(high) / 10]) : uPlot.rangeNum(low, high, 0.08, true)) } },
       axes: [
         { ...axis, space: 64, values: (u, ticks) => ticks.map(brief), size: 30 },
         { ...axis, size: 56, values: (u, ticks) => ticks.map((tick) => (tick === null ? "" : this.chart.unit.startsWith("fraction") ? show(tick, this.chart.unit) : brief(tick))) },
@@ -116,9 +116,6 @@ class LineChart {
 
   drawLegend() {
     const buttons = this.lines.map((line, i) => {
-      const key = el("i", { class: "key" });
-      key.style.borderTopColor = line.color;
-      if (line.dash.length) key.style.borderTopStyle = line.dash[0] < 4 ? "dotted" : "dashed";
       return toggle(line.label, !this.hidden.has(line.key), (on) => {
         if (on) this.hidden.delete(line.key);
         else this.hidden.add(line.key);
@@ -134,7 +131,7 @@ class LineChart {
     const notes = [];
     if (this.chart.skipped && app.data.runs.some((run) => run.skipped.length)) notes.push(el("span", { class: "note bad", text: "▼ skipped steps" }));
     if (app.data.runs.some((run) => run.starts.length > 1)) notes.push(el("span", { class: "note", text: "┊ resumed" }));
-    this.legend.replaceChildren(...buttons, ...notes);
+    this.legend.replaceChildren(...(buttons.length > 1 ? buttons : []), ...notes);
   }
 
   /** Resumes as vertical lines, and skipped steps as triangles at the top. */

@@ -68,19 +68,21 @@ function tilesPanel() {
       const value = summarized(found[r].values, tile.kind);
       const dot = el("i", { class: "dot" });
       dot.style.background = paletteColor(r);
-      const number = value === null ? "–" : show(value + (tile.plus || 0), tile.unit, 4);
+      const number = value === null ? "–" : show(value + (tile.plus || 0), tile.unit, tile.label.includes("oss") ? 4 : 3);
       return el("div", { class: "value" }, app.data.runs.length > 1 ? dot : null, el("b", { text: number }), el("span", { text: unit }));
     });
     tiles.push(el("div", { class: "tile", title: KINDS[tile.kind] }, el("span", { class: "label", text: tile.label }), ...values, canvas));
     queueMicrotask(() => sparkline(canvas, found));
   }
   const clocks = app.data.runs.map((run) => [run, last(run.clock.steps), last(run.clock.tokens), last(run.clock.hours)]);
-  tiles.push(el("div", { class: "tile" }, el("span", { class: "label", text: "Trained" }), ...clocks.map(([run, step, tokens, hours], r) => {
+  tiles.push(el("div", { class: tiles.length % 2 ? "tile" : "tile double" }, el("span", { class: "label", text: "Trained" }), ...clocks.map(([run, step, tokens, hours], r) => {
     const dot = el("i", { class: "dot" });
     dot.style.background = paletteColor(r);
     return el("div", { class: "value" }, app.data.runs.length > 1 ? dot : null, el("b", { text: step === undefined ? "–" : brief(step) }), el("span", { text: `steps${tokens ? `, ${brief(tokens)} tokens` : ""}${hours ? `, ${duration(3600 * hours)}` : ""}` }));
   })));
-  return el("div", { class: "tiles" }, ...tiles);
+  const panel = el("div", { class: "tiles" }, ...tiles);
+  panel.style.setProperty("--columns", tiles.length > 7 ? Math.ceil(tiles.length / 2) : tiles.length);
+  return panel;
 }
 
 function sparkline(canvas, curves) {
