@@ -21,8 +21,10 @@ LOPSIDED, NEARLY_COLLAPSED = 0.4, 0.7
 C4 has 0.21 to 0.29."""
 WITHOUT_TOP_K = (3.0, 6.0)
 """Loads of the busiest expert with the same meaning where the number of experts per token is unknown."""
-MANY_DEAD, MANY_SKIPPED = 0.05, 0.01
-"""Fractions of all experts, and of all steps, from which the level is bad."""
+MANY_DEAD = 0.05
+"""Fraction of all experts from which the level is bad."""
+SOME_SKIPPED, MANY_SKIPPED = 0.001, 0.01
+"""Fractions of all steps above which the level is to watch, and bad."""
 CHANGE = 0.15
 """Relative change from the middle fifth of the run to its last fifth that counts as a trend."""
 SILENT_S, SILENT_INTERVALS = 120.0, 20.0
@@ -48,13 +50,11 @@ class Check:
     """What is the case, with its numbers."""
     definition: str
     """What is measured, and where the level changes."""
+    of_router: bool = False
+    """Whether it is about the router, or about the training as a whole."""
 
 
-HEADLINES = {
-    Level.good: "The router is healthy",
-    Level.watch: "The router needs watching",
-    Level.bad: "The router is in trouble",
-}
+STATES = {Level.good: "is healthy", Level.watch: "needs watching", Level.bad: "is in trouble"}
 
 
 def assess(
@@ -72,19 +72,29 @@ def assess(
         _busiest_expert, _dead_experts, _entropy, _trend, _skipped, _not_finite, partial(_learning, unigram),
     ]  # fmt: skip
     checks = [check for make in makers if (check := make(data, config)) is not None]
-    of_router = "router/entropy" in data.scalars and _experts(data) != 1
-    levels = [check.level for check in checks]
-    worst = Level.bad if Level.bad in levels else Level.watch if Level.watch in levels else Level.good
-    if of_router:
-        headline = HEADLINES[worst]
-    else:
-        headline = "There is no router to judge: the model is dense" if _experts(data) == 1 else "No router yet"
     return {
-        "level": worst.value,
-        "headline": headline,
+        "level": _worst(checks).value,
+        "headline": _headline(checks, _experts(data)),
         "checks": [vars(check) | {"level": check.level.value} for check in checks],
         "state": run_state(data, status),
     }
+
+
+def _worst(checks: list[Check]) -> Level:
+    levels = [check.level for check in checks]
+    return Level.bad if Level.bad in levels else Level.watch if Level.watch in levels else Level.good
+
+
+def _headline(checks: list[Check], experts: int) -> str:
+    router = [check for check in checks if check.of_router]
+    training = _worst([check for check in checks if not check.of_router])
+    if not router:
+        whose = "The model is dense, without a router" if experts == 1 else "No router is logged"
+        return f"{whose}; the training {STATES[training]}"
+    headline = f"The router {STATES[_worst(router)]}"
+    if training is Level.good:
+        return headline
+    return f"{headline}, {'but' if _worst(router) is Level.good else 'and'} the training {STATES[training]}"
 
 
 def run_state(data: RunData, status: dict[str, Any]) -> dict[str, str]:
@@ -103,7 +113,8 @@ def run_state(data: RunData, status: dict[str, Any]) -> dict[str, str]:
         return {"level": "good", "text": state or "no status.json"}
     silent, usual = time.time() - times[-1], float(np.median(np.diff(times)))
     if silent > SILENT_S and silent > SILENT_INTERVALS * usual:
-        ago = f"{silent / 3600:,.1f} hours" if silent > 5400 else f"{silent / 60:.0f} minutes"
+        hours = silent / 3600
+        ago = f"{hours / 24:,.0f} days" if hours > 48 else f"{hours:.1f} hours" if hours > 1 else f"{60 * hours:.0f} minutes"
         said = "it is said to be running, but" if state == "running" else "there is no status.json, and"
         return {"level": "bad", "text": f"probably crashed: {said} the last record is {ago} old"}
     return {"level": "good", "text": state or "no status.json; the last record is recent"}
@@ -143,7 +154,7 @@ def _busiest_expert(data: RunData, config: dict[str, Any]) -> Check | None:
         level = _level(load, *WITHOUT_TOP_K)
         definition += f"Good: up to {WITHOUT_TOP_K[0]:g}. Bad: from {WITHOUT_TOP_K[1]:g}."
         most = ""
-    return Check("Busiest expert", level, f"{load:.2f}x its fair share{most}{_where(data)}", definition)
+    return Check("Busiest expert", level, f"{load:.2f}x its fair share{most}{_where(data)}", definition, True)
 
 
 def _where(data: RunData) -> str:
@@ -171,7 +182,7 @@ def _dead_experts(data: RunData, config: dict[str, Any]) -> Check | None:
         f"An expert is dead if no token was sent to it for {after or 'logging.dead_expert_steps'} steps: its "
         f"parameters are wasted. Good: none. Bad: {MANY_DEAD:.0%} of all experts or more."
     )
-    return Check("Dead experts", level, text, definition)
+    return Check("Dead experts", level, text, definition, True)
 
 
 def _entropy(data: RunData, config: dict[str, Any]) -> Check | None:
@@ -197,7 +208,7 @@ def _entropy(data: RunData, config: dict[str, Any]) -> Check | None:
         "certainty: always one expert. exp(entropy) is the number of experts among which the layer effectively "
         f"chooses. Good: at least {wanted:g}, the number of experts per token, in every layer. Bad: less than half."
     )
-    return Check("Entropy", level, text, definition)
+    return Check("Entropy", level, text, definition, True)
 
 
 def _trend(data: RunData, config: dict[str, Any]) -> Check | None:
@@ -216,7 +227,7 @@ def _trend(data: RunData, config: dict[str, Any]) -> Check | None:
         "Medians of the busiest expert's load in the middle fifth of the records and in the last fifth. Watch: "
         f"more than {CHANGE:.0%} higher."
     )
-    return Check("Trend", Level.watch if change >= CHANGE else Level.good, text, definition)
+    return Check("Trend", Level.watch if change >= CHANGE else Level.good, text, definition, True)
 
 
 def _skipped(data: RunData, config: dict[str, Any]) -> Check | None:
@@ -225,11 +236,11 @@ def _skipped(data: RunData, config: dict[str, Any]) -> Check | None:
         return None
     steps = max(1, data.clock.steps[-1])
     skipped = int(np.nan_to_num(series.values[-1])) if series is not None else 0
-    level = _level(skipped / steps, 0.0, MANY_SKIPPED)
+    level = _level(skipped / steps, SOME_SKIPPED, MANY_SKIPPED)
     text = f"{skipped:,} of {steps:,} ({skipped / steps:.2%})" if skipped else f"none of {steps:,}"
     definition = (
         "Steps whose update was left out, because a gradient was not finite or the loss was a spike "
-        f"(trainer.spike_sigmas). Good: none. Bad: more than {MANY_SKIPPED:.0%}."
+        f"(trainer.spike_sigmas). Good: up to {SOME_SKIPPED:.1%}. Bad: more than {MANY_SKIPPED:.0%}."
     )
     return Check("Skipped steps", level, text, definition)
 

@@ -169,6 +169,8 @@ def _matrices(data: RunData, buckets: int) -> dict[str, Any]:
         values_NL = np.asarray([layers[number].values for number in numbers], np.float64).T
         if np.isfinite(values_NL).any() and not (data.loads.values and data.loads.values[0].shape[1] == 1):
             matrices[name] = matrix_over_steps(steps, values_NL, buckets) | {"labels": numbers}
+            if matrices[name]["low"] == matrices[name]["high"]:
+                del matrices[name]  # the sum over the layers, such as no dead expert, says it all
     for name, series in data.lists.items():
         if series.values:
             values_NR = np.stack(series.values)

@@ -46,7 +46,7 @@ class HeatMap {
 
   layout() {
     const { rows } = this.matrix, width = this.root.clientWidth;
-    const left = 34, bottom = 34, top = 4, right = 4;
+    const left = 38, bottom = 34, top = 4, right = 4;
     const cell = Math.max(4, Math.min(26, Math.floor((innerWidth < 600 ? 260 : 300) / rows)));
     return { left, top, width: width - left - right, height: rows * cell, cell, full: width, total: rows * cell + top + bottom };
   }
@@ -99,7 +99,7 @@ class HeatMap {
     context.textAlign = "center";
     context.fillText(this.matrix.columnTitle, box.left + box.width / 2, box.top + box.height + 20);
     context.save();
-    context.translate(8, box.top + box.height / 2);
+    context.translate(7, box.top + box.height / 2);
     context.rotate(-Math.PI / 2);
     context.textBaseline = "middle";
     if (box.height > 40) context.fillText(this.matrix.rowTitle, 0, 0);
