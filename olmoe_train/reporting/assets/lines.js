@@ -65,7 +65,7 @@ class LineChart {
 
   build() {
     this.lines = this.series();
-    const lines = this.lines;
+    const lines = this.lines, zoom = this.zoom; // uPlot shows everything at first
     if (this.plot) this.plot.destroy();
     const tables = lines.map((line) => {
       // Increasing positions only: records of a validation share the step of a training record.
@@ -85,7 +85,7 @@ class LineChart {
     this.plot = new uPlot({
       width: Math.max(120, this.box.clientWidth), height: this.height(), padding: [10, 10, 0, 0], legend: { show: false },
       cursor: { sync: { key: "curves", setSeries: false, scales: ["x", null] }, drag: { x: true, y: false, dist: 6 }, points: { size: 7 } },
-      scales: { x: { time: false, range: (u, low, high) => (this.zoom ? this.zoom : low === high ? [low - 1, high + 1] : [low, high]) }, y: this.log ? { distr: 3 } : { range: (u, low, high) => (low === null ? [0, 1] : low === high ? (low === 0 ? [0, 1] : [low - Math.abs(low) / 10, high + Math.abs(high) / 10]) : uPlot.rangeNum(low, high, 0.08, true)) } },
+      scales: { x: { time: false, range: (u, low, high) => (low === high ? [low - 1, high + 1] : [low, high]) }, y: this.log ? { distr: 3 } : { range: (u, low, high) => (low === null ? [0, 1] : low === high ? (low === 0 ? [0, 1] : [low - Math.abs(low) / 10, high + Math.abs(high) / 10]) : uPlot.rangeNum(low, high, 0.08, true)) } },
       axes: [
         { ...axis, space: 64, values: (u, ticks) => ticks.map(brief), size: 30 },
         { ...axis, size: 56, values: (u, ticks) => ticks.map((tick) => (tick === null ? "" : this.chart.unit.startsWith("fraction") ? show(tick, this.chart.unit) : brief(tick))) },
@@ -100,7 +100,7 @@ class LineChart {
         drawAxes: [(u) => this.marks(u)],
       },
     }, joined, this.box);
-    this.plot.over.addEventListener("dblclick", () => { this.zoom = null; });
+    if (zoom) this.zoomTo(zoom);
     this.drawLegend();
   }
 
@@ -196,7 +196,6 @@ class LineChart {
   }
 
   zoomTo(range) {
-    this.zoom = range;
     const xs = this.plot.data[0];
     this.plot.setScale("x", range ? { min: range[0], max: range[1] } : { min: xs[0], max: last(xs) });
   }

@@ -112,7 +112,7 @@ function header() {
   const has = (axis) => runs.every((run) => run.clock[axis].length && run.clock[axis].every((value) => value !== null));
   const axis = choice("Horizontal axis of all curves", [["steps", "steps"], ["tokens", "tokens", !has("tokens")], ["hours", "time", !has("hours")]], app.axis, (value) => {
     app.axis = value;
-    for (const part of app.parts.values()) if (part instanceof LineChart) part.zoom = null;
+    for (const part of app.parts.values()) if (part instanceof LineChart) part.zoom = null; // it was on the other axis
     redrawAll();
   });
   const theme = el("button", { type: "button", class: "toggle", id: "theme", title: "Light or dark", text: "◐ Theme", onclick: () => {
