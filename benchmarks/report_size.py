@@ -1,9 +1,11 @@
 """How large is a report, and how long does it take to write and to open? For a long run with many experts.
 
-Writes a metrics.jsonl of --steps records with --layers x --experts loads and the metrics of a mixture of three
-sources, with one spike and one burst of an expert at known steps; then makes the report as `olmoe report` does.
+Writes a metrics.jsonl of --steps records with --layers x --experts loads and the metrics of a mixture of
+three sources, with one spike and one burst of an expert at known steps; then makes the report as `olmoe
+report` does.
 
-    python benchmarks/report_size.py [--steps 10000] [--layers 16] [--experts 64] [--runs 1] [--keep report.html]
+    python benchmarks/report_size.py [--steps 10000] [--layers 16] [--experts 64] [--runs 1] [--keep
+    report.html]
 """
 
 import argparse
@@ -38,15 +40,28 @@ def records(steps: int, layers: int, experts: int, seed: int) -> Iterator[dict[s
         entropy_L = math.log(experts) * (0.9 - 0.2 * done) + 0.02 * random.normal(size=layers)
         ce = 2.3 + 8.4 * math.exp(-9 * done) + 0.06 * random.normal() + (3.0 if step == steps // 2 else 0.0)
         values: dict[str, Any] = {"step": step, "tokens": 4_194_304 * step}
-        values |= {"train/loss": ce + 0.012, "train/ce_loss": ce, "train/load_balancing_loss": 1.02 + 0.3 * spread}
+        values |= {
+            "train/loss": ce + 0.012,
+            "train/ce_loss": ce,
+            "train/load_balancing_loss": 1.02 + 0.3 * spread,
+        }
         values |= {"train/router_z_loss": 4 + random.normal() / 9, "train/lr": 4e-4 * math.cos(1.4 * done)}
-        values |= {"train/grad_norm": 0.3 + 0.05 * random.normal() ** 2, "train/skipped_steps": int(2 * step > steps)}
-        values |= {"perf/tokens_per_second": 3e6 + 4e4 * random.normal(), "perf/mfu": 0.38 + 0.004 * random.normal()}
+        values |= {
+            "train/grad_norm": 0.3 + 0.05 * random.normal() ** 2,
+            "train/skipped_steps": int(2 * step > steps),
+        }
+        values |= {
+            "perf/tokens_per_second": 3e6 + 4e4 * random.normal(),
+            "perf/mfu": 0.38 + 0.004 * random.normal(),
+        }
         values |= {"perf/peak_memory_gib": 61.2, "router/max_violation": float(violation_L.max())}
         values |= {"router/entropy": float(entropy_L.mean()), "router/dead_experts": 0}
         for layer in range(layers):
             name = f"router/layer_{layer:02d}"
-            values |= {f"{name}/max_violation": float(violation_L[layer]), f"{name}/entropy": float(entropy_L[layer])}
+            values |= {
+                f"{name}/max_violation": float(violation_L[layer]),
+                f"{name}/entropy": float(entropy_L[layer]),
+            }
             values |= {f"{name}/dead_experts": 0, f"{name}/load": loads_LE[layer].tolist()}
         for source, share in (("web", 0.7), ("code", 0.2), ("papers", 0.1)):
             values |= {f"data/{source}/requested_share": share, f"data/{source}/loss": ce + share}
@@ -62,7 +77,9 @@ def write_run(directory: Path, steps: int, layers: int, experts: int, seed: int 
     with (directory / "metrics.jsonl").open("w") as file:
         for record in records(steps, layers, experts, seed):
             file.write(json.dumps(record) + "\n")
-    config = f"model: {{num_experts: {experts}, num_experts_per_tok: {min(TOP_K, experts // 2)}}}\nseed: {seed}\n"
+    config = (
+        f"model: {{num_experts: {experts}, num_experts_per_tok: {min(TOP_K, experts // 2)}}}\nseed: {seed}\n"
+    )
     (directory / "config.yaml").write_text(config)
     return directory
 

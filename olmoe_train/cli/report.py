@@ -1,5 +1,6 @@
-"""Write one HTML file about one or more runs: losses, router, experts, speed, data, configuration. It needs no
-network, and metrics.jsonl is enough, so that a crashed run has a report, too. serve=true follows a running training.
+"""Write one HTML file about one or more runs: losses, router, experts, speed, data, configuration. It needs
+no network, and metrics.jsonl is enough, so that a crashed run has a report, too. serve=true follows a running
+training.
 """
 
 import logging
@@ -28,7 +29,9 @@ def main(cfg: ReportConfig) -> None:
     for reader in readers:
         reader.update()
         if not reader.data.clock.steps:
-            raise UserError(f"{reader.metrics}: no records yet; the first comes after trainer.log_every steps")
+            raise UserError(
+                f"{reader.metrics}: no records yet; the first comes after trainer.log_every steps"
+            )
     if cfg.serve:
         if cfg.out is not None:
             log.warning("warning: out=%s has no effect: serve=true writes no file", cfg.out)

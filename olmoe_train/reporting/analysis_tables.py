@@ -1,7 +1,9 @@
-"""The results of `olmoe analyze` in a report: every matrix and table of RUN/analysis/analysis.json by its name.
+"""The results of `olmoe analyze` in a report: every matrix and table of RUN/analysis/analysis.json by its
+name.
 
-The walk knows no analysis: a list of equally long lists of numbers is a matrix, a list of objects or an object of
-plain values is a table, and other objects are walked through. Analyses that come later appear by themselves.
+The walk knows no analysis: a list of equally long lists of numbers is a matrix, a list of objects or an
+object of plain values is a table, and other objects are walked through. Analyses that come later appear by
+themselves.
 """
 
 from pathlib import Path
@@ -21,8 +23,8 @@ def analysis_parts(run_dir: Path) -> list[dict[str, Any]]:
     """The matrices and tables of a run's analyses; empty if there are none.
 
     Returns:
-        {"name", "kind": "matrix", "rows", "columns", "low", "high", "levels"} with base64 of [rows, columns], or
-        {"name", "kind": "table", "columns": [...], "cells": [[...], ...]} with values for people.
+        {"name", "kind": "matrix", "rows", "columns", "low", "high", "levels"} with base64 of [rows, columns],
+        or {"name", "kind": "table", "columns": [...], "cells": [[...], ...]} with values for people.
     """
     parts: list[dict[str, Any]] = []
     _walk("", read_object(run_dir / ANALYSIS), parts)

@@ -109,7 +109,9 @@ def _loss(scalars: set[str]) -> Chart:
         "loss",
         Group.loss.value,
         "Loss" if not lines or lines[0].metric != "train/ce_loss" else "Cross-entropy",
-        "nats per target token" if lines and lines[0].metric == "train/ce_loss" else "as the objective's loss",
+        "nats per target token"
+        if lines and lines[0].metric == "train/ce_loss"
+        else "as the objective's loss",
         "Training loss over the whole global batch, and validation loss. Lower is better.",
         "lower",
         lines=lines,
@@ -119,7 +121,9 @@ def _loss(scalars: set[str]) -> Chart:
 
 def _perplexity(scalars: set[str]) -> Chart:
     lines = [Line(PERPLEXITY, "training")] if PERPLEXITY in scalars else []
-    lines += [Line(name, name.split("/")[1], True) for name in sorted(scalars) if _is_eval(name, "perplexity")]
+    lines += [
+        Line(name, name.split("/")[1], True) for name in sorted(scalars) if _is_eval(name, "perplexity")
+    ]
     meaning = "exp(cross-entropy): among how many equally likely tokens the model hesitates. Lower is better."
     return Chart(
         "perplexity", Group.loss.value, "Perplexity", "tokens", meaning, "lower",

@@ -1,7 +1,7 @@
 """Fewer points and fewer bytes, with every extreme kept.
 
-A curve keeps the least and the greatest value of each bucket of records. A matrix over steps, such as experts x
-steps, keeps the least and the greatest value of each row and bucket, one byte each.
+A curve keeps the least and the greatest value of each bucket of records. A matrix over steps, such as experts
+x steps, keeps the least and the greatest value of each row and bucket, one byte each.
 
 Shapes: N records, B buckets, L layers, E experts, R rows.
 """
@@ -26,8 +26,8 @@ def bucket_starts(records: int, buckets: int) -> Array:
 def keep_extremes(series: Series, points: int) -> tuple[list[int], list[float | None]]:
     """The curve of a metric with about `points` points, as (steps, values). NaN becomes None.
 
-    Each bucket keeps its least and its greatest value, and one NaN if it has any; the first and the last record
-    are kept.
+    Each bucket keeps its least and its greatest value, and one NaN if it has any; the first and the last
+    record are kept.
     """
     values = np.asarray(series.values, np.float64)
     steps = np.asarray(series.steps)
@@ -89,7 +89,11 @@ def matrix_over_steps(steps: list[int], values_NR: Array, buckets: int) -> dict[
     low, high = (float(finite.min()), float(finite.max())) if finite.size else (0.0, 1.0)
     most = np.fmax.reduceat(values_NR, starts, axis=0).T
     least = np.fmin.reduceat(values_NR, starts, axis=0).T
-    matrix = bucketed(steps, starts) | {"low": rounded(low), "high": rounded(high), "rows": len(most)}
+    matrix: dict[str, Any] = bucketed(steps, starts) | {
+        "low": rounded(low),
+        "high": rounded(high),
+        "rows": len(most),
+    }
     matrix["most"] = encode(linear_levels(most, low, high))
     if len(starts) < len(steps):
         matrix["least"] = encode(linear_levels(least, low, high))
@@ -99,9 +103,9 @@ def matrix_over_steps(steps: list[int], values_NR: Array, buckets: int) -> dict[
 def expert_loads(loads: Series, layers: list[int], most_buckets: int, most_bytes: int) -> dict[str, Any]:
     """The experts' loads as multiples of the fair share, in bytes.
 
-    A frame is a whole layers x experts matrix of one step: of each bucket the step whose busiest expert has the
-    greatest load, and the first and the last step. `most` and `least` are the extremes of each expert in each
-    bucket, of all its steps.
+    A frame is a whole layers x experts matrix of one step: of each bucket the step whose busiest expert has
+    the greatest load, and the first and the last step. `most` and `least` are the extremes of each expert in
+    each bucket, of all its steps.
 
     Args:
         loads: Shares, float32 [L, E] each.

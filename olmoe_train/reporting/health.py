@@ -17,8 +17,8 @@ import numpy as np
 from olmoe_train.reporting.run_data import RunData, Series
 
 LOPSIDED, NEARLY_COLLAPSED = 0.4, 0.7
-"""Positions of the busiest expert between the fair share, 0, and all tokens of the layer, 1. OLMoE-1B-7B-0924 on
-C4 has 0.21 to 0.29."""
+"""Positions of the busiest expert between the fair share, 0, and all tokens of the layer, 1. OLMoE-1B-7B-0924
+on C4 has 0.21 to 0.29."""
 WITHOUT_TOP_K = (3.0, 6.0)
 """Loads of the busiest expert with the same meaning where the number of experts per token is unknown."""
 MANY_DEAD = 0.05
@@ -28,8 +28,8 @@ SOME_SKIPPED, MANY_SKIPPED = 0.001, 0.01
 CHANGE = 0.15
 """Relative change from the middle fifth of the run to its last fifth that counts as a trend."""
 SILENT_S, SILENT_INTERVALS = 120.0, 20.0
-"""A run that is said to be running and wrote nothing for so many seconds, and so many times its usual interval
-between records, has probably crashed."""
+"""A run that is said to be running and wrote nothing for so many seconds, and so many times its usual
+interval between records, has probably crashed."""
 
 
 class Level(Enum):
@@ -113,14 +113,18 @@ def run_state(data: RunData, status: dict[str, Any]) -> dict[str, str]:
         return {"level": "good", "text": state or "no status.json"}
     silent, usual = time.time() - times[-1], float(np.median(np.diff(times)))
     if silent > SILENT_S and silent > SILENT_INTERVALS * usual:
-        hours = silent / 3600
-        ago = f"{hours / 24:,.0f} days" if hours > 48 else f"{hours:.1f} hours" if hours > 1 else f"{60 * hours:.0f} minutes"
+        size, unit = next(
+            (s, u) for s, u in ((86400, "days"), (3600, "hours"), (60, "minutes")) if silent > 1.5 * s
+        )
         said = "it is said to be running, but" if state == "running" else "there is no status.json, and"
-        return {"level": "bad", "text": f"probably crashed: {said} the last record is {ago} old"}
+        return {
+            "level": "bad",
+            "text": f"probably crashed: {said} the last record is {silent / size:,.0f} {unit} old",
+        }
     return {"level": "good", "text": state or "no status.json; the last record is recent"}
 
 
-def _recent(series: Series, parts: int = 10) -> float:
+def recent(series: Series, parts: int = 10) -> float:
     """Median over the last tenth of the values; NaN if all of them are NaN."""
     tail = np.asarray(series.values[-max(1, len(series.values) // parts) :], np.float64)
     return float(np.nanmedian(tail)) if np.isfinite(tail).any() else math.nan
@@ -133,12 +137,13 @@ def _experts(data: RunData) -> int:
 
 def _busiest_expert(data: RunData, config: dict[str, Any]) -> Check | None:
     series, experts = data.scalars.get("router/max_violation"), _experts(data)
-    if series is None or experts == 1 or math.isnan(load := 1 + _recent(series)):
+    if series is None or experts == 1 or math.isnan(load := 1 + recent(series)):
         return None
     top_k = config.get("model.num_experts_per_tok")
     definition = (
-        "The load of an expert is its number of tokens, as a multiple of the fair share that every expert of the "
-        "layer would have at perfect balance. This is the busiest expert of any layer (router/max_violation + 1). "
+        "The load of an expert is its number of tokens, as a multiple of the fair share that every expert of "
+        "the layer would have at perfect balance. This is the busiest expert of any layer "
+        "(router/max_violation + 1). "
     )
     if isinstance(top_k, int) and experts > top_k:
         limit = experts / top_k
@@ -146,8 +151,8 @@ def _busiest_expert(data: RunData, config: dict[str, Any]) -> Check | None:
         level = _level(position, LOPSIDED, NEARLY_COLLAPSED)
         shown = [f"{1 + part * (limit - 1):.2g}" for part in (LOPSIDED, NEARLY_COLLAPSED)]
         definition += (
-            f"With {top_k} of {experts} experts per token, no expert can have more than {limit:g} times its share. "
-            f"Good: up to {shown[0]}. Bad: from {shown[1]}, close to collapse."
+            f"With {top_k} of {experts} experts per token, no expert can have more than {limit:g} times its "
+            f"share. Good: up to {shown[0]}. Bad: from {shown[1]}, close to collapse."
         )
         most = f", where {limit:g}x is the most possible"
     else:
@@ -189,11 +194,11 @@ def _entropy(data: RunData, config: dict[str, Any]) -> Check | None:
     experts = _experts(data)
     if experts < 2 or "router/entropy" not in data.scalars:
         return None
-    recent = {n: _recent(data.scalars[key]) for n in data.layers
+    entropy_of = {n: recent(data.scalars[key]) for n in data.layers
               if (key := f"router/layer_{n:02d}/entropy") in data.scalars}  # fmt: skip
-    mean, uniform = _recent(data.scalars["router/entropy"]), math.log(experts)
-    least_layer = min(recent, key=lambda n: recent[n], default=None)
-    least = recent[least_layer] if least_layer is not None else mean
+    mean, uniform = recent(data.scalars["router/entropy"]), math.log(experts)
+    least_layer = min(entropy_of, key=lambda n: entropy_of[n], default=None)
+    least = entropy_of[least_layer] if least_layer is not None else mean
     if math.isnan(mean) or math.isnan(least):
         return None
     top_k = config.get("model.num_experts_per_tok")
@@ -201,12 +206,15 @@ def _entropy(data: RunData, config: dict[str, Any]) -> Check | None:
     effective = math.exp(least)
     level = Level.good if effective >= wanted else Level.watch if effective >= wanted / 2 else Level.bad
     text = f"{mean:.2f} of at most {uniform:.2f} nats ({mean / uniform:.0%} of uniform)"
-    if least_layer is not None and len(recent) > 1:
-        text += f"; layer {least_layer} has the least, {least:.2f}: as if it chose among {effective:.1f} experts"
+    if least_layer is not None and len(entropy_of) > 1:
+        text += (
+            f"; layer {least_layer} has the least, {least:.2f}: as if it chose among {effective:.1f} experts"
+        )
     definition = (
-        "Entropy of the router's probabilities for one token. ln(E) is uniform: the router does not choose. 0 is "
-        "certainty: always one expert. exp(entropy) is the number of experts among which the layer effectively "
-        f"chooses. Good: at least {wanted:g}, the number of experts per token, in every layer. Bad: less than half."
+        "Entropy of the router's probabilities for one token. ln(E) is uniform: the router does not choose. "
+        "0 is certainty: always one expert. exp(entropy) is the number of experts among which the layer "
+        f"effectively chooses. Good: at least {wanted:g}, the number of experts per token, in every layer. "
+        "Bad: less than half."
     )
     return Check("Entropy", level, text, definition, True)
 
@@ -221,11 +229,13 @@ def _trend(data: RunData, config: dict[str, Any]) -> Check | None:
     if math.isnan(before) or math.isnan(now):
         return None
     change = now / before - 1
-    word = "steady" if abs(change) < CHANGE else "balance is getting worse" if change > 0 else "balance improves"
+    word = (
+        "steady" if abs(change) < CHANGE else "balance is getting worse" if change > 0 else "balance improves"
+    )
     text = f"{word}: the busiest expert went from {before:.2f}x to {now:.2f}x"
     definition = (
-        "Medians of the busiest expert's load in the middle fifth of the records and in the last fifth. Watch: "
-        f"more than {CHANGE:.0%} higher."
+        "Medians of the busiest expert's load in the middle fifth of the records and in the last fifth. "
+        f"Watch: more than {CHANGE:.0%} higher."
     )
     return Check("Trend", Level.watch if change >= CHANGE else Level.good, text, definition, True)
 
@@ -273,7 +283,7 @@ def _learning(unigram: float | None, data: RunData, config: dict[str, Any]) -> C
     tenth = max(1, len(values) // 10)
     best = min((float(np.nanmedian(values[i : i + tenth])) for i in range(0, len(values) - tenth + 1, tenth)
                 if np.isfinite(values[i : i + tenth]).any()), default=math.nan)  # fmt: skip
-    now = _recent(series)
+    now = recent(series)
     if math.isnan(now) or math.isnan(best):
         return None
     diverging = now > best + max(0.5, 0.1 * abs(best))
@@ -281,8 +291,8 @@ def _learning(unigram: float | None, data: RunData, config: dict[str, Any]) -> C
     if unigram is not None and name == "train/ce_loss":
         text += f" nats per token; guessing by token frequency alone gives {unigram:.2f}"
     definition = (
-        "Median of the training loss over the last tenth of the records, against its least median over a tenth. "
-        "Bad: it is 10%, and at least 0.5, above it."
+        "Median of the training loss over the last tenth of the records, against its least median over a "
+        "tenth. Bad: it is 10%, and at least 0.5, above it."
     )
     return Check("Training loss", Level.bad if diverging else Level.good, text, definition)
 

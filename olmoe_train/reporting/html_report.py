@@ -22,20 +22,28 @@ from olmoe_train import __version__
 from olmoe_train.reporting.analysis_tables import analysis_parts
 from olmoe_train.reporting.charts import LAYER, PERPLEXITY, SECTIONS, charts_of
 from olmoe_train.reporting.downsample import expert_loads, keep_extremes, matrix_over_steps, rounded
-from olmoe_train.reporting.health import assess
+from olmoe_train.reporting.health import assess, recent
 from olmoe_train.reporting.run_data import RunData, RunReader, Series, flatten, unigram_entropy
 from olmoe_train.utils.redaction import redact
 
 ASSETS = Path(__file__).parent / "assets"
-SCRIPTS = ("uplot/uPlot.iife.min.js", "core.js", "lines.js", "heatmap.js", "experts.js", "panels.js", "report.js")
+SCRIPTS = (
+    "uplot/uPlot.iife.min.js",
+    "core.js",
+    "lines.js",
+    "heatmap.js",
+    "experts.js",
+    "panels.js",
+    "report.js",
+)
 STYLES = ("uplot/uPlot.min.css", "report.css")
 
 POINTS, BUCKETS, LOAD_BYTES = 1000, 200, 620_000
-"""Of one run: points per curve, columns of a matrix over steps, bytes of the experts' loads before base64. Several
-runs share points and bytes."""
+"""Of one run: points per curve, columns of a matrix over steps, bytes of the experts' loads before base64.
+Several runs share points and bytes."""
 LEAST_POINTS = 200
 MOST_SAMPLES, MOST_SAMPLE_CHARACTERS, MOST_MARKS = 12, 2000, 300
-"""Evaluations with generated text, characters of one text, and skipped steps and alerts that a report shows."""
+"""Evaluations with generated text, characters of one text, and skipped steps or alerts in a report."""
 
 
 def render(readers: Sequence[RunReader], live: bool = False) -> str:
@@ -124,6 +132,7 @@ def run_values(reader: RunReader, runs: int) -> dict[str, Any]:
         "points": points,
         "clock": _clock(data, points),
         "curves": curves,
+        "summary": {name: _summary(data.scalars[name]) for name in curves if name in data.scalars},
         "matrices": matrices,
         "loads": loads,
         "skipped": _skipped_steps(data),
@@ -142,7 +151,7 @@ def _plain(value: Any) -> str | int | float | bool | None:
 
 def _curves(data: RunData, points: int) -> dict[str, Any]:
     """Metrics that are numbers: {"steps", "values"} by name. Steps are differences to the step before."""
-    curves = {}
+    curves: dict[str, Any] = {}
     for name, series in data.scalars.items():
         if LAYER.fullmatch(name) or not np.isfinite(series.values).any():
             continue
@@ -152,6 +161,18 @@ def _curves(data: RunData, points: int) -> dict[str, Any]:
         exp = [None if value is None else rounded(math.exp(min(value, 700))) for value in loss["values"]]
         curves[PERPLEXITY] = {"steps": loss["steps"], "values": exp}
     return curves
+
+
+def _summary(series: Series) -> dict[str, float | None]:
+    """Numbers that sum a metric up, from all of its records."""
+    values = np.asarray(series.values, np.float64)
+    finite = values[np.isfinite(values)]
+    return {
+        "last": rounded(float(values[-1])),
+        "least": rounded(float(finite.min())),
+        "median": rounded(float(np.median(finite))),
+        "recent": rounded(recent(series)),
+    }
 
 
 def _matrices(data: RunData, buckets: int) -> dict[str, Any]:
@@ -181,7 +202,8 @@ def _matrices(data: RunData, buckets: int) -> dict[str, Any]:
 
 def _clock(data: RunData, points: int) -> dict[str, Any]:
     """Tokens, and hours since the first record, at some of the steps; the page interpolates between them."""
-    index = np.unique(np.linspace(0, len(data.clock.steps) - 1, points).astype(int)) if data.clock.steps else []
+    records = len(data.clock.steps)
+    index: list[int] = np.unique(np.linspace(0, records - 1, min(points, records)).astype(int)).tolist()
     times = [data.clock.values[i][1] for i in index]
     begin = next((when for when in times if not math.isnan(when)), math.nan)
     return {
@@ -207,8 +229,10 @@ def _samples(data: RunData) -> list[dict[str, Any]]:
     chosen = data.samples if len(data.samples) <= MOST_SAMPLES else [
         data.samples[0], *data.samples[1 - MOST_SAMPLES :]
     ]  # fmt: skip
-    short = [
-        {"step": step, "texts": [{k: v[:MOST_SAMPLE_CHARACTERS] for k, v in text.items()} for text in texts[:8]]}
+    return [
+        {
+            "step": step,
+            "texts": [{k: v[:MOST_SAMPLE_CHARACTERS] for k, v in text.items()} for text in texts[:8]],
+        }
         for step, texts in chosen
     ]
-    return short

@@ -1,4 +1,5 @@
-"""What a run directory says about its run: metrics.jsonl, and config.yaml and status.json where they are there.
+"""What a run directory says about its run: metrics.jsonl, and config.yaml and status.json where they are
+there.
 
 metrics.jsonl is read record by record, and again only from where the last reading ended, so that a report can
 follow a run that is training.
@@ -155,8 +156,8 @@ class RunReader:
     def update(self) -> bool:
         """Read what is new. Returns whether there was anything.
 
-        A run that resumes replaces the file by one without the records after its checkpoint: then all of it is
-        read again. A last line without its end is left for the next call.
+        A run that resumes replaces the file by one without the records after its checkpoint: then all of it
+        is read again. A last line without its end is left for the next call.
         """
         with self.metrics.open("rb") as file:
             about = os.fstat(file.fileno())

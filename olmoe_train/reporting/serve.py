@@ -1,7 +1,8 @@
-"""The live form of a report: a server on 127.0.0.1 that sends the page, and its data again when a run has grown.
+"""The live form of a report: a server on 127.0.0.1 that sends the page, and its data again when a run has
+grown.
 
-The server answers GET only, and only under the names of this machine's loopback address: a page of another site
-whose name resolves to 127.0.0.1 (DNS rebinding) is refused.
+The server answers GET only, and only under the names of this machine's loopback address: a page of another
+site whose name resolves to 127.0.0.1 (DNS rebinding) is refused.
 """
 
 import errno
@@ -58,14 +59,15 @@ def make_server(readers: Sequence[RunReader], port: int) -> ThreadingHTTPServer:
         UserError: The port is in use or not allowed.
     """
     report = LiveReport(readers)
+    names: list[str] = []  # known once the port is
 
     class Handler(BaseHTTPRequestHandler):
         server_version = "olmoe"
         sys_version = ""
         protocol_version = "HTTP/1.1"
 
-        def do_GET(self) -> None:  # noqa: N802 - the name that http.server calls
-            if self.headers.get("Host") not in self._names():
+        def do_GET(self) -> None:
+            if self.headers.get("Host") not in names:
                 self._answer(403, b"wrong host\n", "text/plain")
             elif self.path == "/":
                 self._answer(200, report.page(), "text/html; charset=utf-8")
@@ -77,9 +79,6 @@ def make_server(readers: Sequence[RunReader], port: int) -> ThreadingHTTPServer:
                     self._answer(200, data, "application/json", tag)
             else:
                 self._answer(404, b"not found\n", "text/plain")
-
-        def _names(self) -> list[str]:
-            return [f"{name}:{self.server.server_address[1]}" for name in (ADDRESS, "localhost")]
 
         def _answer(self, code: int, body: bytes, kind: str, tag: str = "") -> None:
             packed = "gzip" in self.headers.get("Accept-Encoding", "") and len(body) > 1000
@@ -105,13 +104,14 @@ def make_server(readers: Sequence[RunReader], port: int) -> ThreadingHTTPServer:
         reason = "is in use" if in_use else f"cannot be opened ({error})"
         raise UserError(f"port={port} {reason}: choose another, or 0 for any free one") from None
     server.daemon_threads = True
+    names += [f"{name}:{server.server_port}" for name in (ADDRESS, "localhost")]
     return server
 
 
 def serve(readers: Sequence[RunReader], port: int) -> None:
     """Serve the live report until Ctrl-C, and print its address."""
     with make_server(readers, port) as server:
-        print(f"the report is on http://{ADDRESS}:{server.server_address[1]}/ until Ctrl-C", flush=True)
+        print(f"the report is on http://{ADDRESS}:{server.server_port}/ until Ctrl-C", flush=True)
         try:
             server.serve_forever()
         except KeyboardInterrupt:

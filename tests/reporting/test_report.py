@@ -1,4 +1,4 @@
-"""The report's data: extremes survive, sizes hold, the verdict is right, and a damaged or growing file is read."""
+"""The report's data: extremes survive, sizes hold, the verdict is right, and a file that grows is read."""
 
 import base64
 import hashlib
@@ -62,7 +62,9 @@ def big_run() -> RunData:
     data = RunData(loads=Series(steps, list(loads)), layers=list(range(LAYERS)))
     names = [m.name for m in METRICS if "NN" not in m.name] + ["router/layer_NN/max_violation"]
     names += ["router/layer_NN/entropy", "router/layer_NN/dead_experts", "router/layer_NN/z"]
-    families = [name.replace("NN", f"{layer:02d}") for name in names for layer in range(LAYERS if "NN" in name else 1)]
+    families = [
+        name.replace("NN", f"{layer:02d}") for name in names for layer in range(LAYERS if "NN" in name else 1)
+    ]
     for name in families:
         if not name.startswith(("step", "tokens", "time", "resumes")):
             data.scalars[name] = Series(steps, random.normal(size=STEPS).tolist())
@@ -79,10 +81,14 @@ def test_a_long_run_of_many_experts_stays_under_two_megabytes(tmp_path: Path) ->
     assert 5e5 < len(page.encode()) < 2e6
     loads = page_data(page)["runs"][0]["loads"]
     assert 3334 in loads["steps"], "the step of the burst is no frame"
-    bucket = next(i for i, (a, b) in enumerate(zip(loads["from"], loads["to"], strict=True)) if a <= 3334 <= b)
+    bucket = next(
+        i for i, (a, b) in enumerate(zip(loads["from"], loads["to"], strict=True)) if a <= 3334 <= b
+    )
     assert decoded(loads, "most")[5, 17, bucket] == pytest.approx(0.125 * EXPERTS, rel=0.02)
     assert decoded(loads, "frames")[loads["steps"].index(3334), 5, 17] == pytest.approx(8.0, rel=0.02)
-    bucket = next(i for i, (a, b) in enumerate(zip(loads["from"], loads["to"], strict=True)) if a <= 6667 <= b)
+    bucket = next(
+        i for i, (a, b) in enumerate(zip(loads["from"], loads["to"], strict=True)) if a <= 6667 <= b
+    )
     assert decoded(loads, "least")[9, 3, bucket] == 0
 
 
@@ -107,8 +113,17 @@ def records_with(changes: dict[str, Any], count: int = 100) -> RunData:
     data = RunData()
     for step in range(1, count + 1):
         record: dict[str, Any] = {"step": step, "tokens": step, "time": time.time() - count + step}
-        record |= {"train/ce_loss": 5.0, "train/grad_norm": 1.0, "router/max_violation": 0.5, "router/entropy": 2.4}
-        record |= {"router/dead_experts": 0, "router/layer_00/entropy": 2.4, "router/layer_00/load": [1 / 16] * 16}
+        record |= {
+            "train/ce_loss": 5.0,
+            "train/grad_norm": 1.0,
+            "router/max_violation": 0.5,
+            "router/entropy": 2.4,
+        }
+        record |= {
+            "router/dead_experts": 0,
+            "router/layer_00/entropy": 2.4,
+            "router/layer_00/load": [1 / 16] * 16,
+        }
         for name, value in changes.items():
             record[name] = value(step / count) if callable(value) else value
         data.add(record)
@@ -136,7 +151,9 @@ def records_with(changes: dict[str, Any], count: int = 100) -> RunData:
 def test_verdict(changes: dict[str, Any], name: str, level: str) -> None:
     verdict = assess(records_with(changes), {"model.num_experts_per_tok": 4}, {"state": "running"})
     assert verdict["level"] == level
-    assert [check["name"] for check in verdict["checks"] if check["level"] != "good"] == ([name] if name else [])
+    assert [check["name"] for check in verdict["checks"] if check["level"] != "good"] == (
+        [name] if name else []
+    )
     router = name in ("Dead experts", "Busiest expert", "Entropy", "Trend")
     assert ("The router is healthy" in verdict["headline"]) == (not router)
     assert verdict["state"]["level"] == "good"
@@ -145,7 +162,10 @@ def test_verdict(changes: dict[str, Any], name: str, level: str) -> None:
 def test_a_crashed_run_is_named() -> None:
     data = records_with({"time": 1.7e9, "train/lr": 1.0})
     assert "probably crashed" in assess(data, {}, {"state": "running"})["state"]["text"]
-    assert assess(data, {}, {"state": "failed", "reason": "rank 1: OOM"})["state"]["text"] == "failed: rank 1: OOM"
+    assert (
+        assess(data, {}, {"state": "failed", "reason": "rank 1: OOM"})["state"]["text"]
+        == "failed: rank 1: OOM"
+    )
     dense = assess(records_with({"router/layer_00/load": [1.0]}), {}, {})
     assert dense["headline"] == "The model is dense, without a router; the training is healthy"
 
@@ -194,7 +214,9 @@ def test_everything_that_a_run_logged_is_on_the_page(tmp_path: Path) -> None:
 def test_metrics_alone_are_enough_and_texts_are_no_markup(tmp_path: Path) -> None:
     whole = write_rich_run(tmp_path / "whole")
     alone = write_records(tmp_path / "alone", rich_records())
-    main(ReportConfig(source=[str(alone / "metrics.jsonl"), str(whole)], out=str(tmp_path / "out" / "r.html")))
+    main(
+        ReportConfig(source=[str(alone / "metrics.jsonl"), str(whole)], out=str(tmp_path / "out" / "r.html"))
+    )
     page = (tmp_path / "out" / "r.html").read_text()
     assert re.search("https?://", page) is None
     assert page.count("</script>") == 2
@@ -223,7 +245,7 @@ def test_the_live_form_answers_this_machine_alone_and_only_get(tmp_path: Path) -
     records = rich_records()
     reader = read(write_records(tmp_path, records[:30]))
     server = make_server([reader], 0)
-    port = server.server_address[1]
+    port = server.server_port
     thread = threading.Thread(target=server.serve_forever, daemon=True)
     thread.start()
 

@@ -1,4 +1,4 @@
-"""The report in a real browser: nothing fails, overflows or stays empty, and everything can be used by keyboard."""
+"""The report in a real browser: nothing fails, overflows or stays empty, and the keyboard is enough."""
 
 import json
 import threading
@@ -125,7 +125,7 @@ def test_the_live_page_follows_a_run(browser: Any, tmp_path: Path) -> None:
     thread.start()
     try:
         watched = Watched(browser, 1400, "light")
-        watched.open(f"http://127.0.0.1:{server.server_address[1]}/")
+        watched.open(f"http://127.0.0.1:{server.server_port}/")
         page = watched.page
         page.evaluate("window.notReloaded = true")
         page.focus("#load-step")

@@ -34,7 +34,9 @@ def chromium() -> Iterator[Any]:
     """A browser process; skips the test where there is none."""
     path = find_browser()
     if path is None:
-        pytest.skip("needs a browser: install the package chromium (launch/test.sh does so as root on Debian)")
+        pytest.skip(
+            "needs a browser: install the package chromium (launch/test.sh does so as root on Debian)"
+        )
     playwright = pytest.importorskip("playwright.sync_api", reason="needs the Python package playwright")
     with playwright.sync_playwright() as driver:
         browser = driver.chromium.launch(executable_path=path, args=FLAGS)
@@ -64,5 +66,7 @@ class Watched:
         assert self.problems == []
         assert len(self.requests) == 1
         assert self.page.evaluate("document.documentElement.scrollWidth - innerWidth") <= 0
-        shown = self.page.evaluate(f"({EMPTY})([...document.querySelectorAll('canvas')].filter(c => c.clientWidth))")
+        shown = self.page.evaluate(
+            f"({EMPTY})([...document.querySelectorAll('canvas')].filter(c => c.clientWidth))"
+        )
         assert shown == []

@@ -18,13 +18,16 @@ def write_records(directory: Path, values: list[dict[str, Any]]) -> Path:
 
 
 def rich_records(steps: int = 60, layers: int = 3, experts: int = 8, seed: int = 0) -> list[dict[str, Any]]:
-    """Records of a run with a mixture, preferences, samples, alerts, a skipped step, a NaN, a resume, a list by
-    position and a metric that no registry has."""
+    """Records of a run with a mixture, preferences, samples, alerts, a skipped step, a NaN, a resume, a list
+    by position and a metric that no registry has."""
     found = list(records(steps, layers, experts, seed))
     for record in found:
         step = record["step"]
         record |= {"rewards/margins": step / steps, "rewards/accuracies": 0.5 + step / (3 * steps)}
-        record |= {"train/loss_by_position": [8.0 - i - step / steps for i in range(4)], "my/own_metric": step**2}
+        record |= {
+            "train/loss_by_position": [8.0 - i - step / steps for i in range(4)],
+            "my/own_metric": step**2,
+        }
     found[20]["train/grad_norm"] = None
     found[30]["alerts"] = [{"name": "dead_expert", "text": f"layer 1, expert 2 is dead {EVIL}"}]
     found[-1]["eval/samples"] = [{"prompt": "def main(", "completion": f"args): {EVIL}"}]
@@ -38,12 +41,18 @@ def write_rich_run(directory: Path, **sizes: int) -> Path:
     data_dir = directory / "data"
     data_dir.mkdir()
     (data_dir / "manifest.json").write_text('{"unigram_entropy": 6.5}')
-    config = {"model": {"num_experts_per_tok": 2, "num_experts": 8}, "data": {"dir": str(data_dir), "mixture": []}}
+    config = {
+        "model": {"num_experts_per_tok": 2, "num_experts": 8},
+        "data": {"dir": str(data_dir), "mixture": []},
+    }
     config |= {"logging": {"wandb": {"name": EVIL}}, "seed": sizes.get("seed", 0)}
     (directory / "config.yaml").write_text(json.dumps(config))  # JSON is YAML
     status = {"state": "done", "reason": "reached the last step", "step": 60, "last_step": 60, "time": 1.0}
     (directory / "status.json").write_text(json.dumps(status))
     (directory / "analysis").mkdir()
-    analysis = {"saturation": {"k": 8, "values": [[0.1, 0.2], [0.3, 0.9]]}, "experts": [{"layer": 0, "share": 0.7}]}
+    analysis = {
+        "saturation": {"k": 8, "values": [[0.1, 0.2], [0.3, 0.9]]},
+        "experts": [{"layer": 0, "share": 0.7}],
+    }
     (directory / "analysis" / "analysis.json").write_text(json.dumps(analysis))
     return directory

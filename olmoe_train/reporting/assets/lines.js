@@ -39,15 +39,16 @@ class LineChart {
 
   /** The lines of all runs: {key, label, color, dash, steps, values, run}. */
   series() {
-    const found = [], runs = app.data.runs;
+    const found = [], runs = app.data.runs, { lines } = this.chart;
     runs.forEach((run, r) => {
-      this.chart.lines.forEach((line, l) => {
+      lines.forEach((line, l) => {
         const curve = run.curves[line.metric];
         if (!curve) return;
-        const label = runs.length > 1 ? (this.chart.lines.length > 1 ? `${run.name}: ${line.label}` : run.name) : line.label;
-        const hue = runs.length > 1 ? r : line.metric.endsWith("requested_share") ? this.chart.lines.findIndex((other) => `${other.metric}` === line.metric.replace("requested_", "")) : l;
-        const dash = runs.length > 1 ? DASHES[l % 4] : line.dashed ? DASHES[1] : DASHES[l < 7 ? 0 : 2];
-        found.push({ key: `${run.name}/${line.metric}`, label, color: paletteColor(hue), dash, steps: stepsOf(curve), values: curve.values, run });
+        const label = runs.length > 1 ? (lines.length > 1 ? `${run.name}: ${line.label}` : run.name) : line.label;
+        const requested = line.metric.endsWith("requested_share");
+        const of = requested ? lines.findIndex((other) => other.metric === line.metric.replace("requested_", "")) : l;
+        const dash = requested ? DASHES[2] : runs.length > 1 ? DASHES[l % 4] : line.dashed ? DASHES[1] : DASHES[l < 7 ? 0 : 3];
+        found.push({ key: `${run.name}/${line.metric}`, label, color: paletteColor(runs.length > 1 ? r : of), dash, thin: requested, steps: stepsOf(curve), values: curve.values, run });
       });
     });
     if (this.chart.unigram) {
@@ -57,7 +58,7 @@ class LineChart {
         seen.add(run.unigram);
         const value = this.chart.exp_unigram ? Math.exp(run.unigram) : run.unigram;
         const steps = found.filter((line) => line.run === run).flatMap((line) => [line.steps[0], last(line.steps)]);
-        found.push({ key: `unigram ${value}`, label: this.chart.unigram, color: color("muted"), dash: [3, 3], steps: [Math.min(...steps), Math.max(...steps)], values: [value, value], run, flat: true });
+        found.push({ key: `unigram ${value}`, label: this.chart.unigram, color: color("muted"), dash: [3, 3], steps: [Math.min(...steps), Math.max(...steps)], values: [value, value], run, flat: true, thin: true });
       }
     }
     return found;
@@ -91,7 +92,7 @@ class LineChart {
         { ...axis, size: 56, values: (u, ticks) => ticks.map((tick) => (tick === null ? "" : this.chart.unit.startsWith("fraction") ? show(tick, this.chart.unit) : brief(tick))) },
       ],
       series: [{}, ...lines.map((line) => ({
-        label: line.label, stroke: line.color, width: line.flat ? 1.25 : 1.75, dash: line.dash, show: !this.hidden.has(line.key),
+        label: line.label, stroke: line.color, width: line.thin ? 1.25 : 1.75, dash: line.dash, show: !this.hidden.has(line.key),
         spanGaps: line.flat === true, points: { show: line.values.length < 30 && !line.flat, size: 6, fill: color("card") },
       }))],
       hooks: {

@@ -28,47 +28,36 @@ function healthPanel() {
 }
 
 const TILES = [
-  { label: "Validation loss", metrics: ["eval/validation/loss"], unit: "nats", kind: "least" },
-  { label: "Training loss", metrics: ["train/ce_loss", "train/loss"], unit: "nats", kind: "median" },
+  { label: "Validation loss", metrics: ["eval/validation/loss"], unit: "nats", kind: "least", digits: 4 },
+  { label: "Training loss", metrics: ["train/ce_loss", "train/loss"], unit: "nats", kind: "recent", digits: 4 },
   { label: "Perplexity", metrics: ["eval/validation/perplexity"], unit: "", kind: "least" },
-  { label: "Reward", metrics: ["reward"], unit: "", kind: "median" },
-  { label: "Preference accuracy", metrics: ["rewards/accuracies", "rewards_per_token/accuracies"], unit: "fraction", kind: "median" },
-  { label: "Busiest expert", metrics: ["router/max_violation"], unit: "x fair share", kind: "median", plus: 1 },
-  { label: "Router entropy", metrics: ["router/entropy"], unit: "nats", kind: "median" },
+  { label: "Reward", metrics: ["reward"], unit: "", kind: "recent" },
+  { label: "Preference accuracy", metrics: ["rewards/accuracies", "rewards_per_token/accuracies"], unit: "fraction", kind: "recent" },
+  { label: "Busiest expert", metrics: ["router/max_violation"], unit: "x fair share", kind: "recent", plus: 1 },
+  { label: "Router entropy", metrics: ["router/entropy"], unit: "nats", kind: "recent" },
   { label: "Dead experts", metrics: ["router/dead_experts"], unit: "", kind: "last" },
-  { label: "Throughput", metrics: ["perf/tokens_per_second"], unit: "tokens/s", kind: "all" },
-  { label: "MFU", metrics: ["perf/mfu"], unit: "fraction", kind: "all" },
+  { label: "Throughput", metrics: ["perf/tokens_per_second"], unit: "tokens/s", kind: "median" },
+  { label: "MFU", metrics: ["perf/mfu"], unit: "fraction", kind: "median" },
   { label: "Peak memory", metrics: ["perf/peak_memory_gib"], unit: "GiB", kind: "last" },
 ];
-const KINDS = { least: "lowest", median: "median of the last tenth", all: "median", last: "last" };
-
-function median(values) {
-  const sorted = values.filter((value) => value !== null).sort((a, b) => a - b);
-  return sorted.length ? sorted[sorted.length >> 1] : null;
-}
-
-function summarized(values, kind) {
-  const finite = values.filter((value) => value !== null);
-  if (kind === "least") return finite.length ? Math.min(...finite) : null;
-  if (kind === "last") return last(values);
-  return median(kind === "all" ? values : values.slice(-Math.max(1, Math.floor(values.length / 10))));
-}
+const KINDS = { least: "lowest", recent: "median of the last tenth of the records", median: "median", last: "last" };
 
 /** Key numbers with sparklines. */
 function tilesPanel() {
   const tiles = [];
   for (const tile of TILES) {
-    const found = app.data.runs.map((run) => tile.metrics.map((name) => run.curves[name]).find(Boolean));
+    const names = app.data.runs.map((run) => tile.metrics.find((name) => run.curves[name]));
+    const found = app.data.runs.map((run, r) => run.curves[names[r]]);
     if (!found.some(Boolean)) continue;
     if (tile.metrics[0].startsWith("router/") && !app.data.runs.some((run) => run.loads)) continue;
     const canvas = el("canvas", { class: "spark", "aria-hidden": "true" });
     const unit = tile.unit.startsWith("fraction") ? "" : tile.unit;
     const values = app.data.runs.map((run, r) => {
       if (!found[r]) return null;
-      const value = summarized(found[r].values, tile.kind);
+      const value = run.summary[names[r]][tile.kind];
       const dot = el("i", { class: "dot" });
       dot.style.background = paletteColor(r);
-      const number = value === null ? "–" : show(value + (tile.plus || 0), tile.unit, tile.label.includes("oss") ? 4 : 3);
+      const number = value === null ? "–" : show(value + (tile.plus || 0), tile.unit, tile.digits || 3);
       return el("div", { class: "value" }, app.data.runs.length > 1 ? dot : null, el("b", { text: number }), el("span", { text: unit }));
     });
     tiles.push(el("div", { class: "tile", title: KINDS[tile.kind] }, el("span", { class: "label", text: tile.label }), ...values, canvas));
@@ -114,6 +103,7 @@ function startsPanel() {
       const begin = starts[0].first_time, all = Math.max(1, last(starts).last_time - begin);
       for (const start of starts) {
         const piece = el("i");
+        piece.style.background = paletteColor(app.data.runs.indexOf(run));
         piece.style.left = `${(100 * (start.first_time - begin)) / all}%`;
         piece.style.width = `${Math.max(0.4, (100 * (start.last_time - start.first_time)) / all)}%`;
         bar.append(piece);
@@ -148,7 +138,23 @@ function samplesPanel() {
 
 function alertsPanel() {
   const rows = app.data.runs.flatMap((run) => run.alerts.map((alert) => [...(app.data.runs.length > 1 ? [runName(run)] : []), whole.format(alert.step), alert.name, alert.text]));
-  return simpleTable([...(app.data.runs.length > 1 ? ["run"] : []), "step", "alert", "text"], rows.reverse());
+  return el("div", {}, el("h3", { text: "Alerts" }), simpleTable([...(app.data.runs.length > 1 ? ["run"] : []), "step", "alert", "text"], rows.reverse()));
+}
+
+const MOST_EVALUATIONS = 30;
+
+/** Whether a run has values of its validation splits. */
+const evaluated = (run) => Object.keys(run.curves).some((name) => name.startsWith("eval/"));
+
+/** The newest evaluations, each with all that it measured. */
+function evaluationsPanel() {
+  return el("div", { class: "blocks" }, ...app.data.runs.filter(evaluated).map((run) => {
+    const names = Object.keys(run.curves).filter((name) => name.startsWith("eval/"));
+    const values = names.map((name) => new Map(stepsOf(run.curves[name]).map((step, i) => [step, run.curves[name].values[i]])));
+    const steps = [...new Set(values.flatMap((of) => [...of.keys()]))].sort((a, b) => b - a).slice(0, MOST_EVALUATIONS);
+    const rows = steps.map((step) => [whole.format(step), ...values.map((of) => (of.has(step) ? show(of.get(step), "", 5) : ""))]);
+    return el("div", { class: "block" }, app.data.runs.length > 1 ? runName(run) : null, simpleTable(["step", ...names.map((name) => name.slice(5))], rows));
+  }));
 }
 
 /** The configuration, and where the runs differ. */
@@ -178,13 +184,13 @@ class ConfigTable {
     this.count.textContent = keys.length ? `${kept.length} of ${keys.length} keys` : "no config.yaml beside metrics.jsonl";
     this.table.replaceChildren(el("table", { class: "config" },
       el("thead", {}, el("tr", {}, el("th", { text: "key", scope: "col" }), ...runs.map((run) => el("th", { scope: "col" }, runs.length > 1 ? runName(run) : "value")))),
-      el("tbody", {}, ...kept.map((row) => el("tr", { class: runs.length > 1 && differs(row) ? "differs" : "" }, el("td", {}, el("code", { text: row[0] })), ...row.slice(1).map((text) => el("td", { text })))))));
+      el("tbody", {}, ...kept.map((row) => el("tr", { class: runs.length > 1 && !this.different && differs(row) ? "differs" : "" }, el("td", {}, el("code", { text: row[0] })), ...row.slice(1).map((text) => el("td", { text })))))));
   }
 }
 
 /** Named matrices and tables of `olmoe analyze`. */
 function analysisPanel() {
-  return el("div", { class: "cards" }, ...app.data.runs.flatMap((run) => run.analysis.map((part) => {
+  return el("div", { class: "cards loose" }, ...app.data.runs.flatMap((run) => run.analysis.map((part) => {
     const caption = el("figcaption", {}, el("h3", { text: part.name || "analysis" }), app.data.runs.length > 1 ? runName(run) : null);
     if (part.kind === "table") return el("figure", { class: "card" }, caption, simpleTable(part.columns, part.cells));
     const levels = bytes(part.levels), value = (r, c) => part.low + ((levels[r * part.columns + c] - 1) / 254) * (part.high - part.low);

@@ -66,6 +66,7 @@ function refresh() {
   loads();
   panel("Progress", "starts", true, startsPanel, "Starts of the run, interruptions and resumes.");
   panel("Health", "alerts", runs.some((run) => run.alerts.length), alertsPanel);
+  panel("Evaluation", "evaluations", runs.some(evaluated), evaluationsPanel, "Newest first. The curves of the losses are in the section Loss.");
   panel("Samples", "samples", runs.some((run) => run.samples.length), samplesPanel, "Texts that the model generated at its evaluations: the prompt, then what it wrote.");
   panel("Router analyses", "analysis", runs.some((run) => run.analysis.length), analysisPanel, "Written by olmoe analyze.");
   const { body } = sectionNamed("Configuration");
@@ -79,7 +80,8 @@ function refresh() {
 
 /** Sections in their order, and the navigation. */
 function arrange() {
-  const order = ["Overview", ...app.data.sections.filter((name) => name !== "Progress"), "Router analyses", "Samples", "Progress", "Configuration"];
+  const order = ["Overview", ...app.data.sections.filter((name) => name !== "Progress"), "Samples", "Progress", "Configuration"];
+  order.splice(order.indexOf("Experts") + 1, 0, "Router analyses");
   const shown = order.filter((name) => sections.has(name));
   const main = document.getElementById("main");
   const nav = document.getElementById("nav");
