@@ -17,8 +17,6 @@ from typing import Any
 
 import numpy as np
 from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
-from yaml import YAMLError
 
 from olmoe_train.data.manifest import MANIFEST
 from olmoe_train.utils.errors import UserError
@@ -189,7 +187,7 @@ class RunReader:
         path = self.directory / "config.yaml"
         try:
             values = OmegaConf.to_container(OmegaConf.load(path), resolve=False) if path.is_file() else {}
-        except (OSError, ValueError, YAMLError, OmegaConfBaseException):
+        except Exception:  # YAML and OmegaConf raise a dozen exception types, and a report needs no config
             return {}
         return {str(key): value for key, value in values.items()} if isinstance(values, dict) else {}
 
