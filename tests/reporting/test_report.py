@@ -184,10 +184,12 @@ def test_a_file_that_grows_is_cut_off_damaged_and_replaced(tmp_path: Path) -> No
     whole = read(write_records(tmp_path / "whole", records))
     assert reader.data.scalars == whole.data.scalars
     assert [start.first_step for start in reader.data.starts] == [1, 31]
-    write_records(tmp_path / "new", records[:10])
+    longer = [{"step": step, "text": "x" * 4000} for step in range(1, 101)]
+    write_records(tmp_path / "new", longer)
+    assert (tmp_path / "new" / "metrics.jsonl").stat().st_size > path.stat().st_size
     (tmp_path / "new" / "metrics.jsonl").replace(path)  # as a resume does
     assert reader.update()
-    assert reader.data.clock.steps == list(range(1, 11))
+    assert reader.data.clock.steps == list(range(1, 101))
 
 
 def test_everything_that_a_run_logged_is_on_the_page(tmp_path: Path) -> None:

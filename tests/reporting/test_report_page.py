@@ -49,9 +49,13 @@ def test_it_opens_without_errors_overflow_or_empty_charts(
     assert page.title().endswith("training report")  # no text of the run became markup
     assert page.locator("figure canvas").count() >= 15
     assert page.locator(".health").count() == runs
-    background = page.evaluate("getComputedStyle(document.body).backgroundColor")
+    seen = "[getComputedStyle(document.body).backgroundColor, ...['.plot canvas', '.heat'].map(name => "
+    seen += "document.querySelector(name).toDataURL())]"
+    before = page.evaluate(seen)
     page.click("#theme")
-    assert page.evaluate("getComputedStyle(document.body).backgroundColor") != background
+    page.wait_for_timeout(50)
+    after = page.evaluate(seen)
+    assert [old != new for old, new in zip(before, after, strict=True)] == [True, True, True]
     page.evaluate("document.querySelectorAll('details.behind').forEach(details => details.open = true)")
     page.wait_for_timeout(100)
     assert page.locator("details.behind:not(:has(tbody tr)):not(:has(dl))").count() == 0, "a table is empty"

@@ -18,11 +18,16 @@ EMPTY = """canvases => canvases.filter(canvas => {
   const context = small.getContext("2d", {willReadFrequently: true});
   if (canvas.width && canvas.height) context.drawImage(canvas, 0, 0, 160, 80);
   const {data} = context.getImageData(0, 0, 160, 80);
-  for (let i = 4; i < data.length; i += 4)
-    if (data[i + 3] && (data[i] !== data[0] || data[i + 3] !== data[3])) return false;
-  return true;
+  let painted = 0, colored = 0;
+  for (let i = 0; i < data.length; i += 4) {
+    painted += data[i + 3] > 0;
+    const rgb = data.slice(i, i + 3);
+    colored += data[i + 3] > 0 && Math.max(...rgb) - Math.min(...rgb) > 30;
+  }
+  if (canvas.matches(".heat")) return painted < 0.4 * 160 * 80;
+  return canvas.closest(".uplot") ? colored === 0 : painted === 0;
 }).map(canvas => canvas.closest("figure, .tile")?.id || canvas.className || "canvas")"""
-"""Of a list of canvases, the names of those that have one color only."""
+"""Of a list of canvases, the names of those without cells (heat maps) or without a line (axes are gray)."""
 
 
 def find_browser() -> str | None:
