@@ -16,13 +16,15 @@ FLAGS = [
 EMPTY = """canvases => canvases.filter(canvas => {
   const small = Object.assign(document.createElement("canvas"), {width: 160, height: 80});
   const context = small.getContext("2d", {willReadFrequently: true});
+  context.fillStyle = "#fff";  // nearly transparent pixels have no exact color
+  context.fillRect(0, 0, 160, 80);
   if (canvas.width && canvas.height) context.drawImage(canvas, 0, 0, 160, 80);
   const {data} = context.getImageData(0, 0, 160, 80);
   let painted = 0, colored = 0;
   for (let i = 0; i < data.length; i += 4) {
-    painted += data[i + 3] > 0;
-    const rgb = data.slice(i, i + 3);
-    colored += data[i + 3] > 0 && Math.max(...rgb) - Math.min(...rgb) > 30;
+    const rgb = data.slice(i, i + 3), least = Math.min(...rgb);
+    painted += least < 255;
+    colored += Math.max(...rgb) - least > 30;
   }
   if (canvas.matches(".heat")) return painted < 0.4 * 160 * 80;
   return canvas.closest(".uplot") ? colored === 0 : painted === 0;
