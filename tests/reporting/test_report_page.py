@@ -135,6 +135,11 @@ def test_the_live_page_follows_a_run(browser: Any, tmp_path: Path) -> None:
         page.focus("#load-step")
         page.keyboard.press("Home")
         assert page.locator("#panel-samples").count() == 0
+        page.click(".health summary")
+        page.focus("#chart-loss .plot")
+        page.keyboard.press("+")  # a zoom, which stays
+        curve = "document.querySelector('#chart-loss canvas')"
+        page.evaluate(f"window.curve = {curve}")
         with (tmp_path / "metrics.jsonl").open("a") as file:
             file.write("".join(json.dumps(record) + "\n" for record in records[30:]))
         page.wait_for_selector("#panel-samples", timeout=15_000)
@@ -142,6 +147,11 @@ def test_the_live_page_follows_a_run(browser: Any, tmp_path: Path) -> None:
         assert "step 60" in page.locator(".live").inner_text()
         assert page.locator("#load-step").get_attribute("max") == "59"
         assert page.locator("output").inner_text() == "1"  # where the reader had put it
+        assert page.evaluate(f"window.curve === {curve}")
+        assert page.locator("#chart-loss button", has_text="Reset zoom").is_visible()
+        assert page.locator(".health details[open]").count() == 1
+        page.locator("#chart-loss summary").click()
+        assert "step 60" in page.locator("#chart-loss td").all_inner_texts()
         assert watched.problems == []
         page.close()
     finally:

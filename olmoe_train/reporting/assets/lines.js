@@ -26,10 +26,13 @@ class LineChart {
     new ResizeObserver(() => this.resize()).observe(this.box);
   }
 
-  /** New data, or a line more. */
+  /** New data in the lines that are there, or other lines. */
   update(chart) {
     this.chart = chart;
-    this.build();
+    const before = this.lines?.map((line) => line.key).join();
+    this.lines = this.series();
+    if (this.plot && before === this.lines.map((line) => line.key).join()) this.plot.setData(this.joined(), this.zoom === null);
+    else this.build();
     this.table.refresh();
   }
 
@@ -64,11 +67,9 @@ class LineChart {
     return found;
   }
 
-  build() {
-    this.lines = this.series();
-    const lines = this.lines, zoom = this.zoom; // uPlot shows everything at first
-    if (this.plot) this.plot.destroy();
-    const tables = lines.map((line) => {
+  /** The lines as uPlot wants them: all positions of the axis, then the values of each line at them. */
+  joined() {
+    const tables = this.lines.map((line) => {
       // Increasing positions only: records of a validation share the step of a training record.
       const xs = [], ys = [];
       line.steps.forEach((step, i) => {
@@ -79,7 +80,13 @@ class LineChart {
       });
       return [xs, ys];
     });
-    const joined = tables.length ? uPlot.join(tables) : [[]];
+    return tables.length ? uPlot.join(tables) : [[]];
+  }
+
+  build() {
+    this.lines = this.series();
+    const lines = this.lines, zoom = this.zoom; // uPlot shows everything at first
+    if (this.plot) this.plot.destroy();
     this.logButton.hidden = lines.some((line) => line.values.some((value) => value !== null && value <= 0));
     const muted = color("muted"), grid = color("grid");
     const axis = { stroke: muted, grid: { stroke: grid, width: 1 }, ticks: { stroke: grid, width: 1, size: 4 }, font: FONT };
@@ -100,7 +107,7 @@ class LineChart {
         setScale: [(u, key) => { if (key === "x") this.zoomed(u); }],
         drawAxes: [(u) => this.marks(u)],
       },
-    }, joined, this.box);
+    }, this.joined(), this.box);
     if (zoom) this.zoomTo(zoom);
     this.drawLegend();
   }

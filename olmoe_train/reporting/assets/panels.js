@@ -143,17 +143,17 @@ function alertsPanel() {
 
 const MOST_EVALUATIONS = 30;
 
-/** Whether a run has values of its validation splits. */
-const evaluated = (run) => Object.keys(run.curves).some((name) => name.startsWith("eval/"));
+/** The curves of a run's validation splits: [[name, curve]]. */
+const validations = (run) => Object.entries(run.curves).filter(([name]) => name.startsWith("eval/"));
 
 /** The newest evaluations, each with all that it measured. */
 function evaluationsPanel() {
-  return el("div", { class: "blocks" }, ...app.data.runs.filter(evaluated).map((run) => {
-    const names = Object.keys(run.curves).filter((name) => name.startsWith("eval/"));
-    const values = names.map((name) => new Map(stepsOf(run.curves[name]).map((step, i) => [step, run.curves[name].values[i]])));
+  return el("div", { class: "blocks" }, ...app.data.runs.filter((run) => validations(run).length).map((run) => {
+    const curves = validations(run);
+    const values = curves.map(([, curve]) => new Map(stepsOf(curve).map((step, i) => [step, curve.values[i]])));
     const steps = [...new Set(values.flatMap((of) => [...of.keys()]))].sort((a, b) => b - a).slice(0, MOST_EVALUATIONS);
     const rows = steps.map((step) => [whole.format(step), ...values.map((of) => (of.has(step) ? show(of.get(step), "", 5) : ""))]);
-    return el("div", { class: "block" }, app.data.runs.length > 1 ? runName(run) : null, simpleTable(["step", ...names.map((name) => name.slice(5))], rows));
+    return el("div", { class: "block" }, app.data.runs.length > 1 ? runName(run) : null, simpleTable(["step", ...curves.map(([name]) => name.slice("eval/".length))], rows));
   }));
 }
 

@@ -17,17 +17,24 @@ function sectionNamed(name, intro) {
   return sections.get(name);
 }
 
-/** A part of a section that is built anew from the data. */
-function panel(name, id, present, make, intro) {
-  if (!present) return;
+/** A part of a section that is built anew when its values, those of each run, have changed. */
+function panel(name, id, values, make, intro) {
+  if (!values.some((value) => (Array.isArray(value) ? value.length : value))) return;
   const { body } = sectionNamed(name, intro);
   let place = app.parts.get(id);
   if (!place) {
-    place = { root: el("div", { id: `panel-${id}` }), update: () => place.root.replaceChildren(make()), redraw: () => place.update() };
+    place = { root: el("div", { id: `panel-${id}` }) };
+    place.redraw = () => {
+      const open = [...place.root.querySelectorAll("details")].map((details) => details.open);
+      place.root.replaceChildren(make());
+      place.root.querySelectorAll("details").forEach((details, i) => { details.open = open[i] === true; });
+    };
     app.parts.set(id, place);
     body.append(place.root);
   }
-  place.update();
+  const shown = JSON.stringify(values);
+  if (place.shown !== shown) place.redraw();
+  place.shown = shown;
 }
 
 function charts() {
@@ -60,15 +67,15 @@ function loads() {
 /** Bring the page to the state of app.data. */
 function refresh() {
   const { runs } = app.data;
-  panel("Overview", "health", true, healthPanel);
-  panel("Overview", "tiles", true, tilesPanel);
+  panel("Overview", "health", runs.map((run) => run.health), healthPanel);
+  panel("Overview", "tiles", runs.map((run) => run.summary), tilesPanel);
   charts();
   loads();
-  panel("Progress", "starts", true, startsPanel, "Starts of the run, interruptions and resumes.");
-  panel("Health", "alerts", runs.some((run) => run.alerts.length), alertsPanel);
-  panel("Evaluation", "evaluations", runs.some(evaluated), evaluationsPanel, "Newest first. The curves of the losses are in the section Loss.");
-  panel("Samples", "samples", runs.some((run) => run.samples.length), samplesPanel, "Texts that the model generated at its evaluations: the prompt, then what it wrote.");
-  panel("Router analyses", "analysis", runs.some((run) => run.analysis.length), analysisPanel, "Written by olmoe analyze.");
+  panel("Progress", "starts", runs.map((run) => run.starts), startsPanel, "Starts of the run, interruptions and resumes.");
+  panel("Health", "alerts", runs.map((run) => run.alerts), alertsPanel);
+  panel("Evaluation", "evaluations", runs.map(validations), evaluationsPanel, "Newest first. The curves of the losses are in the section Loss.");
+  panel("Samples", "samples", runs.map((run) => run.samples), samplesPanel, "Texts that the model generated at its evaluations: the prompt, then what it wrote.");
+  panel("Router analyses", "analysis", runs.map((run) => run.analysis), analysisPanel, "Written by olmoe analyze.");
   const { body } = sectionNamed("Configuration");
   if (!app.parts.has("config")) {
     const table = new ConfigTable();
