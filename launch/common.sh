@@ -40,6 +40,20 @@ ensure_venv() {
     PATH=$repo/.venv/bin:$PATH
 }
 
+# ensure_browser: installs Debian's chromium for the tests of the HTML report, where that is possible: as root with
+# apt-get. Elsewhere those tests are skipped unless there is a browser.
+ensure_browser() {
+    local name
+    for name in chromium chromium-browser google-chrome-stable google-chrome; do
+        ! command -v "$name" >/dev/null || return 0
+    done
+    if [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null; then
+        echo "== installing chromium for the tests of the HTML report (once)"
+        { apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends chromium; } \
+            >/dev/null 2>&1 || echo "chromium could not be installed: the tests that need a browser are skipped"
+    fi
+}
+
 # share_cores PROCESSES: one thread a core and no more, however many processes share them, unless the user said otherwise.
 share_cores() {
     local threads

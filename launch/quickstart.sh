@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # From a fresh clone to a trained OLMoE: installs, prepares Python's standard library as a corpus, trains on 2 processes
-# with validation before and after, exports to Hugging Face format, generates from the result and sums it all up.
+# with validation before and after, exports to Hugging Face format, writes a report, generates from the result and sums
+# it all up.
 # Run again, it skips what is done. Arguments are Hydra overrides of the training:
 #   ./launch/quickstart.sh trainer.max_steps=600 run_dir=runs/longer
 # OLMOE_DATA_DIR and OLMOE_RUN_DIR say where things go (default: prepared/python_stdlib and runs/quickstart in the clone).
@@ -38,6 +39,9 @@ if [ ! -d "$hf_dir" ]; then
     echo "== exporting to $hf_dir"
     olmoe export source="$run_dir" step="$step" out="$hf_dir"
 fi
+
+echo "== writing a report"
+olmoe report source="$run_dir"
 
 echo "== generating from it"
 olmoe generate source="$hf_dir" prompt="def main(" max_new_tokens=96 temperature=0.7

@@ -24,6 +24,10 @@ def main(run_dir: str, data_dir: str, hf_dir: str) -> None:
         ("run directory", str(Path(run_dir).resolve())),
         ("HF checkpoint", str(Path(hf_dir).resolve())),
         ("metrics", str(metrics.resolve())),
+        (
+            "report",
+            f"{(Path(run_dir) / 'report.html').resolve()} (open it in a browser: is the router healthy?)",
+        ),
     ]
     print("\n".join(f"{name:20} {text}" for name, text in rows))
 

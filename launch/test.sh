@@ -8,4 +8,5 @@ repo=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 cd "$repo"
 source launch/common.sh
 ensure_venv "$repo" "[test]"
+ensure_browser
 run_checks "$@"

@@ -10,6 +10,7 @@ VERBS = {
     "plan": "memory, traffic, layouts and duration of a training run, without running it",
     "train": "pretrain or fine-tune",
     "logprobs": "log-probabilities of the reference, for preference tuning",
+    "report": "one HTML file about a run, or its live form",
     "evaluate": "validation loss and perplexity",
     "upcycle": "make an OLMoE from a dense model",
     "export": "write a run's checkpoint as a Hugging Face directory",

@@ -219,6 +219,21 @@ class DashboardConfig:
     none."""
 
 
+@dataclass(frozen=True)
+class ReportConfig:
+    """Write one HTML file about one or more runs, or follow runs that are training in a browser."""
+
+    source: list[str] = MISSING
+    """Run directories, or metrics.jsonl files; several are overlaid: source=A source=B, or source=[A,B]."""
+    out: str | None = None
+    """HTML file to write, replaced if it is there; null: report.html in the first run directory. No effect
+    with serve=true."""
+    serve: bool = False
+    """Serve the report on 127.0.0.1 until Ctrl-C, and update the open page as the runs go on."""
+    port: int = 8320
+    """TCP port of serve=true; 0: any free one."""
+
+
 VERBS: dict[str, type] = {
     "prepare": PrepareConfig,
     "train": TrainConfig,
@@ -229,5 +244,6 @@ VERBS: dict[str, type] = {
     "plan": PlanConfig,
     "logprobs": LogprobsConfig,
     "dashboard": DashboardConfig,
+    "report": ReportConfig,
 }
 """The config dataclass of each verb."""

@@ -119,7 +119,8 @@ def test_summary_tells_what_the_files_say(quickstart: Quickstart) -> None:
     assert re.search(r"[1-9][\d,]* tokens/s", summary)
     assert re.search(r"the busiest expert has \d\.\d\d x its fair share", summary)
     assert len(re.findall(r"layer \d +[▁-█]{8}\n", summary)) == 2
-    for path in (quickstart.run_dir, quickstart.hf_dir, quickstart.run_dir / "metrics.jsonl"):
+    written = [quickstart.run_dir / name for name in ("metrics.jsonl", "report.html")]
+    for path in (quickstart.run_dir, quickstart.hf_dir, *written):
         assert path.exists()
         assert str(path) in summary
 

@@ -24,6 +24,11 @@ def test_every_preset_and_chat_template_is_inside(wheel: Path) -> None:
     files = {path.relative_to(REPO / "configs") for path in (REPO / "configs").rglob("*") if path.is_file()}
     assert {path.suffix for path in files} == {".yaml", ".jinja"}
     assert {f"olmoe_train/configs/{path}" for path in files} <= inside
+    assets = {
+        path.relative_to(REPO) for path in (REPO / "olmoe_train").rglob("assets/**/*") if path.is_file()
+    }
+    assert {str(path) for path in assets} <= inside
+    assert "report.html" in {path.name for path in assets}
     assert {name.split("/")[0] for name in inside} == {"olmoe_train", f"olmoe_train-{__version__}.dist-info"}
 
 
