@@ -11,6 +11,7 @@ VERBS = {
     "train": "pretrain or fine-tune",
     "logprobs": "log-probabilities of the reference, for preference tuning",
     "evaluate": "validation loss and perplexity",
+    "explain": "documents of one optimizer step, with their shares of loss and gradient",
     "upcycle": "make an OLMoE from a dense model",
     "export": "write a run's checkpoint as a Hugging Face directory",
     "generate": "continue a prompt",
