@@ -104,21 +104,24 @@ def routing_values(routed_LE: Tensor, of_step_LE: Tensor) -> dict[str, Any]:
 
 
 def excerpt(samples: TrainSamples, key: Key) -> str | None:
-    """Decode the beginning of a document. None: the prepared data has no tokenizer."""
+    """Decode the beginning of a document. None: the prepared data has no tokenizer that can be read."""
     source, number = key
     split = samples.sequences[source].split
-    tokenizer = split.directory / TOKENIZER / "tokenizer.json"
-    if split.manifest.tokenizer_sha256 is None or not tokenizer.is_file():
+    tokenizer = _tokenizer(split.directory / TOKENIZER / "tokenizer.json")
+    if split.manifest.tokenizer_sha256 is None or tokenizer is None:
         return None
     start, stop = split.document(number)
     ids = split.read(start, min(stop, start + EXCERPT_TOKENS)).tolist()
-    text: str = _tokenizer(tokenizer).decode(ids, skip_special_tokens=True)
+    text: str = tokenizer.decode(ids, skip_special_tokens=True)
     return text[:EXCERPT_CHARACTERS]
 
 
 @cache
-def _tokenizer(path: Path) -> Tokenizer:
-    return Tokenizer.from_file(str(path))
+def _tokenizer(path: Path) -> Tokenizer | None:
+    try:
+        return Tokenizer.from_file(str(path))
+    except Exception:  # `tokenizers` raises bare Exception
+        return None
 
 
 def missing_origins(samples: TrainSamples) -> list[str]:
