@@ -6,7 +6,6 @@ weights are those of the newest checkpoint before the step, or the initial weigh
 
 import sys
 from collections.abc import Iterable, Iterator
-from dataclasses import replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -21,9 +20,6 @@ from olmoe_train.checkpoint.directory import complete_checkpoints, step_of
 from olmoe_train.checkpoint.sharded import load_checkpoint, saved_state
 from olmoe_train.cli.app import run_verb
 from olmoe_train.cli.ranks import HELP, on_ranks
-from olmoe_train.config.objective import NextTokenConfig
-from olmoe_train.config.saved_run import saved_train_config
-from olmoe_train.config.train import ParallelConfig
 from olmoe_train.config.verbs import ExplainConfig
 from olmoe_train.data.loader import RankMicroBatches, TrainingData
 from olmoe_train.distributed.collectives import on_rank_0
@@ -43,7 +39,7 @@ from olmoe_train.training.explain.content import (
 from olmoe_train.training.explain.documents import Key, StepDocuments, StepLosses, step_losses
 from olmoe_train.training.explain.gradients import StepGradient, step_gradient
 from olmoe_train.training.explain.own_batches import has_own_batches
-from olmoe_train.training.preflight.checks import validate
+from olmoe_train.training.preflight.explained_run import run_to_explain
 from olmoe_train.utils.errors import UserError
 from olmoe_train.utils.files import atomic_write_text
 
@@ -70,23 +66,8 @@ def main(cfg: ExplainConfig) -> None:
 def explain(cfg: ExplainConfig, device: torch.device) -> dict[str, Any]:
     """Compute what the JSON file holds. Collective; complete on rank 0."""
     run_dir = Path(cfg.source).expanduser()
-    run = saved_train_config(run_dir)
-    if not isinstance(run.objective, NextTokenConfig):
-        raise UserError(
-            f"source={run_dir}: a run with objective={run.objective.name}; only steps of "
-            "objective=next_token can be explained, because other losses are not sums over documents"
-        )
     checkpoint = next((c for c in complete_checkpoints(run_dir) if step_of(c) < cfg.step), None)
-    run = replace(
-        run,
-        run_dir=str(run_dir),
-        data=run.data if cfg.data_dir is None else replace(run.data, dir=cfg.data_dir),
-        trainer=replace(run.trainer, device=cfg.device, compile=False),
-        parallel=ParallelConfig(expert_parallel_size=cfg.expert_parallel_size),
-        # A checkpoint has all weights but those that an adapter is added to.
-        model=replace(run.model, init_from=None) if checkpoint and run.adapter.name == "none" else run.model,
-    )
-    validate(run, dist.get_world_size())
+    run = run_to_explain(cfg, run_dir, checkpoint is not None)
     data = build_data(run)
     if cfg.step > (last := count_steps(run, data)):
         raise UserError(f"step={cfg.step}: the run in {run_dir} has {last} steps")
@@ -204,9 +185,9 @@ def table(content: dict[str, Any], top: int) -> str:
             number(record.get("gradient_share"), "15.2%"),
             number(layer_shift(record), "7.3f"),
             (f"{record['source']}: " if several else "") + where(record),
-            repr(record.get("text")),
+            repr(record["text"]) if record.get("text") is not None else "",
         )
-        lines.append("  ".join(values))
+        lines.append("  ".join(values).rstrip())
     lines += ["", *(f"note: {note}" for note in content["notes"])]
     return "\n".join(lines).rstrip()
 

@@ -20,8 +20,10 @@ def saved_train_config(run_dir: Path) -> TrainConfig:
     Raises:
         UserError: There is no run, or its configuration has a key or a variant that this version lacks.
     """
-    run_config(run_dir)  # raises UserError if this is no run directory
     path = run_dir / RUN_CONFIG
+    if not path.is_file():
+        raise UserError(f"source={run_dir}: not a run directory (no {RUN_CONFIG})")
+    run_config(run_dir)  # raises UserError if this is not the configuration of a run
     values = OmegaConf.to_container(OmegaConf.load(path))
     assert isinstance(values, dict)
     values = current_saved_config({str(key): value for key, value in values.items()})

@@ -187,6 +187,28 @@ def build_step_batches(
     return StepBatches(source, cfg.trainer.global_batch_size // sequences, columns, batches is None)
 
 
+def build_spikes(
+    cfg: TrainConfig,
+    run: Run,
+    engine: Engine,
+    guard: SkipGuard,
+    data: TrainingData,
+    batches: StepBatches,
+    throughput: Throughput,
+) -> list[Spikes]:
+    """The callback that explains spikes; none for objectives whose loss is not a sum over documents."""
+    if not (cfg.logging.explain_spikes and isinstance(cfg.objective, NextTokenConfig)):
+        return []
+    spikes = Spikes(
+        *(Path(cfg.run_dir), guard, engine.model, data, batches, throughput, run.watchdog),
+        global_batch_size=cfg.trainer.global_batch_size,
+        micro_batch_size=cfg.trainer.micro_batch_size,
+        with_routing=not cfg.trainer.compile,
+        device=engine.device,
+    )
+    return [spikes]
+
+
 def build_callbacks(
     cfg: TrainConfig,
     run: Run,
@@ -231,16 +253,8 @@ def build_callbacks(
     stragglers = Stragglers(StragglerDetector(run.watchdog.peers, engine.model.lm_head, device), batches)
     evaluate = Evaluate(cfg.evaluation, data, engine.model, objective, metrics, throughput, run.watchdog)
     exports = Exports(run_dir, cfg.checkpoint.export_every)
-    callbacks: list[Callback] = [logging, stragglers, evaluate, exports]
-    if cfg.logging.explain_spikes and isinstance(cfg.objective, NextTokenConfig):
-        spikes = Spikes(
-            *(run_dir, guard, engine.model, data, batches, throughput, run.watchdog),
-            global_batch_size=cfg.trainer.global_batch_size,
-            micro_batch_size=cfg.trainer.micro_batch_size,
-            with_routing=not cfg.trainer.compile,
-            device=device,
-        )
-        callbacks.insert(2, spikes)
+    spikes = build_spikes(cfg, run, engine, guard, data, batches, throughput)
+    callbacks: list[Callback] = [logging, stragglers, *spikes, evaluate, exports]
 
     def on_save(checkpoint: Path) -> None:
         for callback in [*callbacks, *extra]:
