@@ -6,7 +6,7 @@ of the step that are looked at closely, L layers, E experts, K top-k.
 
 import math
 from collections.abc import Callable, Iterable
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import numpy as np
@@ -170,7 +170,7 @@ def step_losses(
     """Compute loss and routing of every document of a step, without dropout. Collective.
 
     Args:
-        model: Whole or sharded, of any engine.
+        model: Whole or sharded, of any engine, in training mode.
         step: This rank's sequences. Every rank has equally many micro-batches.
         device: The device of this rank.
         with_heartbeat: Wraps the micro-batches.
@@ -180,7 +180,7 @@ def step_losses(
     sums = torch.zeros(3, count, dtype=torch.float64)  # tokens, targets, loss
     layers, experts = config.num_hidden_layers, config.num_experts
     routed_LNE = torch.zeros(layers, count * experts)
-    with without_dropout(model), record_routing(model) if with_routing else nullcontext() as passes_L:
+    with as_in_training(model), record_routing(model) if with_routing else nullcontext() as passes_L:
         for batch, tokens_BS, targets_BS in with_heartbeat(step.micro_batches()):
             losses_T = target_losses(model, to_device(batch, device)).double().cpu()
             is_target_T = (batch["targets"] != IGNORE_INDEX).flatten()
@@ -194,6 +194,16 @@ def step_losses(
                 routed_LNE[layer] += torch.bincount(places_TK.flatten(), minlength=count * experts)
     routed_NLE = routed_LNE.view(layers, count, experts).transpose(0, 1) if with_routing else None
     return StepLosses(_over_ranks(step.keys, sums), routed_NLE, step.keys)
+
+
+def as_in_training(model: OlmoeForCausalLM) -> AbstractContextManager[None]:
+    """Keep the model in its mode, in which it computes what training computes, unless dropout is on.
+
+    In eval mode the experts choose among matrix products by speed (experts.py), and in bf16 these round
+    differently.
+    """
+    dropout = max(model.config.attention_dropout, model.adapter.dropout if model.adapter else 0.0)
+    return without_dropout(model) if dropout > 0 else nullcontext()
 
 
 def target_losses(model: OlmoeForCausalLM, batch: Batch) -> Tensor:

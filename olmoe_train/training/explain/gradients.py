@@ -17,9 +17,8 @@ from torch.distributed.fsdp import FSDPModule
 from olmoe_train.distributed.mesh import copies, local_tensor
 from olmoe_train.model import OlmoeForCausalLM
 from olmoe_train.training.batch import Batch, Totals, count_tokens, to_device
-from olmoe_train.training.explain.documents import Key, StepDocuments
+from olmoe_train.training.explain.documents import Key, StepDocuments, as_in_training
 from olmoe_train.training.objectives.base import Objective
-from olmoe_train.training.objectives.log_probs import without_dropout
 
 
 @dataclass(frozen=True)
@@ -76,7 +75,7 @@ def step_gradient(
         device: The device of this rank.
         progress: Wraps the documents.
     """
-    with without_dropout(model):
+    with as_in_training(model):
         micro_batches = [batch for batch, _, _ in step.micro_batches()]
         totals = count_tokens(micro_batches, False, device)
         micro_batches = [to_device(batch, device) for batch in micro_batches]

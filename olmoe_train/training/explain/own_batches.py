@@ -7,8 +7,10 @@ OWN_BATCHES = "own_batches.json"
 
 
 def note_own_batches(run_dir: Path, start_sample: int) -> None:
-    """Write the mark. start_sample: sequences of the run that were trained on before."""
-    (run_dir / OWN_BATCHES).write_text(json.dumps({"from_sample": start_sample}) + "\n", encoding="utf-8")
+    """Write the mark, unless there is one. start_sample: sequences that the run was trained on before."""
+    path = run_dir / OWN_BATCHES
+    if not path.is_file():
+        path.write_text(json.dumps({"from_sample": start_sample}) + "\n", encoding="utf-8")
 
 
 def has_own_batches(run_dir: Path, sample: int) -> bool:
