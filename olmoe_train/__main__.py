@@ -12,6 +12,7 @@ VERBS = {
     "logprobs": "log-probabilities of the reference, for preference tuning",
     "report": "one HTML file about a run, or its live form",
     "evaluate": "validation loss and perplexity",
+    "explain": "documents of one optimizer step, with their shares of loss and gradient",
     "upcycle": "make an OLMoE from a dense model",
     "export": "write a run's checkpoint as a Hugging Face directory",
     "generate": "continue a prompt",

@@ -173,6 +173,10 @@ class LoggingConfig:
     dead_expert_steps: int = 100
     """An expert that received no token for this many steps is dead: router/dead_experts counts it, and a
     warning names it."""
+    explain_spikes: bool = True
+    """Write the documents of a step whose update was skipped, or whose loss or gradient norm is a spike, to
+    run_dir/spikes: one forward pass over that step, for at most 20 steps of a run. Only for
+    objective=next_token."""
     wandb: WandbConfig = field(default_factory=WandbConfig)
 
 

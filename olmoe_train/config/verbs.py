@@ -5,7 +5,7 @@ from typing import Any
 
 from omegaconf import MISSING
 
-from olmoe_train.config.choices import ExportFormat, Precision, StripPrefix, XAxis
+from olmoe_train.config.choices import Device, ExportFormat, Precision, StripPrefix, XAxis
 from olmoe_train.config.data import DataConfig, TokenizerConfig
 from olmoe_train.config.train import EvaluationConfig, TrainConfig
 
@@ -234,6 +234,33 @@ class ReportConfig:
     """TCP port of serve=true; 0: any free one."""
 
 
+@dataclass(frozen=True)
+class ExplainConfig:
+    """Name the documents of one optimizer step of a run, with their shares of its loss and gradient.
+
+    Run it as `olmoe explain --nproc RANKS` or under torchrun, or as `olmoe explain` on one rank.
+    """
+
+    source: str = MISSING
+    """Run directory."""
+    step: int = MISSING
+    """Optimizer step, counted from 1."""
+    out: str | None = None
+    """JSON file to write; null: explain/step-XXXXXXXX.json in the run directory."""
+    top: int = 20
+    """Documents to look at closely: with gradient, routing and the beginning of the text. They are those with
+    the most loss above the step's mean. Loss and origin are given of all documents."""
+    gradients: bool = True
+    """Compute the share of the gradient, with one backward pass for each of these documents and two for the
+    step."""
+    data_dir: str | None = None
+    """Prepared data (data.dir); null: where the run had it."""
+    expert_parallel_size: int = 1
+    """Ranks among which the experts of a layer are distributed. The layout of the run does not matter."""
+    device: Device = Device.auto
+    """auto: cuda if there is a GPU, otherwise cpu."""
+
+
 VERBS: dict[str, type] = {
     "prepare": PrepareConfig,
     "train": TrainConfig,
@@ -245,5 +272,6 @@ VERBS: dict[str, type] = {
     "logprobs": LogprobsConfig,
     "dashboard": DashboardConfig,
     "report": ReportConfig,
+    "explain": ExplainConfig,
 }
 """The config dataclass of each verb."""

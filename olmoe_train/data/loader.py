@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from olmoe_train.config.choices import Packing
 from olmoe_train.config.data import DataConfig
-from olmoe_train.data.manifest import Manifest, shard_files
+from olmoe_train.data.manifest import Manifest, sample_files
 from olmoe_train.data.mixture import SCHEDULE, SourceSchedule, mixture_components, read_manifests, source_seed
 from olmoe_train.data.packing import ALGORITHM
 from olmoe_train.data.preferences import COMPLETIONS, PAIRS, CollatePreferences, PreferenceSequences
@@ -206,7 +206,7 @@ def _collate(data: DataConfig, manifests: dict[str, Manifest], longest_prompt: i
 
 
 def _contents(manifest: Manifest) -> dict[str, Any]:
-    hashes = "".join(digest for shard in manifest.train.shards for _, digest in shard_files(shard))
+    hashes = "".join(digest for shard in manifest.train.shards for _, digest in sample_files(shard))
     return {
         "train_tokens": manifest.train.tokens,
         "train_sha256": hashlib.sha256(hashes.encode()).hexdigest(),
@@ -248,11 +248,16 @@ class TrainSamples(Dataset[Sample]):
         self.repetition_filter = data.repetition_filter
 
     def __getitem__(self, global_index: int) -> Sample:
-        source, index = self.schedule.locate(global_index)
+        source, index = self.place(global_index)
         sequences = self.sequences[source]
-        sample = sequences.sample(sample_for(index, len(sequences), self.seeds[source]))
+        sample = sequences.sample(index)
         sample |= {"sample_index": np.array(global_index)} if isinstance(sequences, PromptSequences) else {}
         return mask_repetition(sample) if self.repetition_filter else sample
+
+    def place(self, global_index: int) -> tuple[int, int]:
+        """Return (source of a sample, number of its sequence within the source)."""
+        source, index = self.schedule.locate(global_index)
+        return source, sample_for(index, len(self.sequences[source]), self.seeds[source])
 
     @property
     def epoch(self) -> int:

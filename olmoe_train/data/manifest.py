@@ -19,6 +19,10 @@ MANIFEST = "manifest.json"
 TOKENIZER = "tokenizer"
 DTYPES: dict[str, np.dtype[Any]] = {"uint16": np.dtype("<u2"), "uint32": np.dtype("<u4")}
 ENDS_DTYPE = np.dtype("<u8")
+ORIGINS_DTYPE = np.dtype("<u8")
+SOURCE_FILES = "source_files.json"
+LINE_BITS = 40
+"""An origin is the number of the file times 2^LINE_BITS, plus the line: 16 million files of 10^12 lines."""
 MASK_DTYPE = LABELS_DTYPE = np.dtype("u1")
 
 
@@ -41,6 +45,20 @@ class Shard:
     """Labels of preferences: one uint8 per document, 1 for a chosen or wanted completion and 0 for another.
     None: the data has no preferences."""
     labels_sha256: str | None = None
+    origins_path: str | None = None
+    """Origin of each document, uint64: the number of its file in source_files.json, times 2^40, plus the line
+    or row, counted from 1. None: the origins were not recorded."""
+    origins_sha256: str | None = None
+
+
+@dataclass(frozen=True)
+class SourceFiles:
+    """The list of the files of the corpus, which the origins of documents refer to."""
+
+    path: str
+    """JSON list of paths, relative to the prepared directory."""
+    count: int
+    sha256: str
 
 
 @dataclass(frozen=True)
@@ -145,6 +163,8 @@ class Manifest:
     split_note: str | None = None
     """Sentence: how the splits differ from data.source.validation_fraction, in a small corpus. None: they do
     not."""
+    source_files: SourceFiles | None = None
+    """None: the origins of documents were not recorded."""
 
     @property
     def padding(self) -> int:
@@ -156,10 +176,10 @@ def write_manifest(directory: Path, manifest: Manifest) -> None:
     """Write manifest.json into a directory that is not published yet."""
     record: dict[str, Any] = {"format": FORMAT, "version": VERSION, **asdict(manifest)}
     for shard in (*record["train"]["shards"], *record["validation"]["shards"]):
-        for optional in ("mask", "labels"):
+        for optional in ("mask", "labels", "origins"):
             if shard[f"{optional}_path"] is None:
                 del shard[f"{optional}_path"], shard[f"{optional}_sha256"]
-    for later in ("split_note", "preferences"):
+    for later in ("split_note", "preferences", "source_files"):
         if record[later] is None:
             del record[later]
     (directory / MANIFEST).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
@@ -214,6 +234,9 @@ def _parse_manifest(record: dict[str, Any]) -> Manifest:
         values["targets"] = Targets(**values["targets"])
     if values.get("preferences") is not None:
         values["preferences"] = Preferences(**values["preferences"])
+    if values.get("source_files") is not None:
+        values["source_files"] = SourceFiles(**values["source_files"])
+        _check_inside(values["source_files"].path)
     manifest = Manifest(**values)
     if manifest.dtype not in DTYPES:
         raise ValueError(f"dtype is {manifest.dtype!r}, not {' or '.join(DTYPES)}")
@@ -235,10 +258,14 @@ def _parse_split(record: dict[str, Any], name: str, tokens_in_place: bool) -> Sp
             raise ValueError(f"{name}.{key} is {getattr(split, key)}, but its shards add up to {total}")
     for shard in shards:
         for relative, _ in shard_files(shard):
-            outside = Path(relative).is_absolute() or ".." in Path(relative).parts
-            if outside and not (tokens_in_place and relative == shard.path):
-                raise ValueError(f"shard path {relative!r} leaves the prepared directory")
+            if not (tokens_in_place and relative == shard.path):
+                _check_inside(relative)
     return split
+
+
+def _check_inside(relative: str) -> None:
+    if Path(relative).is_absolute() or ".." in Path(relative).parts:
+        raise ValueError(f"shard path {relative!r} leaves the prepared directory")
 
 
 def damaged(path: Path, problem: str, directory: Path) -> UserError:
@@ -251,8 +278,17 @@ def damaged(path: Path, problem: str, directory: Path) -> UserError:
 
 def shard_files(shard: Shard) -> list[tuple[str, str]]:
     """List (path, SHA-256) of each file of a shard. ValueError for a file without a hash or the reverse."""
+    return _files(shard, ("mask", "labels", "origins"))
+
+
+def sample_files(shard: Shard) -> list[tuple[str, str]]:
+    """The files of `shard_files` that decide what a sample contains. The origins of documents do not."""
+    return _files(shard, ("mask", "labels"))
+
+
+def _files(shard: Shard, optional: tuple[str, ...]) -> list[tuple[str, str]]:
     files = [(shard.path, shard.sha256), (shard.ends_path, shard.ends_sha256)]
-    for name in ("mask", "labels"):
+    for name in optional:
         path, sha256 = getattr(shard, f"{name}_path"), getattr(shard, f"{name}_sha256")
         if (path is None) != (sha256 is None):
             raise ValueError(f"{shard.path} has only one of {name}_path and {name}_sha256")

@@ -19,6 +19,7 @@ from olmoe_train.data.manifest import (
     LABELS_DTYPE,
     MANIFEST,
     MASK_DTYPE,
+    ORIGINS_DTYPE,
     Manifest,
     Shard,
     damaged,
@@ -47,6 +48,8 @@ class TokenSplit:
                 self._check_size(shard.mask_path, shard.tokens * MASK_DTYPE.itemsize)
             if shard.labels_path is not None:
                 self._check_size(shard.labels_path, shard.documents * LABELS_DTYPE.itemsize)
+            if shard.origins_path is not None:
+                self._check_size(shard.origins_path, shard.documents * ORIGINS_DTYPE.itemsize)
         self.has_mask = any(shard.mask_path is not None for shard in self.shards)
         self._starts = np.cumsum([0, *(shard.tokens for shard in self.shards)])
         self._first_documents = np.cumsum([0, *(shard.documents for shard in self.shards)])
@@ -92,6 +95,21 @@ class TokenSplit:
         ends = self._map(self.shards[shard].ends_path, ENDS_DTYPE)
         at, base = index - int(self._first_documents[shard]), int(self._starts[shard])
         return base + (int(ends[at - 1]) if at > 0 else 0), base + int(ends[at])
+
+    def document_at(self, position: int) -> int:
+        """Return the number of the document that the token at `position` belongs to."""
+        ((shard, _, first, _),) = self._parts(position, position + 1)
+        ends = self._map(self.shards[shard].ends_path, ENDS_DTYPE)
+        within = np.searchsorted(ends, np.array(first, ENDS_DTYPE), side="right")
+        return int(self._first_documents[shard]) + int(within)
+
+    def packed_origin(self, document: int) -> tuple[Shard, int, int | None]:
+        """Return (shard of a document, its number there, its origin as stored; None: not recorded)."""
+        assert 0 <= document < self.documents, f"document {document} of {self.documents}"
+        shard = int(np.searchsorted(self._first_documents, document, side="right")) - 1
+        number, path = document - int(self._first_documents[shard]), self.shards[shard].origins_path
+        packed = None if path is None else int(self._map(path, ORIGINS_DTYPE)[number])
+        return self.shards[shard], number, packed
 
     def labels(self, first: int, last: int) -> np.ndarray:
         """Read the labels of documents [first, last), as uint8. Only of preferences."""
@@ -179,17 +197,23 @@ def verify_hashes(directory: str | Path) -> int:
         The number of files.
 
     Raises:
-        UserError: The contents of a file changed. The message names the first one.
+        UserError: A file is missing, or its contents changed. The message names the first one.
     """
     directory = Path(directory).expanduser()
     manifest = read_manifest(directory)
-    count = 0
-    for name in ("train", "validation"):
-        for shard in TokenSplit(directory, manifest, name).shards:
-            for relative, expected in shard_files(shard):
-                path = directory / relative
-                with path.open("rb") as file:
-                    if hashlib.file_digest(file, "sha256").hexdigest() != expected:
-                        raise damaged(path, "its contents changed since it was prepared (hash)", directory)
-                count += 1
-    return count
+    files = [
+        file
+        for name in ("train", "validation")
+        for shard in TokenSplit(directory, manifest, name).shards
+        for file in shard_files(shard)
+    ]
+    if manifest.source_files is not None:
+        files.append((manifest.source_files.path, manifest.source_files.sha256))
+    for relative, expected in files:
+        path = directory / relative
+        if not path.is_file():
+            raise damaged(path, "missing", directory)
+        with path.open("rb") as opened:
+            if hashlib.file_digest(opened, "sha256").hexdigest() != expected:
+                raise damaged(path, "its contents changed since it was prepared (hash)", directory)
+    return len(files)

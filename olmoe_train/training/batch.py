@@ -30,12 +30,18 @@ class StepBatches(Iterator[list[Batch]]):
     """
 
     def __init__(
-        self, micro_batches: Iterable[Batch], micro_batches_per_step: int, columns: tuple[str, ...]
+        self,
+        micro_batches: Iterable[Batch],
+        micro_batches_per_step: int,
+        columns: tuple[str, ...],
+        from_data: bool = True,
     ) -> None:
-        """columns: what the objective reads of each micro-batch."""
+        """columns: what the objective reads of each micro-batch. from_data: the batches are the prepared
+        data's, in its order."""
         self._stream = iter(micro_batches)
         self._per_step = micro_batches_per_step
         self._columns = columns
+        self.from_data = from_data
         self.seconds_waited = 0.0
         """Total over all steps so far."""
 

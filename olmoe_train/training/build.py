@@ -13,7 +13,7 @@ from olmoe_train.config.balancing import AuxiliaryLossConfig, BalancingConfig
 from olmoe_train.config.choices import BalanceScope, PreferenceKind, Strategy
 from olmoe_train.config.compose import plain_values
 from olmoe_train.config.model import olmoe_config
-from olmoe_train.config.objective import GrpoConfig, PreferenceConfig
+from olmoe_train.config.objective import GrpoConfig, NextTokenConfig, PreferenceConfig
 from olmoe_train.config.train import TrainConfig
 from olmoe_train.data.loader import TrainingData, build_train_loader
 from olmoe_train.data.mixture import mixture_components
@@ -37,9 +37,11 @@ from olmoe_train.training.callbacks.checkpoints import Checkpoints
 from olmoe_train.training.callbacks.evaluation import Evaluate
 from olmoe_train.training.callbacks.exports import Exports
 from olmoe_train.training.callbacks.logging import Logging
+from olmoe_train.training.callbacks.spikes import Spikes
 from olmoe_train.training.callbacks.stragglers import Stragglers
 from olmoe_train.training.engine.base import Engine
 from olmoe_train.training.engine.fsdp import FsdpEngine
+from olmoe_train.training.explain.own_batches import note_own_batches
 from olmoe_train.training.initial_weights import download_initial_weights, fill_model
 from olmoe_train.training.objectives.base import Objective
 from olmoe_train.training.preflight.checks import validate
@@ -178,9 +180,33 @@ def build_step_batches(
         columns: what the objective reads of each micro-batch.
         batches: in place of the prepared data.
     """
+    if batches is not None and dist.get_rank() == 0:
+        note_own_batches(Path(cfg.run_dir), start_sample)
     source = batches if batches is not None else train_batches(cfg, data, start_sample)
     sequences = cfg.trainer.micro_batch_size * dist.get_world_size()
-    return StepBatches(source, cfg.trainer.global_batch_size // sequences, columns)
+    return StepBatches(source, cfg.trainer.global_batch_size // sequences, columns, batches is None)
+
+
+def build_spikes(
+    cfg: TrainConfig,
+    run: Run,
+    engine: Engine,
+    guard: SkipGuard,
+    data: TrainingData,
+    batches: StepBatches,
+    throughput: Throughput,
+) -> list[Spikes]:
+    """The callback that explains spikes; none for objectives whose loss is not a sum over documents."""
+    if not (cfg.logging.explain_spikes and isinstance(cfg.objective, NextTokenConfig)):
+        return []
+    spikes = Spikes(
+        *(Path(cfg.run_dir), guard, engine.model, data, batches, throughput, run.watchdog),
+        global_batch_size=cfg.trainer.global_batch_size,
+        micro_batch_size=cfg.trainer.micro_batch_size,
+        with_routing=not cfg.trainer.compile,
+        device=engine.device,
+    )
+    return [spikes]
 
 
 def build_callbacks(
@@ -198,8 +224,9 @@ def build_callbacks(
     """The callbacks of a run, in the order in which every hook is called.
 
     Logging comes first, so that a step's line is in the log before anything that follows from the step.
-    Stragglers are compared once logging has waited for the device. Validation comes before the save of the
-    same step, as a save may end the run. `extra` callbacks come last, when the step is complete and saved.
+    Stragglers are compared once logging has waited for the device, and then spikes are explained. Validation
+    comes before the save of the same step, as a save may end the run. `extra` callbacks come last, when the
+    step is complete and saved.
     """
     run_dir, device = Path(cfg.run_dir), engine.device
     metrics = MetricsLog(run_dir, cfg.logging.wandb, redact(plain_values(cfg)), state.step)
@@ -226,7 +253,8 @@ def build_callbacks(
     stragglers = Stragglers(StragglerDetector(run.watchdog.peers, engine.model.lm_head, device), batches)
     evaluate = Evaluate(cfg.evaluation, data, engine.model, objective, metrics, throughput, run.watchdog)
     exports = Exports(run_dir, cfg.checkpoint.export_every)
-    callbacks: list[Callback] = [logging, stragglers, evaluate, exports]
+    spikes = build_spikes(cfg, run, engine, guard, data, batches, throughput)
+    callbacks: list[Callback] = [logging, stragglers, *spikes, evaluate, exports]
 
     def on_save(checkpoint: Path) -> None:
         for callback in [*callbacks, *extra]:

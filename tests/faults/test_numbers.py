@@ -1,5 +1,6 @@
 """Numbers that go wrong in a run: skipped by all ranks together, within a budget, and never saved."""
 
+import json
 import math
 from dataclasses import replace
 from functools import partial
@@ -92,6 +93,10 @@ def test_nan_with_deepspeed(data: Path, tmp_path: Path, stage: int, precision: P
     assert all(tensor.isfinite().all() for tensor in states[2].values())
     assert [record["train/skipped_steps"] for record in metrics(tmp_path)] == [0, 1, 1]
     assert [record["step"] for record in metrics(tmp_path) if record["train/grad_norm"] is None] == [2]
+    explained = json.loads((tmp_path / "spikes/step-00000002.json").read_text())
+    shares = [document["loss_share"] for document in explained["documents"]]
+    tolerance = 1e-5 if precision is Precision.fp32 else 1e-2
+    assert sum(shares) == pytest.approx(metrics(tmp_path)[1]["train/ce_loss"], abs=tolerance)
 
 
 def test_a_spike_is_skipped_after_a_resume_too(data: Path, tmp_path: Path) -> None:

@@ -136,7 +136,8 @@ def spoil_activations(rank: int, steps: range, factor: float, gradients: bool = 
             return None
         if not gradients:
             return output * factor
-        output.register_hook(lambda gradient: gradient * factor)
+        if output.requires_grad:  # a spike is explained by a forward pass alone
+            output.register_hook(lambda gradient: gradient * factor)
         return None
 
     def note(step: int) -> None:

@@ -54,6 +54,8 @@ class EncodedSplit:
     """Tokens of the longest document of preferences."""
     labels: np.ndarray | None = None
     """uint8 per document, of preferences."""
+    origins: list[tuple[str, int]] = field(default_factory=list)
+    """(path, line) of each document. Pickle stores a path once per batch."""
 
 
 @dataclass(frozen=True)
@@ -109,11 +111,13 @@ class Encoder:
         text_bytes = unaligned = without_target = further = 0
         turns: Counter[str] = Counter()
         hashes: list[int] = []
+        origins: list[tuple[str, int]] = []
         for document, ids in zip(batch, self._ids([document.text for document in batch]), strict=True):
             if isinstance(ids, str):
                 self._report(BadRecord(document.where, ids, document.text.encode()), bad)
                 continue
             text_bytes += len(document.text.encode())
+            origins.append((document.path, document.line))
             further += document.further
             turns.update(document.counts)
             hashes += [] if document.split_hash is None else [document.split_hash]
@@ -141,6 +145,7 @@ class Encoder:
             further,
             turns,
             (min(hashes), max(hashes)) if hashes else None,
+            origins=origins,
         )
 
     def _report(self, record: BadRecord, bad: list[BadRecord]) -> None:
@@ -185,6 +190,7 @@ class Encoder:
             preferences=counts,
             longest=max((len(side.ids) for side in sides), default=0),
             labels=np.array([document.label for document in kept], np.uint8),
+            origins=[(document.path, document.line) for document in kept],
         )
 
     @property

@@ -32,6 +32,7 @@ from olmoe_train.data.prepare.corpus import digest
 from olmoe_train.data.prepare.encode import Encoder, cores, in_order, worker_processes
 from olmoe_train.data.prepare.limits import DEFAULT_LIMITS, Limits
 from olmoe_train.data.prepare.open_corpus import Corpus, open_corpus, source_errors, source_settings
+from olmoe_train.data.prepare.origins import write_source_files
 from olmoe_train.data.prepare.progress import (
     PROGRESS,
     QUARANTINE,
@@ -244,9 +245,8 @@ class _Preparation:
                 dtype="uint16" if tokenizer.vocab_size <= 1 << 16 else "uint32",
                 strict=self.strict,
             )
-            output = OutputWriter(
-                self.directory, source, tokenizer.vocab_size, DTYPES[encoder.dtype], progress, self.limits
-            )
+            form = tokenizer.vocab_size, DTYPES[encoder.dtype]
+            output = OutputWriter(self.directory, source, *form, progress, self.corpus.files, self.limits)
             if progress.counts.records:
                 print(
                     f"continuing after {progress.counts.records:,} records; "
@@ -256,7 +256,8 @@ class _Preparation:
         output.finish()
         note = split_note(output.counts, progress.held_out_below, self.validation.fraction)
         manifest = _manifest(self.settings, self.corpus, tokenizer, encoder.dtype, output, source)
-        return replace(manifest, split_note=note), output.counts
+        files = write_source_files(self.directory, self.corpus)
+        return replace(manifest, split_note=note, source_files=files), output.counts
 
     def _start(
         self, tokenizer: TokenizerFiles | None, below: int | None, bar: Progress

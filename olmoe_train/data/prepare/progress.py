@@ -14,8 +14,10 @@ from olmoe_train.config.choices import Records
 from olmoe_train.config.data import SourceConfig
 from olmoe_train.data.prepare.batches import START, Batch, Position
 from olmoe_train.data.prepare.compare import LEFT_OUT, PREFERENCE_COUNTS
+from olmoe_train.data.prepare.corpus import CorpusFile
 from olmoe_train.data.prepare.encode import Encoded, EncodedSplit
 from olmoe_train.data.prepare.limits import DEFAULT_LIMITS, Limits
+from olmoe_train.data.prepare.origins import packed_origins
 from olmoe_train.data.prepare.record_spec import PREFERENCES
 from olmoe_train.data.prepare.records import BadRecord
 from olmoe_train.data.prepare.shards import ChangedError, SplitWriter
@@ -140,9 +142,19 @@ class OutputWriter:
         vocab_size: int,
         dtype: np.dtype[Any],
         progress: PrepareProgress,
+        files: list[CorpusFile],
         limits: Limits = DEFAULT_LIMITS,
     ):
         """Verify what `progress` says is written, and cut the files back to it.
+
+        Args:
+            directory: The directory that is being written.
+            source: The `data.source` section.
+            vocab_size: Token ids are below it.
+            dtype: Data type of the token files.
+            progress: What is written already.
+            files: The files of the corpus, in the order of source_files.json.
+            limits: How often progress is saved.
 
         Raises:
             ChangedError: A file is not as `progress` says.
@@ -154,8 +166,12 @@ class OutputWriter:
         self.counts = progress.counts
         masked, labelled = source.records is not Records.text, source.records in PREFERENCES
         self._together = 2 if source.records is Records.preference else 1
+        self._numbers = {file.path: number for number, file in enumerate(files)}
         self.train, self.validation = (
-            SplitWriter(directory, name, source.shard_tokens, vocab_size, dtype, masked, saved, labelled)
+            SplitWriter(
+                *(directory, name, source.shard_tokens, vocab_size, dtype, masked, saved, labelled),
+                with_origins=True,
+            )
             for name, saved in (("train", progress.train), ("validation", progress.validation))
         )
         self._quarantine = Quarantine(directory, source.max_bad_fraction, progress.quarantine_bytes)
@@ -170,7 +186,10 @@ class OutputWriter:
         """Write a batch. UserError if more than the allowed share of the records so far is bad."""
         shards = self.shards_closed
         for split, new in ((self.train, encoded.train), (self.validation, encoded.validation)):
-            split.add(new.tokens, new.lengths, new.text_bytes, new.targets, new.labels, self._together)
+            origins = packed_origins(new.origins, self._numbers)
+            split.add(
+                new.tokens, new.lengths, new.text_bytes, new.targets, new.labels, self._together, origins
+            )
             self.counts.add(new)
         self.counts.empty += encoded.empty
         self.counts.filtered += encoded.filtered

@@ -36,8 +36,8 @@ class Document:
     text: str
     """May be empty or white space. Such a document is counted, and not trained on."""
     validation: bool
-    where: str
-    """path:line"""
+    path: str
+    """The corpus file (CorpusFile.path)."""
     target_spans: list[Span] | None = None
     """Characters [start, end) that are training targets, in a conversation or a prompt with its completion.
     None: they could not be found. Of plain text also None: all of it is a target."""
@@ -55,6 +55,13 @@ class Document:
     """Of a preference: the character at which the completion begins."""
     learns_eos: bool = False
     """Of a preference: whether the eos is part of the completion. A chat template writes the end itself."""
+    line: int = 1
+    """Line or row of the file, from 1. A file that is one document has line 1."""
+
+    @property
+    def where(self) -> str:
+        """path:line"""
+        return f"{self.path}:{self.line}"
 
 
 # What `olmoe prepare` counts in conversations, by the names that the manifest gives the counts.
@@ -141,9 +148,8 @@ def _documents(
     validation: ValidationSplit,
 ) -> Sequence[Document | Filtered]:
     """Make the documents of a record. None is a file without lines, which counts as an empty document."""
-    where = f"{file.path}:{number}"
     if record is None:
-        return [Document("", file.validation, where)]
+        return [Document("", file.validation, file.path, line=number)]
     if not spec.keeps(record):
         return [Filtered.FILTERED]
     found = _content(record, spec, is_row=file.format is not FileFormat.lines)
@@ -152,7 +158,8 @@ def _documents(
     identity = f"{file.name}:{number}" if document_id is None else f"id:{document_id}"
     is_validation, hashed = validation.place(file, identity)
     documents = [
-        replace(document, validation=is_validation, where=where, split_hash=hashed) for document in found
+        replace(document, validation=is_validation, path=file.path, line=number, split_hash=hashed)
+        for document in found
     ]
     counts = documents[0].counts
     if spec.records in PREFERENCES and not all(_is_kept(document, spec) for document in documents):
@@ -309,7 +316,7 @@ def _whole_file(
         reason = f"more than data.source.max_record_bytes={spec.max_record_bytes} bytes"
         return BadRecord(f"{file.path}:1", reason, contents[: spec.excerpt_bytes])
     try:
-        document = Document(contents.decode("utf-8"), is_validation, f"{file.path}:1", split_hash=hashed)
+        document = Document(contents.decode("utf-8"), is_validation, file.path, split_hash=hashed)
     except UnicodeDecodeError as error:
         line = contents.count(b"\n", 0, error.start) + 1
         return BadRecord(f"{file.path}:{line}", _not_utf8(contents, error), contents)

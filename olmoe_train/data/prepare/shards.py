@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from olmoe_train.data.manifest import ENDS_DTYPE, Shard, Split, shard_files
+from olmoe_train.data.manifest import ENDS_DTYPE, ORIGINS_DTYPE, Shard, Split, shard_files
 from olmoe_train.utils.errors import UserError
 from olmoe_train.utils.files import file_lock, fsync_path, publish_directory
 
@@ -41,6 +41,7 @@ class SplitWriter:
         masked: bool = False,
         progress: dict[str, Any] | None = None,
         labelled: bool = False,
+        with_origins: bool = False,
     ):
         """Open a split for writing.
 
@@ -53,6 +54,7 @@ class SplitWriter:
             masked: Whether shards have a loss mask.
             progress: What `save` returned. The files are cut back to that point and continued.
             labelled: Whether shards have labels.
+            with_origins: Whether shards record the file and the line of each document.
 
         Raises:
             ChangedError: The files do not hold what they did at that point.
@@ -61,7 +63,7 @@ class SplitWriter:
         self._split = split
         self._shard_tokens = shard_tokens
         self._dtype = dtype
-        self._masked, self._labelled = masked, labelled
+        self._masked, self._labelled, self._with_origins = masked, labelled, with_origins
         self._closed: list[Shard] = []
         self._open: _OpenShard | None = None
         self._text_bytes = 0
@@ -84,6 +86,7 @@ class SplitWriter:
         targets: np.ndarray | None = None,
         labels: np.ndarray | None = None,
         together: int = 1,
+        origins: np.ndarray | None = None,
     ) -> None:
         """Append documents.
 
@@ -94,9 +97,11 @@ class SplitWriter:
             targets: Loss mask, uint8 per token: 1 for a target. Given exactly if the shards are masked.
             labels: uint8 per document. Given exactly if the shards are labelled.
             together: Number of consecutive documents that are in one shard: 2 for pairs.
+            origins: uint64 per document (data/origins.py). Given exactly if the shards have origins.
         """
         assert (targets is not None) == self._masked
         assert (labels is not None) == self._labelled
+        assert (origins is not None) == self._with_origins
         self._text_bytes += text_bytes
         self._count(tokens, targets)
         start = 0
@@ -110,6 +115,7 @@ class SplitWriter:
             of_document = (
                 None if targets is None else targets[document],
                 None if labels is None else labels[number],
+                None if origins is None else origins[number],
             )
             self._open.add(tokens[document], *of_document)
             start += length
@@ -130,7 +136,8 @@ class SplitWriter:
         return Split(documents, tokens, self._text_bytes, tuple(self._closed))
 
     def _new_shard(self, saved: Shard | None) -> "_OpenShard":
-        return _OpenShard(self._root, self._stem(), saved, self._dtype, self._masked, self._labelled)
+        optional = self._masked, self._labelled, self._with_origins
+        return _OpenShard(self._root, self._stem(), saved, self._dtype, *optional)
 
     def _stem(self) -> str:
         return f"{self._split}/shard-{len(self._closed):05d}"
@@ -210,7 +217,7 @@ class _HashedFile:
 
 
 class _OpenShard:
-    """The shard that documents are appended to: tokens, index, and perhaps a loss mask and labels."""
+    """The shard that documents are appended to: tokens, index, and perhaps loss mask, labels and origins."""
 
     def __init__(
         self,
@@ -220,16 +227,21 @@ class _OpenShard:
         dtype: np.dtype[Any],
         masked: bool,
         labelled: bool,
+        with_origins: bool,
     ):
         self.path = f"{stem}.npy"
         # The suffix is not .npy, so that a program that trains on `*.npy` does not read the index as tokens.
         self._ends_path = f"{stem}.ends.u64"
         self._mask_path = f"{stem}.mask.u8" if masked else None
         self._labels_path = f"{stem}.labels.u8" if labelled else None
+        # A shard that an older version of this program began has no origins, and gets none.
+        with_origins = with_origins and (saved is None or saved.origins_path is not None)
+        self._origins_path = f"{stem}.origins.u64" if with_origins else None
         self.tokens = saved.tokens if saved else 0
         self._documents = saved.documents if saved else 0
         self._mask: _HashedFile | None = None
         self._labels: _HashedFile | None = None
+        self._origins: _HashedFile | None = None
         if saved:
             size, ends_size = saved.tokens * dtype.itemsize, saved.documents * ENDS_DTYPE.itemsize
             self._file = _HashedFile(root / self.path, size, saved.sha256)
@@ -238,14 +250,21 @@ class _OpenShard:
                 self._mask = _HashedFile(root / self._mask_path, saved.tokens, saved.mask_sha256)
             if self._labels_path and saved.labels_sha256:
                 self._labels = _HashedFile(root / self._labels_path, saved.documents, saved.labels_sha256)
+            if self._origins_path and saved.origins_sha256:
+                size = saved.documents * ORIGINS_DTYPE.itemsize
+                self._origins = _HashedFile(root / self._origins_path, size, saved.origins_sha256)
         else:
             self._file, self._ends = _HashedFile(root / self.path), _HashedFile(root / self._ends_path)
             if self._mask_path:
                 self._mask = _HashedFile(root / self._mask_path)
             if self._labels_path:
                 self._labels = _HashedFile(root / self._labels_path)
+            if self._origins_path:
+                self._origins = _HashedFile(root / self._origins_path)
 
-    def add(self, document: np.ndarray, mask: np.ndarray | None, label: int | None) -> None:
+    def add(
+        self, document: np.ndarray, mask: np.ndarray | None, label: int | None, origin: np.uint64 | None
+    ) -> None:
         self._file.append(document.tobytes())
         self.tokens += len(document)
         self._documents += 1
@@ -254,6 +273,8 @@ class _OpenShard:
             self._mask.append(mask.tobytes())
         if self._labels is not None and label is not None:
             self._labels.append(bytes([label]))
+        if self._origins is not None and origin is not None:
+            self._origins.append(int(origin).to_bytes(ORIGINS_DTYPE.itemsize, "little"))
 
     def save(self) -> Shard:
         """Force the files to the disk, and describe them as they are now."""
@@ -270,6 +291,8 @@ class _OpenShard:
             mask_sha256=self._mask.sha256 if self._mask else None,
             labels_path=self._labels_path,
             labels_sha256=self._labels.sha256 if self._labels else None,
+            origins_path=self._origins_path,
+            origins_sha256=self._origins.sha256 if self._origins else None,
         )
 
     def close(self) -> Shard:
@@ -279,7 +302,7 @@ class _OpenShard:
         return shard
 
     def _files(self) -> list[_HashedFile]:
-        files = (self._file, self._ends, self._mask, self._labels)
+        files = (self._file, self._ends, self._mask, self._labels, self._origins)
         return [file for file in files if file is not None]
 
 

@@ -28,7 +28,7 @@ from olmoe_train.config.initial_model import initial_directory
 from olmoe_train.config.model import ModelConfig
 from olmoe_train.config.train import EvaluationConfig, TrainerConfig
 from olmoe_train.data.loader import TrainingData
-from olmoe_train.data.manifest import shard_files
+from olmoe_train.data.manifest import sample_files
 from olmoe_train.distributed.collectives import on_rank_0
 from olmoe_train.model import OlmoeForCausalLM
 from olmoe_train.model.hf.directory import parameter_shapes
@@ -95,7 +95,7 @@ def identity_of(
         for manifest in data.manifests.values()
         for split in (manifest.train, manifest.validation)
         for shard in split.shards
-        for _, digest in shard_files(shard)
+        for _, digest in sample_files(shard)
     ]
     mismatched_length = data.cfg.sequence_length if data.single else None  # where mismatched ones are cut
     return Identity(hashes[0], _hash({"shards": shards, "mismatched length": mismatched_length}))

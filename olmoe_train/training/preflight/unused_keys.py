@@ -4,6 +4,7 @@ from olmoe_train.config.balancing import AuxiliaryLossConfig
 from olmoe_train.config.choices import BalanceScope, Strategy
 from olmoe_train.config.data import OlmoFilesConfig, SourceConfig
 from olmoe_train.config.model import ModelConfig
+from olmoe_train.config.objective import NextTokenConfig
 from olmoe_train.config.train import ParallelConfig, TrainConfig
 from olmoe_train.data.manifest import Manifest
 from olmoe_train.model.hf.hub import is_hub_name
@@ -48,6 +49,10 @@ def keys_without_effect(cfg: TrainConfig, manifests: dict[str, Manifest]) -> lis
             for name in ("zero_stage", "offload", "deepspeed_config")
             if getattr(cfg.parallel, name) != getattr(ParallelConfig(), name)
         ]
+    if not cfg.logging.explain_spikes and not isinstance(cfg.objective, NextTokenConfig):
+        warnings.append(
+            f"logging.explain_spikes has no effect: objective={cfg.objective.name} explains no spikes"
+        )
     warnings += _initial_weights_without_effect(cfg.model)
     if cfg.optimizer.max_grad_norm == 0:
         warnings.append("optimizer.max_grad_norm=0: gradients are not clipped")

@@ -165,7 +165,7 @@ def test_second_run_verifies_and_does_nothing(
     before = {path: path.stat().st_mtime_ns for path in out.rglob("*")}
     capsys.readouterr()
     assert prepare(prepare_config(out, processes=2)) == first  # not a setting that decides the bytes
-    assert f"already prepared, nothing to do: {out} (4 files verified)" in capsys.readouterr().out
+    assert f"already prepared, nothing to do: {out} (7 files verified)" in capsys.readouterr().out
     assert {path: path.stat().st_mtime_ns for path in out.rglob("*")} == before
     shard = out / "train/shard-00000.npy"
     shard.write_bytes(shard.read_bytes()[:-2] + b"\1\0")

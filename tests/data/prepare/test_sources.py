@@ -4,6 +4,7 @@ import gzip
 import json
 import os
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +15,14 @@ import pytest
 import zstandard
 
 from olmoe_train.config.choices import OnBadRecord, Records, SourceKind
-from olmoe_train.data.prepare.batches import START, Position, numbered_lines, read_batches
+from olmoe_train.data.manifest import sample_files
+from olmoe_train.data.origins import Origins
+from olmoe_train.data.prepare.batches import START, Position, chunks, numbered_lines, read_batches
 from olmoe_train.data.prepare.corpus import find_files
 from olmoe_train.data.prepare.limits import Limits
 from olmoe_train.data.prepare.pipeline import prepare
 from olmoe_train.data.prepare.record_spec import RecordSpec
+from olmoe_train.data.tokens import open_split
 from olmoe_train.utils.errors import UserError
 from tests.support.data import contents, prepare_config, read_texts
 
@@ -104,9 +108,26 @@ def test_same_bytes_from_one_process_and_from_two_anywhere(
     prepare(files(tmp_path / "two", "elsewhere", processes=2), limits)
     one, two = contents(tmp_path / "one"), contents(tmp_path / "two")
     manifests = [json.loads(found.pop("manifest.json")) for found in (one, two)]
+    for key in ("source", "source_files"):  # they say where the corpus is
+        assert manifests[0].pop(key) != manifests[1].pop(key)
+    assert one.pop("source_files.json") != two.pop("source_files.json")
     assert one == two
-    assert manifests[0].pop("source") != manifests[1].pop("source")
     assert manifests[0] == manifests[1]
+    assert_origins(tmp_path / "two")
+
+
+def assert_origins(directory: Path) -> None:
+    """The file and line that are recorded of each document contain its text."""
+    for name in ("train", "validation"):
+        split = open_split(directory, name)
+        texts = read_texts(directory, name)
+        found = [Origins(split).of(number) for number in range(split.documents)]
+        for origin, text in zip(found, texts, strict=True):
+            assert origin.file is not None
+            assert origin.line is not None
+            with Path(origin.file).open("rb") as raw:
+                lines = b"".join(chunks(raw, origin.file)).splitlines()
+            assert json.loads(lines[origin.line - 1])["text"] == text
 
 
 def test_documents_keep_their_split_when_lines_move(corpus: Path, tmp_path: Path) -> None:
@@ -153,7 +174,9 @@ def test_tables_are_read_like_lines(corpus: Path, tmp_path: Path) -> None:
     lines = prepare(files(tmp_path / "lines", corpus))
     for kind in ("files", "datasets"):
         prepared = prepare(files(tmp_path / kind, tmp_path / "tables", kind=kind))
-        assert (prepared.train, prepared.validation) == (lines.train, lines.validation)
+        for one, other in ((prepared.train, lines.train), (prepared.validation, lines.validation)):
+            assert [sample_files(shard) for shard in one.shards] == [sample_files(s) for s in other.shards]
+            assert replace(one, shards=()) == replace(other, shards=())
     with pytest.raises(UserError, match=r"0\.parquet: no column 'body'; it has id, text(.|\n)*text_field"):
         prepare(files(tmp_path / "no", tmp_path / "tables", text_field="body"))
     with pytest.raises(UserError, match=r"a\.jsonl is not a \.parquet or \.arrow file(.|\n)*data=jsonl"):

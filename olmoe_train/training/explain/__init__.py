@@ -1,0 +1,1 @@
+"""Which documents made up an optimizer step: their losses, gradients and routing."""
