@@ -211,7 +211,7 @@ class DashboardConfig:
     x_axis: XAxis = XAxis.step
     """Horizontal axis of the charts: optimizer steps, or tokens trained on."""
     report: bool = False
-    """Also make a W&B Report: a page with a table of the runs and the charts that the runs share."""
+    """Also make a W&B Report: a page with a table of the runs and the charts of the workspace."""
     dry_run: bool = False
     """Write the JSON to `out` and connect to no server. --dry-run is the same."""
     out: str | None = None

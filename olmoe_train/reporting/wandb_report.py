@@ -11,8 +11,8 @@ from olmoe_train.reporting.workspace import colored, only_runs, run_panels, stab
 if TYPE_CHECKING:  # an extra, and importing it takes a second
     import wandb_workspaces.reports.v2 as wr
 
-GRID_COLUMNS, PANELS_PER_ROW, PANEL_ROWS = 24, 2, 8
-"""W&B's grid is 24 columns wide."""
+PANEL_WIDTH, PANEL_HEIGHT = 12, 8
+"""In the units of W&B's grid, which is 24 wide."""
 HEAD = (
     "Run",
     "Wandb id",
@@ -50,10 +50,8 @@ def build_report(
             run_settings={run.id: wr.RunSettings(color=color) for run, color in colored(runs)},
         )
         runset._id = stable_id("runs", section)
-        width = GRID_COLUMNS // PANELS_PER_ROW
-        for number, panel in enumerate(panels):
-            row, column = divmod(number, PANELS_PER_ROW)
-            panel.layout = wr.Layout(x=column * width, y=row * PANEL_ROWS, w=width, h=PANEL_ROWS)
+        for panel in panels:  # PanelGrid gives each one its place
+            panel.layout = wr.Layout(w=PANEL_WIDTH, h=PANEL_HEIGHT)
         return wr.PanelGrid(runsets=[runset], panels=panels)
 
     blocks: list[Any] = [wr.TableOfContents(), wr.H1("Runs"), wr.MarkdownBlock(table_of_runs(runs))]

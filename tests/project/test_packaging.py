@@ -9,10 +9,12 @@ from pathlib import Path
 REPO = Path(__file__).parents[2]
 PROJECT = tomllib.loads((REPO / "pyproject.toml").read_text())["project"]
 # Where the name on the index differs from the name that is imported.
-DISTRIBUTION = {"hydra": "hydra-core", "jinja2": "Jinja2"}
+DISTRIBUTION = {"hydra": "hydra-core", "jinja2": "Jinja2", "wandb_workspaces": "wandb-workspaces"}
 # Of model.experts_backend=sonicmoe, which is refused without it. The release asks for an older torch than
 # this project needs, so pip could not install it as an extra.
 UNDECLARED = {"sonicmoe"}
+# Of olmoe dashboard.
+EXTRAS = {"wandb-workspaces"}
 
 
 def imported_packages() -> set[str]:
@@ -33,7 +35,9 @@ def names(requirements: list[str]) -> set[str]:
 
 def test_imports_are_the_declared_dependencies() -> None:
     imported = {DISTRIBUTION.get(name, name) for name in imported_packages()}
-    assert imported == names(PROJECT["dependencies"]) | UNDECLARED
+    assert imported == names(PROJECT["dependencies"]) | EXTRAS | UNDECLARED
+    optional = PROJECT["optional-dependencies"]
+    assert {name for extra in optional.values() for name in names(extra)} >= EXTRAS
 
 
 def test_transformers_is_a_dependency_of_tests_alone() -> None:
