@@ -173,6 +173,9 @@ class LoggingConfig:
     dead_expert_steps: int = 100
     """An expert that received no token for this many steps is dead: router/dead_experts counts it, and a
     warning names it."""
+    details_every: int = 100
+    """Steps between the costly values: the loss by source and by position, and the pictures in wandb and
+    TensorBoard. They belong to a logged step: trainer.log_every rounds this number up. 0: off."""
     wandb: WandbConfig = field(default_factory=WandbConfig)
 
 
@@ -186,6 +189,10 @@ class EvaluationConfig:
     """Sequences per forward pass of one rank in validation."""
     max_sequences: int | None = None
     """Validate on at most this many sequences, from the start of the validation split; null: on all of it."""
+    prompts: list[str] = field(default_factory=list)
+    """Texts that each evaluation continues, greedily, to be read beside the losses."""
+    sample_tokens: int = 64
+    """Longest continuation of a prompt, in tokens. With sharded weights each token gathers them once."""
 
 
 @dataclass(frozen=True)

@@ -111,6 +111,14 @@ METRICS: tuple[Metric, ...] = (
         LOWER,
         "loss {:.4f}",
     ),
+    Metric(
+        "train/loss_by_position",
+        "nats per target token, a list",
+        "cross-entropy by position in the sequence, in 16 equal parts (fewer for a shorter sequence); `null` "
+        "where there is no target. Of `next_token`, every `logging.details_every` steps",
+        Group.loss,
+        LOWER,
+    ),
     Metric("train/ce_loss", "nats per target token", "cross-entropy", Group.loss, LOWER, "ce {:.4f}"),
     Metric(
         "train/preference_loss",
@@ -263,6 +271,12 @@ METRICS: tuple[Metric, ...] = (
     ),
     Metric(f"{_ROUTER}/max_violation", "none", "of one layer, counted from 00", Group.router, LOWER),
     Metric(f"{_ROUTER}/entropy", "nats", "of one layer", Group.router),
+    Metric(
+        f"{_ROUTER}/z",
+        "nats²",
+        "router z-loss of one layer, unweighted: the mean over tokens of logsumexp(router logits)²",
+        Group.router,
+    ),
     Metric(f"{_ROUTER}/dead_experts", "experts", "of one layer", Group.experts, LOWER),
     Metric(
         f"{_ROUTER}/load",
@@ -285,6 +299,27 @@ METRICS: tuple[Metric, ...] = (
         Group.validation,
         LOWER,
         "perplexity {:.2f}",
+    ),
+    Metric(
+        "eval/NAME/loss_by_position",
+        "nats per target token, a list",
+        "as `train/loss_by_position`, on the validation split",
+        Group.validation,
+        LOWER,
+    ),
+    Metric(
+        "eval/samples",
+        "a list of prompt and completion",
+        'greedy continuations of `evaluation.prompts`: a list of `{"prompt": ..., "completion": ...}`',
+        Group.validation,
+    ),
+    Metric(
+        "data/NAME/loss",
+        "nats per target token",
+        "cross-entropy of a mixture's source in the step; `null` where the step has none of its targets. Of "
+        "`next_token`, every `logging.details_every` steps",
+        Group.data,
+        LOWER,
     ),
     Metric(
         "data/sequences_without_targets",

@@ -38,6 +38,7 @@ from olmoe_train.training.callbacks.evaluation import Evaluate
 from olmoe_train.training.callbacks.exports import Exports
 from olmoe_train.training.callbacks.logging import Logging
 from olmoe_train.training.callbacks.stragglers import Stragglers
+from olmoe_train.training.details import StepDetails
 from olmoe_train.training.engine.base import Engine
 from olmoe_train.training.engine.fsdp import FsdpEngine
 from olmoe_train.training.initial_weights import download_initial_weights, fill_model
@@ -220,11 +221,23 @@ def build_callbacks(
         objective,
         guard,
         data,
+        StepDetails(
+            engine.model,
+            data,
+            every=cfg.logging.details_every,
+            log_every=cfg.trainer.log_every,
+            global_batch_size=cfg.trainer.global_batch_size,
+            micro_batch_size=cfg.trainer.micro_batch_size,
+            with_flow=False,
+            device=device,
+        ),
         dead_expert_steps=cfg.logging.dead_expert_steps,
         device=device,
     )
     stragglers = Stragglers(StragglerDetector(run.watchdog.peers, engine.model.lm_head, device), batches)
-    evaluate = Evaluate(cfg.evaluation, data, engine.model, objective, metrics, throughput, run.watchdog)
+    evaluate = Evaluate(
+        cfg.evaluation, data, engine.model, objective, metrics, throughput, run.watchdog, device
+    )
     exports = Exports(run_dir, cfg.checkpoint.export_every)
     callbacks: list[Callback] = [logging, stragglers, evaluate, exports]
 

@@ -49,7 +49,7 @@ def one_step(counts: list[list[float]], grad_norm: float = 0.5, entropy: float =
     terms = StepTerms(CPU)
     names = ("ce_loss", "load_balancing_loss", "router_z_loss")
     terms.add(torch.tensor(1.0), {name: torch.tensor(float(n)) for n, name in enumerate(names, start=2)})
-    router = RouterSums(torch.tensor(counts), torch.full((2,), entropy))
+    router = RouterSums(torch.tensor(counts), torch.full((2,), entropy), torch.tensor([9.0, 16.0]))
     return read_step(terms, router, torch.tensor(grad_norm))
 
 
@@ -63,6 +63,7 @@ def test_values_by_hand() -> None:
     assert values["router/layer_01/max_violation"] == values["router/max_violation"] == 2.0
     assert values["router/layer_01/load"] == [0.75, 0.25, 0.0, 0.0]
     assert values["router/entropy"] == pytest.approx(math.log(4))
+    assert (values["router/layer_00/z"], values["router/layer_01/z"]) == (9.0, 16.0)
 
 
 def test_terms_are_sums_over_micro_batches_and_shown_by_their_names() -> None:

@@ -45,7 +45,7 @@ def runs(directory: Path) -> Iterator[dict[str, Any]]:
         write_prepared(directory / name, documents, documents[:1], vocab_size=258)
     mixture = "[{dir: one, weight: 1}, {dir: two, weight: 2}]"
     filtered = {"data.mixture": mixture, "data.repetition_filter": True, "data.packing": "best_fit"}
-    yield TINY | {"data.dir": directory} | filtered
+    yield TINY | {"data.dir": directory, "logging.details_every": 1} | filtered
     sides = [[2, 3, 4], [5, 6]]
     write_preferences(directory / "pairs", pair([7, 8], *sides) * 4, pair([7, 8], *sides), vocab_size=258)
     of_pairs = TINY | {
@@ -58,7 +58,7 @@ def runs(directory: Path) -> Iterator[dict[str, Any]]:
         yield of_pairs | {"objective.kind": kind.value}
     (directory / "grpo").mkdir()
     write_prompts(directory / "grpo")
-    yield grpo_values(directory / "grpo") | {"objective.kl_coef": 0.1}
+    yield grpo_values(directory / "grpo") | {"objective.kl_coef": 0.1, "evaluation.prompts": "[t5]"}
 
 
 def test_every_metric_that_is_logged_is_registered_and_the_reverse(tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from olmoe_train.run.directory import Run
 from olmoe_train.run.loggers import MetricsLog
 from olmoe_train.run.metrics_registry import METRICS, find_metric, shown
 from olmoe_train.training.callbacks.base import Callback, StepReport
+from olmoe_train.training.details import StepDetails
 from olmoe_train.training.engine.base import Engine
 from olmoe_train.training.metrics import DataCounts, ExpertUse, metric_name, read_step
 from olmoe_train.training.objectives.base import Objective
@@ -36,29 +37,37 @@ class Logging(Callback):
         objective: Objective,
         guard: SkipGuard,
         data: TrainingData,
+        details: StepDetails,
         *,
         dead_expert_steps: int,
         device: torch.device,
     ) -> None:
         self.run, self.metrics, self.throughput = run, metrics, throughput
         self.engine, self.objective, self.guard, self.data = engine, objective, guard, data
-        self.counts = DataCounts(data.cfg)
+        self.details, self.counts = details, DataCounts(data.cfg)
         self._config, self._dead_after, self._device = engine.model.config, dead_expert_steps, device
         self.experts = self._expert_use(None)
         self._warned_dead = 0
 
+    def on_start(self, state: TrainState) -> None:
+        self.details.prepare(state.step + 1, state.samples)
+
     def on_step(self, state: TrainState, report: StepReport) -> None:
         self.experts.update(state.step, self.objective.router.counts_LE)
         self.counts.add(report.totals)
-        if not report.is_logged:
-            return
+        if report.is_logged:
+            self._log(state, report)
+        self.details.prepare(state.step + 1, state.samples)
+
+    def _log(self, state: TrainState, report: StepReport) -> None:
         values: dict[str, Any] = {"step": state.step, "tokens": state.tokens}
         values |= read_step(report.terms, self.objective.router, report.outcome.grad_norm)
         values |= self.counts.read() | self.experts.read(state.step)
         values["train/skipped_steps"] = int(self.guard.skipped)
         values["train/lr"] = self.engine.learning_rate
         values |= mixture_shares(self.data, state.samples)
-        values |= self.throughput.measure(state.tokens)
+        details, _ = self.details.read()
+        values |= details | self.throughput.measure(state.tokens)
         log.info(console_line(values, list(report.terms.named), state.last_step))
         self._warn_of_dead_experts(values["router/dead_experts"])
         self.metrics.write(values)
