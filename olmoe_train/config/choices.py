@@ -73,6 +73,11 @@ class WandbMode(Enum):
     disabled = "disabled"
 
 
+class WandbAxis(Enum):
+    step = "step"
+    tokens = "tokens"
+
+
 class DataFormat(Enum):
     prepared = "prepared"
     olmo = "olmo"

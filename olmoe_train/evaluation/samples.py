@@ -12,7 +12,7 @@ from torch import Tensor
 
 from olmoe_train.distributed.collectives import on_any_rank
 from olmoe_train.model import OlmoeForCausalLM
-from olmoe_train.model.generation import stream_tokens
+from olmoe_train.model.generation import stop_tokens, stream_tokens
 
 Tokens = Iterable[Tensor]
 
@@ -55,8 +55,7 @@ def sample_prompts(
         tokens = torch.stack(list(with_heartbeat(streamed)), 1).tolist()
     finally:
         model.train(was_training)
-    stops = model.config.eos_token_id
-    stops = {stops} if isinstance(stops, int) else set(stops or ())
+    stops = stop_tokens(model)
     completions = []
     for row in tokens:
         end = next((at for at, token in enumerate(row) if token in stops), len(row))

@@ -36,6 +36,22 @@ class Group(Enum):
 
 
 @dataclass(frozen=True)
+class Alarm:
+    """When a metric's value is bad news (run/alarms.py)."""
+
+    name: str
+    """Title of the alert."""
+    key: str
+    """Field of `logging.alarms` that holds the threshold."""
+    text: str
+    """What is wrong, and what helps; formatted with `value`."""
+    is_above: bool = True
+    """Whether the alarm is for values above the threshold, not below it."""
+    is_lasting: bool = False
+    """Whether the value must be beyond the threshold for `logging.alarms.collapse_steps` steps."""
+
+
+@dataclass(frozen=True)
 class Metric:
     """One metric, or a family of metrics whose names differ in a part."""
 
@@ -48,6 +64,7 @@ class Metric:
     better: Better = Better.neither
     console: str | None = None
     """How the console shows the value, a format such as "ce {:.4f}". None: the console does not show it."""
+    alarm: Alarm | None = None
 
     @property
     def is_loss(self) -> bool:
@@ -102,6 +119,13 @@ METRICS: tuple[Metric, ...] = (
         "starts",
         "how many starts of the run came before the one that wrote the record",
         Group.progress,
+    ),
+    Metric(
+        "alerts",
+        "a list of name and text",
+        "what the run warns of since the last record, each once in a run: a list of "
+        '`{"name": ..., "text": ...}`; only in records that have some',
+        Group.health,
     ),
     Metric(
         "train/loss",
@@ -221,6 +245,12 @@ METRICS: tuple[Metric, ...] = (
         "steps of the whole run whose update was skipped, because a gradient was not finite or was a spike",
         Group.health,
         LOWER,
+        alarm=Alarm(
+            "skipped steps",
+            "skipped_steps",
+            "{value} updates of the run were skipped, because a gradient or a loss was not finite or was a "
+            "spike",
+        ),
     ),
     Metric(
         "perf/tokens_per_second",
@@ -255,12 +285,27 @@ METRICS: tuple[Metric, ...] = (
         "maximum over layers",
         Group.router,
         LOWER,
+        alarm=Alarm(
+            "router collapse: load",
+            "max_violation",
+            "router/max_violation is {value:.2f}: almost every token of a layer goes to one expert; raise "
+            "loss.router_aux_loss_coef, or lower optimizer.lr",
+            is_lasting=True,
+        ),
     ),
     Metric(
         "router/entropy",
         "nats",
         "mean entropy of the routing distribution per token; ln(E) is uniform. The mean over layers",
         Group.router,
+        alarm=Alarm(
+            "router collapse: entropy",
+            "entropy",
+            "router/entropy is only {value:.3f} nats: the routers put almost all probability on one expert "
+            "per token; raise loss.router_z_loss_coef, or lower optimizer.lr",
+            is_above=False,
+            is_lasting=True,
+        ),
     ),
     Metric(
         "router/dead_experts",
@@ -268,6 +313,11 @@ METRICS: tuple[Metric, ...] = (
         "experts that had no token for `logging.dead_expert_steps` steps. The sum over layers",
         Group.experts,
         LOWER,
+        alarm=Alarm(
+            "dead experts",
+            "dead_experts",
+            "{value} experts have had no token for logging.dead_expert_steps steps",
+        ),
     ),
     Metric(f"{_ROUTER}/max_violation", "none", "of one layer, counted from 00", Group.router, LOWER),
     Metric(f"{_ROUTER}/entropy", "nats", "of one layer", Group.router),

@@ -74,6 +74,10 @@ class StepDetails:
         cells = self._pairs * self._experts**2 if self._with_flow else 0
         self._flow = torch.zeros(cells, device=self._device)
 
+    def is_due(self, step: int) -> bool:
+        """Whether the costly values of a step are measured, and pictures drawn."""
+        return is_due(step, self._every, self._log_every)
+
     def prepare(self, step: int, samples: int) -> None:
         """Say which step comes next.
 
@@ -81,7 +85,7 @@ class StepDetails:
             step: Its number.
             samples: Sequences drawn before it, over all ranks.
         """
-        self._observing = is_due(step, self._every, self._log_every)
+        self._observing = self.is_due(step)
         self._passes, self._first_sample = 0, samples + dist.get_rank() * self._share
 
     def _observed(self, *args: Any, **inputs: Any) -> TrainingOutput:

@@ -216,7 +216,10 @@ def test_prompts_that_cannot_be_continued_are_refused(tmp_path: Path) -> None:
     cfg = with_prompts(tmp_path, prompts=["", " ".join(PROMPTS * 7)])
     (message,) = run_ranks(1, refusal, Layout(1, 8).config(cfg, tmp_path / "run"))
     assert "evaluation.prompts[0]: is empty" in message
-    assert "evaluation.prompts[1]: its 28 tokens and evaluation.sample_tokens=6 are longer" in message
+    assert (
+        "evaluation.prompts[1]: the prompt (28 tokens) and evaluation.sample_tokens=6 together exceed"
+        in message
+    )
     zero = Layout(1, 8, "deepspeed").config(with_prompts(tmp_path / "other"), tmp_path / "run")
     (message,) = run_ranks(1, refusal, zero)
     assert "evaluation.prompts: has 2 prompts to continue, and with parallel.strategy=deepspeed" in message

@@ -160,7 +160,7 @@ def metrics(run_dir: Path) -> list[dict[str, Any]]:
 
 def without_timing(record: dict[str, Any]) -> dict[str, Any]:
     """A record without what depends on when, how fast and in how many starts its step was made."""
-    timing = ("time", "resumes")
+    timing = ("time", "resumes", "alerts")
     return {k: v for k, v in record.items() if k not in timing and not k.startswith("perf/")}
 
 

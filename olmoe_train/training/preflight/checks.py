@@ -13,6 +13,7 @@ from olmoe_train.training.preflight.preference import (
     preference_errors,
     preference_warnings,
 )
+from olmoe_train.training.preflight.sinks import sink_errors
 from olmoe_train.training.preflight.unused_keys import gathering_without_effect, keys_without_effect
 from olmoe_train.utils.errors import configuration_error
 
@@ -61,6 +62,7 @@ def _configuration_errors(cfg: TrainConfig, world_size: int, of_model: list[str]
         *backend_errors(cfg),
         *adapter_errors(cfg, world_size),
         *preference_errors(cfg),
+        *sink_errors(cfg),
     ]
 
 
@@ -105,6 +107,7 @@ def _positive(cfg: TrainConfig) -> dict[str, float]:
         "trainer.rendezvous_timeout": trainer.rendezvous_timeout,
         "trainer.spike_sigmas": trainer.spike_sigmas,
         "logging.dead_expert_steps": cfg.logging.dead_expert_steps,
+        "logging.alarms.collapse_steps": cfg.logging.alarms.collapse_steps,
         "parallel.expert_parallel_size": parallel.expert_parallel_size,
         "parallel.replicate_size": parallel.replicate_size,
         "evaluation.micro_batch_size": cfg.evaluation.micro_batch_size,
@@ -124,6 +127,8 @@ def _not_negative(cfg: TrainConfig) -> dict[str, float]:
         "checkpoint.export_every": cfg.checkpoint.export_every,
         "evaluation.every": cfg.evaluation.every,
         "logging.details_every": cfg.logging.details_every,
+        "logging.alarms.dead_experts": cfg.logging.alarms.dead_experts,
+        "logging.alarms.skipped_steps": cfg.logging.alarms.skipped_steps,
         "trainer.max_skipped_steps": cfg.trainer.max_skipped_steps,
         "parallel.prefetch": cfg.parallel.prefetch,
         "data.num_workers": cfg.data.num_workers,

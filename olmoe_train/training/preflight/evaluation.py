@@ -37,7 +37,8 @@ def sampling_errors(cfg: TrainConfig) -> list[str]:
             errors.append(f"{key}: {error}")
         if len(ids) + evaluation.sample_tokens > longest:
             errors.append(
-                f"{key}: its {len(ids)} tokens and evaluation.sample_tokens={evaluation.sample_tokens} are "
-                f"longer than model.max_position_embeddings={longest}; shorten one of them"
+                f"{key}: the prompt ({len(ids)} tokens) and evaluation.sample_tokens="
+                f"{evaluation.sample_tokens} together exceed model.max_position_embeddings={longest}; "
+                "shorten the prompt, or lower evaluation.sample_tokens"
             )
     return errors
