@@ -37,7 +37,7 @@ class MetricsLog:
             config: the run's configuration without secrets, for the sinks.
             step: the step that the run continues from; 0 for a new run.
         """
-        self._path = run_dir / "metrics.jsonl"
+        self._path, self.step = run_dir / "metrics.jsonl", step
         self._sinks: list[Sink] = []
         if dist.get_rank() == 0:
             records = read_records(self._path)
@@ -80,6 +80,7 @@ class MetricsLog:
         if dist.get_rank() != 0:
             return
         values = values | {"time": round(time.time(), 3), "resumes": self._resumes}
+        self.step = values["step"]
         if new := self._alerts.take_unrecorded():
             values["alerts"] = new
         clean = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
@@ -122,7 +123,7 @@ def close_metrics(metrics: MetricsLog, run_dir: Path) -> None:
     if dist.get_rank() == 0:
         status = json.loads((run_dir / "status.json").read_text())
         if status["state"] == "failed":
-            metrics.alert(f"failed after step {status['step']}", status["reason"])
+            metrics.alert(f"failed after step {metrics.step}", status["reason"])
     metrics.close()
 
 

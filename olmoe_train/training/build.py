@@ -205,7 +205,7 @@ def build_callbacks(
     same step, as a save may end the run. `extra` callbacks come last, when the step is complete and saved.
     """
     run_dir, device = Path(cfg.run_dir), engine.device
-    config = redact(plain_values(cfg) | {"run": run_facts(cfg, engine.model, data)})
+    config = redact(plain_values(cfg) | {"run": run_facts(cfg.parallel, engine.model.config, data)})
     metrics = MetricsLog(run_dir, cfg.logging, config, state.step)
     run.close_at_end(partial(close_metrics, metrics, run_dir))
     throughput = Throughput(

@@ -11,24 +11,24 @@ import torch.distributed as dist
 
 import olmoe_train
 from olmoe_train.config.choices import Strategy
-from olmoe_train.config.train import ParallelConfig, TrainConfig
+from olmoe_train.config.train import ParallelConfig
 from olmoe_train.data.loader import TrainingData
 from olmoe_train.data.mixture import mixture_components
-from olmoe_train.model import OlmoeForCausalLM
+from olmoe_train.model.configuration import OlmoeConfig
 from olmoe_train.planning.flops import parameter_counts
 
 GIT_TIMEOUT_S = 5.0
 
 
-def run_facts(cfg: TrainConfig, model: OlmoeForCausalLM, data: TrainingData) -> dict[str, Any]:
+def run_facts(parallel: ParallelConfig, model: OlmoeConfig, data: TrainingData) -> dict[str, Any]:
     """JSON values that the sinks show beside the configuration. The command may still hold secrets."""
-    counts = parameter_counts(model.config)
+    counts = parameter_counts(model)
     components = mixture_components(data.cfg)
     whole = sum(source.weight for source in components)
     return {
         "code": code_version(),
         "command": shlex.join(sys.argv),
-        "layout": layout(cfg.parallel, dist.get_world_size()),
+        "layout": layout(parallel, dist.get_world_size()),
         "data": {
             source.name: {
                 "share": source.weight / whole,

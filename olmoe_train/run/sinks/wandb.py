@@ -22,7 +22,6 @@ WANDB_START_S, WANDB_END_S = 30.0, 60.0
 AXES = ("step", "tokens")
 _TITLE_LENGTH = 63  # of an alert
 _BINS = 16  # of the histogram of a layer's loads
-_OF_LAYERS = ("max_violation", "entropy", "z", "dead_experts")
 
 
 @dataclass(frozen=True)
@@ -131,7 +130,7 @@ class WandbSink:
             self.run.define_metric(name, step_metric=self._axis, summary="min" if is_loss else "last")
 
     def _rich(self, record: Record) -> dict[str, Any]:
-        """Images, histograms, tables and charts of a record."""
+        """Images, histograms and tables of a record."""
         wandb, values, rich = self._wandb, record.values, {}
         if record.has_details and (loads := record.loads):
             rich["router/load_map"] = wandb.Image(
@@ -141,11 +140,6 @@ class WandbSink:
                 f"router/layer_{layer:02d}/load": wandb.Histogram(load, num_bins=_BINS)
                 for layer, load in enumerate(loads)
             }
-            rows = [
-                [layer, *(values.get(f"router/layer_{layer:02d}/{name}") for name in _OF_LAYERS)]
-                for layer in range(len(loads))
-            ]
-            rich["router/layers"] = wandb.Table(columns=["layer", *_OF_LAYERS], data=rows)
         if record.flow_LEE is not None:
             rich["router/flow"] = wandb.Image(
                 flow_map(record.flow_LEE.numpy()),
@@ -153,9 +147,10 @@ class WandbSink:
             )
         for name, parts in values.items():
             if name.endswith("loss_by_position"):
-                rows = [[part, loss] for part, loss in enumerate(parts)]
-                table = wandb.Table(columns=["part of the sequence", "loss"], data=rows)
-                rich[name] = wandb.plot.line(table, "part of the sequence", "loss", title=name)
+                # Bars over the positions, whose heights are losses; wandb shows them over the steps.
+                heights = [0.0 if loss is None else loss for loss in parts]
+                edges = [part / len(parts) for part in range(len(parts) + 1)]
+                rich[name] = wandb.Histogram(np_histogram=(heights, edges))
         if "eval/samples" in values:
             rows = [[record.step, one["prompt"], one["completion"]] for one in values["eval/samples"]]
             rich["eval/samples"] = wandb.Table(columns=["step", "prompt", "completion"], data=rows)

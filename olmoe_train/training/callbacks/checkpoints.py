@@ -31,24 +31,28 @@ class Checkpoints(Callback):
         if not (report.is_last or self.saver.due(state.step)):
             return
         self.guard.check(state.step)
-        with self._alert_of_failure(state.step):
+        with self._alert_of_failure():
             self.saver.save(state.step, self.saved_state(state), stopping=self.run.stopping)
         self.run.agree_to_stop()  # a signal during the save ends the loop here: no later step is saved again
         self.throughput.restart(state.tokens)
 
     def on_end(self, state: TrainState) -> None:
-        with self._alert_of_failure(state.step):
+        with self._alert_of_failure():
             self.saver.finish()
         self.run.saved_step = self.saver.saved_step
 
     def must_stop(self) -> bool:
+        self._alert()  # of a save in the background
         return self.saver.must_abort()
 
     @contextmanager
-    def _alert_of_failure(self, step: int) -> Iterator[None]:
+    def _alert_of_failure(self) -> Iterator[None]:
         """Alert if a save has failed by the end of the block, however the block ends."""
         try:
             yield
         finally:
-            if self.saver.failure is not None:
-                self.metrics.alert("failed save", f"step {step}: saving failed: {self.saver.failure}")
+            self._alert()
+
+    def _alert(self) -> None:
+        if self.saver.failure is not None:
+            self.metrics.alert("failed save", f"saving failed: {self.saver.failure}")
