@@ -180,8 +180,12 @@ def test_trackio(told: tuple[Path, dict[str, Any]]) -> None:
     assert PROMPTS[0] in json.dumps(trackio["logs"])
 
 
+def no_package(name: str) -> None:
+    """What find_spec returns where a package is missing."""
+
+
 def refusal_without_packages(cfg: TrainConfig) -> str:
-    sinks.find_spec = lambda name: None  # an environment without them
+    sinks.find_spec = no_package
     with pytest.raises(UserError) as caught:
         train(cfg)
     return str(caught.value)

@@ -1,5 +1,6 @@
 """Read what an offline run of wandb wrote: RUN.wandb, the log format of LevelDB with a header of 7 bytes."""
 
+import importlib
 import json
 import struct
 from collections.abc import Iterator
@@ -7,8 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from wandb.proto import wandb_internal_pb2 as pb
-
+pb: Any = importlib.import_module("wandb.proto.wandb_internal_pb2")  # its types are not annotated
 BLOCK, HEADER = 32768, struct.Struct("<IHB")
 FULL, LAST = 1, 4
 
