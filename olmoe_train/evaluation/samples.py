@@ -13,6 +13,7 @@ from torch import Tensor
 from olmoe_train.distributed.collectives import on_any_rank
 from olmoe_train.model import OlmoeForCausalLM
 from olmoe_train.model.generation import stop_tokens, stream_tokens
+from olmoe_train.utils.errors import UserError
 
 Tokens = Iterable[Tensor]
 
@@ -33,7 +34,7 @@ def sample_prompts(
     Args:
         model: Whole or sharded.
         tokenizer: Encodes the prompts and decodes the continuations.
-        prompts: N texts, none of them empty.
+        prompts: N texts.
         max_new_tokens: Longest continuation, in tokens.
         device: The device of this rank.
         with_heartbeat: Wraps the tokens, to report progress to the watchdog.
@@ -42,9 +43,12 @@ def sample_prompts(
         {"prompt", "completion"} per prompt. A completion ends before the end-of-text token.
 
     Raises:
-        UserError: A logit is not finite.
+        UserError: A prompt is empty, or a logit is not finite.
     """
     ids = [tokenizer.encode(prompt).ids for prompt in prompts]
+    for index, row in enumerate(ids):
+        if not row:
+            raise UserError(f"evaluation.prompts[{index}]: is empty; give some text to continue")
     longest = max(map(len, ids))
     ids_NS = torch.tensor([[0] * (longest - len(row)) + row for row in ids], device=device)
     mask_NS = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in ids], device=device)

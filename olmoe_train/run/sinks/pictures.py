@@ -9,13 +9,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 Image = NDArray[np.uint8]
-CELL = 8
-"""Pixels of a cell's side in the map of the experts' loads; a cell of the routing flow has half as many."""
+WIDTH, SMALLEST_CELL = 512, 4
+"""Pixels: width of the map of the experts' loads, twice that of a square of the routing flow; and the least
+side of a cell, for which the picture grows."""
 OCTAVES = 2.0
 """The colors range from 1/4 to 4 times the balanced value."""
 # Blue, white and red of ColorBrewer's RdBu, which people with color-blindness can tell apart.
 _COLORS = np.array([[33, 102, 172], [247, 247, 247], [178, 24, 43]])
-_GAP = 255
+_GAP, _WHITE = 8, 255
 
 
 def load_map(loads: Sequence[Sequence[float]]) -> Image:
@@ -28,7 +29,7 @@ def load_map(loads: Sequence[Sequence[float]]) -> Image:
         uint8 [H, W, 3]; layer 0 is at the top.
     """
     load_LE = np.array(loads)
-    return _colored(load_LE * load_LE.shape[1], CELL)
+    return _colored(load_LE * load_LE.shape[1], WIDTH)
 
 
 def flow_map(flow_LEE: NDArray[np.float32]) -> Image:
@@ -47,17 +48,17 @@ def flow_map(flow_LEE: NDArray[np.float32]) -> Image:
     for flow_EE in flow_LEE.astype(np.float64):
         independent_EE = flow_EE.sum(1, keepdims=True) * flow_EE.sum(0, keepdims=True) / max(1, flow_EE.sum())
         ratio_EE = np.divide(flow_EE, independent_EE, out=np.ones_like(flow_EE), where=independent_EE > 0)
-        squares.append(
-            np.pad(_colored(ratio_EE, CELL // 2), ((0, CELL), (0, CELL), (0, 0)), constant_values=_GAP)
-        )
+        square = _colored(ratio_EE, WIDTH // 2)
+        squares.append(np.pad(square, ((0, _GAP), (0, _GAP), (0, 0)), constant_values=_WHITE))
     across = int(np.ceil(np.sqrt(len(squares))))
-    squares += [np.full_like(squares[0], _GAP)] * (-len(squares) % across)
+    squares += [np.full_like(squares[0], _WHITE)] * (-len(squares) % across)
     rows = [np.concatenate(squares[at : at + across], 1) for at in range(0, len(squares), across)]
     return np.concatenate(rows)
 
 
-def _colored(ratio_RC: NDArray[np.float64], cell: int) -> Image:
-    """Color ratios to the balanced value, on a logarithmic scale."""
+def _colored(ratio_RC: NDArray[np.float64], width: int) -> Image:
+    """Color ratios to the balanced value, on a logarithmic scale. width: of the picture, in pixels."""
+    cell = max(SMALLEST_CELL, width // ratio_RC.shape[1])
     with np.errstate(divide="ignore"):
         place_RC = np.log2(ratio_RC).clip(-OCTAVES, OCTAVES)
     points = np.linspace(-OCTAVES, OCTAVES, len(_COLORS))

@@ -13,7 +13,7 @@ from olmoe_train.training.preflight.preference import (
     preference_errors,
     preference_warnings,
 )
-from olmoe_train.training.preflight.sinks import sink_errors
+from olmoe_train.training.preflight.sinks import sink_errors, sink_warnings
 from olmoe_train.training.preflight.unused_keys import gathering_without_effect, keys_without_effect
 from olmoe_train.utils.errors import configuration_error
 
@@ -44,6 +44,7 @@ def validate(cfg: TrainConfig, world_size: int) -> list[str]:
         *adapter_warnings(cfg),
         *preference_warnings(cfg, manifests),
         *gathering_without_effect(cfg.parallel, world_size),
+        *sink_warnings(cfg),
         *launcher_warnings(),
     ]
 
