@@ -11,6 +11,8 @@ from enum import Enum
 from functools import cache
 from pathlib import Path
 
+from olmoe_train.run.metric_alarms import DEAD_EXPERTS, LOW_ENTROPY, SKIPPED_STEPS, UNEVEN_LOAD, Alarm
+
 
 class Better(Enum):
     """Which values of a metric are better."""
@@ -33,22 +35,6 @@ class Group(Enum):
     performance = "Speed and memory"
     health = "Health"
     validation = "Evaluation"
-
-
-@dataclass(frozen=True)
-class Alarm:
-    """When a metric's value is bad news (run/alarms.py)."""
-
-    name: str
-    """Title of the alert."""
-    key: str
-    """Field of `logging.alarms` that holds the threshold."""
-    text: str
-    """What is wrong, and what helps; formatted with `value`."""
-    is_above: bool = True
-    """Whether the alarm is for values above the threshold, not below it."""
-    is_lasting: bool = False
-    """Whether the value must be beyond the threshold for `logging.alarms.collapse_steps` steps."""
 
 
 @dataclass(frozen=True)
@@ -245,12 +231,7 @@ METRICS: tuple[Metric, ...] = (
         "steps of the whole run whose update was skipped, because a gradient was not finite or was a spike",
         Group.health,
         LOWER,
-        alarm=Alarm(
-            "skipped steps",
-            "skipped_steps",
-            "{value} updates of the run were skipped, because a gradient or a loss was not finite or was a "
-            "spike",
-        ),
+        alarm=SKIPPED_STEPS,
     ),
     Metric(
         "perf/tokens_per_second",
@@ -285,27 +266,14 @@ METRICS: tuple[Metric, ...] = (
         "maximum over layers",
         Group.router,
         LOWER,
-        alarm=Alarm(
-            "router collapse: load",
-            "max_violation",
-            "router/max_violation is {value:.2f}: almost every token of a layer goes to one expert; raise "
-            "loss.router_aux_loss_coef, or lower optimizer.lr",
-            is_lasting=True,
-        ),
+        alarm=UNEVEN_LOAD,
     ),
     Metric(
         "router/entropy",
         "nats",
         "mean entropy of the routing distribution per token; ln(E) is uniform. The mean over layers",
         Group.router,
-        alarm=Alarm(
-            "router collapse: entropy",
-            "entropy",
-            "router/entropy is only {value:.3f} nats: the routers put almost all probability on one expert "
-            "per token; raise loss.router_z_loss_coef, or lower optimizer.lr",
-            is_above=False,
-            is_lasting=True,
-        ),
+        alarm=LOW_ENTROPY,
     ),
     Metric(
         "router/dead_experts",
@@ -313,11 +281,7 @@ METRICS: tuple[Metric, ...] = (
         "experts that had no token for `logging.dead_expert_steps` steps. The sum over layers",
         Group.experts,
         LOWER,
-        alarm=Alarm(
-            "dead experts",
-            "dead_experts",
-            "{value} experts have had no token for logging.dead_expert_steps steps",
-        ),
+        alarm=DEAD_EXPERTS,
     ),
     Metric(f"{_ROUTER}/max_violation", "none", "of one layer, counted from 00", Group.router, LOWER),
     Metric(f"{_ROUTER}/entropy", "nats", "of one layer", Group.router),

@@ -186,6 +186,31 @@ def build_step_batches(
     return StepBatches(source, cfg.trainer.global_batch_size // sequences, columns)
 
 
+def build_metrics(
+    cfg: TrainConfig, run: Run, model: OlmoeConfig, data: TrainingData, step: int
+) -> MetricsLog:
+    """Where the metrics of a run go, from step `step` on; closed when the run ends, however it ends."""
+    config = redact(plain_values(cfg) | {"run": run_facts(cfg.parallel, model, data)})
+    metrics = MetricsLog(run.path, cfg.logging, config, step)
+    run.close_at_end(partial(close_metrics, metrics, run.path))
+    return metrics
+
+
+def build_details(
+    cfg: TrainConfig, model: OlmoeForCausalLM, data: TrainingData, device: torch.device
+) -> StepDetails:
+    return StepDetails(
+        model,
+        data,
+        every=cfg.logging.details_every,
+        log_every=cfg.trainer.log_every,
+        global_batch_size=cfg.trainer.global_batch_size,
+        micro_batch_size=cfg.trainer.micro_batch_size,
+        with_flow=draws_pictures(cfg.logging),
+        device=device,
+    )
+
+
 def build_callbacks(
     cfg: TrainConfig,
     run: Run,
@@ -205,9 +230,7 @@ def build_callbacks(
     same step, as a save may end the run. `extra` callbacks come last, when the step is complete and saved.
     """
     run_dir, device = Path(cfg.run_dir), engine.device
-    config = redact(plain_values(cfg) | {"run": run_facts(cfg.parallel, engine.model.config, data)})
-    metrics = MetricsLog(run_dir, cfg.logging, config, state.step)
-    run.close_at_end(partial(close_metrics, metrics, run_dir))
+    metrics = build_metrics(cfg, run, engine.model.config, data, state.step)
     throughput = Throughput(
         engine.model.config,
         cfg.data.sequence_length,
@@ -224,16 +247,7 @@ def build_callbacks(
         objective,
         guard,
         data,
-        StepDetails(
-            engine.model,
-            data,
-            every=cfg.logging.details_every,
-            log_every=cfg.trainer.log_every,
-            global_batch_size=cfg.trainer.global_batch_size,
-            micro_batch_size=cfg.trainer.micro_batch_size,
-            with_flow=draws_pictures(cfg.logging),
-            device=device,
-        ),
+        build_details(cfg, engine.model, data, device),
         dead_expert_steps=cfg.logging.dead_expert_steps,
         alarms=cfg.logging.alarms,
         device=device,

@@ -61,7 +61,7 @@ class TrackioSink:
 
     def close(self) -> None:
         with _silent():
-            self.run.finish()
+            self._trackio.finish()
 
 
 @contextlib.contextmanager
