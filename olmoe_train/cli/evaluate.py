@@ -12,8 +12,10 @@ from olmoe_train.config.choices import StripPrefix
 from olmoe_train.config.verbs import EvaluateConfig
 from olmoe_train.data.manifest import Manifest
 from olmoe_train.data.mixture import VALIDATION, mixture_errors, read_manifests, verify
+from olmoe_train.data.tokenizer import load_tokenizer
 from olmoe_train.distributed.mesh import resolve_device
 from olmoe_train.evaluation.perplexity import evaluate_data
+from olmoe_train.evaluation.samples import sample_prompts
 from olmoe_train.model import OlmoeConfig
 from olmoe_train.utils.errors import UserError
 
@@ -25,7 +27,9 @@ def main(cfg: EvaluateConfig) -> None:
     manifest = next(iter(read_manifests(cfg.data).values()))
     verify(cfg.data)
     device = resolve_device()
-    model, _ = load_stored_model(cfg.source, device, cfg.trust_pickle, cfg.strip_prefix is StripPrefix.auto)
+    model, directory = load_stored_model(
+        cfg.source, device, cfg.trust_pickle, cfg.strip_prefix is StripPrefix.auto
+    )
     check_data(model.config, manifest, cfg)
     results = evaluate_data(model, cfg.data, cfg.evaluation, device, check_finite=True)
     total = results.pop(VALIDATION)
@@ -38,6 +42,11 @@ def main(cfg: EvaluateConfig) -> None:
     if not cfg.data.mixture and manifest.unigram_entropy is not None:
         entropy = f"{manifest.unigram_entropy:.4f} nats per token"
         print(f"unigram entropy  {entropy} (the loss of predictions from token frequencies only)")
+    if cfg.evaluation.prompts:
+        tokenizer, evaluation = load_tokenizer(directory), cfg.evaluation
+        samples = sample_prompts(model, tokenizer, evaluation.prompts, evaluation.sample_tokens, device)
+        for sample in samples:
+            print(f"\n{sample['prompt']}{sample['completion']}")
 
 
 def check_data(config: OlmoeConfig, manifest: Manifest, cfg: EvaluateConfig) -> None:

@@ -17,6 +17,7 @@ from olmoe_train.config.choices import (
     Precision,
     Schedule,
     Strategy,
+    XAxis,
     WandbMode,
 )
 from olmoe_train.config.data import DataConfig
@@ -166,18 +167,57 @@ class WandbConfig:
     """Weights & Biases project of the run."""
     name: str | None = None
     """Display name of the run; null: the name of run_dir."""
+    entity: str | None = None
+    """User or team that the project belongs to; null: the default of the account."""
+    group: str | None = None
+    """Name that groups runs in tables and charts, such as the name of an ablation."""
+    job_type: str | None = None
+    """Kind of the run within its group, such as pretrain or sft."""
+    tags: list[str] = field(default_factory=list)
+    """Tags of the run, to filter runs by."""
+    notes: str | None = None
+    """Description of the run."""
+    axis: XAxis = XAxis.step
+    """Default x-axis of every chart: step or tokens. Both are logged, so a chart can be set to either."""
+
+
+@dataclass(frozen=True)
+class AlarmsConfig:
+    """When a run warns people: on the console, in metrics.jsonl and as an alert in wandb. Each alarm comes
+    once in a run, resumed or not."""
+
+    dead_experts: int = 0
+    """Alarm if more experts than this are dead (router/dead_experts)."""
+    max_violation: float | None = None
+    """Alarm if router/max_violation is above this: one expert has almost all tokens of a layer. null: 75% of
+    the greatest possible value, which is num_experts / num_experts_per_tok - 1."""
+    entropy: float | None = None
+    """Alarm if router/entropy is below this, in nats. null: 5% of ln(num_experts)."""
+    collapse_steps: int = 100
+    """Steps for which every logged max_violation, or entropy, must be beyond its threshold. A single small
+    batch may well send all its tokens to one expert."""
+    skipped_steps: int = 0
+    """Alarm if more steps than this were skipped (train/skipped_steps)."""
 
 
 @dataclass(frozen=True)
 class LoggingConfig:
     dead_expert_steps: int = 100
-    """An expert that received no token for this many steps is dead: router/dead_experts counts it, and a
-    warning names it."""
+    """An expert that received no token for this many steps is dead: router/dead_experts counts it."""
     explain_spikes: bool = True
     """Write the documents of a step whose update was skipped, or whose loss or gradient norm is a spike, to
     run_dir/spikes: one forward pass over that step, for at most 20 steps of a run. Only for
     objective=next_token."""
+    alarms: AlarmsConfig = field(default_factory=AlarmsConfig)
+    details_every: int = 100
+    """Steps between the costly values: the loss by source and by position, and the pictures in wandb and
+    TensorBoard. They belong to a logged step: trainer.log_every rounds this number up. 0: off."""
     wandb: WandbConfig = field(default_factory=WandbConfig)
+    tensorboard: bool = False
+    """Write TensorBoard files to run_dir/tensorboard, too. Needs the extra tensorboard."""
+    trackio: bool = False
+    """Log to trackio on this machine, too, under logging.wandb.project and the name of the run. Needs the
+    extra trackio. The environment variable TRACKIO_DIR is the directory of its database."""
 
 
 @dataclass(frozen=True)
@@ -190,6 +230,10 @@ class EvaluationConfig:
     """Sequences per forward pass of one rank in validation."""
     max_sequences: int | None = None
     """Validate on at most this many sequences, from the start of the validation split; null: on all of it."""
+    prompts: list[str] = field(default_factory=list)
+    """Texts that each evaluation continues, greedily, to be read beside the losses."""
+    sample_tokens: int = 64
+    """Longest continuation of a prompt, in tokens. With sharded weights each token gathers them once."""
 
 
 @dataclass(frozen=True)

@@ -2,11 +2,13 @@
 
 The loss is the mean over all target tokens. It does not depend on how tokens are divided into sequences,
 batches and ranks.
+
+Shapes: P parts of the sequence.
 """
 
 import math
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 import torch.distributed as dist
@@ -18,6 +20,7 @@ from olmoe_train.data.loader import build_eval_batches
 from olmoe_train.data.mixture import VALIDATION, mixture_components, read_manifests
 from olmoe_train.model import OlmoeForCausalLM
 from olmoe_train.model.cross_entropy import IGNORE_INDEX
+from olmoe_train.model.loss_record import POSITION_PARTS, mean_losses, record_target_losses, sums_by_position
 from olmoe_train.utils.errors import UserError
 from olmoe_train.utils.finite import first_not_finite
 
@@ -32,6 +35,14 @@ class Evaluation:
     """Mean cross-entropy, in nats per target token. NaN: there is no target token."""
     tokens: int
     """Number of target tokens: tokens with a label that are not the first of their sequence."""
+    position_sums: list[list[float]] = field(default_factory=list)
+    """[P][2]: cross-entropy in nats, summed, and number of target tokens by position in the sequence, in P
+    equal parts."""
+
+    @property
+    def loss_by_position(self) -> list[float | None]:
+        """P losses in nats per target token; None where there is no target."""
+        return mean_losses(self.position_sums)
 
     @property
     def perplexity(self) -> float:
@@ -79,7 +90,8 @@ def evaluate_data(
     if len(parts) > 1:
         tokens = sum(part.tokens for part in parts)
         loss = sum(part.loss * part.tokens for part in parts if part.tokens) / max(1, tokens)
-        parts.append(Evaluation(loss if tokens else math.nan, tokens))
+        by_position = torch.tensor([part.position_sums for part in parts], dtype=torch.float64).sum(0)
+        parts.append(Evaluation(loss if tokens else math.nan, tokens, by_position.tolist()))
     return results | {VALIDATION: parts[-1]}
 
 
@@ -105,19 +117,28 @@ def evaluate_model(
     was_training = model.training
     model.eval()
     sums = torch.zeros(2, dtype=torch.float64, device=device)  # sum of the losses, number of target tokens
+    position_P2 = torch.zeros(0, 2, dtype=torch.float64, device=device)
     with torch.no_grad():
         for batch in batches:
             inputs = {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
-            ce_sum = model.training_forward(**inputs).ce_sum
+            with record_target_losses(model) as chunks:
+                ce_sum = model.training_forward(**inputs).ce_sum
             if check_finite and not ce_sum.isfinite():
                 raise UserError(_why_not_finite(model, inputs))
+            is_target_BS = inputs["targets"] != IGNORE_INDEX
             sums[0] += ce_sum
-            sums[1] += (inputs["targets"] != IGNORE_INDEX).sum()
+            sums[1] += is_target_BS.sum()
+            losses_BS = torch.cat(chunks).view_as(is_target_BS)
+            by_position_P2 = sums_by_position(
+                losses_BS, is_target_BS, min(POSITION_PARTS, losses_BS.shape[1])
+            )
+            position_P2 = by_position_P2 if not len(position_P2) else position_P2 + by_position_P2
     model.train(was_training)
     if dist.is_initialized():
         dist.all_reduce(sums)
+        dist.all_reduce(position_P2)
     loss_sum, tokens = sums.tolist()
-    return Evaluation(loss_sum / tokens if tokens else math.nan, int(tokens))
+    return Evaluation(loss_sum / tokens if tokens else math.nan, int(tokens), position_P2.tolist())
 
 
 def _why_not_finite(model: OlmoeForCausalLM, inputs: dict[str, Tensor]) -> str:

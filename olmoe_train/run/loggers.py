@@ -1,94 +1,135 @@
-"""Where metrics go: run_dir/metrics.jsonl, and wandb if it can. Rank 0 writes.
+"""Where metrics go: run_dir/metrics.jsonl, and the sinks that the configuration names. Rank 0 writes.
 
-Observing never stops a run: at the first trouble wandb gets no more, and metrics.jsonl has everything.
+Observing never stops a run: at the first trouble a sink gets no more, and metrics.jsonl has everything.
 """
 
 import json
 import logging
 import math
-import os
-import secrets
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
+from torch import Tensor
 
 from olmoe_train.config.choices import WandbMode
-from olmoe_train.config.train import WandbConfig
-from olmoe_train.run.metrics_registry import find_metric
+from olmoe_train.config.train import LoggingConfig
+from olmoe_train.run.alarms import AlertsOfRun
+from olmoe_train.run.sinks.base import Record, Sink
+from olmoe_train.run.sinks.tensorboard import TensorBoardSink
+from olmoe_train.run.sinks.trackio import TrackioSink
+from olmoe_train.run.sinks.wandb import WandbSink, begin_piece
 from olmoe_train.utils.files import atomic_write_text
-from olmoe_train.utils.redaction import redact_text
 
 log = logging.getLogger(__name__)
 
-WANDB_START_S, WANDB_END_S = 30.0, 60.0
-"""Longest time that rank 0 waits for wandb when a run starts, and when it ends."""
-
 
 class MetricsLog:
-    """metrics.jsonl and wandb of one run. Other ranks than 0 may call it and write nothing."""
+    """metrics.jsonl and the sinks of one run. Other ranks than 0 may call it and write nothing."""
 
-    def __init__(self, run_dir: Path, wandb: WandbConfig, config: dict[str, Any], step: int) -> None:
+    def __init__(self, run_dir: Path, cfg: LoggingConfig, config: dict[str, Any], step: int) -> None:
         """
         Args:
             run_dir: where metrics.jsonl is; records of steps beyond `step` are removed from it.
-            wandb: whether and how to log to wandb.
-            config: the run's configuration without secrets, for wandb.
+            cfg: the `logging` section, which names the sinks.
+            config: the run's configuration without secrets, for the sinks.
             step: the step that the run continues from; 0 for a new run.
         """
-        self._path = run_dir / "metrics.jsonl"
-        self._wandb: Any = None
-        self._defined: set[str] = set()
+        self._path, self.step = run_dir / "metrics.jsonl", step
+        self._sinks: list[Sink] = []
         if dist.get_rank() == 0:
             records = read_records(self._path)
             self._resumes = records[-1].get("resumes", 0) + 1 if records else 0
-            self._piece = WandbPiece()
-            if wandb.mode is not WandbMode.disabled:
-                last_logged = max((record["step"] for record in records), default=None)
-                self._piece = begin_piece(run_dir / "wandb.json", step, last_logged)
+            last_logged = max((record["step"] for record in records), default=None)
             forget_after(self._path, step)
-            self._wandb = start_wandb(wandb, run_dir, config, self._piece.id)
+            self._alerts = AlertsOfRun(run_dir / "alerts.json", read_records(self._path))
+            self._start_sinks(run_dir, cfg, config, step, last_logged)
 
-    def write(self, values: dict[str, Any]) -> None:
-        """Append one record. values: `step`, and metrics by name: numbers, None, or lists of numbers.
+    def _start_sinks(
+        self, run_dir: Path, cfg: LoggingConfig, config: dict[str, Any], step: int, last_logged: int | None
+    ) -> None:
+        wandb = cfg.wandb
+        if wandb.mode is not WandbMode.disabled:
+            piece = begin_piece(run_dir / "wandb.json", step, last_logged)
+            self._start("wandb", lambda: WandbSink(wandb, run_dir, config, piece))
+        if cfg.tensorboard:
+            self._start("TensorBoard", lambda: TensorBoardSink(run_dir, step))
+        if cfg.trackio:
+            self._start("trackio", lambda: TrackioSink(wandb.project, wandb.name, run_dir, config))
 
-        The record also gets its time, and how often the run was resumed before. wandb gets the numbers only.
+    def _start(self, name: str, sink: Callable[[], Sink]) -> None:
+        try:
+            self._sinks.append(sink())
+        except Exception as error:
+            log.warning("warning: %s could not start (%s); metrics.jsonl has everything", name, error)
+
+    def write(
+        self, values: dict[str, Any], *, has_details: bool = False, flow_LEE: Tensor | None = None
+    ) -> None:
+        """Append one record, which also gets its time, how often the run was resumed, and new alerts.
+
         NaN and infinity are written as null, since JSON has neither.
+
+        Args:
+            values: `step`, and metrics by name: numbers, None, lists of numbers, or samples.
+            has_details: whether the sinks draw pictures of this record.
+            flow_LEE: routing flow, for pictures only.
         """
         if dist.get_rank() != 0:
             return
         values = values | {"time": round(time.time(), 3), "resumes": self._resumes}
+        self.step = values["step"]
+        if new := self._alerts.take_unrecorded():
+            values["alerts"] = new
         clean = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
         with self._path.open("a") as file:
             file.write(json.dumps(clean) + "\n")
-        scalars = {k: v for k, v in clean.items() if v is not None and not isinstance(v, list)}
-        self._send(lambda run: self._define(run, scalars))
-        self._send(lambda run: run.log(scalars, step=values["step"] + self._piece.shift))
+        record = Record(clean, has_details, flow_LEE)
+        self._send(lambda sink: sink.write(record))
 
-    def _define(self, run: Any, scalars: dict[str, Any]) -> None:
-        """Tell wandb of metrics that it has not seen: their axis, and what a summary of them is."""
-        for name in scalars.keys() - self._defined - {"step"}:
-            metric = find_metric(name)
-            is_loss = metric is not None and metric.is_loss
-            # wandb's own step may be shifted (WandbPiece), so the axis is the training's.
-            run.define_metric(name, step_metric="step", summary="min" if is_loss else "last")
-            self._defined.add(name)
+    def alert(self, name: str, text: str) -> bool:
+        """Tell people of something, unless this run has told them before. The next record has it, too.
+
+        Args:
+            name: what makes it the same thing: "dead experts".
+            text: one or two sentences.
+
+        Returns:
+            Whether it is new. False on other ranks than 0.
+        """
+        if dist.get_rank() != 0 or not self._alerts.add(name, text):
+            return False
+        self._send(lambda sink: sink.alert(name, text))
+        return True
 
     def close(self) -> None:
-        self._send(lambda run: run.finish())
-        self._wandb = None
+        self._send(lambda sink: sink.close())
+        self._sinks = []
 
-    def _send(self, message: Callable[[Any], None]) -> None:
-        if self._wandb is None:
-            return
-        try:
-            message(self._wandb)
-        except Exception as error:
-            log.warning("warning: wandb failed (%r) and gets no more; metrics.jsonl has everything", error)
-            self._wandb = None
+    def _send(self, message: Callable[[Sink], None]) -> None:
+        for sink in list(self._sinks):
+            try:
+                message(sink)
+            except Exception as error:
+                text = "warning: %s failed (%r) and gets no more; metrics.jsonl has everything"
+                log.warning(text, sink.name, error)
+                self._sinks.remove(sink)
+
+
+def close_metrics(metrics: MetricsLog, run_dir: Path) -> None:
+    """Close the metrics of a run, whose failure becomes an alert. Nothing happens if they are closed."""
+    if dist.get_rank() == 0:
+        status = json.loads((run_dir / "status.json").read_text())
+        if status["state"] == "failed":
+            metrics.alert(f"failed after step {metrics.step}", status["reason"])
+    metrics.close()
+
+
+def draws_pictures(cfg: LoggingConfig) -> bool:
+    """Whether any sink draws pictures: only then is it worth counting what only pictures show."""
+    return cfg.wandb.mode is not WandbMode.disabled or cfg.tensorboard or cfg.trackio
 
 
 def forget_after(path: Path, step: int) -> None:
@@ -103,75 +144,3 @@ def read_records(path: Path) -> list[dict[str, Any]]:
     """The records of a metrics.jsonl, in their order. A last line that a crash cut off is left out."""
     lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.is_file() else []
     return [json.loads(line) for line in lines if line.endswith("\n")]
-
-
-@dataclass(frozen=True)
-class WandbPiece:
-    """What one start of a run adds to its wandb run; kept in run_dir/wandb.json."""
-
-    id: str = ""
-    """Id of the wandb run, which all starts in this run directory share."""
-    shift: int = 0
-    """wandb's own step is the step of the training plus this number. wandb takes steps in increasing order
-    only, and a start repeats the steps after its checkpoint."""
-
-
-def begin_piece(path: Path, step: int, last_logged: int | None) -> WandbPiece:
-    """The next piece of the wandb run of this run directory.
-
-    Args:
-        path: File that holds the piece of the previous start; replaced.
-        step: Step from which the run continues.
-        last_logged: Greatest step that the previous starts logged; None: nothing was logged.
-    """
-    try:
-        before = json.loads(path.read_text())
-        again = max(0, last_logged - step) + 1 if last_logged is not None else 0
-        piece = WandbPiece(before["id"], before["shift"] + again)
-    except (FileNotFoundError, ValueError, TypeError, KeyError) as error:
-        if not isinstance(error, FileNotFoundError):
-            log.warning("warning: %s cannot be read (%s): this start is a new wandb run", path, error)
-        piece = WandbPiece(os.environ.get("WANDB_RUN_ID") or secrets.token_hex(4))
-    atomic_write_text(path, json.dumps(asdict(piece)) + "\n")
-    return piece
-
-
-def start_wandb(cfg: WandbConfig, run_dir: Path, config: dict[str, Any], run_id: str | None = None) -> Any:
-    """The wandb run with this id, created or continued; None where wandb is disabled or cannot start."""
-    if cfg.mode is WandbMode.disabled:
-        return None
-    try:
-        import wandb  # takes a second to import, and a run that disables it need not have it
-    except ImportError as error:
-        log.warning("warning: wandb could not start (%s); metrics.jsonl has everything", error)
-        return None
-    mode = cfg.mode.value
-    if mode == "online" and not (os.environ.get("WANDB_API_KEY") or wandb.api.api_key):
-        log.warning(
-            "warning: logging.wandb.mode=online, but there is no API key: logging offline (wandb sync later)"
-        )
-        mode = "offline"
-    try:
-        run = wandb.init(
-            project=cfg.project,
-            id=run_id,
-            resume="allow",
-            name=redact_text(cfg.name or run_dir.resolve().name),
-            dir=str(run_dir),
-            mode=mode,
-            config=config,
-            # x_disable_meta: otherwise wandb uploads the command line and the git remote's URL unredacted.
-            settings=wandb.Settings(
-                silent=True,
-                console="off",
-                init_timeout=WANDB_START_S,
-                finish_timeout=WANDB_END_S,
-                finish_timeout_raises=True,
-                x_disable_meta=True,
-            ),
-        )
-        run.define_metric("step")
-        return run
-    except Exception as error:
-        log.warning("warning: wandb could not start (%s); metrics.jsonl has everything", error)
-        return None

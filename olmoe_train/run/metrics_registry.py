@@ -11,6 +11,8 @@ from enum import Enum
 from functools import cache
 from pathlib import Path
 
+from olmoe_train.run.metric_alarms import DEAD_EXPERTS, LOW_ENTROPY, SKIPPED_STEPS, UNEVEN_LOAD, Alarm
+
 
 class Better(Enum):
     """Which values of a metric are better."""
@@ -68,6 +70,7 @@ class Metric:
     better: Better = Better.neither
     console: str | None = None
     """How the console shows the value, a format such as "ce {:.4f}". None: the console does not show it."""
+    alarm: Alarm | None = None
 
     @property
     def is_loss(self) -> bool:
@@ -124,12 +127,27 @@ METRICS: tuple[Metric, ...] = (
         Group.progress,
     ),
     Metric(
+        "alerts",
+        "a list of name and text",
+        "what the run warns of since the last record, each once in a run: a list of "
+        '`{"name": ..., "text": ...}`; only in records that have some',
+        Group.health,
+    ),
+    Metric(
         "train/loss",
         "nats",
         "the total loss: that of the objective plus the weighted router losses",
         Group.loss,
         LOWER,
         "loss {:.4f}",
+    ),
+    Metric(
+        "train/loss_by_position",
+        "nats per target token, a list",
+        "cross-entropy by position in the sequence, in 16 equal parts (fewer for a shorter sequence); `null` "
+        "where there is no target. Of `next_token`, every `logging.details_every` steps",
+        Group.loss,
+        LOWER,
     ),
     Metric("train/ce_loss", "nats per target token", "cross-entropy", Group.loss, LOWER, "ce {:.4f}"),
     Metric(
@@ -233,6 +251,7 @@ METRICS: tuple[Metric, ...] = (
         "steps of the whole run whose update was skipped, because a gradient was not finite or was a spike",
         Group.health,
         LOWER,
+        alarm=SKIPPED_STEPS,
     ),
     Metric(
         "perf/tokens_per_second",
@@ -267,12 +286,14 @@ METRICS: tuple[Metric, ...] = (
         "maximum over layers",
         Group.router,
         LOWER,
+        alarm=UNEVEN_LOAD,
     ),
     Metric(
         "router/entropy",
         "nats",
         "mean entropy of the routing distribution per token; ln(E) is uniform. The mean over layers",
         Group.router,
+        alarm=LOW_ENTROPY,
     ),
     Metric(
         "router/dead_experts",
@@ -280,9 +301,16 @@ METRICS: tuple[Metric, ...] = (
         "experts that had no token for `logging.dead_expert_steps` steps. The sum over layers",
         Group.experts,
         LOWER,
+        alarm=DEAD_EXPERTS,
     ),
     Metric(f"{_ROUTER}/max_violation", "none", "of one layer, counted from 00", Group.router, LOWER),
     Metric(f"{_ROUTER}/entropy", "nats", "of one layer", Group.router),
+    Metric(
+        f"{_ROUTER}/z",
+        "nats²",
+        "router z-loss of one layer, unweighted: the mean over tokens of logsumexp(router logits)²",
+        Group.router,
+    ),
     Metric(f"{_ROUTER}/dead_experts", "experts", "of one layer", Group.experts, LOWER),
     Metric(
         f"{_ROUTER}/load",
@@ -305,6 +333,27 @@ METRICS: tuple[Metric, ...] = (
         Group.validation,
         LOWER,
         "perplexity {:.2f}",
+    ),
+    Metric(
+        "eval/NAME/loss_by_position",
+        "nats per target token, a list",
+        "as `train/loss_by_position`, on the validation split",
+        Group.validation,
+        LOWER,
+    ),
+    Metric(
+        "eval/samples",
+        "a list of prompt and completion",
+        'greedy continuations of `evaluation.prompts`: a list of `{"prompt": ..., "completion": ...}`',
+        Group.validation,
+    ),
+    Metric(
+        "data/NAME/loss",
+        "nats per target token",
+        "cross-entropy of a mixture's source in the step; `null` where the step has none of its targets. Of "
+        "`next_token`, every `logging.details_every` steps",
+        Group.data,
+        LOWER,
     ),
     Metric(
         "data/sequences_without_targets",

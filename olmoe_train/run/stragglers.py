@@ -43,10 +43,11 @@ class StragglerDetector:
         head.register_forward_pre_hook(self._start)
         head.register_forward_hook(self._end)
 
-    def warn(self, seconds_waited: float) -> None:
+    def warn(self, seconds_waited: float) -> list[tuple[int, str]]:
         """Warn of stragglers since the last call; collective. On CUDA, call it after a synchronization.
 
-        seconds_waited: for batches, since the run started on this rank.
+        seconds_waited: for batches, since the run started on this rank. Returns (rank, warning) of each rank
+        that is warned of, the same on every rank.
         """
         elapsed, spans = time.monotonic() - self._asked, [_seconds(*span) for span in self._spans]
         computing = statistics.median(spans) if len(spans) >= ENOUGH else 0.0
@@ -55,16 +56,20 @@ class StragglerDetector:
         gathered = [torch.zeros_like(mine) for _ in self.peers]
         dist.all_gather(gathered, mine)
         waits, computes = torch.stack(gathered, dim=1)
+        found = []
         late = _beyond(waits, max(LATE * waits.median().item(), LATE_SHARE * elapsed))
         for rank in late - self._late:
-            text = "WARNING: %s is late: it waited %.1f of the last %.1f s for its batches"
-            log.warning(text, self._name(rank), waits[rank], elapsed)
+            text = "%s is late: it waited %.1f of the last %.1f s for its batches"
+            found.append((rank, text % (self._name(rank), waits[rank], elapsed)))
         usual = computes.median().item()
         slow = _beyond(computes, SLOW * usual) if usual else set()
         for rank in slow - self._slow:
-            text = "WARNING: %s computes slowly: the output layer takes it %.2f ms, the median rank %.2f ms"
-            log.warning(text, self._name(rank), 1e3 * computes[rank], 1e3 * usual)
+            text = "%s computes slowly: the output layer takes it %.2f ms, the median rank %.2f ms"
+            found.append((rank, text % (self._name(rank), 1e3 * computes[rank], 1e3 * usual)))
+        for _, said in found:
+            log.warning("WARNING: %s", said)
         self._late, self._slow = late, slow  # warned of once, until it is over
+        return found
 
     def _name(self, rank: int) -> str:
         host, pid = self.peers[rank]

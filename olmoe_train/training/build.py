@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,16 +30,17 @@ from olmoe_train.optim.skip_step import SkipGuard
 from olmoe_train.planning.adapter import adapter_counts, adapter_plan, meta_model
 from olmoe_train.planning.duration import tokens_per_step, total_steps, warmup_and_decay_steps
 from olmoe_train.run.directory import Run
-from olmoe_train.run.loggers import MetricsLog
+from olmoe_train.run.loggers import MetricsLog, close_metrics, draws_pictures
 from olmoe_train.run.stragglers import StragglerDetector
 from olmoe_train.training.batch import Batch, StepBatches
 from olmoe_train.training.callbacks.base import Callback
 from olmoe_train.training.callbacks.checkpoints import Checkpoints
 from olmoe_train.training.callbacks.evaluation import Evaluate
 from olmoe_train.training.callbacks.exports import Exports
-from olmoe_train.training.callbacks.logging import Logging
+from olmoe_train.training.callbacks.logging import EndOfLog, Logging
 from olmoe_train.training.callbacks.spikes import Spikes
 from olmoe_train.training.callbacks.stragglers import Stragglers
+from olmoe_train.training.details import StepDetails
 from olmoe_train.training.engine.base import Engine
 from olmoe_train.training.engine.fsdp import FsdpEngine
 from olmoe_train.training.explain.own_batches import note_own_batches
@@ -46,6 +48,7 @@ from olmoe_train.training.initial_weights import download_initial_weights, fill_
 from olmoe_train.training.objectives.base import Objective
 from olmoe_train.training.preflight.checks import validate
 from olmoe_train.training.resume import saved_state
+from olmoe_train.training.run_facts import run_facts
 from olmoe_train.training.state import TrainState
 from olmoe_train.training.throughput import Throughput
 from olmoe_train.utils.redaction import redact
@@ -209,6 +212,31 @@ def build_spikes(
     return [spikes]
 
 
+def build_metrics(
+    cfg: TrainConfig, run: Run, model: OlmoeConfig, data: TrainingData, step: int
+) -> MetricsLog:
+    """Where the metrics of a run go, from step `step` on; closed when the run ends, however it ends."""
+    config = redact(plain_values(cfg) | {"run": run_facts(cfg.parallel, model, data)})
+    metrics = MetricsLog(run.path, cfg.logging, config, step)
+    run.close_at_end(partial(close_metrics, metrics, run.path))
+    return metrics
+
+
+def build_details(
+    cfg: TrainConfig, model: OlmoeForCausalLM, data: TrainingData, device: torch.device
+) -> StepDetails:
+    return StepDetails(
+        model,
+        data,
+        every=cfg.logging.details_every,
+        log_every=cfg.trainer.log_every,
+        global_batch_size=cfg.trainer.global_batch_size,
+        micro_batch_size=cfg.trainer.micro_batch_size,
+        with_flow=draws_pictures(cfg.logging),
+        device=device,
+    )
+
+
 def build_callbacks(
     cfg: TrainConfig,
     run: Run,
@@ -229,8 +257,7 @@ def build_callbacks(
     step is complete and saved.
     """
     run_dir, device = Path(cfg.run_dir), engine.device
-    metrics = MetricsLog(run_dir, cfg.logging.wandb, redact(plain_values(cfg)), state.step)
-    run.close_at_end(metrics.close)
+    metrics = build_metrics(cfg, run, engine.model.config, data, state.step)
     throughput = Throughput(
         engine.model.config,
         cfg.data.sequence_length,
@@ -247,11 +274,16 @@ def build_callbacks(
         objective,
         guard,
         data,
+        build_details(cfg, engine.model, data, device),
         dead_expert_steps=cfg.logging.dead_expert_steps,
+        alarms=cfg.logging.alarms,
         device=device,
     )
-    stragglers = Stragglers(StragglerDetector(run.watchdog.peers, engine.model.lm_head, device), batches)
-    evaluate = Evaluate(cfg.evaluation, data, engine.model, objective, metrics, throughput, run.watchdog)
+    detector = StragglerDetector(run.watchdog.peers, engine.model.lm_head, device)
+    stragglers = Stragglers(detector, batches, metrics)
+    evaluate = Evaluate(
+        cfg.evaluation, data, engine.model, objective, metrics, throughput, run.watchdog, device
+    )
     exports = Exports(run_dir, cfg.checkpoint.export_every)
     spikes = build_spikes(cfg, run, engine, guard, data, batches, throughput)
     callbacks: list[Callback] = [logging, stragglers, *spikes, evaluate, exports]
@@ -266,6 +298,7 @@ def build_callbacks(
         run,
         guard,
         throughput,
+        metrics,
         lambda now: saved_state(now, guard, [*callbacks, *extra], fingerprint),
     )
-    return [*callbacks, checkpoints, *extra]
+    return [*callbacks, checkpoints, EndOfLog(run, metrics), *extra]

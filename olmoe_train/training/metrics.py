@@ -46,9 +46,9 @@ def read_step(terms: StepTerms, router: RouterSums, grad_norm: Tensor) -> dict[s
     """train/* and router/* of a step. Waits for the device; collective."""
     names, values_N = terms.stacked()
     layers, experts = router.counts_LE.shape
-    sums = torch.cat([values_N, router.counts_LE.flatten(), router.entropy_L])
+    sums = torch.cat([values_N, router.counts_LE.flatten(), router.entropy_L, router.z_L])
     dist.all_reduce(sums)
-    losses, counts, entropy_L = sums.cpu().split([len(names), layers * experts, layers])
+    losses, counts, entropy_L, z_L = sums.cpu().split([len(names), layers * experts, layers, layers])
     load_LE = counts.view(layers, experts)
     violation_L = load_LE.max(-1).values / load_LE.mean(-1).clamp(min=1e-9) - 1
     values: dict[str, Any] = dict(zip(names, losses.tolist(), strict=True))
@@ -59,6 +59,7 @@ def read_step(terms: StepTerms, router: RouterSums, grad_norm: Tensor) -> dict[s
         prefix = f"router/layer_{layer:02d}"
         values[f"{prefix}/max_violation"] = violation_L[layer].item()
         values[f"{prefix}/entropy"] = entropy_L[layer].item()
+        values[f"{prefix}/z"] = z_L[layer].item()
         values[f"{prefix}/load"] = (load_LE[layer] / load_LE[layer].sum().clamp(min=1)).tolist()
     return values
 

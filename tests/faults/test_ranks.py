@@ -23,7 +23,7 @@ from olmoe_train.run.watchdog import Watchdog
 from olmoe_train.training import build
 from olmoe_train.utils.errors import UserError
 from olmoe_train.utils.exit_codes import FAILED
-from tests.support.faults import assert_same_end, at_step, config, run, saved_steps, status
+from tests.support.faults import alerts, assert_same_end, at_step, config, run, saved_steps, status
 from tests.support.ranks import RankError, run_ranks
 
 TIMEOUT = 3.0
@@ -83,6 +83,7 @@ def test_a_rank_that_is_late_with_its_batches_is_named(data: Path, tmp_path: Pat
     cfg = config(data, tmp_path, trainer={"log_every": 6}, checkpoint={"every": 0})
     assert run_ranks(2, run, cfg, partial(read_slowly, 1)) == [0, 0]
     assert warned_of(tmp_path, "is late: it waited") == ["1"]
+    assert alerts(tmp_path) == ["straggler: rank 1"]
 
 
 def compute_slowly(rank: int) -> None:

@@ -18,6 +18,7 @@ from olmoe_train.checkpoint.directory import checkpoint_path, verify
 from olmoe_train.config.train import TrainConfig
 from tests.support.faults import (
     Fault,
+    alerts,
     assert_same_end,
     at_step,
     config,
@@ -94,6 +95,7 @@ def test_disk_full_for_a_while(data: Path, twin: Path, tmp_path: Path, async_sav
     log = (tmp_path / "log.txt").read_text()
     assert "saving failed, 1 of at most 3 times in a row; training goes on" in log
     assert "File too large" in log
+    assert alerts(tmp_path) == ["failed save"]
 
 
 @pytest.mark.parametrize("async_save", [False, True], ids=["sync", "async"])

@@ -15,7 +15,7 @@ from olmoe_train.checkpoint import sharded as training
 from olmoe_train.checkpoint.directory import checkpoint_path, verify
 from olmoe_train.run.signals import SECONDS_BETWEEN_INTERRUPTS
 from olmoe_train.utils.exit_codes import STOPPED_BY_SIGNAL
-from tests.support.faults import assert_same_end, at_step, config, run, saved_steps, status
+from tests.support.faults import alerts, assert_same_end, at_step, config, metrics, run, saved_steps, status
 from tests.support.ranks import RankError, run_ranks
 
 STOPPED = [STOPPED_BY_SIGNAL] * 2
@@ -36,6 +36,9 @@ def test_a_signal_to_one_rank_saves_at_one_step_of_all(
     assert (status(tmp_path)["state"], status(tmp_path)["step"]) == ("stopped", 3)
     assert run_ranks(2, run, cfg) == [0, 0]
     assert_same_end(tmp_path, twin)
+    assert alerts(tmp_path) == ["stopped at step 3"]
+    told = [(row["step"], row["alerts"]) for row in metrics(tmp_path) if "alerts" in row]
+    assert [(step, [alert["name"] for alert in new]) for step, new in told] == [(4, ["stopped at step 3"])]
 
 
 def signal_while_saving(step: int) -> None:

@@ -16,7 +16,7 @@ import pytest
 
 from olmoe_train.config.choices import WandbMode
 from olmoe_train.config.train import LoggingConfig, WandbConfig
-from olmoe_train.run import loggers
+from olmoe_train.run.sinks import wandb as wandb_sink
 from tests.support.faults import assert_same_end, at_step, config, metrics, run
 from tests.support.ranks import RankError, run_ranks
 from tests.support.wandb_server import JsonHandler, wandb_server
@@ -91,7 +91,7 @@ def environment(port: int, scratch: Path) -> dict[str, str]:
 def point_wandb_at(port: int, scratch: Path) -> None:
     os.environ |= environment(port, scratch)
     os.environ.pop("WANDB_SERVICE", None)
-    loggers.WANDB_START_S = loggers.WANDB_END_S = 4.0
+    wandb_sink.WANDB_START_S = wandb_sink.WANDB_END_S = 4.0
 
 
 @pytest.mark.parametrize(

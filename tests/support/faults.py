@@ -159,9 +159,15 @@ def metrics(run_dir: Path) -> list[dict[str, Any]]:
     return [record for record in records if "train/loss" in record]
 
 
+def alerts(run_dir: Path) -> list[str]:
+    """Return the names of the alerts that a run had."""
+    path = run_dir / "alerts.json"
+    return [alert["name"] for alert in json.loads(path.read_text())] if path.exists() else []
+
+
 def without_timing(record: dict[str, Any]) -> dict[str, Any]:
     """A record without what depends on when, how fast and in how many starts its step was made."""
-    timing = ("time", "resumes")
+    timing = ("time", "resumes", "alerts")
     return {k: v for k, v in record.items() if k not in timing and not k.startswith("perf/")}
 
 

@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from tokenizers import Tokenizer, decoders, models
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from olmoe_train.config.model import olmoe_config
 from olmoe_train.data.manifest import TOKENIZER, Targets, read_manifest, write_manifest
@@ -38,7 +38,7 @@ def write_prompts(directory: Path, train: int = 20, validation: int = 4) -> None
     data = directory / "data"
     write_prepared(data, documents[:train], documents[train:], vocab_size=VOCABULARY)
     words = Tokenizer(models.WordLevel({f"t{n}": n for n in range(VOCABULARY)}, unk_token="t2"))
-    words.decoder = decoders.Fuse()
+    words.pre_tokenizer, words.decoder = pre_tokenizers.WhitespaceSplit(), decoders.Fuse()
     words.save(str(data / TOKENIZER / "tokenizer.json"))
     tokenizer = (data / TOKENIZER / "tokenizer.json").read_bytes()
     text = (data / "manifest.json").read_text()

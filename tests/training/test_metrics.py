@@ -14,9 +14,9 @@ import torch.distributed as dist
 
 from olmoe_train.config.choices import Packing, WandbMode
 from olmoe_train.config.data import DataConfig
-from olmoe_train.config.train import WandbConfig
+from olmoe_train.config.train import LoggingConfig, WandbConfig
 from olmoe_train.distributed.mesh import init_distributed
-from olmoe_train.run.loggers import MetricsLog, forget_after, start_wandb
+from olmoe_train.run.loggers import MetricsLog, forget_after
 from olmoe_train.training.batch import Totals
 from olmoe_train.training.callbacks.logging import console_line
 from olmoe_train.training.metrics import DataCounts, ExpertUse, StepTerms, read_step
@@ -49,7 +49,7 @@ def one_step(counts: list[list[float]], grad_norm: float = 0.5, entropy: float =
     terms = StepTerms(CPU)
     names = ("ce_loss", "load_balancing_loss", "router_z_loss")
     terms.add(torch.tensor(1.0), {name: torch.tensor(float(n)) for n, name in enumerate(names, start=2)})
-    router = RouterSums(torch.tensor(counts), torch.full((2,), entropy))
+    router = RouterSums(torch.tensor(counts), torch.full((2,), entropy), torch.tensor([9.0, 16.0]))
     return read_step(terms, router, torch.tensor(grad_norm))
 
 
@@ -63,6 +63,7 @@ def test_values_by_hand() -> None:
     assert values["router/layer_01/max_violation"] == values["router/max_violation"] == 2.0
     assert values["router/layer_01/load"] == [0.75, 0.25, 0.0, 0.0]
     assert values["router/entropy"] == pytest.approx(math.log(4))
+    assert (values["router/layer_00/z"], values["router/layer_01/z"]) == (9.0, 16.0)
 
 
 def test_terms_are_sums_over_micro_batches_and_shown_by_their_names() -> None:
@@ -105,7 +106,7 @@ def test_an_expert_dies_after_steps_without_a_token_and_wakes_with_one() -> None
 
 
 def writer(tmp_path: Path, mode: WandbMode = WandbMode.disabled, step: int = 0) -> MetricsLog:
-    return MetricsLog(tmp_path, WandbConfig(mode=mode), {}, step)
+    return MetricsLog(tmp_path, LoggingConfig(wandb=WandbConfig(mode=mode)), {}, step)
 
 
 def records(tmp_path: Path) -> list[dict[str, Any]]:
@@ -132,7 +133,7 @@ def test_a_resumed_run_forgets_the_steps_that_come_again(tmp_path: Path) -> None
 
 @pytest.mark.slow
 def test_wandb_offline_writes_a_run_and_disabled_writes_nothing(tmp_path: Path) -> None:
-    assert start_wandb(WandbConfig(mode=WandbMode.disabled), tmp_path, {}) is None
+    writer(tmp_path).write({"step": 1})
     assert not (tmp_path / "wandb").exists()
     offline = writer(tmp_path, WandbMode.offline)
     offline.write({"step": 3, "eval/validation/loss": 1.5})
@@ -171,7 +172,5 @@ def test_wandb_online_without_a_key_goes_offline(tmp_path: Path, monkeypatch: py
     monkeypatch.delenv("WANDB_API_KEY", raising=False)
     monkeypatch.setenv("NETRC", str(tmp_path / "none"))
     monkeypatch.setenv("HOME", str(tmp_path))
-    run = start_wandb(WandbConfig(mode=WandbMode.online), tmp_path, {})
-    assert run is not None
-    run.finish()
+    writer(tmp_path, WandbMode.online).close()
     assert list((tmp_path / "wandb").glob("offline-run-*"))

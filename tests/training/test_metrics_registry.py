@@ -10,10 +10,11 @@ import pytest
 import torch.distributed as dist
 
 from olmoe_train.config.choices import PreferenceKind
-from olmoe_train.config.train import WandbConfig
+from olmoe_train.config.train import LoggingConfig
 from olmoe_train.distributed.mesh import init_distributed
 from olmoe_train.run.loggers import MetricsLog
 from olmoe_train.run.metrics_registry import METRICS, Group, find_metric, markdown_table, shown, with_tables
+from olmoe_train.run.sinks.wandb import WandbSink
 from olmoe_train.train import train
 from tests.support.data import write_prepared
 from tests.support.preferences import pair, write_preferences
@@ -45,7 +46,7 @@ def runs(directory: Path) -> Iterator[dict[str, Any]]:
         write_prepared(directory / name, documents, documents[:1], vocab_size=258)
     mixture = "[{dir: one, weight: 1}, {dir: two, weight: 2}]"
     filtered = {"data.mixture": mixture, "data.repetition_filter": True, "data.packing": "best_fit"}
-    yield TINY | {"data.dir": directory} | filtered
+    yield TINY | {"data.dir": directory, "logging.details_every": 1} | filtered
     sides = [[2, 3, 4], [5, 6]]
     write_preferences(directory / "pairs", pair([7, 8], *sides) * 4, pair([7, 8], *sides), vocab_size=258)
     of_pairs = TINY | {
@@ -53,12 +54,17 @@ def runs(directory: Path) -> Iterator[dict[str, Any]]:
         "data.dir": directory / "pairs",
         "data.packing": "none",
         "objective.sft_weight": 0.1,
+        "logging.dead_expert_steps": 1,  # an alert
     }
     for kind in PreferenceKind:
         yield of_pairs | {"objective.kind": kind.value}
     (directory / "grpo").mkdir()
     write_prompts(directory / "grpo")
-    yield grpo_values(directory / "grpo") | {"objective.kl_coef": 0.1}
+    yield grpo_values(directory / "grpo") | {
+        "objective.kl_coef": 0.1,
+        "evaluation.prompts": "[t5]",
+        "evaluation.sample_tokens": 4,
+    }
 
 
 def test_every_metric_that_is_logged_is_registered_and_the_reverse(tmp_path: Path) -> None:
@@ -103,9 +109,10 @@ def test_the_documentation_has_the_tables_of_the_registry() -> None:
 
 def test_wandb_keeps_the_least_loss_and_the_last_of_other_values(tmp_path: Path) -> None:
     init_distributed("cpu")
-    log = MetricsLog(tmp_path, WandbConfig(), {}, step=0)
-    run = log._wandb
-    assert run is not None, "wandb logs offline without a key"
+    log = MetricsLog(tmp_path, LoggingConfig(), {}, step=0)
+    (sink,) = log._sinks
+    assert isinstance(sink, WandbSink), "wandb logs offline without a key"
+    run = sink.run
     for step, loss in ((1, 0.5), (2, 0.25), (3, 1.0), (4, 1.0)):  # wandb holds back the last row
         log.write({"step": step, "train/loss": loss, "router/dead_experts": step})
     until = time.monotonic() + 30

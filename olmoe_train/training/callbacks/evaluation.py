@@ -1,10 +1,17 @@
 """Validation before the first step, every evaluation.every steps, and after the run's last step."""
 
 import logging
+from functools import partial
 from typing import Any
+
+import torch
 
 from olmoe_train.config.train import EvaluationConfig
 from olmoe_train.data.loader import TrainingData
+from olmoe_train.data.manifest import TOKENIZER
+from olmoe_train.data.mixture import mixture_components
+from olmoe_train.data.tokenizer import load_tokenizer
+from olmoe_train.evaluation.samples import sample_prompts
 from olmoe_train.model import OlmoeForCausalLM
 from olmoe_train.run.loggers import MetricsLog
 from olmoe_train.run.metrics_registry import shown
@@ -13,12 +20,13 @@ from olmoe_train.training.callbacks.base import Callback, StepReport
 from olmoe_train.training.objectives.base import Objective, Validation
 from olmoe_train.training.state import TrainState
 from olmoe_train.training.throughput import Throughput
+from olmoe_train.utils.errors import UserError
 
 log = logging.getLogger(__name__)
 
 
 class Evaluate(Callback):
-    """What the objective measures on the validation splits: eval/NAME/loss and more."""
+    """What the objective measures on the validation splits, eval/NAME/loss and more, and eval/samples."""
 
     def __init__(
         self,
@@ -29,9 +37,11 @@ class Evaluate(Callback):
         metrics: MetricsLog,
         throughput: Throughput,
         watchdog: Watchdog,
+        device: torch.device,
     ) -> None:
         self.cfg, self.data, self.model, self.objective = cfg, data, model, objective
         self.metrics, self.throughput, self.watchdog = metrics, throughput, watchdog
+        self.device = device
         self.has_data = any(manifest.validation.tokens for manifest in data.manifests.values())
 
     def on_start(self, state: TrainState) -> None:
@@ -45,19 +55,36 @@ class Evaluate(Callback):
             self._evaluate(state)
 
     def _evaluate(self, state: TrainState) -> None:
-        if not self.has_data:
+        if not self.has_data and not self.cfg.prompts:
             return
-        results = self.objective.validate(self.model, self.data, self.cfg, self.watchdog.with_heartbeat)
-        self._log(state, results)
+        results: dict[str, Validation] = {}
+        if self.has_data:
+            results = self.objective.validate(self.model, self.data, self.cfg, self.watchdog.with_heartbeat)
+        samples = self._sample() if self.cfg.prompts else {}
+        self._log(state, results, samples)
         self.throughput.restart(state.tokens)
 
-    def _log(self, state: TrainState, results: dict[str, Validation]) -> None:
-        values: dict[str, Any] = {"step": state.step, "tokens": state.tokens}
+    def _sample(self) -> dict[str, Any]:
+        """eval/samples; nothing where a logit is not finite, which the losses show, too."""
+        tokenizer = load_tokenizer(mixture_components(self.data.cfg)[0].directory / TOKENIZER)
+        with_heartbeat = partial(self.watchdog.with_heartbeat, where="sampling")
+        arguments = (self.cfg.prompts, self.cfg.sample_tokens, self.device, with_heartbeat)
+        try:
+            return {"eval/samples": sample_prompts(self.model, tokenizer, *arguments)}
+        except UserError as error:
+            log.warning("WARNING: evaluation.prompts were not continued: %s", error)
+            return {}
+
+    def _log(self, state: TrainState, results: dict[str, Validation], samples: dict[str, Any]) -> None:
+        values: dict[str, Any] = {"step": state.step, "tokens": state.tokens} | samples
         for name, result in results.items():
             of_set = {f"eval/{name}/{key}": value for key, value in result.values.items()}
-            parts = [text for key, value in of_set.items() if (text := shown(key, value)) is not None]
+            numbers = {key: value for key, value in of_set.items() if not isinstance(value, list)}
+            parts = [text for key, value in numbers.items() if (text := shown(key, value)) is not None]
             log.info(" | ".join([f"step {state.step}", f"{name} {parts[0]}", *parts[1:], result.count]))
             values |= of_set
+        for sample in samples.get("eval/samples", []):
+            log.info("step %d | %r continues as %r", state.step, sample["prompt"], sample["completion"])
         self.metrics.write(values)
         shares = self.data.samples.shares(state.samples) if self.data.cfg.mixture else {}
         for name, share in shares.items():

@@ -6,13 +6,16 @@ from typing import Any
 import torch
 
 from olmoe_train.config.data import DataConfig
+from olmoe_train.config.train import AlarmsConfig
 from olmoe_train.data.loader import TrainingData
 from olmoe_train.model.configuration import OlmoeConfig
 from olmoe_train.optim.skip_step import SkipGuard
+from olmoe_train.run.alarms import MetricAlarms
 from olmoe_train.run.directory import Run
 from olmoe_train.run.loggers import MetricsLog
 from olmoe_train.run.metrics_registry import METRICS, find_metric, shown
 from olmoe_train.training.callbacks.base import Callback, StepReport
+from olmoe_train.training.details import StepDetails
 from olmoe_train.training.engine.base import Engine
 from olmoe_train.training.metrics import DataCounts, ExpertUse, metric_name, read_step
 from olmoe_train.training.objectives.base import Objective
@@ -36,37 +39,46 @@ class Logging(Callback):
         objective: Objective,
         guard: SkipGuard,
         data: TrainingData,
+        details: StepDetails,
         *,
         dead_expert_steps: int,
+        alarms: AlarmsConfig,
         device: torch.device,
     ) -> None:
         self.run, self.metrics, self.throughput = run, metrics, throughput
         self.engine, self.objective, self.guard, self.data = engine, objective, guard, data
-        self.counts = DataCounts(data.cfg)
+        self.details, self.counts = details, DataCounts(data.cfg)
         self._config, self._dead_after, self._device = engine.model.config, dead_expert_steps, device
         self.experts = self._expert_use(None)
-        self._warned_dead = 0
+        self.alarms = MetricAlarms(alarms, self._config.num_experts, self._config.num_experts_per_tok)
+
+    def on_start(self, state: TrainState) -> None:
+        self.details.prepare(state.step + 1, state.samples)
 
     def on_step(self, state: TrainState, report: StepReport) -> None:
         self.experts.update(state.step, self.objective.router.counts_LE)
         self.counts.add(report.totals)
-        if not report.is_logged:
-            return
+        if report.is_logged:
+            self._log(state, report)
+        self.details.prepare(state.step + 1, state.samples)
+
+    def _log(self, state: TrainState, report: StepReport) -> None:
         values: dict[str, Any] = {"step": state.step, "tokens": state.tokens}
         values |= read_step(report.terms, self.objective.router, report.outcome.grad_norm)
         values |= self.counts.read() | self.experts.read(state.step)
         values["train/skipped_steps"] = int(self.guard.skipped)
         values["train/lr"] = self.engine.learning_rate
         values |= mixture_shares(self.data, state.samples)
-        values |= self.throughput.measure(state.tokens)
+        details, flow_LEE = self.details.read()
+        values |= details | self.throughput.measure(state.tokens)
         log.info(console_line(values, list(report.terms.named), state.last_step))
-        self._warn_of_dead_experts(values["router/dead_experts"])
-        self.metrics.write(values)
+        for alert in self.alarms.check(values):
+            if self.metrics.alert(alert.name, alert.text):
+                log.warning("WARNING: %s", alert.text)
+        has_details = self.details.is_due(state.step)
+        self.metrics.write(values, has_details=has_details, flow_LEE=flow_LEE)
         self.guard.check(state.step)
         self.run.write_status("running", "training", state.step, state.last_step)
-
-    def on_end(self, state: TrainState) -> None:
-        self.metrics.close()
 
     def state_dict(self) -> dict[str, Any]:
         return {"expert_last_used": self.experts.last_used()}
@@ -80,10 +92,20 @@ class Logging(Callback):
             config.num_hidden_layers, config.num_experts, self._dead_after, last_used, self._device
         )
 
-    def _warn_of_dead_experts(self, dead: int) -> None:
-        if dead > self._warned_dead:
-            log.warning("WARNING: %d experts have had no token for logging.dead_expert_steps steps", dead)
-        self._warned_dead = dead
+
+class EndOfLog(Callback):
+    """Closes the metrics after the other callbacks have ended."""
+
+    def __init__(self, run: Run, metrics: MetricsLog) -> None:
+        self.run, self.metrics = run, metrics
+
+    def on_end(self, state: TrainState) -> None:
+        if self.run.stopping and state.step < state.last_step:
+            text = "a signal stopped the run; run the same command again to continue"
+            self.metrics.alert(
+                f"stopped at step {state.step}", f"step {state.step} of {state.last_step}: {text}"
+            )
+        self.metrics.close()
 
 
 def console_line(values: dict[str, Any], terms: list[str], last_step: int) -> str:

@@ -23,7 +23,7 @@ Heartbeat = Callable[[Iterable[Batch]], Iterable[Batch]]
 class Validation:
     """Result on one set of validation data."""
 
-    values: dict[str, float]
+    values: dict[str, float | list[float | None]]
     """Value by name; metrics show each as eval/SET/NAME. `loss` is one of them, and comes first."""
     count: str
     """How much data that is, for people: "1,234 tokens"."""
@@ -38,10 +38,13 @@ class RouterSums:
     entropy_L: Tensor
     """Entropy of the routing distribution in nats, summed over tokens and divided by the tokens of the global
     batch, fp32."""
+    z_L: Tensor
+    """logsumexp(logits)^2, summed and divided like the entropy, fp32."""
 
     @classmethod
     def zeros(cls, layers: int, experts: int, device: torch.device) -> "RouterSums":
-        return cls(torch.zeros(layers, experts, device=device), torch.zeros(layers, device=device))
+        counts_LE = torch.zeros(layers, experts, device=device)
+        return cls(counts_LE, torch.zeros(layers, device=device), torch.zeros(layers, device=device))
 
 
 class Objective(Protocol):

@@ -47,9 +47,12 @@ class NextToken:
     def validate(
         self, model: OlmoeForCausalLM, data: TrainingData, cfg: EvaluationConfig, with_heartbeat: Heartbeat
     ) -> dict[str, Validation]:
-        """Loss and perplexity: eval/SET/loss, eval/SET/perplexity."""
+        """Loss, perplexity, and the loss by position: eval/SET/loss and so on."""
         results = evaluate_data(model, data.cfg, cfg, self.device, with_heartbeat)
         return {
-            name: Validation({"loss": one.loss, "perplexity": one.perplexity}, f"{one.tokens:,} tokens")
+            name: Validation(
+                {"loss": one.loss, "perplexity": one.perplexity, "loss_by_position": one.loss_by_position},
+                f"{one.tokens:,} tokens",
+            )
             for name, one in results.items()
         }

@@ -81,6 +81,7 @@ class RouterTerms:
         share, terms = self.balancer.loss(stats, totals.num_tokens, self._counts(stats.counts_LE, totals))
         self.sums.counts_LE += stats.counts_LE
         self.sums.entropy_L += stats.entropy_L / totals.num_tokens
+        self.sums.z_L += stats.squared_logsumexp_L.detach() / totals.num_tokens
         return (loss + share if self.weighted else loss), terms
 
     def end_step(self, skipped: Tensor) -> None:

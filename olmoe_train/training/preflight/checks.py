@@ -5,6 +5,7 @@ from olmoe_train.config.variants import variant_errors
 from olmoe_train.distributed.rendezvous import launcher_warnings
 from olmoe_train.training.preflight.adapter import adapter_errors, adapter_warnings
 from olmoe_train.training.preflight.backend import backend_errors, machine_errors
+from olmoe_train.training.preflight.evaluation import sampling_errors
 from olmoe_train.training.preflight.model_and_data import data_errors, model_errors
 from olmoe_train.training.preflight.parallel import deepspeed_file_errors, parallel_errors
 from olmoe_train.training.preflight.preference import (
@@ -12,6 +13,7 @@ from olmoe_train.training.preflight.preference import (
     preference_errors,
     preference_warnings,
 )
+from olmoe_train.training.preflight.sinks import sink_errors, sink_warnings
 from olmoe_train.training.preflight.unused_keys import gathering_without_effect, keys_without_effect
 from olmoe_train.utils.errors import configuration_error
 
@@ -34,7 +36,7 @@ def validate(cfg: TrainConfig, world_size: int) -> list[str]:
     of_data += preference_data_errors(cfg, manifests)
     errors = [*_configuration_errors(cfg, world_size, of_model), *of_data, *machine_errors(cfg)]
     if not errors:
-        errors = deepspeed_file_errors(cfg, world_size)
+        errors = [*sampling_errors(cfg), *deepspeed_file_errors(cfg, world_size)]
     if errors:
         raise configuration_error(errors)
     return [
@@ -42,6 +44,7 @@ def validate(cfg: TrainConfig, world_size: int) -> list[str]:
         *adapter_warnings(cfg),
         *preference_warnings(cfg, manifests),
         *gathering_without_effect(cfg.parallel, world_size),
+        *sink_warnings(cfg),
         *launcher_warnings(),
     ]
 
@@ -60,6 +63,7 @@ def _configuration_errors(cfg: TrainConfig, world_size: int, of_model: list[str]
         *backend_errors(cfg),
         *adapter_errors(cfg, world_size),
         *preference_errors(cfg),
+        *sink_errors(cfg),
     ]
 
 
@@ -104,10 +108,12 @@ def _positive(cfg: TrainConfig) -> dict[str, float]:
         "trainer.rendezvous_timeout": trainer.rendezvous_timeout,
         "trainer.spike_sigmas": trainer.spike_sigmas,
         "logging.dead_expert_steps": cfg.logging.dead_expert_steps,
+        "logging.alarms.collapse_steps": cfg.logging.alarms.collapse_steps,
         "parallel.expert_parallel_size": parallel.expert_parallel_size,
         "parallel.replicate_size": parallel.replicate_size,
         "evaluation.micro_batch_size": cfg.evaluation.micro_batch_size,
         "evaluation.max_sequences": cfg.evaluation.max_sequences,
+        "evaluation.sample_tokens": cfg.evaluation.sample_tokens,
         "checkpoint.max_failures": cfg.checkpoint.max_failures,
     }
     return {key: value for key, value in values.items() if value is not None}
@@ -121,6 +127,9 @@ def _not_negative(cfg: TrainConfig) -> dict[str, float]:
         "checkpoint.keep_every": cfg.checkpoint.keep_every,
         "checkpoint.export_every": cfg.checkpoint.export_every,
         "evaluation.every": cfg.evaluation.every,
+        "logging.details_every": cfg.logging.details_every,
+        "logging.alarms.dead_experts": cfg.logging.alarms.dead_experts,
+        "logging.alarms.skipped_steps": cfg.logging.alarms.skipped_steps,
         "trainer.max_skipped_steps": cfg.trainer.max_skipped_steps,
         "parallel.prefetch": cfg.parallel.prefetch,
         "data.num_workers": cfg.data.num_workers,
