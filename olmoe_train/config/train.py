@@ -17,8 +17,8 @@ from olmoe_train.config.choices import (
     Precision,
     Schedule,
     Strategy,
-    XAxis,
     WandbMode,
+    XAxis,
 )
 from olmoe_train.config.data import DataConfig
 from olmoe_train.config.model import ModelConfig

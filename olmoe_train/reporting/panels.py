@@ -69,25 +69,24 @@ COMBINED = (
     ),
 )
 
-_BY_POSITION = Panel(
-    "Loss", "Loss by position in the sequence", Kind.pictures, ("pictures/loss_by_position",)
-)
 RICH: dict[str, tuple[Panel, ...]] = {
     "router/layer_NN/load": (
-        Panel("Router", "Load of the experts, layers x experts", Kind.pictures, ("pictures/expert_load",)),
-        Panel("Router", "Flow of tokens between experts", Kind.pictures, ("pictures/routing_flow",)),
+        Panel("Router", "Load of the experts, layers x experts", Kind.pictures, ("router/load_map",)),
         Panel(
-            "Experts",
-            "Histogram of the experts' loads, layer NN",
-            Kind.histograms,
-            ("router/layer_NN/load_histogram",),
+            "Experts", "Histogram of the experts' loads, layer NN", Kind.histograms, ("router/layer_NN/load",)
         ),
     ),
-    "train/loss_by_position": (_BY_POSITION,),
-    "eval/NAME/loss_by_position": (_BY_POSITION,),
+    "train/loss_by_position": (
+        Panel("Loss", "Loss by position", Kind.histograms, ("train/loss_by_position",)),
+    ),
+    "eval/NAME/loss_by_position": (
+        Panel("Evaluation", "Loss by position, NAME", Kind.histograms, ("eval/NAME/loss_by_position",)),
+    ),
     "eval/samples": (Panel("Evaluation", "Samples", Kind.table, ("eval/samples",)),),
 }
-"""Metrics that are lists in metrics.jsonl, by their names in the registry, and what wandb gets of them."""
+"""Metrics that are lists in metrics.jsonl, by their families, and what wandb gets of them."""
+_FLOW = Panel("Router", "Flow of tokens between experts", Kind.pictures, ("router/flow",))
+"""Of a model with at least two layers of experts."""
 
 
 def panels_by_section(
@@ -115,6 +114,7 @@ def panels_by_section(
     panels += [_lines(family, tuple(names)) for family, names in families.items() if family not in covered]
     rich = [panel for name in sorted(lists) for panel in _rich_panels(name)]
     panels += list(dict.fromkeys(rich))
+    panels += [_FLOW] if "router/layer_01/load" in lists else []
     sections = {section: [p for p in panels if p.section == section] for section in ALL_SECTIONS}
     return {section: found for section, found in sections.items() if found}
 
@@ -160,15 +160,14 @@ def _lines(family: str, names: tuple[str, ...]) -> Panel:
 
 def _rich_panels(name: str) -> list[Panel]:
     """What wandb has of a list of metrics.jsonl."""
-    layer = re.search("[0-9]{2}", name)
-    number = layer[0] if layer else ""
+    layer, split = re.search("layer_([0-9]{2})/", name), re.match("eval/([^/]+)/", name)
+
+    def named(text: str) -> str:
+        text = text.replace("NN", layer[1]) if layer else text
+        return text.replace("NAME", split[1]) if split else text
+
     return [
-        Panel(
-            panel.section,
-            panel.title.replace("NN", number),
-            panel.kind,
-            tuple(key.replace("NN", number) for key in panel.keys),
-        )
+        Panel(panel.section, named(panel.title), panel.kind, tuple(named(key) for key in panel.keys))
         for panel in RICH.get(family_of(name), ())
     ]
 

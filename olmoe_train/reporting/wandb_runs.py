@@ -83,7 +83,12 @@ def _read_wandb_run(directory: Path) -> WandbRun:
     if not records:
         raise UserError(f"source={directory} has logged nothing yet: metrics.jsonl has no records")
     values = [(name, value) for record in records for name, value in record.items() if value is not None]
-    lists = {name for name, value in values if isinstance(value, list)}
+    # A dense model has a list of one load per layer, and no pictures.
+    lists = {
+        name
+        for name, value in values
+        if isinstance(value, list) and not (name.endswith("/load") and len(value) == 1)
+    }
     if logging.get("details_every") == 0:  # then wandb gets no pictures; older runs do not have the key
         lists &= {"eval/samples"}
     return WandbRun(

@@ -37,13 +37,7 @@ def write_prompts(directory: Path, train: int = 20, validation: int = 4) -> None
         masks.append([0] * len(prompt) + [1, 0])
     data = directory / "data"
     write_prepared(data, documents[:train], documents[train:], vocab_size=VOCABULARY)
-    words = Tokenizer(models.WordLevel({f"t{n}": n for n in range(VOCABULARY)}, unk_token="t2"))
-    words.pre_tokenizer, words.decoder = pre_tokenizers.WhitespaceSplit(), decoders.Fuse()
-    words.save(str(data / TOKENIZER / "tokenizer.json"))
-    tokenizer = (data / TOKENIZER / "tokenizer.json").read_bytes()
-    text = (data / "manifest.json").read_text()
-    old = hashlib.sha256(b"{}").hexdigest()
-    (data / "manifest.json").write_text(text.replace(old, hashlib.sha256(tokenizer).hexdigest()))
+    add_word_tokenizer(data, VOCABULARY)
     for name, some in (("train", masks[:train]), ("validation", masks[train:])):
         add_loss_mask(data, name, [bit for mask in some for bit in mask])
     targets = Targets(train + validation, 0, 0, train + validation)
@@ -51,6 +45,17 @@ def write_prompts(directory: Path, train: int = 20, validation: int = 4) -> None
     (directory / "rewards.py").write_text(REWARD)
     config = olmoe_config(compose(TINY | {"data.dir": data}).model)
     OlmoeForCausalLM(config).save_pretrained(directory / "base")
+
+
+def add_word_tokenizer(data: Path, vocabulary: int) -> None:
+    """Give prepared data a tokenizer whose words are t0, t1, ..., by their ids."""
+    words = Tokenizer(models.WordLevel({f"t{n}": n for n in range(vocabulary)}, unk_token="t2"))
+    words.pre_tokenizer, words.decoder = pre_tokenizers.WhitespaceSplit(), decoders.Fuse()
+    words.save(str(data / TOKENIZER / "tokenizer.json"))
+    tokenizer = (data / TOKENIZER / "tokenizer.json").read_bytes()
+    text = (data / "manifest.json").read_text()
+    old = hashlib.sha256(b"{}").hexdigest()
+    (data / "manifest.json").write_text(text.replace(old, hashlib.sha256(tokenizer).hexdigest()))
 
 
 def grpo_values(directory: Path) -> dict[str, Any]:

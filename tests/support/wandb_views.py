@@ -10,7 +10,7 @@ from http.server import ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
-from olmoe_train.run.loggers import read_records
+from tests.support.wandb_files import read_offline_run
 from tests.support.wandb_server import VIEWER, Handler
 
 ENTITY, PROJECT = "e", "olmoe-train"
@@ -25,17 +25,6 @@ PROJECT_EDGE = {
         "user": None,
     }
 }
-RICH_KEYS = {
-    "router/layer_NN/load": (
-        "pictures/expert_load",
-        "pictures/routing_flow",
-        "router/layer_NN/load_histogram",
-    ),
-    "train/loss_by_position": ("pictures/loss_by_position",),
-    "eval/validation/loss_by_position": ("pictures/loss_by_position",),
-    "eval/samples": ("eval/samples",),
-}
-"""What wandb has of the lists in metrics.jsonl."""
 
 
 @dataclass
@@ -151,14 +140,14 @@ def uncovered(spec: dict[str, Any], logged: set[str]) -> tuple[set[str], set[str
 
 
 def names_in_wandb(run_dir: Path) -> set[str]:
-    """What wandb gets of a metrics.jsonl: its numbers, and pictures, histograms and tables of its lists."""
-    names: set[str] = set()
-    for record in read_records(run_dir / "metrics.jsonl"):
-        for name, value in record.items():
-            layer = name.split("/")[1][-2:] if "/" in name else ""
-            if isinstance(value, list):
-                keys = RICH_KEYS[re.sub("layer_[0-9]+", "layer_NN", name)]
-                names |= {key.replace("NN", layer) for key in keys}
-            elif value is not None:
-                names.add(name)
-    return names
+    """The names under which the offline pieces of a run have values, without wandb's own.
+
+    A picture, a histogram or a table is several values: router/load_map._type and others.
+    """
+    return {
+        name.split(".")[0]
+        for piece in run_dir.glob("wandb/offline-run-*/*.wandb")
+        for row in read_offline_run(piece).history
+        for name in row
+        if not name.startswith("_")
+    }

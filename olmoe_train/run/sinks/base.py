@@ -36,9 +36,10 @@ class Record:
 
     @property
     def loads(self) -> list[list[float]]:
-        """[L][E]: share of each expert in the tokens of the step; empty in a record without them."""
+        """[L][E]: share of each expert in the tokens of the step. Empty in a record without them, and of a
+        dense model."""
         names = sorted(name for name in self.values if _LOAD.fullmatch(name))
-        return [self.values[name] for name in names]
+        return [self.values[name] for name in names if len(self.values[name]) > 1]
 
 
 class Sink(Protocol):
