@@ -11,6 +11,7 @@ VERBS = {
     "train": "pretrain or fine-tune",
     "logprobs": "log-probabilities of the reference, for preference tuning",
     "evaluate": "validation loss and perplexity",
+    "analyze": "router analyses: saturation, co-activation, domains, vocabulary, importance",
     "upcycle": "make an OLMoE from a dense model",
     "export": "write a run's checkpoint as a Hugging Face directory",
     "generate": "continue a prompt",
