@@ -6,7 +6,7 @@ from typing import Any
 
 from tokenizers import Tokenizer
 
-from olmoe_train.checkpoint.convert.stored_model import StoredModel, open_stored_model
+from olmoe_train.checkpoint.convert.stored_model import StoredModel, open_stored_model, split_step
 from olmoe_train.checkpoint.directory import complete_checkpoints, step_of
 from olmoe_train.cli.evaluate import check_data
 from olmoe_train.config.choices import StripPrefix
@@ -60,14 +60,6 @@ def name_with_reference(names: list[str], reference: str | None) -> tuple[list[s
         return names, len(names) - 1
     every = names if reference in names else [*names, reference]
     return every, every.index(reference)
-
-
-def split_step(name: str) -> tuple[str, str | None]:
-    """Split SOURCE@STEP, or SOURCE@REVISION on the hub. A path that exists is not split."""
-    directory, at, step = name.rpartition("@")
-    if not at or Path(name).expanduser().exists():
-        return name, None
-    return directory, step
 
 
 def open_source(name: str, cfg: AnalyzeConfig) -> StoredModel:

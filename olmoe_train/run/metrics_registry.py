@@ -263,11 +263,32 @@ METRICS: tuple[Metric, ...] = (
     ),
     Metric(f"{_ROUTER}/max_violation", "none", "of one layer, counted from 00", Group.router, LOWER),
     Metric(f"{_ROUTER}/entropy", "nats", "of one layer", Group.router),
+    Metric(
+        f"{_ROUTER}/saturation",
+        "fraction, 0 to 1",
+        "share of the top-k experts of fixed validation tokens that are those of `logging.router_reference`; "
+        "k / E is chance. Every `logging.router_analysis_every` steps",
+        Group.router,
+    ),
+    Metric(
+        f"{_ROUTER}/agreement_with_previous",
+        "fraction, 0 to 1",
+        "share of the experts of the same tokens that are those of the analysis before. Every "
+        "`logging.router_analysis_every` steps",
+        Group.router,
+    ),
     Metric(f"{_ROUTER}/dead_experts", "experts", "of one layer", Group.experts, LOWER),
     Metric(
         f"{_ROUTER}/load",
         "fractions, a list of E",
         "share of each expert in the tokens of the step; the shares sum to 1",
+        Group.experts,
+    ),
+    Metric(
+        f"{_ROUTER}/domain_share/NAME",
+        "fractions, a list of E",
+        "share of the validation tokens of a mixture's source that each expert processes; the shares sum to "
+        "k. Every `logging.router_analysis_every` steps",
         Group.experts,
     ),
     Metric(

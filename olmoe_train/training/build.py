@@ -10,7 +10,7 @@ import torch.distributed as dist
 
 from olmoe_train.checkpoint.saver import Saver
 from olmoe_train.config.balancing import AuxiliaryLossConfig, BalancingConfig
-from olmoe_train.config.choices import BalanceScope, PreferenceKind, Strategy
+from olmoe_train.config.choices import DTYPES, BalanceScope, PreferenceKind, Strategy
 from olmoe_train.config.compose import plain_values
 from olmoe_train.config.model import olmoe_config
 from olmoe_train.config.objective import GrpoConfig, PreferenceConfig
@@ -37,12 +37,14 @@ from olmoe_train.training.callbacks.checkpoints import Checkpoints
 from olmoe_train.training.callbacks.evaluation import Evaluate
 from olmoe_train.training.callbacks.exports import Exports
 from olmoe_train.training.callbacks.logging import Logging
+from olmoe_train.training.callbacks.router_analysis import RouterAnalysis
 from olmoe_train.training.callbacks.stragglers import Stragglers
 from olmoe_train.training.engine.base import Engine
 from olmoe_train.training.engine.fsdp import FsdpEngine
 from olmoe_train.training.initial_weights import download_initial_weights, fill_model
 from olmoe_train.training.objectives.base import Objective
 from olmoe_train.training.preflight.checks import validate
+from olmoe_train.training.preflight.router_analysis import has_router_analysis
 from olmoe_train.training.resume import saved_state
 from olmoe_train.training.state import TrainState
 from olmoe_train.training.throughput import Throughput
@@ -183,6 +185,32 @@ def build_step_batches(
     return StepBatches(source, cfg.trainer.global_batch_size // sequences, columns)
 
 
+def build_router_analyses(
+    cfg: TrainConfig,
+    run: Run,
+    engine: Engine,
+    data: TrainingData,
+    metrics: MetricsLog,
+    throughput: Throughput,
+) -> list[Callback]:
+    """The router analyses, if logging.router_analysis_every asks for them."""
+    if not has_router_analysis(cfg, data.manifests):
+        return []
+    return [
+        RouterAnalysis(
+            cfg.logging,
+            cfg.evaluation.micro_batch_size,
+            DTYPES[cfg.trainer.precision],
+            data,
+            engine.model,
+            metrics,
+            throughput,
+            run.watchdog.with_heartbeat,
+            engine.device,
+        )
+    ]
+
+
 def build_callbacks(
     cfg: TrainConfig,
     run: Run,
@@ -226,7 +254,8 @@ def build_callbacks(
     stragglers = Stragglers(StragglerDetector(run.watchdog.peers, engine.model.lm_head, device), batches)
     evaluate = Evaluate(cfg.evaluation, data, engine.model, objective, metrics, throughput, run.watchdog)
     exports = Exports(run_dir, cfg.checkpoint.export_every)
-    callbacks: list[Callback] = [logging, stragglers, evaluate, exports]
+    analyses = build_router_analyses(cfg, run, engine, data, metrics, throughput)
+    callbacks: list[Callback] = [logging, stragglers, evaluate, *analyses, exports]
 
     def on_save(checkpoint: Path) -> None:
         for callback in [*callbacks, *extra]:

@@ -12,6 +12,10 @@ from olmoe_train.training.preflight.preference import (
     preference_errors,
     preference_warnings,
 )
+from olmoe_train.training.preflight.router_analysis import (
+    router_analysis_errors,
+    router_analysis_warnings,
+)
 from olmoe_train.training.preflight.unused_keys import gathering_without_effect, keys_without_effect
 from olmoe_train.utils.errors import configuration_error
 
@@ -32,6 +36,7 @@ def validate(cfg: TrainConfig, world_size: int) -> list[str]:
     of_model = model_errors(cfg)
     of_data, manifests = data_errors(cfg, check_tokens=not of_model)
     of_data += preference_data_errors(cfg, manifests)
+    of_data += router_analysis_errors(cfg, manifests)
     errors = [*_configuration_errors(cfg, world_size, of_model), *of_data, *machine_errors(cfg)]
     if not errors:
         errors = deepspeed_file_errors(cfg, world_size)
@@ -41,6 +46,7 @@ def validate(cfg: TrainConfig, world_size: int) -> list[str]:
         *keys_without_effect(cfg, manifests),
         *adapter_warnings(cfg),
         *preference_warnings(cfg, manifests),
+        *router_analysis_warnings(cfg, manifests),
         *gathering_without_effect(cfg.parallel, world_size),
         *launcher_warnings(),
     ]
@@ -104,6 +110,7 @@ def _positive(cfg: TrainConfig) -> dict[str, float]:
         "trainer.rendezvous_timeout": trainer.rendezvous_timeout,
         "trainer.spike_sigmas": trainer.spike_sigmas,
         "logging.dead_expert_steps": cfg.logging.dead_expert_steps,
+        "logging.router_analysis_sequences": cfg.logging.router_analysis_sequences,
         "parallel.expert_parallel_size": parallel.expert_parallel_size,
         "parallel.replicate_size": parallel.replicate_size,
         "evaluation.micro_batch_size": cfg.evaluation.micro_batch_size,
@@ -121,6 +128,7 @@ def _not_negative(cfg: TrainConfig) -> dict[str, float]:
         "checkpoint.keep_every": cfg.checkpoint.keep_every,
         "checkpoint.export_every": cfg.checkpoint.export_every,
         "evaluation.every": cfg.evaluation.every,
+        "logging.router_analysis_every": cfg.logging.router_analysis_every,
         "trainer.max_skipped_steps": cfg.trainer.max_skipped_steps,
         "parallel.prefetch": cfg.parallel.prefetch,
         "data.num_workers": cfg.data.num_workers,
