@@ -157,7 +157,7 @@ def add_source(
     """
     rank, ranks = dist.get_rank(), dist.get_world_size()
     batches = domain_batches(cfg.data, cfg.micro_batch_size, cfg.max_sequences, rank, ranks)
-    total = sum(len(one) for one in batches)  # type: ignore[arg-type]  # of loaders
+    total = sum(len(one) for one in batches)
     with Progress(console=Console(stderr=True), disable=rank != 0, transient=True) as progress:
         bar = progress.add_task(record["sources"][index]["name"], total=total)
         counts = count_routing(

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 
 from olmoe_train.config.data import DataConfig
 from olmoe_train.data.loader import build_eval_batches
@@ -119,7 +120,7 @@ def validated_components(data: DataConfig) -> list[MixtureComponent]:
 
 def domain_batches(
     data: DataConfig, micro_batch_size: int, max_sequences: int | None, rank: int, world_size: int
-) -> list[Iterable[Batch]]:
+) -> list[DataLoader[Batch]]:
     """This rank's validation batches of each domain; equally many on every rank.
 
     Args:

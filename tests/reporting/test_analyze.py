@@ -22,6 +22,7 @@ from torch import Tensor
 from olmoe_train.cli.analyze import analyze, main
 from olmoe_train.config.data import DataConfig, MixtureSource
 from olmoe_train.config.verbs import AnalyzeConfig
+from olmoe_train.distributed.mesh import init_distributed
 from olmoe_train.model import OlmoeForCausalLM
 from olmoe_train.reporting.routing_counts import RoutingCounts, count_routing, domain_batches
 from olmoe_train.utils.errors import UserError
@@ -58,7 +59,11 @@ def process_group() -> Iterator[None]:
 def config(root: Path, *names: str, **changes: Any) -> AnalyzeConfig:
     mixture = [MixtureSource(name, weight=1) for name in ("code", "prose")]
     data = DataConfig(dir=str(root), mixture=mixture, sequence_length=LENGTH)
-    values = {"source": [str(root / name) for name in names], "data": data, "micro_batch_size": 2}
+    values: dict[str, Any] = {
+        "source": [str(root / name) for name in names],
+        "data": data,
+        "micro_batch_size": 2,
+    }
     return AnalyzeConfig(**values | {"min_count": 2, "out": str(root / "out")} | changes)
 
 
@@ -158,8 +163,16 @@ def test_planted_routers(root: Path, tmp_path: Path) -> None:
     assert high == [[1, 1, 1, 10, 10, 10, 0, 0]] * 2  # the end of the document is of the low tokens
 
 
-def analyze_here(cfg: AnalyzeConfig) -> None:
+def analyze_and_sum(cfg: AnalyzeConfig, model: Path) -> list[Tensor]:
+    """Write the analysis, and return the sums that are not integers. The files have six decimals of them."""
     analyze(cfg, CPU)
+    return fp64_sums(cfg, model)
+
+
+def fp64_sums(cfg: AnalyzeConfig, model: Path) -> list[Tensor]:
+    batches_N = domain_batches(cfg.data, 2, None, dist.get_rank(), dist.get_world_size())
+    counts = count_routing(OlmoeForCausalLM.from_pretrained(model), batches_N, CPU)
+    return [counts.gates_LE, counts.weighted_norms_LE]
 
 
 @pytest.mark.ranks
@@ -167,7 +180,10 @@ def test_files_of_two_ranks_are_those_of_one(root: Path, capsys: pytest.CaptureF
     cfg = config(root, "first", "second", out=str(root / "one"))
     main(cfg)
     assert "saturation" in capsys.readouterr().out
-    run_ranks(2, analyze_here, replace(cfg, out=str(root / "two")))
+    init_distributed("cpu")
+    sums = fp64_sums(cfg, root / "first")
+    for found in run_ranks(2, analyze_and_sum, replace(cfg, out=str(root / "two")), root / "first"):
+        assert all(torch.equal(a, b) for a, b in zip(found, sums, strict=True))
     files = sorted(path.name for path in (root / "one").iterdir())
     assert [path.name for path in sorted((root / "two").iterdir())] == files
     for name in files:

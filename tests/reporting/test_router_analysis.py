@@ -69,7 +69,9 @@ def test_coactivation_of_two_experts_always_together_and_of_random_routing() -> 
     indices_TK = torch.tensor([[0, 2], [2, 0], [2, 1], [1, 2]])
     pairs_EE = count_pairs(indices_TK, 4).numpy()
     share_EE = coactivation(pairs_EE, pairs_EE.diagonal())
-    np.testing.assert_allclose(share_EE, [[0, 0, 1, 0], [0, 0, 1, 0], [0.5, 0.5, 0, 0], [0, 0, 0, 0]])
+    np.testing.assert_allclose(
+        share_EE, np.array([[0, 0, 1, 0], [0, 0, 1, 0], [0.5, 0.5, 0, 0], [0, 0, 0, 0]])
+    )
     assert highest_pairs(share_EE, 2) == [(0, 2, 1.0), (1, 2, 1.0)]
     assert most_coactivated(share_EE, 3) == [0, 2, 1]
 

@@ -1,7 +1,6 @@
 """What the preflight checks say of the router analyses during training."""
 
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 
