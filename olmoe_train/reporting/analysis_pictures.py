@@ -26,11 +26,11 @@ def pictures(record: Record) -> dict[str, str]:
     the reference."""
     found = {
         "coactivation.svg": _coactivation(record),
-        "domains.svg": _domains(record, record["top_k"]),
+        "domains.svg": draw_domains(record, record["top_k"]),
         "importance.svg": _importance(record),
     }
     if record["top_k"] > 1:
-        found["domains_top_1.svg"] = _domains(record, 1)
+        found["domains_top_1.svg"] = draw_domains(record, 1)
     if record["saturation"]:
         found["saturation.svg"] = _saturation(record)
     if record["vocabulary"]:
@@ -182,7 +182,7 @@ def _coactivation(record: Record) -> str:
     return _svg(GAP + len(layers) * (side + GAP), height + 14, parts)
 
 
-def _domains(record: Record, k: int) -> str:
+def draw_domains(record: Record, k: int) -> str:
     """As figures 22 and 34: a bar per expert, a row of panels per drawn layer, a column per domain."""
     entries = [one for one in record["domains"] if one["source"] == record["reference"] and one["k"] == k]
     layers, parts = drawn_layers(record["layers"]), []
