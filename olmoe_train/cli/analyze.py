@@ -12,6 +12,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import Progress
 
 from olmoe_train.checkpoint.convert.stored_model import StoredModel
@@ -33,10 +34,12 @@ from olmoe_train.distributed.rendezvous import leave_distributed
 from olmoe_train.model import OlmoeForCausalLM
 from olmoe_train.model.hf.pretrained import load_model
 from olmoe_train.reporting.analysis_files import check_out, write_analysis
+from olmoe_train.reporting.analysis_pictures import drawn_layers
 from olmoe_train.reporting.analysis_record import FORMAT, Decode, Record, describe_source
 from olmoe_train.reporting.routing_counts import count_routing, domain_batches, validated_components
 from olmoe_train.utils.errors import UserError
 
+PRINTED_EXPERTS, PRINTED_TOKENS = 3, 6
 LEAVE_S = 600.0
 """Longest time that ranks wait for each other when they meet and when they leave, in seconds."""
 
@@ -159,7 +162,7 @@ def add_source(
     batches = domain_batches(cfg.data, cfg.micro_batch_size, cfg.max_sequences, rank, ranks)
     total = sum(len(one) for one in batches)
     with Progress(console=Console(stderr=True), disable=rank != 0, transient=True) as progress:
-        bar = progress.add_task(record["sources"][index]["name"], total=total)
+        bar = progress.add_task(escape(record["sources"][index]["name"]), total=total)
         counts = count_routing(
             model, batches, device, cfg.vocabulary, reference, partial(progress.advance, bar)
         )
@@ -219,7 +222,22 @@ def report(record: Record, out: Path, files: list[str]) -> None:
             f"vocabulary          {entry['tokens']} tokens, k={entry['k']}: {text} (token ids with "
             f"{entry['min_count']} occurrences or more: {entry['ids']:,} of {entry['all_ids']:,})"
         )
+    print_words(record)
     print(f"written to          {out}: {', '.join(files)}")
+
+
+def print_words(record: Record) -> None:
+    """Print the tokens of the most specialized experts of the middle layer."""
+    layers = drawn_layers(record["layers"])
+    layer = layers[len(layers) // 2]
+    entries = [one for one in _of_reference(record, "vocabulary_experts") if one["layer"] == layer]
+    for entry in entries[:PRINTED_EXPERTS]:
+        tokens = [
+            f"{token['id'] if token['text'] is None else repr(token['text'])} {token['share']:.0%}"
+            for token in entry["input_tokens"][:PRINTED_TOKENS]
+        ]
+        if tokens:
+            print(f"expert              {entry['expert']} of layer {layer} reads {', '.join(tokens)}")
 
 
 def _of_reference(record: Record, section: str) -> list[Any]:

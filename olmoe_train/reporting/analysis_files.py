@@ -16,6 +16,15 @@ from olmoe_train.utils.errors import UserError
 from olmoe_train.utils.files import atomic_directory
 
 ANALYSIS = "analysis.json"
+NOT_ALWAYS = (
+    "saturation.csv",
+    "saturation.svg",
+    "vocabulary.csv",
+    "vocabulary.svg",
+    "vocabulary_experts.csv",
+    "domains_top_1.svg",
+)
+"""Files that an analysis with fewer parts than an earlier one does not replace."""
 Rows = Iterator[tuple[Any, ...]]
 
 
@@ -47,7 +56,10 @@ def write_analysis(record: Record, out: Path) -> list[str]:
             writer.writerows(rows)
             (partial / name).write_text(file.getvalue(), encoding="utf-8")
         (partial / ANALYSIS).write_text(as_json(record), encoding="utf-8")
-        return sorted(path.name for path in partial.iterdir())
+        written = sorted(path.name for path in partial.iterdir())
+    for name in set(NOT_ALWAYS) - set(written):
+        (out / name).unlink(missing_ok=True)
+    return written
 
 
 def as_json(record: Record) -> str:

@@ -204,6 +204,8 @@ def test_files_of_two_ranks_are_those_of_one(root: Path, capsys: pytest.CaptureF
     main(replace(cfg, source=str(root / "second"), vocabulary=False))  # one model, over the earlier files
     record = json.loads((root / "one" / "analysis.json").read_text())
     assert (record["saturation"], record["vocabulary"]) == ([], [])
+    left = {path.stem for path in (root / "one").iterdir()}
+    assert left == {"analysis", "coactivation", "domains", "domains_top_1", "importance"}
 
 
 @pytest.mark.parametrize(
