@@ -5,6 +5,8 @@ is analyzed, and the reference. The ranks share the data, and the result does no
 """
 
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -70,12 +72,13 @@ def analyze(cfg: AnalyzeConfig, device: torch.device) -> None:
     on_rank_0(lambda: check_out(out))
     record = new_record(cfg, names, reference, sources[reference])
     decode = data_tokenizer(cfg.data)
-    reference_model = load(sources[reference], cfg, device)
-    for index, stored in enumerate(sources):
-        if index == reference:
-            add_source(cfg, record, index, reference_model, None, decode, device)
-        else:
-            add_source(cfg, record, index, load(stored, cfg, device), reference_model, decode, device)
+    with memory_errors(device):
+        reference_model = load(sources[reference], cfg, device)
+        for index, stored in enumerate(sources):
+            if index == reference:
+                add_source(cfg, record, index, reference_model, None, decode, device)
+            else:
+                add_source(cfg, record, index, load(stored, cfg, device), reference_model, decode, device)
     if dist.get_rank() == 0:
         report(record, out, write_analysis(record, out))
 
@@ -175,20 +178,22 @@ def add_source(
 
 
 def load(stored: StoredModel, cfg: AnalyzeConfig, device: torch.device) -> OlmoeForCausalLM:
-    """Load a whole model onto the device of this rank.
-
-    Raises:
-        UserError: The device has too little memory.
-    """
+    """Load a whole model onto the device of this rank."""
     config = stored.config
     if cfg.precision is not None:
         config.dtype = DTYPES[cfg.precision]
+    return load_model(OlmoeForCausalLM, config, stored.read, device)
+
+
+@contextmanager
+def memory_errors(device: torch.device) -> Iterator[None]:
+    """Turn a lack of memory on the device into an error that names the keys which need less."""
     try:
-        return load_model(OlmoeForCausalLM, config, stored.read, device)
-    except torch.OutOfMemoryError:
+        yield
+    except torch.OutOfMemoryError as error:
         raise UserError(
-            f"{stored.name} does not fit into the memory of {device}: each rank holds the whole model, and "
-            "the reference beside it. Set precision=bf16, or take a device with more memory"
+            f"{device} has too little memory: each rank holds the whole model, and the reference beside it. "
+            f"Set precision=bf16, lower micro_batch_size, or set vocabulary=false ({str(error).splitlines()[0]})"
         ) from None
 
 

@@ -21,6 +21,8 @@ from olmoe_train.reporting.analysis_record import Decode
 from olmoe_train.utils.errors import UserError
 
 ALL_STEPS = "all"
+MOST_TOKENS = 2**31 - 1
+"""Greatest count of an occurrence of a token id at an expert, int32."""
 
 
 def names_of_sources(source: Any) -> list[str]:
@@ -105,7 +107,7 @@ def model_and_data_errors(sources: dict[str, StoredModel], cfg: AnalyzeConfig) -
     manifest = next(iter(manifests.values()))
     if manifest.preferences is not None:
         return [f"data.dir={cfg.data.dir}: holds preferences; give prepared texts"]
-    errors: list[str] = []
+    errors = count_errors(sum(one.validation.tokens for one in manifests.values()), cfg)
     (first_name, first), *_ = sources.items()
     for name, stored in sources.items():
         if stored.config.num_experts == 1:
@@ -123,6 +125,20 @@ def model_and_data_errors(sources: dict[str, StoredModel], cfg: AnalyzeConfig) -
             errors.append(f"source={name}: {error}")
         errors += tokenizer_errors(name, stored.tokenizer, cfg.data)
     return errors
+
+
+def count_errors(validation_tokens: int, cfg: AnalyzeConfig) -> list[str]:
+    """Whether there are more tokens than the counts by token id can hold."""
+    if cfg.max_sequences is not None:
+        longest = cfg.max_sequences * cfg.data.sequence_length * max(1, len(cfg.data.mixture))
+        validation_tokens = min(validation_tokens, longest)
+    if not cfg.vocabulary or validation_tokens <= MOST_TOKENS:
+        return []
+    error = (
+        f"data.dir={cfg.data.dir}: has {validation_tokens:,} validation tokens to analyze, and the vocabulary "
+        f"is analyzed on at most {MOST_TOKENS:,}; lower max_sequences, or set vocabulary=false"
+    )
+    return [error]
 
 
 def tokenizer_errors(name: str, directory: Path, data: DataConfig) -> list[str]:

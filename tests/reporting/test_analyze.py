@@ -20,6 +20,7 @@ import transformers
 from torch import Tensor
 
 from olmoe_train.cli.analyze import analyze, main
+from olmoe_train.cli.analyze_sources import count_errors
 from olmoe_train.config.data import DataConfig, MixtureSource
 from olmoe_train.config.verbs import AnalyzeConfig
 from olmoe_train.distributed.mesh import init_distributed
@@ -206,6 +207,14 @@ def test_files_of_two_ranks_are_those_of_one(root: Path, capsys: pytest.CaptureF
     assert (record["saturation"], record["vocabulary"]) == ([], [])
     left = {path.stem for path in (root / "one").iterdir()}
     assert left == {"analysis", "coactivation", "domains", "domains_top_1", "importance"}
+
+
+def test_more_tokens_than_the_counts_hold(root: Path) -> None:
+    cfg = config(root, "first")
+    (error,) = count_errors(2**31, cfg)
+    assert "has 2,147,483,648 validation tokens to analyze" in error
+    assert count_errors(2**31, replace(cfg, max_sequences=1000)) == []
+    assert count_errors(2**31, replace(cfg, vocabulary=False)) == []
 
 
 @pytest.mark.parametrize(

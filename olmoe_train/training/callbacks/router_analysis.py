@@ -83,6 +83,7 @@ class RouterAnalysis(Callback):
             self._analyze(state)
         elif state.step % self.cfg.router_analysis_every == 0:  # as before the run was interrupted
             self.previous = self._route(self.model)
+        self.throughput.restart(state.tokens)
 
     def on_step(self, state: TrainState, report: StepReport) -> None:
         if state.step % self.cfg.router_analysis_every == 0:
