@@ -193,7 +193,8 @@ def memory_errors(device: torch.device) -> Iterator[None]:
     except torch.OutOfMemoryError as error:
         raise UserError(
             f"{device} has too little memory: each rank holds the whole model, and the reference beside it. "
-            f"Set precision=bf16, lower micro_batch_size, or set vocabulary=false ({str(error).splitlines()[0]})"
+            "Set precision=bf16, lower micro_batch_size, or set vocabulary=false "
+            f"({str(error).splitlines()[0]})"
         ) from None
 
 

@@ -135,8 +135,8 @@ def count_errors(validation_tokens: int, cfg: AnalyzeConfig) -> list[str]:
     if not cfg.vocabulary or validation_tokens <= MOST_TOKENS:
         return []
     error = (
-        f"data.dir={cfg.data.dir}: has {validation_tokens:,} validation tokens to analyze, and the vocabulary "
-        f"is analyzed on at most {MOST_TOKENS:,}; lower max_sequences, or set vocabulary=false"
+        f"data.dir={cfg.data.dir}: has {validation_tokens:,} validation tokens to analyze, and the "
+        f"vocabulary is analyzed on at most {MOST_TOKENS:,}; lower max_sequences, or set vocabulary=false"
     )
     return [error]
 
