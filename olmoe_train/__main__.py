@@ -13,6 +13,7 @@ VERBS = {
     "report": "one HTML file about a run, or its live form",
     "evaluate": "validation loss and perplexity",
     "explain": "documents of one optimizer step, with their shares of loss and gradient",
+    "analyze": "router analyses: saturation, co-activation, domains, vocabulary, importance",
     "upcycle": "make an OLMoE from a dense model",
     "export": "write a run's checkpoint as a Hugging Face directory",
     "generate": "continue a prompt",

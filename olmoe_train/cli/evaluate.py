@@ -9,7 +9,7 @@ import sys
 from olmoe_train.checkpoint.convert.stored_model import load_stored_model
 from olmoe_train.cli.app import run_verb
 from olmoe_train.config.choices import StripPrefix
-from olmoe_train.config.verbs import EvaluateConfig
+from olmoe_train.config.verbs import AnalyzeConfig, EvaluateConfig
 from olmoe_train.data.manifest import Manifest
 from olmoe_train.data.mixture import VALIDATION, mixture_errors, read_manifests, verify
 from olmoe_train.data.tokenizer import load_tokenizer
@@ -49,7 +49,7 @@ def main(cfg: EvaluateConfig) -> None:
             print(f"\n{sample['prompt']}{sample['completion']}")
 
 
-def check_data(config: OlmoeConfig, manifest: Manifest, cfg: EvaluateConfig) -> None:
+def check_data(config: OlmoeConfig, manifest: Manifest, cfg: EvaluateConfig | AnalyzeConfig) -> None:
     """Check that prepared data fits a model.
 
     Args:

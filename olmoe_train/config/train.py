@@ -212,6 +212,16 @@ class LoggingConfig:
     details_every: int = 100
     """Steps between the costly values: the loss by source and by position, and the pictures in wandb and
     TensorBoard. They belong to a logged step: trainer.log_every rounds this number up. 0: off."""
+    router_analysis_every: int = 0
+    """Steps between analyses of how the same few validation tokens are routed: how many of their experts are
+    those of router_reference and of the analysis before, and of a mixture, which experts process each source.
+    The first analysis is before the first step. 0: off."""
+    router_analysis_sequences: int = 8
+    """Sequences of each source that are analyzed, from the start of its validation split."""
+    router_reference: str | None = None
+    """Model for router/layer_NN/saturation: an HF directory, a run directory (its newest checkpoint) or
+    RUN@STEP, of the same architecture. When the run starts, each rank holds the whole model for a moment.
+    null: none."""
     wandb: WandbConfig = field(default_factory=WandbConfig)
     tensorboard: bool = False
     """Write TensorBoard files to run_dir/tensorboard, too. Needs the extra tensorboard."""

@@ -108,6 +108,41 @@ class EvaluateConfig:
 
 
 @dataclass(frozen=True)
+class AnalyzeConfig:
+    """Analyze the routing of models on validation tokens: saturation, co-activation, domains, vocabulary, and
+    the importance of experts."""
+
+    source: Any = MISSING
+    """One model or a list, such as [RUN@1000,RUN@2000,RUN]: an HF directory, a run directory (its newest
+    checkpoint), RUN@STEP, RUN@all (every complete checkpoint, by step), an original OLMo checkpoint, or a
+    model on the Hugging Face hub, ORGANIZATION/NAME or ORGANIZATION/NAME@REVISION."""
+    reference: str | None = None
+    """The model with which saturation compares the others; null: the last source."""
+    out: str | None = None
+    """Directory to write; null: analysis in the run directory of the reference."""
+    data: DataConfig = field(default_factory=DataConfig)
+    micro_batch_size: int = 8
+    """Sequences per forward pass of one rank."""
+    max_sequences: int | None = None
+    """Analyze at most this many sequences per domain, from the start of its validation split; null: all."""
+    precision: Precision | None = None
+    """Data type of the weights and of the computation; null: as stored, which is fp32 in a run. Routers
+    compute in fp32 in any case."""
+    vocabulary: bool = True
+    """Whether to analyze the vocabulary. Its counts take 24 bytes x layers x vocabulary x experts on each
+    rank, 1.2 GB for OLMoE-1B-7B."""
+    min_count: int = 10
+    """Least number of occurrences of a token id in the vocabulary analysis. An id that occurs once counts as
+    wholly specialized."""
+    trust_pickle: bool = False
+    """Read weights from a pickle (pytorch_model.bin, or OLMo's model.pt) with
+    torch.load(weights_only=True)."""
+    strip_prefix: StripPrefix = StripPrefix.none
+    """auto: take the prefixes of wrappers, _orig_mod. (torch.compile) and module. (DDP), off the names of the
+    tensors."""
+
+
+@dataclass(frozen=True)
 class UpcycleConfig:
     """Make an OLMoE from a dense model (sparse upcycling). The result is a Hugging Face directory."""
 
@@ -273,5 +308,6 @@ VERBS: dict[str, type] = {
     "dashboard": DashboardConfig,
     "report": ReportConfig,
     "explain": ExplainConfig,
+    "analyze": AnalyzeConfig,
 }
 """The config dataclass of each verb."""

@@ -7,7 +7,8 @@ import re
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from olmoe_train.run.metrics_registry import METRICS, Group, Metric, find_metric
+from olmoe_train.run.metric import Group, Metric
+from olmoe_train.run.metrics_registry import METRICS, find_metric
 
 PERPLEXITY = "train/perplexity"
 """exp(train/ce_loss): derived here, not logged."""

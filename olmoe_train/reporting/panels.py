@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from enum import Enum
 
 from olmoe_train.config.choices import XAxis
-from olmoe_train.run.metrics_registry import METRICS, SECTIONS, Better, Metric, find_metric, section_of
+from olmoe_train.run.metric import SECTIONS, Better, Metric
+from olmoe_train.run.metrics_registry import METRICS, find_metric, section_of
 
 OTHER = "Other"
 """Section of numbers that no metric of the registry has, such as those of a callback of one's own."""

@@ -6,77 +6,11 @@ and not listed here is a failing test.
 
 import re
 import sys
-from dataclasses import dataclass
-from enum import Enum
 from functools import cache
 from pathlib import Path
 
-from olmoe_train.run.metric_alarms import DEAD_EXPERTS, LOW_ENTROPY, SKIPPED_STEPS, UNEVEN_LOAD, Alarm
-
-
-class Better(Enum):
-    """Which values of a metric are better."""
-
-    lower = "lower"
-    higher = "higher"
-    neither = "neither"
-
-
-class Group(Enum):
-    """Sections of the documentation's page, in their order."""
-
-    progress = "Progress"
-    loss = "Loss"
-    preferences = "Preferences"
-    rewards = "Verified rewards"
-    router = "Router"
-    experts = "Experts"
-    data = "Data"
-    performance = "Speed and memory"
-    health = "Health"
-    validation = "Evaluation"
-
-    @property
-    def section(self) -> str:
-        """The section of dashboards that shows the group: one of SECTIONS."""
-        if self in (Group.preferences, Group.rewards):
-            return "Fine-tuning"
-        return Group.health.value if self is Group.progress else self.value
-
-
-SECTIONS = (
-    "Loss",
-    "Router",
-    "Experts",
-    "Data",
-    "Speed and memory",
-    "Health",
-    "Fine-tuning",
-    "Evaluation",
-)
-"""Sections of dashboards, in their order."""
-
-
-@dataclass(frozen=True)
-class Metric:
-    """One metric, or a family of metrics whose names differ in a part."""
-
-    name: str
-    """As in metrics.jsonl. NAME stands for a part without a slash, NN for two digits."""
-    unit: str
-    meaning: str
-    """One or two sentences in Markdown. Links are relative to docs/reference/."""
-    group: Group
-    better: Better = Better.neither
-    console: str | None = None
-    """How the console shows the value, a format such as "ce {:.4f}". None: the console does not show it."""
-    alarm: Alarm | None = None
-
-    @property
-    def is_loss(self) -> bool:
-        """Whether the least value of a run sums it up, and not the last one."""
-        return self.name.endswith(("loss", "perplexity"))
-
+from olmoe_train.run.metric import Better, Group, Metric
+from olmoe_train.run.metric_alarms import DEAD_EXPERTS, LOW_ENTROPY, SKIPPED_STEPS, UNEVEN_LOAD
 
 LOWER, HIGHER = Better.lower, Better.higher
 _ROUTER = "router/layer_NN"
@@ -310,12 +244,34 @@ METRICS: tuple[Metric, ...] = (
         "nats²",
         "router z-loss of one layer, unweighted: the mean over tokens of logsumexp(router logits)²",
         Group.router,
+        LOWER,
+    ),
+    Metric(
+        f"{_ROUTER}/saturation",
+        "fraction, 0 to 1",
+        "share of the top-k experts of fixed validation tokens that are those of `logging.router_reference`; "
+        "k / E is chance. Every `logging.router_analysis_every` steps",
+        Group.router,
+    ),
+    Metric(
+        f"{_ROUTER}/agreement_with_previous",
+        "fraction, 0 to 1",
+        "share of the experts of the same tokens that are those of the analysis before. Every "
+        "`logging.router_analysis_every` steps",
+        Group.router,
     ),
     Metric(f"{_ROUTER}/dead_experts", "experts", "of one layer", Group.experts, LOWER),
     Metric(
         f"{_ROUTER}/load",
         "fractions, a list of E",
         "share of each expert in the tokens of the step; the shares sum to 1",
+        Group.experts,
+    ),
+    Metric(
+        f"{_ROUTER}/domain_share/NAME",
+        "fractions, a list of E",
+        "share of the validation tokens of a mixture's source that each expert processes; the shares sum to "
+        "k. Every `logging.router_analysis_every` steps",
         Group.experts,
     ),
     Metric(

@@ -11,7 +11,7 @@ import torch.distributed as dist
 
 from olmoe_train.checkpoint.saver import Saver
 from olmoe_train.config.balancing import AuxiliaryLossConfig, BalancingConfig
-from olmoe_train.config.choices import BalanceScope, PreferenceKind, Strategy
+from olmoe_train.config.choices import DTYPES, BalanceScope, PreferenceKind, Strategy
 from olmoe_train.config.compose import plain_values
 from olmoe_train.config.model import olmoe_config
 from olmoe_train.config.objective import GrpoConfig, NextTokenConfig, PreferenceConfig
@@ -38,6 +38,7 @@ from olmoe_train.training.callbacks.checkpoints import Checkpoints
 from olmoe_train.training.callbacks.evaluation import Evaluate
 from olmoe_train.training.callbacks.exports import Exports
 from olmoe_train.training.callbacks.logging import EndOfLog, Logging
+from olmoe_train.training.callbacks.router_analysis import RouterAnalysis
 from olmoe_train.training.callbacks.spikes import Spikes
 from olmoe_train.training.callbacks.stragglers import Stragglers
 from olmoe_train.training.details import StepDetails
@@ -47,6 +48,7 @@ from olmoe_train.training.explain.own_batches import note_own_batches
 from olmoe_train.training.initial_weights import download_initial_weights, fill_model
 from olmoe_train.training.objectives.base import Objective
 from olmoe_train.training.preflight.checks import validate
+from olmoe_train.training.preflight.router_analysis import has_router_analysis
 from olmoe_train.training.resume import saved_state
 from olmoe_train.training.run_facts import run_facts
 from olmoe_train.training.state import TrainState
@@ -237,6 +239,32 @@ def build_details(
     )
 
 
+def build_router_analyses(
+    cfg: TrainConfig,
+    run: Run,
+    engine: Engine,
+    data: TrainingData,
+    metrics: MetricsLog,
+    throughput: Throughput,
+) -> list[Callback]:
+    """The router analyses, if logging.router_analysis_every asks for them."""
+    if not has_router_analysis(cfg, data.manifests):
+        return []
+    return [
+        RouterAnalysis(
+            cfg.logging,
+            cfg.evaluation.micro_batch_size,
+            DTYPES[cfg.trainer.precision],
+            data,
+            engine.model,
+            metrics,
+            throughput,
+            run.watchdog.with_heartbeat,
+            engine.device,
+        )
+    ]
+
+
 def build_callbacks(
     cfg: TrainConfig,
     run: Run,
@@ -286,7 +314,8 @@ def build_callbacks(
     )
     exports = Exports(run_dir, cfg.checkpoint.export_every)
     spikes = build_spikes(cfg, run, engine, guard, data, batches, throughput)
-    callbacks: list[Callback] = [logging, stragglers, *spikes, evaluate, exports]
+    analyses = build_router_analyses(cfg, run, engine, data, metrics, throughput)
+    callbacks: list[Callback] = [logging, stragglers, *spikes, evaluate, *analyses, exports]
 
     def on_save(checkpoint: Path) -> None:
         for callback in [*callbacks, *extra]:

@@ -13,7 +13,8 @@ import torch.distributed as dist
 
 from olmoe_train.cli import dashboard
 from olmoe_train.run.loggers import read_records
-from olmoe_train.run.metrics_registry import METRICS, SECTIONS, Group, section_of
+from olmoe_train.run.metric import SECTIONS, Group
+from olmoe_train.run.metrics_registry import METRICS, section_of
 from olmoe_train.run.sinks.wandb import begin_piece
 from olmoe_train.train import train
 from tests.support.data import write_prepared

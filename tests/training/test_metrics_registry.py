@@ -10,10 +10,13 @@ import pytest
 import torch.distributed as dist
 
 from olmoe_train.config.choices import PreferenceKind
+from olmoe_train.config.model import olmoe_config
 from olmoe_train.config.train import LoggingConfig
 from olmoe_train.distributed.mesh import init_distributed
+from olmoe_train.model import OlmoeForCausalLM
 from olmoe_train.run.loggers import MetricsLog
-from olmoe_train.run.metrics_registry import METRICS, Group, find_metric, markdown_table, shown, with_tables
+from olmoe_train.run.metric import Group
+from olmoe_train.run.metrics_registry import METRICS, find_metric, markdown_table, shown, with_tables
 from olmoe_train.run.sinks.wandb import WandbSink
 from olmoe_train.train import train
 from tests.support.data import write_prepared
@@ -46,7 +49,10 @@ def runs(directory: Path) -> Iterator[dict[str, Any]]:
         write_prepared(directory / name, documents, documents[:1], vocab_size=258)
     mixture = "[{dir: one, weight: 1}, {dir: two, weight: 2}]"
     filtered = {"data.mixture": mixture, "data.repetition_filter": True, "data.packing": "best_fit"}
-    yield TINY | {"data.dir": directory, "logging.details_every": 1} | filtered
+    model = OlmoeForCausalLM(olmoe_config(compose(TINY | {"data.dir": directory}).model))
+    model.save_pretrained(directory / "hf")
+    analyzed = {"logging.router_analysis_every": 1, "logging.router_reference": directory / "hf"}
+    yield TINY | {"data.dir": directory, "logging.details_every": 1} | filtered | analyzed
     sides = [[2, 3, 4], [5, 6]]
     write_preferences(directory / "pairs", pair([7, 8], *sides) * 4, pair([7, 8], *sides), vocab_size=258)
     of_pairs = TINY | {

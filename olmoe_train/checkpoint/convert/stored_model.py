@@ -55,6 +55,14 @@ class StoredModel:
     """The adapter that `read` adds to its base. None: the checkpoint holds a whole model."""
 
 
+def split_step(name: str) -> tuple[str, str | None]:
+    """Split SOURCE@STEP, or SOURCE@REVISION on the hub. A path that exists is not split."""
+    directory, at, step = name.rpartition("@")
+    if not at or Path(name).expanduser().exists():
+        return name, None
+    return directory, step
+
+
 def open_stored_model(
     source: str | Path, step: str = "latest", trust_pickle: bool = False, strip_prefix: bool = False
 ) -> StoredModel:

@@ -13,6 +13,10 @@ from olmoe_train.training.preflight.preference import (
     preference_errors,
     preference_warnings,
 )
+from olmoe_train.training.preflight.router_analysis import (
+    router_analysis_errors,
+    router_analysis_warnings,
+)
 from olmoe_train.training.preflight.sinks import sink_errors, sink_warnings
 from olmoe_train.training.preflight.unused_keys import gathering_without_effect, keys_without_effect
 from olmoe_train.utils.errors import configuration_error
@@ -34,6 +38,7 @@ def validate(cfg: TrainConfig, world_size: int) -> list[str]:
     of_model = model_errors(cfg)
     of_data, manifests = data_errors(cfg, check_tokens=not of_model)
     of_data += preference_data_errors(cfg, manifests)
+    of_data += router_analysis_errors(cfg, manifests)
     errors = [*_configuration_errors(cfg, world_size, of_model), *of_data, *machine_errors(cfg)]
     if not errors:
         errors = [*sampling_errors(cfg), *deepspeed_file_errors(cfg, world_size)]
@@ -43,6 +48,7 @@ def validate(cfg: TrainConfig, world_size: int) -> list[str]:
         *keys_without_effect(cfg, manifests),
         *adapter_warnings(cfg),
         *preference_warnings(cfg, manifests),
+        *router_analysis_warnings(cfg, manifests),
         *gathering_without_effect(cfg.parallel, world_size),
         *sink_warnings(cfg),
         *launcher_warnings(),
@@ -109,6 +115,7 @@ def _positive(cfg: TrainConfig) -> dict[str, float]:
         "trainer.spike_sigmas": trainer.spike_sigmas,
         "logging.dead_expert_steps": cfg.logging.dead_expert_steps,
         "logging.alarms.collapse_steps": cfg.logging.alarms.collapse_steps,
+        "logging.router_analysis_sequences": cfg.logging.router_analysis_sequences,
         "parallel.expert_parallel_size": parallel.expert_parallel_size,
         "parallel.replicate_size": parallel.replicate_size,
         "evaluation.micro_batch_size": cfg.evaluation.micro_batch_size,
@@ -130,6 +137,7 @@ def _not_negative(cfg: TrainConfig) -> dict[str, float]:
         "logging.details_every": cfg.logging.details_every,
         "logging.alarms.dead_experts": cfg.logging.alarms.dead_experts,
         "logging.alarms.skipped_steps": cfg.logging.alarms.skipped_steps,
+        "logging.router_analysis_every": cfg.logging.router_analysis_every,
         "trainer.max_skipped_steps": cfg.trainer.max_skipped_steps,
         "parallel.prefetch": cfg.parallel.prefetch,
         "data.num_workers": cfg.data.num_workers,
