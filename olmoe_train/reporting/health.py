@@ -7,7 +7,7 @@ records, so that one noisy step decides nothing.
 import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 from functools import partial
 from typing import Any
@@ -25,6 +25,9 @@ MANY_DEAD = 0.05
 """Fraction of all experts from which the level is bad."""
 SOME_SKIPPED, MANY_SKIPPED = 0.001, 0.01
 """Fractions of all steps above which the level is to watch, and bad."""
+EARLY_STEPS = 100
+"""Default of logging.dead_expert_steps. Before this step no expert can be dead, and balance is still
+settling: the router is not judged."""
 CHANGE = 0.15
 """Relative change from the middle fifth of the run to its last fifth that counts as a trend."""
 SILENT_S, SILENT_INTERVALS = 120.0, 20.0
@@ -72,9 +75,19 @@ def assess(
         _busiest_expert, _dead_experts, _entropy, _trend, _skipped, _not_finite, partial(_learning, unigram),
     ]  # fmt: skip
     checks = [check for make in makers if (check := make(data, config)) is not None]
+    judged_from = config.get("logging.dead_expert_steps")
+    judged_from = judged_from if isinstance(judged_from, int) else EARLY_STEPS
+    early = bool(data.clock.steps) and data.clock.steps[-1] < judged_from
+    if early:
+        checks = [
+            replace(c, level=Level.watch) if c.of_router and c.level is Level.bad else c for c in checks
+        ]
+    headline = _headline(checks, _experts(data))
+    if early and any(check.of_router for check in checks):
+        headline = f"Too early to judge the router: it is judged from step {judged_from:,}"
     return {
-        "level": _worst(checks).value,
-        "headline": _headline(checks, _experts(data)),
+        "level": Level.watch.value if early and _worst(checks) is Level.good else _worst(checks).value,
+        "headline": headline,
         "checks": [vars(check) | {"level": check.level.value} for check in checks],
         "state": run_state(data, status),
     }

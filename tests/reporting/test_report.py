@@ -166,6 +166,8 @@ def test_a_crashed_run_is_named() -> None:
         assess(data, {}, {"state": "failed", "reason": "rank 1: OOM"})["state"]["text"]
         == "failed: rank 1: OOM"
     )
+    early = assess(records_with({"router/max_violation": 2.9}, 30), {"model.num_experts_per_tok": 4}, {})
+    assert (early["level"], early["headline"][:29]) == ("watch", "Too early to judge the router")
     dense = assess(records_with({"router/layer_00/load": [1.0]}), {}, {})
     assert dense["headline"] == "The model is dense, without a router; the training is healthy"
 

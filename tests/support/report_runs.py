@@ -1,10 +1,12 @@
 """Run directories for the tests of reports: metrics.jsonl with all that a report shows."""
 
 import json
+import math
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from benchmarks.report_size import records
+import numpy as np
 
 EVIL = "</script><img src=x onerror=\"document.title='owned'\"><!-- https://example.org/ &amp;"
 """Text of a model or a configuration that would be markup, or a URL, if a report let it."""
@@ -17,10 +19,50 @@ def write_records(directory: Path, values: list[dict[str, Any]]) -> Path:
     return directory
 
 
+def plain_records(steps: int, layers: int, experts: int, seed: int) -> Iterator[dict[str, Any]]:
+    """Records of a training with a mixture of two sources that skipped a step and resumed in its middle."""
+    random = np.random.default_rng(seed)
+    for step in range(1, steps + 1):
+        loads_LE = random.dirichlet(np.full(experts, 9.0), layers)
+        loss, second_half = 2 + 6 * math.exp(-6 * step / steps) + random.normal() / 20, step > steps // 2
+        values = {"step": step, "tokens": 512 * step, "time": 1.7e9 + step, "resumes": int(second_half)}
+        values |= {
+            "train/loss": loss,
+            "train/ce_loss": loss,
+            "train/lr": 1e-3 / step,
+            "train/grad_norm": 1 + loss,
+        }
+        values |= {
+            "train/skipped_steps": int(second_half),
+            "perf/tokens_per_second": 900 + loss,
+            "perf/mfu": 0.3,
+        }
+        values |= {
+            "router/max_violation": loads_LE.max() * experts - 1,
+            "router/entropy": 1.9,
+            "data/a/loss": loss,
+        }
+        values |= {
+            "router/dead_experts": 0,
+            "data/a/share": 0.7 + 1 / (9 * step),
+            "data/a/requested_share": 0.7,
+        }
+        values |= {"data/b/share": 0.3 - 1 / (9 * step), "data/b/requested_share": 0.3}
+        for layer in range(layers):
+            values |= {f"router/layer_{layer:02d}/load": loads_LE[layer].tolist()}
+            values |= {
+                f"router/layer_{layer:02d}/entropy": 1.9 - layer / 10,
+                f"router/layer_{layer:02d}/dead_experts": 0,
+            }
+        if step % (steps // 5) == 0:
+            values |= {"eval/validation/loss": loss, "eval/validation/perplexity": math.exp(loss)}
+        yield values
+
+
 def rich_records(steps: int = 60, layers: int = 3, experts: int = 8, seed: int = 0) -> list[dict[str, Any]]:
     """Records of a run with a mixture, preferences, samples, alerts, a skipped step, a NaN, a resume, a list
     by position and a metric that no registry has."""
-    found = list(records(steps, layers, experts, seed))
+    found = list(plain_records(steps, layers, experts, seed))
     for record in found:
         step = record["step"]
         record |= {"rewards/margins": step / steps, "rewards/accuracies": 0.5 + step / (3 * steps)}

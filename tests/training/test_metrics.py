@@ -14,9 +14,11 @@ import torch.distributed as dist
 
 from olmoe_train.config.choices import Packing, WandbMode
 from olmoe_train.config.data import DataConfig
-from olmoe_train.config.train import LoggingConfig, WandbConfig
+from olmoe_train.config.train import AlarmsConfig, LoggingConfig, WandbConfig
 from olmoe_train.distributed.mesh import init_distributed
+from olmoe_train.run.alarms import MetricAlarms, thresholds
 from olmoe_train.run.loggers import MetricsLog, forget_after
+from olmoe_train.run.metrics_registry import METRICS
 from olmoe_train.training.batch import Totals
 from olmoe_train.training.callbacks.logging import console_line
 from olmoe_train.training.metrics import DataCounts, ExpertUse, StepTerms, read_step
@@ -103,6 +105,25 @@ def test_an_expert_dies_after_steps_without_a_token_and_wakes_with_one() -> None
     # ... and a resumed run remembers.
     resumed = ExpertUse(2, 4, dead_after=2, last_used=experts.last_used(), device=CPU)
     assert resumed.last_used() == [[4, 4, 4, 4], [4, 1, 0, 4]]
+
+
+def test_a_collapse_has_to_last_and_other_alarms_come_at_once() -> None:
+    cfg = AlarmsConfig(max_violation=2.0, skipped_steps=1, collapse_steps=20)
+    alarms = MetricAlarms(cfg, num_experts=8, top_k=2)
+    found = []
+    violations = {10: 3.0, 20: 3.0, 30: 1.0, 40: 3.0, 50: 3.0, 60: 3.0}  # interrupted at step 30
+    for step, violation in violations.items():
+        values = {"step": step, "router/max_violation": violation, "train/skipped_steps": step // 25}
+        found += [(step, alert.name) for alert in alarms.check(values)]
+    assert found == [(50, "skipped steps"), (60, "skipped steps"), (60, "router collapse: load")]
+
+
+def test_the_thresholds_of_a_collapse_depend_on_the_router() -> None:
+    limits = thresholds(AlarmsConfig(), num_experts=64, top_k=8)
+    assert (limits["max_violation"], limits["entropy"]) == (5.25, pytest.approx(0.05 * math.log(64)))
+    dense = thresholds(AlarmsConfig(), num_experts=1, top_k=1)  # violation and entropy are 0: no alarm
+    assert (dense["max_violation"], dense["entropy"]) == (0, 0)
+    assert {metric.alarm.key for metric in METRICS if metric.alarm is not None} <= limits.keys()
 
 
 def writer(tmp_path: Path, mode: WandbMode = WandbMode.disabled, step: int = 0) -> MetricsLog:

@@ -57,7 +57,9 @@ function tilesPanel() {
       const value = run.summary[names[r]][tile.kind];
       const dot = el("i", { class: "dot" });
       dot.style.background = paletteColor(r);
-      const number = value === null ? "–" : show(value + (tile.plus || 0), tile.unit, tile.digits || 3);
+      const full = value + (tile.plus || 0), digits = tile.digits || 3;
+      const fixed = !Number.isInteger(value) && !tile.unit.startsWith("fraction") && full >= 0.1 && full < 1000;
+      const number = value !== null && fixed ? full.toPrecision(digits) : show(value === null ? null : full, tile.unit, digits);
       return el("div", { class: "value" }, app.data.runs.length > 1 ? dot : null, el("b", { text: number }), el("span", { text: unit }));
     });
     tiles.push(el("div", { class: "tile", title: KINDS[tile.kind] }, el("span", { class: "label", text: tile.label }), ...values, canvas));
