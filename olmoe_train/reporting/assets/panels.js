@@ -208,7 +208,7 @@ function analysisMatrix(run, part) {
   const cell = (r, c) => `${part.row_title} ${part.row_labels[r]}, ${part.column_title} ${c}`.trim();
   const map = new HeatMap({ label: part.name, describe: (r, c) => [cell(r, c), [[null, select.value || part.name, `≈ ${show(value(r, c), "", 3)}`]]] });
   const long = part.row_labels.some((label) => label.length > 3);
-  const draw = () => map.set({ rows: part.rows, columns: part.columns, levels, colors, rowLabel: (r) => (long ? String(r) : part.row_labels[r]), columnLabel: String, columnTitle: part.column_title, rowTitle: part.row_title });
+  const draw = () => map.set({ rows: part.rows, columns: part.columns, levels, colors, rowLabel: (r) => (long ? String(r) : part.row_labels[r]), columnLabel: String, columnTitle: part.column_title, rowTitle: part.row_title, zero: hex(color("line")) });
   const table = tableBehind(() => ({ head: ["", ...Array.from({ length: part.columns }, (_, c) => String(c))], body: part.row_labels.map((label, r) => [label, ...Array.from({ length: part.columns }, (_, c) => show(value(r, c), "", 3))]) }));
   const select = el("select", { "aria-label": `Choice of ${part.name}`, hidden: part.options.length < 2, onchange: () => { levels = bytes(part.levels[select.selectedIndex]); draw(); table.refresh(); } }, ...part.options.map((text) => el("option", { text, value: text })));
   queueMicrotask(draw);
