@@ -17,6 +17,8 @@ OTHER = "Other"
 SECTIONS = [group.value for group in Group] + [OTHER]
 LAYER = re.compile(r"router/layer_(\d+)/(.+)")
 _OVER_LAYERS = re.compile(r"[.;] The (maximum|mean|sum) over layers$")
+_TRAINING_LOSSES = ("train/ce_loss", "train/preference_loss", "train/policy_loss", "train/loss")
+"""The objective's loss without the router's; a run has the first of these that it logs."""
 _UNIGRAM = "guessing by frequency"
 _ORDER = [metric.name for metric in METRICS]
 
@@ -32,6 +34,8 @@ TITLES = {
     "router/max_violation": "Busiest expert, above its fair share",
     "router/entropy": "Router entropy",
     "router/dead_experts": "Dead experts",
+    "router/layer_NN/z": "Router z-loss",
+    "router/layer_NN/saturation": "Router saturation",
     "data/NAME/share": "Mixture: achieved and requested shares",
     "data/NAME/loss": "Loss of each source",
     "kl": "KL divergence",
@@ -104,19 +108,19 @@ def _order(name: str) -> tuple[int, str]:
 
 
 def _loss(scalars: set[str]) -> Chart:
-    lines = [Line("train/ce_loss", "training")] if "train/ce_loss" in scalars else []
+    training = next((name for name in _TRAINING_LOSSES if name in scalars), None)
+    lines = [Line(training, "training")] if training is not None else []
     lines += [Line(name, name.split("/")[1], True) for name in sorted(scalars) if _is_eval(name, "loss")]
+    is_cross_entropy = training == "train/ce_loss"
     return Chart(
         "loss",
         Group.loss.value,
-        "Loss" if not lines or lines[0].metric != "train/ce_loss" else "Cross-entropy",
-        "nats per target token"
-        if lines and lines[0].metric == "train/ce_loss"
-        else "as the objective's loss",
+        "Cross-entropy" if is_cross_entropy else "Loss",
+        "nats per target token" if is_cross_entropy else "",
         "Training loss over the whole global batch, and validation loss. Lower is better.",
         "lower",
         lines=lines,
-        unigram=_UNIGRAM,
+        unigram=_UNIGRAM if is_cross_entropy else "",
     )
 
 

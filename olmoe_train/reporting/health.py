@@ -143,6 +143,11 @@ def recent(series: Series, parts: int = 10) -> float:
     return float(np.nanmedian(tail)) if np.isfinite(tail).any() else math.nan
 
 
+def is_dense(data: RunData) -> bool:
+    """Whether the layers have one expert each. False: they have more, or no load is logged."""
+    return _experts(data) == 1
+
+
 def _experts(data: RunData) -> int:
     """Experts per layer; 0: no loads are logged."""
     return int(data.loads.values[-1].shape[1]) if data.loads.values else 0

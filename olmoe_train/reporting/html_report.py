@@ -22,7 +22,7 @@ from olmoe_train import __version__
 from olmoe_train.reporting.analysis_tables import analysis_parts
 from olmoe_train.reporting.charts import LAYER, PERPLEXITY, SECTIONS, charts_of
 from olmoe_train.reporting.downsample import expert_loads, keep_extremes, matrix_over_steps, rounded
-from olmoe_train.reporting.health import assess, recent
+from olmoe_train.reporting.health import assess, is_dense, recent
 from olmoe_train.reporting.run_data import RunData, RunReader, Series, flatten, unigram_entropy
 from olmoe_train.utils.redaction import redact
 
@@ -122,7 +122,7 @@ def run_values(reader: RunReader, runs: int) -> dict[str, Any]:
     points, unigram = max(LEAST_POINTS, POINTS // runs), unigram_entropy(config)
     curves, matrices = _curves(data, points), _matrices(data, BUCKETS)
     loads = None
-    if data.loads.values and data.loads.values[0].shape[1] > 1:
+    if data.loads.values and not is_dense(data):
         loads = expert_loads(data.loads, data.layers, BUCKETS, LOAD_BYTES // runs)
     return {
         "health": assess(data, config, reader.status(), unigram),
@@ -153,7 +153,8 @@ def _curves(data: RunData, points: int) -> dict[str, Any]:
     """Metrics that are numbers: {"steps", "values"} by name. Steps are differences to the step before."""
     curves: dict[str, Any] = {}
     for name, series in data.scalars.items():
-        if LAYER.fullmatch(name) or not np.isfinite(series.values).any():
+        of_dense = is_dense(data) and name.startswith("router/")
+        if LAYER.fullmatch(name) or of_dense or not np.isfinite(series.values).any():
             continue
         steps, values = keep_extremes(series, points)
         curves[name] = {"steps": np.diff(steps, prepend=0).tolist(), "values": values}
@@ -185,10 +186,10 @@ def _matrices(data: RunData, buckets: int) -> dict[str, Any]:
     for name, layers in families.items():
         numbers = sorted(layers)
         steps = layers[numbers[0]].steps
-        if any(layers[number].steps != steps for number in numbers) or len(data.layers or numbers) == 0:
+        if any(layers[number].steps != steps for number in numbers):
             continue
         values_NL = np.asarray([layers[number].values for number in numbers], np.float64).T
-        if np.isfinite(values_NL).any() and not (data.loads.values and data.loads.values[0].shape[1] == 1):
+        if np.isfinite(values_NL).any() and not is_dense(data):
             matrices[name] = matrix_over_steps(steps, values_NL, buckets) | {"labels": numbers}
             if matrices[name]["low"] == matrices[name]["high"]:
                 del matrices[name]  # the sum over the layers, such as no dead expert, says it all

@@ -212,7 +212,15 @@ def test_everything_that_a_run_logged_is_on_the_page(tmp_path: Path) -> None:
     run_values = data["runs"][0]
     assert run_values["unigram"] == 6.5
     assert run_values["skipped"] == [{"step": 31, "count": 1}]
-    assert [part["kind"] for part in run_values["analysis"]] == ["table", "matrix", "table"]
+    assert [(part["name"], part["kind"]) for part in run_values["analysis"]] == [
+        ("saturation", "table"),
+        ("saturation: by_layer", "matrix"),
+        ("domains: by_layer", "matrix"),
+        ("coactivation: all: matrix", "matrix"),
+        ("words", "table"),
+    ]
+    assert run_values["analysis"][1]["row_labels"] == ["k 1", "k 8"]
+    assert run_values["analysis"][2]["options"] == ["code", "web"]
 
 
 def test_metrics_alone_are_enough_and_texts_are_no_markup(tmp_path: Path) -> None:

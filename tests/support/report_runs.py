@@ -12,6 +12,17 @@ EVIL = "</script><img src=x onerror=\"document.title='owned'\"><!-- https://exam
 """Text of a model or a configuration that would be markup, or a URL, if a report let it."""
 
 
+ANALYSIS = {
+    "format": "as olmoe analyze writes",
+    "saturation": [{"source": 0, "k": k, "chance": k / 8, "by_layer": [0.5, 0.6, 0.9]} for k in (1, 8)],
+    "domains": [{"domain": name, "by_layer": [[0.1, 0.2, None, 0.4]] * 3} for name in ("code", "web")],
+    "coactivation": [
+        {"rule": "all", "layers": [{"layer": 0, "highest": [[0, 1, 0.5]], "matrix": [[0.1] * 8] * 8}]}
+    ],
+    "words": [{"layer": 1, "expert": 2, "tokens": [{"id": 3, "text": EVIL, "share": 0.9}]}],
+}
+
+
 def write_records(directory: Path, values: list[dict[str, Any]]) -> Path:
     directory.mkdir(parents=True, exist_ok=True)
     lines = "".join(json.dumps(record) + "\n" for record in values)
@@ -92,9 +103,5 @@ def write_rich_run(directory: Path, **sizes: int) -> Path:
     status = {"state": "done", "reason": "reached the last step", "step": 60, "last_step": 60, "time": 1.0}
     (directory / "status.json").write_text(json.dumps(status))
     (directory / "analysis").mkdir()
-    analysis = {
-        "saturation": {"k": 8, "values": [[0.1, 0.2], [0.3, 0.9]]},
-        "experts": [{"layer": 0, "share": 0.7}],
-    }
-    (directory / "analysis" / "analysis.json").write_text(json.dumps(analysis))
+    (directory / "analysis" / "analysis.json").write_text(json.dumps(ANALYSIS))
     return directory

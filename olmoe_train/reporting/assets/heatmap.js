@@ -38,7 +38,7 @@ class HeatMap {
     new ResizeObserver(() => this.draw()).observe(this.root);
   }
 
-  /** levels: Uint8Array [rows x columns]; colors: 256 x [r, g, b]; rowLabels, columnLabels: functions of an index. */
+  /** levels: Uint8Array [rows x columns]; colors: 256 x [r, g, b]; zero: of level 0, which is no value; rowLabel, columnLabel: functions of an index. */
   set(matrix) {
     this.matrix = matrix;
     this.draw();
@@ -196,7 +196,7 @@ class MatrixChart {
       const common = levels.map((level, j) => level && Math.round(1 + (254 * (value(Math.floor(j / columns), j % columns) - low)) / (high - low || 1)));
       const block = el("div", { class: "block" }, app.data.runs.length > 1 ? runName(run) : null, map.root);
       queueMicrotask(() => map.set({
-        rows: matrix.rows, columns, levels: common, colors, rowLabel: (r) => String(matrix.labels[r]), columnLabel: (c) => brief(matrix.from[c]), columnTitle: "step", rowTitle: matrix.rows > 3 ? this.chart.rows : "",
+        rows: matrix.rows, columns, levels: common, colors, rowLabel: (r) => String(matrix.labels[r]), columnLabel: (c) => brief(matrix.from[c]), columnTitle: "step", rowTitle: matrix.rows > 3 ? this.chart.rows : "", zero: hex(color("line")),
       }));
       return block;
     }));

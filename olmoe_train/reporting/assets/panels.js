@@ -192,14 +192,25 @@ class ConfigTable {
 
 /** Named matrices and tables of `olmoe analyze`. */
 function analysisPanel() {
-  return el("div", { class: "cards loose" }, ...app.data.runs.flatMap((run) => run.analysis.map((part) => {
-    const caption = el("figcaption", {}, el("h3", { text: part.name || "analysis" }), app.data.runs.length > 1 ? runName(run) : null);
-    if (part.kind === "table") return el("figure", { class: "card" }, caption, simpleTable(part.columns, part.cells));
-    const levels = bytes(part.levels), value = (r, c) => part.low + ((levels[r * part.columns + c] - 1) / 254) * (part.high - part.low);
-    const colors = valueRamp();
-    const map = new HeatMap({ label: part.name, describe: (r, c) => [`row ${r}, column ${c}`, [[null, part.name, `≈ ${show(value(r, c), "", 3)}`]]] });
-    queueMicrotask(() => map.set({ rows: part.rows, columns: part.columns, levels, colors, rowLabel: String, columnLabel: String, columnTitle: "", rowTitle: "" }));
-    const table = tableBehind(() => ({ head: ["", ...Array.from({ length: part.columns }, (_, c) => String(c))], body: Array.from({ length: part.rows }, (_, r) => [String(r), ...Array.from({ length: part.columns }, (_, c) => show(value(r, c), "", 3))]) }));
-    return el("figure", { class: "card" }, caption, colorBar(colors, [[0, show(part.low)], [1, show(part.high)]]), map.root, table);
-  })));
+  return el("div", { class: "cards loose" }, ...app.data.runs.flatMap((run) => run.analysis.map((part) => (
+    part.kind === "matrix" ? analysisMatrix(run, part) : el("figure", { class: "card" }, analysisCaption(run, part), simpleTable(part.columns, part.cells))
+  ))));
+}
+
+function analysisCaption(run, part, ...tools) {
+  return el("figcaption", {}, el("h3", { text: part.name.replaceAll("_", " ") }), app.data.runs.length > 1 ? runName(run) : null, el("span", { class: "tools" }, ...tools));
+}
+
+function analysisMatrix(run, part) {
+  const colors = valueRamp(), scale = { low: part.low, step: (part.high - part.low) / 254 };
+  let levels = bytes(part.levels[0]);
+  const value = (r, c) => (levels[r * part.columns + c] ? scale.low + (levels[r * part.columns + c] - 1) * scale.step : null);
+  const cell = (r, c) => `${part.row_title} ${part.row_labels[r]}, ${part.column_title} ${c}`.trim();
+  const map = new HeatMap({ label: part.name, describe: (r, c) => [cell(r, c), [[null, select.value || part.name, `≈ ${show(value(r, c), "", 3)}`]]] });
+  const long = part.row_labels.some((label) => label.length > 3);
+  const draw = () => map.set({ rows: part.rows, columns: part.columns, levels, colors, rowLabel: (r) => (long ? String(r) : part.row_labels[r]), columnLabel: String, columnTitle: part.column_title, rowTitle: part.row_title, zero: hex(color("line")) });
+  const table = tableBehind(() => ({ head: ["", ...Array.from({ length: part.columns }, (_, c) => String(c))], body: part.row_labels.map((label, r) => [label, ...Array.from({ length: part.columns }, (_, c) => show(value(r, c), "", 3))]) }));
+  const select = el("select", { "aria-label": `Choice of ${part.name}`, hidden: part.options.length < 2, onchange: () => { levels = bytes(part.levels[select.selectedIndex]); draw(); table.refresh(); } }, ...part.options.map((text) => el("option", { text, value: text })));
+  queueMicrotask(draw);
+  return el("figure", { class: "card" }, analysisCaption(run, part, select), colorBar(colors, [[0, show(part.low)], [1, show(part.high)]]), map.root, table);
 }
