@@ -46,7 +46,8 @@ class StepDetails:
             data: The data of the run; its order says which source each sequence is of.
             every: logging.details_every.
             log_every: trainer.log_every.
-            global_batch_size, micro_batch_size: Sequences per step, and per pass of one rank.
+            global_batch_size: Sequences per step, over all ranks.
+            micro_batch_size: Sequences per pass of one rank.
             with_flow: Whether to count the routing flow, which only pictures show.
             device: The device of this rank.
         """
@@ -96,7 +97,7 @@ class StepDetails:
             output = self._forward(*args, **inputs)
         with torch.no_grad():
             # An objective that asks for log-probabilities (target_positions) does not use the cross-entropy.
-            if chunks:
+            if chunks and inputs.get("targets") is not None:
                 self._add_losses(torch.cat(chunks), inputs["targets"])
             if self._with_flow:
                 self._add_flow([passes[0] for passes in passes_L], inputs.get("attention_mask"))

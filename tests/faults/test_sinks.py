@@ -58,9 +58,9 @@ def read_trackio() -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def told(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
-    """(Run directory, trackio's data after the second start): steps 1 and 2, then 3, then it dies before 4.
+    """(Run directory, trackio's data after the second start): steps 1 and 2, then 3 and 4, then it dies in 5.
 
-    The alarms are set so that both router alarms hold from step 1 on, and count at step 2.
+    The alarms are set so that both router alarms hold at every step: each start would alert at its second.
     """
     root = tmp_path_factory.mktemp("told")
     cfg = with_prompts(root, every=2)
@@ -72,11 +72,11 @@ def told(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]
         alarms=AlarmsConfig(max_violation=0.0, entropy=100.0, collapse_steps=1),
     )
     cfg = replace(cfg, run_dir=str(root / "run"), logging=logging)
-    cfg = replace(cfg, trainer=replace(cfg.trainer, max_steps=5, stop_at_step=2))
+    cfg = replace(cfg, trainer=replace(cfg.trainer, max_steps=6, stop_at_step=2))
     run_ranks(1, start, cfg, root, None)
-    (trackio,) = run_ranks(1, start, replace(cfg, trainer=replace(cfg.trainer, stop_at_step=3)), root, None)
+    (trackio,) = run_ranks(1, start, replace(cfg, trainer=replace(cfg.trainer, stop_at_step=4)), root, None)
     with pytest.raises(RankError, match="DiedError"):
-        run_ranks(1, start, replace(cfg, trainer=replace(cfg.trainer, stop_at_step=None)), root, 4)
+        run_ranks(1, start, replace(cfg, trainer=replace(cfg.trainer, stop_at_step=None)), root, 5)
     return root / "run", trackio
 
 
@@ -133,7 +133,7 @@ def test_each_alert_comes_once(told: tuple[Path, dict[str, Any]], pieces: list[O
     assert [title for title, _ in alerts] == [
         "router collapse: load",
         "router collapse: entropy",
-        "failed after step 3",
+        "failed after step 4",
     ]
     assert alerts[2][1] == "rank 0: DiedError: of old age"
     assert alerts[1][1].startswith("step 2: router/entropy is only ")
@@ -159,7 +159,7 @@ def test_tensorboard(told: tuple[Path, dict[str, Any]]) -> None:
     assert {f"router/layer_{layer:02d}/load" for layer in range(LAYERS)} == set(tags["histograms"])
     texts = {tag.removesuffix("/text_summary") for tag in tags["tensors"]}
     assert texts >= {"eval/samples/0", "eval/samples/1", "alerts/router collapse: load"}
-    (row,) = [row for row in records if "train/loss_by_position" in row]
+    row, _ = [row for row in records if "train/loss_by_position" in row]
     for part, loss in enumerate(row["train/loss_by_position"]):
         assert (f"train/loss_by_position/{part:02d}" in tags["scalars"]) == (loss is not None)
 
@@ -176,7 +176,7 @@ def test_trackio(told: tuple[Path, dict[str, Any]]) -> None:
         "router collapse: entropy",
     }
     rich = [row for row in trackio["logs"] if "router/load_map" in row]
-    assert [row["step"] for row in rich] == [2]
+    assert [row["step"] for row in rich] == [2, 4]
     assert PROMPTS[0] in json.dumps(trackio["logs"])
 
 

@@ -120,7 +120,8 @@ def test_a_collapse_has_to_last_and_other_alarms_come_at_once() -> None:
 
 def test_the_thresholds_of_a_collapse_depend_on_the_router() -> None:
     limits = thresholds(AlarmsConfig(), num_experts=64, top_k=8)
-    assert (limits["max_violation"], limits["entropy"]) == (5.25, pytest.approx(0.05 * math.log(64)))
+    assert limits["max_violation"] == 5.25
+    assert limits["entropy"] == pytest.approx(0.05 * math.log(64))
     dense = thresholds(AlarmsConfig(), num_experts=1, top_k=1)  # violation and entropy are 0: no alarm
     assert (dense["max_violation"], dense["entropy"]) == (0, 0)
     assert {metric.alarm.key for metric in METRICS if metric.alarm is not None} <= limits.keys()
