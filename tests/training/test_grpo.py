@@ -110,7 +110,7 @@ def test_configurations_that_make_no_sense_are_refused(config: Config, parts: Pa
         },
         "objective.reward_function=x.py:f: no such file": {"objective__reward_function": "x.py:f"},
         "parallel.strategy=deepspeed: objective=grpo samples": {"parallel": "deepspeed"},
-        "adapter.router=full it is not": {
+        "adapter.router=full changes that model": {
             "objective__kl_coef": 0.1,
             "adapter": "lora",
             "adapter__router": "full",
