@@ -150,7 +150,10 @@ def trained(
             "trainer.global_batch_size": PAIRS,
         }
     )
-    torch.manual_seed(0)
+    # Layouts differ where two experts of a token nearly tie and rounding decides. In the validation of "dpo,
+    # lora" the scores of a token's second and third expert are never closer than 8e-4 (relative) with this
+    # seed; with seed 0 they come as close as 9e-7, and "dpo, fsdp 2, experts 2, lora" chooses the other one.
+    torch.manual_seed(2)
     OlmoeForCausalLM(olmoe_config(tiny.model)).save_pretrained(directory / "base")
     here = [item for item in request.session.items if item.path == Path(__file__)]
     named = {str(item.callspec.params["name"]) for item in here if hasattr(item, "callspec")} | {"dpo"}
