@@ -130,19 +130,27 @@ def batch(index: int, vocabulary: int = VOCABULARY) -> Tensor:
 
 
 def time_steps(steps: dict[str, Callable[[Tensor], float]], rounds: int) -> dict[str, list[float]]:
-    """Seconds of every round of each step, after WARM_UP that do not count. All see a new batch each round,
-    and the same one."""
-    for index in range(WARM_UP):
-        for step in steps.values():
-            step(batch(index))
+    """`time_rounds` of steps that all see a new batch each round, and the same one."""
+
+    def of_round(step: Callable[[Tensor], float]) -> Callable[[int], float]:
+        return lambda index: step(batch(index))
+
+    return time_rounds({name: of_round(step) for name, step in steps.items()}, rounds)
+
+
+def time_rounds(
+    steps: dict[str, Callable[[int], float]], rounds: int, warm_up: int = WARM_UP
+) -> dict[str, list[float]]:
+    """Seconds of every round of each step, which gets the number of the round. warm_up: rounds before the
+    first that counts."""
     seconds: dict[str, list[float]] = {name: [] for name in steps}
-    for index in range(rounds):
+    for index in range(warm_up + rounds):
         # In another order every time: a step pays for the memory that the one before it gave back.
         for name, step in random.sample(list(steps.items()), len(steps)):
             start = time.perf_counter()
-            step(batch(WARM_UP + index))
+            step(index)
             seconds[name].append(time.perf_counter() - start)
-    return seconds
+    return {name: times[warm_up:] for name, times in seconds.items()}
 
 
 def compare(shape: Shape, dtype: str, variants: list[str], rounds: int, profile: bool) -> None:

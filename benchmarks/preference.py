@@ -22,12 +22,11 @@ vocabulary there, but all positions on a CPU.
 import argparse
 import logging
 import os
-import random
 import statistics
 import subprocess
 import sys
-import time
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -36,8 +35,8 @@ import trl
 from datasets import disable_progress_bars
 from torch import nn
 
-from benchmarks.cpu_step import DTYPES, resident
-from benchmarks.preference_sides import SIDES, Setting, build_side, make_pairs
+from benchmarks.cpu_step import DTYPES, resident, time_rounds
+from benchmarks.preference_sides import SIDES, Setting, Side, build_side, make_pairs
 
 WARM_UP = 1
 # Largest relative differences that are allowed of the loss, and of all gradients together (by norm).
@@ -87,16 +86,14 @@ def check_same(setting: Setting, names: list[str]) -> None:
             raise SystemExit(f"the sides do not compute the same: {TOLERANCES[setting.dtype]} is allowed")
 
 
+def step_of_round(side: Side) -> Callable[[int], float]:
+    """A step on the side's pairs, whatever the round."""
+    return lambda _index: side.step()
+
+
 def compare(setting: Setting, names: list[str], rounds: int, profile: bool) -> None:
     sides = {name: build_side(name, setting) for name in names}
-    seconds: dict[str, list[float]] = {name: [] for name in names}
-    for index in range(WARM_UP + rounds):
-        # In another order every time: a step pays for the memory that the one before it gave back.
-        for name in random.sample(names, len(names)):
-            start = time.perf_counter()
-            sides[name].step()
-            if index >= WARM_UP:
-                seconds[name].append(time.perf_counter() - start)
+    seconds = time_rounds({name: step_of_round(side) for name, side in sides.items()}, rounds, WARM_UP)
     pairs = make_pairs(setting.pairs)
     tokens = sum(2 * len(pair.prompt) + len(pair.chosen) + len(pair.rejected) for pair in pairs)
     print(f"{setting.dtype}, {setting.reference}, step: median of {rounds}")

@@ -70,5 +70,7 @@ run_checks() {
     mypy
     mkdocs build --strict
     # Ranks of the distributed tests share the cores; one thread each keeps them from fighting over the cores.
-    OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} python -m pytest "$@"
+    # Most other tests keep one core busy, or wait, so two workers take turns with the files of tests.
+    OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} PYTEST_XDIST_AUTO_NUM_WORKERS=${PYTEST_XDIST_AUTO_NUM_WORKERS:-2} \
+        python -m pytest --numprocesses auto --dist loadfile --no-loadscope-reorder "$@"
 }

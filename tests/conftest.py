@@ -1,9 +1,10 @@
-"""The marker `ranks`, by directory and import. The other marker and what both mean: pyproject.toml."""
+"""The seed of random draws, and the marker `ranks`. The other marker and what both mean: pyproject.toml."""
 
 from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
+import torch
 
 from tests.support import ranks
 
@@ -28,4 +29,5 @@ def pytest_collection_modifyitems(items: Iterable[pytest.Item]) -> None:
 
 @pytest.hookimpl(tryfirst=True)  # before the fixtures, of which some start ranks
 def pytest_runtest_setup(item: pytest.Item) -> None:
+    torch.manual_seed(0)  # draws do not depend on the tests that ran before
     ranks.allowed = item.get_closest_marker("ranks") is not None

@@ -32,25 +32,34 @@ from olmoe_train.utils.errors import UserError
 Sample = dict[str, np.ndarray]
 
 
+@dataclass(frozen=True)
+class SampleForm:
+    """What a sample is: by default a sequence, or of preferences a pair."""
+
+    single: bool = False
+    """Of preferences, whether a sample is one completion, and not a pair."""
+    longest_prompt: int | None = None
+    """Samples are prompts with answers, of at most this many tokens each. None: they are not prompts."""
+
+
+SEQUENCE_OR_PAIR = SampleForm()
+
+
 class TrainingData:
     """The training data of a run, opened once: manifests, samples, and what determines the sample order."""
 
-    def __init__(
-        self, cfg: DataConfig, seed: int, single: bool = False, longest_prompt: int | None = None
-    ) -> None:
+    def __init__(self, cfg: DataConfig, seed: int, form: SampleForm = SEQUENCE_OR_PAIR) -> None:
         """Read the manifests.
 
         Args:
             cfg: The `data` section of the configuration.
             seed: Seed of the sample order.
-            single: Of preferences, whether a sample is one completion, and not a pair.
-            longest_prompt: Samples are prompts with answers, of at most this many tokens each. None: they are
-                sequences, or preferences.
+            form: What a sample is.
 
         Raises:
             UserError: A manifest is missing or damaged, or the sources have different tokenizers.
         """
-        self.cfg, self.seed, self.single, self.longest_prompt = cfg, seed, single, longest_prompt
+        self.cfg, self.seed, self.form = cfg, seed, form
         self.manifests = read_manifests(cfg)
 
     @property
@@ -61,7 +70,7 @@ class TrainingData:
     @cached_property
     def samples(self) -> "TrainSamples":
         """Every sample by its global index. The first access reads the index of every shard."""
-        return TrainSamples(self.cfg, self.seed, self.single, self.longest_prompt)
+        return TrainSamples(self.cfg, self.seed, self.form)
 
     def fingerprint(self) -> dict[str, Any]:
         """Return what determines the stream of samples, as flat JSON values.
@@ -71,9 +80,9 @@ class TrainingData:
         manifests = self.manifests
         packing = ALGORITHM if self.cfg.packing is Packing.best_fit else self.cfg.packing.value
         if self.has_preferences:  # packing does not change the samples
-            packing = COMPLETIONS if self.single else PAIRS
-        if self.longest_prompt is not None:
-            packing = f"{PROMPTS}, at most {self.longest_prompt} tokens"
+            packing = COMPLETIONS if self.form.single else PAIRS
+        if self.form.longest_prompt is not None:
+            packing = f"{PROMPTS}, at most {self.form.longest_prompt} tokens"
         common = {
             "order": ORDER,
             "seed": self.seed,
@@ -127,7 +136,7 @@ def build_train_loader(
         batches,
         data.cfg.num_workers,
         data.seed,
-        _collate(data.cfg, data.manifests, data.longest_prompt),
+        _collate(data.cfg, data.manifests, data.form),
     )
 
 
@@ -137,9 +146,8 @@ def build_eval_batches(
     world_size: int,
     micro_batch_size: int,
     max_sequences: int | None = None,
-    single: bool = False,
+    form: SampleForm = SEQUENCE_OR_PAIR,
     first_document: int = 0,
-    longest_prompt: int | None = None,
 ) -> DataLoader[dict[str, torch.Tensor]]:
     """Build this rank's batches of the validation split of data.dir, in order.
 
@@ -152,7 +160,7 @@ def build_eval_batches(
         world_size: Number of ranks.
         micro_batch_size: Sequences per batch and rank (B).
         max_sequences: Use only the first `max_sequences` sequences over all ranks. None uses all.
-        single, longest_prompt: As for TrainingData.
+        form: What a sample is.
         first_document: Of preferences, number of the first document, in the data as a whole.
 
     Returns:
@@ -161,7 +169,7 @@ def build_eval_batches(
     Raises:
         UserError: Data is missing or damaged, or the validation split is empty.
     """
-    dataset = EvalSequences(data, single, first_document, longest_prompt)
+    dataset = EvalSequences(data, form, first_document)
     count = len(dataset) if max_sequences is None else min(max_sequences, len(dataset))
     if count == 0:
         raise UserError(
@@ -173,7 +181,7 @@ def build_eval_batches(
     rows = [index if index < count else EvalSequences.FILLER for index in range(steps * global_batch_size)]
     starts = range(rank * micro_batch_size, len(rows), global_batch_size)
     batches = [rows[start : start + micro_batch_size] for start in starts]
-    collate_fn = _collate(data, read_manifests(data), longest_prompt)
+    collate_fn = _collate(data, read_manifests(data), form)
     return _loader(dataset, batches, data.num_workers, 0, collate_fn)
 
 
@@ -182,23 +190,18 @@ AnySequences = Sequences | PreferenceSequences | PromptSequences
 
 
 def _open(
-    split: TokenSplit,
-    data: DataConfig,
-    keep_tail: bool,
-    single: bool,
-    longest_prompt: int | None,
-    first_document: int,
+    split: TokenSplit, data: DataConfig, keep_tail: bool, form: SampleForm, first_document: int
 ) -> AnySequences:
-    if longest_prompt is not None:
-        return PromptSequences(split, longest_prompt, first_document)
+    if form.longest_prompt is not None:
+        return PromptSequences(split, form.longest_prompt, first_document)
     if split.manifest.preferences is not None:
-        return PreferenceSequences(split, data, single, first_document)
+        return PreferenceSequences(split, data, form.single, first_document)
     return Sequences(split, data, keep_tail)
 
 
-def _collate(data: DataConfig, manifests: dict[str, Manifest], longest_prompt: int | None) -> "Collate":
+def _collate(data: DataConfig, manifests: dict[str, Manifest], form: SampleForm) -> "Collate":
     manifest = next(iter(manifests.values()))
-    if longest_prompt is not None:
+    if form.longest_prompt is not None:
         return CollatePrompts(manifest.padding)
     if manifest.preferences is None:
         return collate
@@ -220,7 +223,7 @@ class TrainSamples(Dataset[Sample]):
         UserError: The training split of a source is shorter than one sequence.
     """
 
-    def __init__(self, data: DataConfig, seed: int, single: bool = False, longest_prompt: int | None = None):
+    def __init__(self, data: DataConfig, seed: int, form: SampleForm = SEQUENCE_OR_PAIR):
         """The arguments are those of TrainingData."""
         self.sources = mixture_components(data)
         read_manifests(data)  # raises UserError if the sources do not fit together
@@ -228,7 +231,7 @@ class TrainSamples(Dataset[Sample]):
         first_document = 0
         for source in self.sources:
             split = open_split(source.directory, "train")
-            self.sequences.append(_open(split, data, False, single, longest_prompt, first_document))
+            self.sequences.append(_open(split, data, False, form, first_document))
             first_document += split.documents
         for source, sequences in zip(self.sources, self.sequences, strict=True):
             if len(sequences) == 0:
@@ -296,15 +299,9 @@ class EvalSequences(Dataset[Sample]):
 
     FILLER = -1
 
-    def __init__(
-        self,
-        data: DataConfig,
-        single: bool = False,
-        first_document: int = 0,
-        longest_prompt: int | None = None,
-    ):
+    def __init__(self, data: DataConfig, form: SampleForm = SEQUENCE_OR_PAIR, first_document: int = 0):
         split = open_split(data.dir, "validation")
-        self.sequences = _open(split, data, True, single, longest_prompt, first_document)
+        self.sequences = _open(split, data, True, form, first_document)
 
     def __len__(self) -> int:
         return len(self.sequences)

@@ -23,6 +23,11 @@ DECODER_INPUTS = ("input_ids", "attention_mask", "position_ids", "document_offse
 """Columns that the decoder reads; of these, input_ids is always there."""
 
 
+def decoder_inputs(batch: Batch, prefix: str = "") -> Batch:
+    """The columns that the decoder reads, without `prefix`, with which their names begin in the batch."""
+    return {name: batch[prefix + name] for name in DECODER_INPUTS if prefix + name in batch}
+
+
 class StepBatches(Iterator[list[Batch]]):
     """Groups a stream of micro-batches into optimizer steps; measures the time spent waiting for them.
 

@@ -16,7 +16,7 @@ from olmoe_train.config.compose import plain_values
 from olmoe_train.config.model import olmoe_config
 from olmoe_train.config.objective import GrpoConfig, NextTokenConfig, PreferenceConfig
 from olmoe_train.config.train import TrainConfig
-from olmoe_train.data.loader import TrainingData, build_train_loader
+from olmoe_train.data.loader import SampleForm, TrainingData, build_train_loader
 from olmoe_train.data.mixture import mixture_components
 from olmoe_train.distributed.materialize import materialize
 from olmoe_train.distributed.mesh import Mesh, build_mesh
@@ -124,9 +124,9 @@ def build_data(cfg: TrainConfig) -> TrainingData:
     objective = cfg.objective
     if isinstance(objective, GrpoConfig):
         longest_prompt = cfg.data.sequence_length - objective.max_new_tokens
-        return TrainingData(cfg.data, cfg.seed, longest_prompt=longest_prompt)
+        return TrainingData(cfg.data, cfg.seed, SampleForm(longest_prompt=longest_prompt))
     is_kto = isinstance(objective, PreferenceConfig) and objective.kind is PreferenceKind.kto
-    return TrainingData(cfg.data, cfg.seed, single=is_kto)
+    return TrainingData(cfg.data, cfg.seed, SampleForm(single=is_kto))
 
 
 def count_steps(cfg: TrainConfig, data: TrainingData) -> int:

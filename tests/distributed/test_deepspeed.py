@@ -23,6 +23,7 @@ from olmoe_train.training.build import build_engine, build_model
 from olmoe_train.training.preflight.checks import validate
 from olmoe_train.utils.errors import UserError
 from tests.support.data import write_prepared
+from tests.support.faults import metrics
 from tests.support.ranks import run_ranks
 from tests.support.runs import TINY, Layout, compose, real_tokens
 from tests.support.tiny import whole_state
@@ -69,10 +70,7 @@ def load(cfg: TrainConfig) -> tuple[Any, Any]:
 
 
 def logged(run_dir: str) -> Steps:
-    lines = map(json.loads, (Path(run_dir) / "metrics.jsonl").read_text().splitlines())
-    return {
-        line["step"]: (line["train/loss"], line["train/grad_norm"]) for line in lines if "train/loss" in line
-    }
+    return {step["step"]: (step["train/loss"], step["train/grad_norm"]) for step in metrics(run_dir)}
 
 
 # --- a run that was stopped -------------------------------------------------------------------------------

@@ -1,8 +1,6 @@
 """The dense comparator: one expert that takes every token, in the same loop as the mixtures."""
 
-import json
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,6 +13,7 @@ from olmoe_train.model import OlmoeConfig
 from olmoe_train.model.moe.block import OlmoeSparseMoeBlock
 from olmoe_train.train import train
 from tests.support.data import write_prepared
+from tests.support.faults import records
 from tests.support.ranks import run_ranks
 from tests.support.runs import TINY, Layout, compose, real_tokens
 from tests.support.tiny import build
@@ -33,6 +32,7 @@ LAYOUTS = {
 def test_one_expert_is_a_plain_mlp(normalised: bool) -> None:
     config = OlmoeConfig(hidden_size=16, intermediate_size=24, num_attention_heads=2, num_experts=1,
                          num_experts_per_tok=1, norm_topk_prob=normalised)  # fmt: skip
+    torch.manual_seed(0)
     block = OlmoeSparseMoeBlock(config)
     for parameter in block.parameters():
         torch.nn.init.normal_(parameter)
@@ -50,9 +50,7 @@ def train_and_read(configs: list[TrainConfig]) -> list[list[dict[str, Any]]]:
     runs = []
     for cfg in configs:
         train(cfg)
-        runs.append(
-            [json.loads(line) for line in (Path(cfg.run_dir) / "metrics.jsonl").read_text().splitlines()]
-        )
+        runs.append(records(cfg.run_dir))
     return runs
 
 

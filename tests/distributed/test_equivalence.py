@@ -4,7 +4,6 @@ The reference is one rank with one micro-batch. Each world size is spawned once 
 layouts that the selected tests need: `-k "zero-3"` trains the layouts with this name and their references.
 """
 
-import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,8 +14,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from olmoe_train.checkpoint.directory import latest_checkpoint
-from olmoe_train.checkpoint.sharded import model_tensor_names, open_model_tensors
 from olmoe_train.config.model import olmoe_config
 from olmoe_train.config.train import TrainConfig
 from olmoe_train.distributed.mesh import build_mesh, init_distributed
@@ -24,6 +21,7 @@ from olmoe_train.model import OlmoeForCausalLM
 from olmoe_train.train import train
 from olmoe_train.training.build import build_model
 from tests.support.data import PAD, write_prepared
+from tests.support.faults import metrics, saved_weights
 from tests.support.ranks import RankError, run_ranks
 from tests.support.runs import (
     LENGTH,
@@ -193,13 +191,9 @@ def train_layouts(tiny: TrainConfig, layouts: dict[str, Layout], directory: Path
         initial = initial_weights(cfg)
         train(cfg, padded_batches(layout) if layout.padded else None)
         if dist.get_rank() == 0:
-            lines = (run_dir / "metrics.jsonl").read_text().splitlines()
-            metrics = [line for line in map(json.loads, lines) if "train/loss" in line]
-            checkpoint = latest_checkpoint(run_dir)
-            assert checkpoint is not None
-            read = open_model_tensors(checkpoint)
-            assert model_tensor_names(checkpoint) == initial.keys()
-            results[name] = Result(metrics, initial, {parameter: read(parameter) for parameter in initial})
+            final = saved_weights(run_dir)
+            assert final.keys() == initial.keys()
+            results[name] = Result(metrics(run_dir), initial, final)
         dist.barrier()
     return results
 
@@ -250,6 +244,7 @@ def trained(
     write_lines(directory / "lines", "a*.py")
     write_lines(directory / "others", "b*.py")
     tiny = compose(TINY | {"data.dir": directory / "data"})
+    torch.manual_seed(0)
     OlmoeForCausalLM(olmoe_config(tiny.model)).save_pretrained(directory / "base")
     selected = selected_layouts(request.session.items)
     outcomes: dict[str, Result | RankError] = {}

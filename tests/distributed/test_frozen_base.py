@@ -60,6 +60,7 @@ def test_the_base_keeps_its_bits(tmp_path: Path) -> None:
     write_prepared(tmp_path / "data", real_tokens(), real_tokens()[:1], vocab_size=258)
     tiny = compose(TINY | {"data.dir": tmp_path / "data"})
     tiny = replace(tiny, trainer=replace(tiny.trainer, max_steps=2))
+    torch.manual_seed(0)
     OlmoeForCausalLM(olmoe_config(tiny.model)).save_pretrained(tmp_path / "base")
     configs = {
         name: layout.config(tiny, tmp_path / name, tmp_path / "base") for name, layout in LAYOUTS.items()

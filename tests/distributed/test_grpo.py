@@ -1,6 +1,5 @@
 """GRPO on several ranks: the completions, losses and weights of one rank."""
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -8,9 +7,8 @@ import pytest
 import torch.distributed as dist
 from torch import Tensor
 
-from olmoe_train.checkpoint.directory import latest_checkpoint
-from olmoe_train.checkpoint.sharded import model_tensor_names, open_model_tensors
 from olmoe_train.train import train
+from tests.support.faults import records, saved_weights
 from tests.support.prompts import grpo_values, write_prompts
 from tests.support.ranks import run_ranks
 from tests.support.runs import compose
@@ -31,11 +29,7 @@ def train_layouts(directory: Path, layouts: dict[str, dict[str, Any]]) -> dict[s
         changes["optimizer.eps"] = 1e-5  # some gradients are nearly 0; see tests/support/runs.py
         train(compose(grpo_values(directory) | changes))
         if dist.get_rank() == 0:
-            lines = (run_dir / "metrics.jsonl").read_text().splitlines()
-            checkpoint = latest_checkpoint(run_dir)
-            assert checkpoint is not None
-            read, names = open_model_tensors(checkpoint), model_tensor_names(checkpoint)
-            results[name] = list(map(json.loads, lines)), {name: read(name) for name in names}
+            results[name] = records(run_dir), saved_weights(run_dir)
         dist.barrier()
     return results
 

@@ -1,6 +1,5 @@
 """Losses that have no weight are logged as what they are."""
 
-import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,6 +8,7 @@ import pytest
 from olmoe_train.config.train import LossConfig, TrainConfig
 from olmoe_train.train import train
 from tests.support.data import write_prepared
+from tests.support.faults import metrics
 from tests.support.ranks import run_ranks
 from tests.support.runs import TINY, Layout, compose, real_tokens
 
@@ -19,8 +19,7 @@ def logged(configs: list[TrainConfig]) -> list[list[dict[str, float]]]:
     runs = []
     for cfg in configs:
         train(cfg)
-        lines = map(json.loads, (Path(cfg.run_dir) / "metrics.jsonl").read_text().splitlines())
-        runs.append([line for line in lines if "train/loss" in line])
+        runs.append(metrics(cfg.run_dir))
     return runs
 
 

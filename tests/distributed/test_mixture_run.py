@@ -1,6 +1,5 @@
 """A whole run on a mixture: what metrics say of it, where it ends, and what a resumed one refuses."""
 
-import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from olmoe_train.data.loader import TrainSamples
 from olmoe_train.train import train
 from olmoe_train.utils.errors import UserError
 from tests.support.data import add_loss_mask, write_prepared
+from tests.support.faults import records
 from tests.support.ranks import run_ranks
 
 S = 32
@@ -59,10 +59,6 @@ def config(root: Path) -> TrainConfig:
         logging=LoggingConfig(wandb=WandbConfig(mode=WandbMode.disabled)),
         evaluation=EvaluationConfig(micro_batch_size=2),
     )
-
-
-def records(run_dir: str) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (Path(run_dir) / "metrics.jsonl").read_text().splitlines()]
 
 
 def run(cfg: TrainConfig) -> list[dict[str, Any]]:

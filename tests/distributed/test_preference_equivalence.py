@@ -4,7 +4,6 @@ Completions have 10 or 90 tokens, so micro-batches of the same number of pairs d
 reference is one rank with one packed micro-batch. Each world size is spawned once.
 """
 
-import json
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -16,14 +15,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from olmoe_train.checkpoint.directory import latest_checkpoint
-from olmoe_train.checkpoint.sharded import model_tensor_names, open_model_tensors
 from olmoe_train.config.choices import Packing, PreferenceKind, Reference
 from olmoe_train.config.model import olmoe_config
 from olmoe_train.config.objective import PreferenceConfig
 from olmoe_train.config.train import TrainConfig
 from olmoe_train.model import OlmoeForCausalLM
 from olmoe_train.train import train
+from tests.support.faults import records, saved_weights
 from tests.support.preferences import Document, pair, write_preferences
 from tests.support.ranks import run_ranks
 from tests.support.runs import STEPS, TINY, Layout, compose, real_tokens
@@ -130,12 +128,7 @@ def train_cases(tiny: TrainConfig, names: list[str], directory: Path) -> dict[st
         run_dir = directory / name.replace(", ", "-").replace(" ", "-")
         train(config(tiny, BY_NAME[name], run_dir, directory / "base"))
         if dist.get_rank() == 0:
-            lines = (run_dir / "metrics.jsonl").read_text().splitlines()
-            checkpoint = latest_checkpoint(run_dir)
-            assert checkpoint is not None
-            read = open_model_tensors(checkpoint)
-            final = {parameter: read(parameter) for parameter in model_tensor_names(checkpoint)}
-            results[name] = Result([json.loads(line) for line in lines], final)
+            results[name] = Result(records(run_dir), saved_weights(run_dir))
         dist.barrier()
     return results
 
@@ -157,6 +150,10 @@ def trained(
             "trainer.global_batch_size": PAIRS,
         }
     )
+    # Layouts differ where two experts of a token nearly tie and rounding decides. In the validation of "dpo,
+    # lora" the scores of a token's second and third expert are never closer than 8e-4 (relative) with this
+    # seed; with seed 0 they come as close as 9e-7, and "dpo, fsdp 2, experts 2, lora" chooses the other one.
+    torch.manual_seed(2)
     OlmoeForCausalLM(olmoe_config(tiny.model)).save_pretrained(directory / "base")
     here = [item for item in request.session.items if item.path == Path(__file__)]
     named = {str(item.callspec.params["name"]) for item in here if hasattr(item, "callspec")} | {"dpo"}

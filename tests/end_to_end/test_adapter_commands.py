@@ -1,6 +1,5 @@
 """The commands of docs/guides/fine-tune.md for an adapter, on a toy model."""
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,7 @@ from olmoe_train.model import OlmoeConfig, OlmoeForCausalLM
 from tests.support.chat_templates import TEMPLATES, turn, write_tokenizer
 from tests.support.chats import chats
 from tests.support.commands import olmoe
+from tests.support.faults import records
 from tests.support.sizes import SIZES
 
 # The special tokens of write_tokenizer(). The sequence length of the recipe is that of the model.
@@ -86,11 +86,6 @@ def test_a_run_in_4_bits_starts_from_an_adapter(home: Path) -> None:
     continued = "model.adapter_from=quantized run_dir=runs/continued"
     command(f"train experiment=olmoe_qlora {recipe} {continued}", home)
     first, second = (
-        [json.loads(line) for line in (home / "runs" / name / "metrics.jsonl").read_text().splitlines()]
-        for name in ("olmoe_qlora", "continued")
+        records(home / "runs" / name, "eval/validation/loss")[0] for name in ("olmoe_qlora", "continued")
     )
-    losses = [
-        [record["eval/validation/loss"] for record in run if "eval/validation/loss" in record]
-        for run in (first, second)
-    ]
-    assert losses[1][0] < losses[0][0]
+    assert second["eval/validation/loss"] < first["eval/validation/loss"]

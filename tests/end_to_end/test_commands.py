@@ -7,18 +7,14 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
 
 from omegaconf import OmegaConf
 
 from olmoe_train.model import OlmoeConfig, OlmoeForCausalLM
 from tests.end_to_end.conftest import Quickstart
 from tests.support.commands import TINY, command_environment, olmoe, run, train_command
+from tests.support.faults import metrics, status
 from tests.support.sizes import SIZES
-
-
-def status(run_dir: Path) -> dict[str, Any]:
-    return json.loads((run_dir / "status.json").read_text())
 
 
 def test_stopped_and_resumed_in_another_layout_ends_with_the_same_losses(
@@ -63,16 +59,15 @@ def test_deepspeeds_launcher_starts_what_torchrun_continues(quickstart: Quicksta
 
 
 def losses(run_dir: Path) -> dict[int, float]:
-    lines = (run_dir / "metrics.jsonl").read_text().splitlines()
-    return {r["step"]: r["train/loss"] for r in map(json.loads, lines) if "train/loss" in r}
+    return {step["step"]: step["train/loss"] for step in metrics(run_dir)}
 
 
 def test_a_signal_saves_and_exits_with_75(quickstart: Quickstart, tmp_path: Path) -> None:
     options = [f"data.dir={quickstart.data_dir}", f"run_dir={tmp_path}", "logging.wandb.mode=disabled"]
     command = train_command(*options, "trainer.max_steps=100000", "evaluation.at_start=false")
     with subprocess.Popen(command, cwd=tmp_path, env=command_environment()) as process:
-        metrics = tmp_path / "metrics.jsonl"
-        while process.poll() is None and not (metrics.is_file() and metrics.read_text().count("\n") >= 2):
+        log = tmp_path / "metrics.jsonl"
+        while process.poll() is None and not (log.is_file() and log.read_text().count("\n") >= 2):
             time.sleep(0.1)
         process.send_signal(signal.SIGTERM)
         assert process.wait(timeout=60) == 75

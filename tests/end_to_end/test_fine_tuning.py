@@ -11,6 +11,7 @@ from olmoe_train.model import OlmoeConfig, OlmoeForCausalLM
 from tests.support.chat_templates import TULU_3, turn, write_tokenizer
 from tests.support.commands import olmoe
 from tests.support.data import read_documents
+from tests.support.faults import records
 from tests.support.sizes import SIZES
 
 # The special tokens of write_tokenizer().
@@ -49,12 +50,9 @@ def test_fine_tuning_keeps_the_chat_template(tmp_path: Path) -> None:
         ),
     ]
     assert (result := olmoe("train", *train, cwd=tmp_path)).returncode == 0, result.stderr
-    evaluations = [
-        record["eval/validation/loss"]
-        for record in map(json.loads, (tmp_path / "run/metrics.jsonl").read_text().splitlines())
-        if "eval/validation/loss" in record
-    ]
-    assert evaluations[-1] < evaluations[0] - 0.2
+    loss = "eval/validation/loss"
+    evaluations = records(tmp_path / "run", loss)
+    assert evaluations[-1][loss] < evaluations[0][loss] - 0.2
     export = ["source=run", "step=latest", "out=tuned"]
     assert (result := olmoe("export", *export, cwd=tmp_path)).returncode == 0, result.stderr
 

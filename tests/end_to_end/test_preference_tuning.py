@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM
 from olmoe_train.model import OlmoeConfig, OlmoeForCausalLM
 from tests.support.chat_templates import TULU_3, turn, write_tokenizer
 from tests.support.commands import olmoe
+from tests.support.faults import metrics, records
 from tests.support.sizes import SIZES
 
 # The special tokens of write_tokenizer().
@@ -46,11 +47,10 @@ def test_a_chat_model_is_tuned_on_pairs(tmp_path: Path) -> None:
     result = olmoe("train", *recipe, *stored, *train, cwd=tmp_path)
     assert result.returncode == 0, result.stderr
     assert "log-probabilities of the reference: read from stored" in result.stdout + result.stderr
-    records = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
-    steps = [record for record in records if "train/loss" in record]
+    steps = metrics(tmp_path / "run")
     assert abs(steps[0]["train/loss"] - math.log(2)) < 1e-6  # also with the file of another command
     assert steps[-1]["rewards/accuracies"] == 1
-    assert records[-1]["eval/validation/rewards/accuracies"] == 1
+    assert records(tmp_path / "run")[-1]["eval/validation/rewards/accuracies"] == 1
 
     assert (result := olmoe("export", "source=run", "out=tuned", cwd=tmp_path)).returncode == 0, result.stderr
     AutoModelForCausalLM.from_pretrained(tmp_path / "tuned")

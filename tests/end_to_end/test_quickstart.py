@@ -17,6 +17,7 @@ from olmoe_train.config.data import DataConfig
 from olmoe_train.data.loader import build_eval_batches
 from tests.end_to_end.conftest import Quickstart
 from tests.support.commands import REPO, TINY, olmoe, run
+from tests.support.faults import metrics, records
 from tests.support.wandb_views import names_in_wandb, uncovered
 
 STEP_KEYS = {
@@ -39,16 +40,8 @@ STEP_KEYS = {
 EVALUATION_KEYS = {"step", "tokens", "eval/validation/loss", "eval/validation/perplexity"}
 
 
-def records(run_dir: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
-
-
-def steps(run_dir: Path) -> list[dict[str, Any]]:
-    return [record for record in records(run_dir) if "train/loss" in record]
-
-
 def evaluations(run_dir: Path) -> list[dict[str, Any]]:
-    return [record for record in records(run_dir) if "eval/validation/loss" in record]
+    return records(run_dir, "eval/validation/loss")
 
 
 FROM_PYTHON = """
@@ -66,13 +59,13 @@ def test_from_python_in_one_process(quickstart: Quickstart, tmp_path: Path) -> N
     result = run(sys.executable, "-c", FROM_PYTHON, *options, cwd=tmp_path)
     assert result.returncode == 0, result.stderr
     assert result.stdout.splitlines()[-1] == "state 6 6 False"
-    mine, theirs = steps(tmp_path / "run"), steps(quickstart.run_dir)
+    mine, theirs = metrics(tmp_path / "run"), metrics(quickstart.run_dir)
     for record, expected in zip(mine, theirs, strict=True):  # two ranks with expert parallelism
         assert record["train/loss"] == pytest.approx(expected["train/loss"], rel=1e-5)
 
 
 def test_metrics(quickstart: Quickstart) -> None:
-    logged = steps(quickstart.run_dir)
+    logged = metrics(quickstart.run_dir)
     assert [record["step"] for record in logged] == [1, 2, 3, 4, 5, 6]
     assert [record["tokens"] for record in logged] == [
         512 * step for step in range(1, 7)

@@ -1,20 +1,20 @@
 """Dense training, upcycling and training on, as a person would type it."""
 
-import json
 import shlex
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from tests.end_to_end.conftest import Quickstart
 from tests.support.commands import olmoe, run, train_command
+from tests.support.faults import metrics, records
 
 DENSE = ["model.num_experts=1", "model.num_experts_per_tok=1", "model.intermediate_size=32"]
 
 
-def records(run_dir: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+def validation_losses(run_dir: Path) -> list[float]:
+    loss = "eval/validation/loss"
+    return [record[loss] for record in records(run_dir, loss)]
 
 
 def test_an_upcycled_model_starts_where_the_dense_one_ended(quickstart: Quickstart, tmp_path: Path) -> None:
@@ -33,14 +33,11 @@ def test_an_upcycled_model_starts_where_the_dense_one_ended(quickstart: Quicksta
 
     trained = run(*train_command(*options, *shlex.split(printed), "run_dir=trained"), cwd=tmp_path)
     assert trained.returncode == 0, trained.stderr
-    losses = [r["eval/validation/loss"] for r in records(tmp_path / "trained") if "eval/validation/loss" in r]
-    dense_losses = [
-        r["eval/validation/loss"] for r in records(tmp_path / "dense") if "eval/validation/loss" in r
-    ]
+    losses = validation_losses(tmp_path / "trained")
+    dense_losses = validation_losses(tmp_path / "dense")
     assert losses[0] == pytest.approx(dense_losses[-1], rel=1e-5)
     assert losses[-1] < losses[0] < dense_losses[0]
-    steps = [r for r in records(tmp_path / "trained") if "train/loss" in r]
-    assert steps[0]["router/entropy"] > 0, "eight experts, no dense model"
+    assert metrics(tmp_path / "trained")[0]["router/entropy"] > 0, "eight experts, no dense model"
 
     written = olmoe("generate", "source=moe", "prompt=def main(", "max_new_tokens=4", cwd=tmp_path)
     assert written.returncode == 0, written.stderr

@@ -9,12 +9,9 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
 from olmoe_train.checkpoint.convert.export import write_adapter
 from olmoe_train.checkpoint.convert.stored_model import load_stored_model, open_stored_model
-from olmoe_train.checkpoint.directory import checkpoint_path
-from olmoe_train.checkpoint.sharded import model_tensor_names, open_model_tensors
 from olmoe_train.config.adapter import DoraConfig, LoraConfig
 from olmoe_train.config.choices import (
     ActivationCheckpointing,
@@ -30,7 +27,15 @@ from olmoe_train.model import OlmoeForCausalLM
 from olmoe_train.model.adapters.merge import merged
 from olmoe_train.training.engine.base import Engine
 from olmoe_train.utils.errors import UserError
-from tests.support.faults import assert_same_end, change_engine, config, metrics, run, write_data
+from tests.support.faults import (
+    assert_same_end,
+    change_engine,
+    config,
+    metrics,
+    run,
+    saved_weights,
+    write_data,
+)
 from tests.support.hf_directories import edit_tensors
 from tests.support.ranks import RankError, run_ranks
 from tests.support.runs import PARTITION_ALL
@@ -62,12 +67,6 @@ def adapter_config(parts: Path) -> Callable[..., TrainConfig]:
 AdapterRun = Callable[..., TrainConfig]
 
 
-def whole_tensors(run_dir: Path, step: int) -> dict[str, Tensor]:
-    checkpoint = checkpoint_path(run_dir, step)
-    read = open_model_tensors(checkpoint)
-    return {name: read(name) for name in model_tensor_names(checkpoint)}
-
-
 def test_a_run_in_two_parts_is_the_run_in_one(
     adapter_config: AdapterRun, parts: Path, tmp_path: Path
 ) -> None:
@@ -81,7 +80,7 @@ def test_a_run_in_two_parts_is_the_run_in_one(
         run_ranks(2, run, adapter_config(halves, adapter, trainer=trainer | {"stop_at_step": end}))
     assert_same_end(halves, whole)
     assert (parts / "base/model.safetensors").read_bytes() == base
-    tensors = whole_tensors(whole, 6)
+    tensors = saved_weights(whole, 6)
     assert {name.rpartition("_")[2] for name in tensors if "lora" in name} == {"A", "B"}
     assert len(tensors) == 2 * (4 + 2) * 3  # per layer 4 projections and 2 stacks: A, B and magnitude
     for name, tensor in tensors.items():
@@ -93,7 +92,7 @@ def test_a_run_in_two_parts_is_the_run_in_one(
 def test_other_layouts_continue_an_adapter(adapter_config: AdapterRun, tmp_path: Path) -> None:
     adapter = LoraConfig(rank=4, alpha=12.0)
     run_ranks(2, run, adapter_config(tmp_path / "whole", adapter))
-    expected = whole_tensors(tmp_path / "whole", 6)
+    expected = saved_weights(tmp_path / "whole", 6)
     layouts = [
         (1, ParallelConfig(strategy=Strategy.ddp)),
         (
@@ -110,7 +109,7 @@ def test_other_layouts_continue_an_adapter(adapter_config: AdapterRun, tmp_path:
         run_dir = tmp_path / str(index)
         run_ranks(2, run, adapter_config(run_dir, adapter, trainer={"stop_at_step": 3}))
         run_ranks(ranks, run, adapter_config(run_dir, adapter, parallel=parallel))
-        found = whole_tensors(run_dir, 6)
+        found = saved_weights(run_dir, 6)
         assert found.keys() == expected.keys()
         for name, tensor in found.items():
             assert (tensor - expected[name]).norm() < 1e-5 * expected[name].norm(), (parallel, name)

@@ -1,6 +1,5 @@
 """kill -9 of a rank of a DeepSpeed run, and the same again: bit for bit the run that was not killed."""
 
-import json
 import os
 import signal
 import threading
@@ -9,15 +8,13 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from olmoe_train.checkpoint.directory import latest_checkpoint
-from olmoe_train.checkpoint.sharded import open_model_tensors
 from olmoe_train.config.train import TrainConfig
 from olmoe_train.train import train
 from tests.support.data import write_prepared
+from tests.support.faults import metrics, same, saved_weights
 from tests.support.ranks import RankError, run_ranks
 from tests.support.runs import TINY, Layout, compose, real_tokens
 
@@ -36,18 +33,12 @@ def run(cfg: TrainConfig, kill_after: int | None = None) -> dict[str, Tensor]:
         checkpoint = Path(cfg.run_dir) / "checkpoints" / f"step-{kill_after:08d}"
         threading.Thread(target=die_once_there_is, args=(checkpoint,), daemon=True).start()
     train(cfg)
-    directory = latest_checkpoint(Path(cfg.run_dir))
-    assert directory is not None
-    read = open_model_tensors(directory)
-    names = ("lm_head.weight", "model.layers.1.mlp.gate.weight", "model.layers.2.mlp.experts.down_proj")
-    return {name: read(name) for name in names}
+    return saved_weights(cfg.run_dir)
 
 
 def losses(run_dir: str) -> dict[int, tuple[float, float]]:
     """Loss and norm by step; of a step that was trained twice, the second time's."""
-    lines = map(json.loads, (Path(run_dir) / "metrics.jsonl").read_text().splitlines())
-    trained = [line for line in lines if "train/loss" in line]
-    return {line["step"]: (line["train/loss"], line["train/grad_norm"]) for line in trained}
+    return {step["step"]: (step["train/loss"], step["train/grad_norm"]) for step in metrics(run_dir)}
 
 
 @pytest.mark.parametrize("stage", [2, 3])
@@ -65,4 +56,4 @@ def test_a_killed_run_goes_on_exactly(tmp_path: Path, stage: int) -> None:
     twin = replace(cfg, run_dir=str(tmp_path / "twin"))
     expected = run_ranks(2, run, twin)[0]
     assert losses(cfg.run_dir) == losses(twin.run_dir)
-    assert all(torch.equal(resumed[name], tensor) for name, tensor in expected.items())
+    assert same(resumed, expected)

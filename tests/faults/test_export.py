@@ -11,23 +11,19 @@ from typing import Any
 import pytest
 import torch
 
-from olmoe_train.checkpoint.directory import latest_checkpoint
-from olmoe_train.checkpoint.sharded import open_model_tensors
 from olmoe_train.cli.export import main as export
 from olmoe_train.config.verbs import ExportConfig
 from olmoe_train.model import OlmoeForCausalLM
 from olmoe_train.model.hf import directory as hf
-from tests.support.faults import config, metrics, run, saved_steps
+from tests.support.faults import config, metrics, run, saved_steps, saved_weights
 from tests.support.ranks import RankError, run_ranks
 
 
 def assert_exported(run_dir: Path, out: Path) -> None:
     """The newest checkpoint's weights, bit for bit."""
-    checkpoint = latest_checkpoint(run_dir)
-    assert checkpoint is not None
-    read = open_model_tensors(checkpoint)
+    saved = saved_weights(run_dir)
     for name, parameter in OlmoeForCausalLM.from_pretrained(out).named_parameters():
-        assert torch.equal(parameter, read(name)), name
+        assert torch.equal(parameter, saved[name]), name
 
 
 def kill_at_the_second_shard() -> None:

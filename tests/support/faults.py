@@ -12,7 +12,8 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from olmoe_train import train as train_module
-from olmoe_train.checkpoint.directory import checkpoint_path, complete_checkpoints
+from olmoe_train.checkpoint.directory import checkpoint_path, complete_checkpoints, latest_checkpoint
+from olmoe_train.checkpoint.sharded import model_tensor_names, open_model_tensors
 from olmoe_train.config.choices import Device, Precision, Schedule, WandbMode
 from olmoe_train.config.data import DataConfig
 from olmoe_train.config.model import ModelConfig
@@ -27,6 +28,7 @@ from olmoe_train.config.train import (
     TrainerConfig,
     WandbConfig,
 )
+from olmoe_train.run.loggers import read_records
 from olmoe_train.training.callbacks.base import Callback, StepReport
 from olmoe_train.training.engine.base import Engine
 from olmoe_train.training.state import TrainState
@@ -154,9 +156,16 @@ def status(run_dir: Path) -> dict[str, Any]:
     return json.loads((run_dir / "status.json").read_text())
 
 
-def metrics(run_dir: Path) -> list[dict[str, Any]]:
-    records = map(json.loads, (run_dir / "metrics.jsonl").read_text().splitlines())
-    return [record for record in records if "train/loss" in record]
+def records(run_dir: str | Path, metric: str = "") -> list[dict[str, Any]]:
+    """The records of metrics.jsonl, which must exist. metric: only the records that have this metric."""
+    path = Path(run_dir) / "metrics.jsonl"
+    assert path.is_file(), f"{path}: no such file"
+    return [record for record in read_records(path) if not metric or metric in record]
+
+
+def metrics(run_dir: str | Path) -> list[dict[str, Any]]:
+    """The records of the training steps."""
+    return records(run_dir, "train/loss")
 
 
 def alerts(run_dir: Path) -> list[str]:
@@ -184,6 +193,14 @@ def saved_tensors(run_dir: Path, step: int) -> dict[str, Tensor]:
         with safe_open(path, framework="pt") as file:
             tensors |= {f"{path.name}/{key}": file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
     return tensors
+
+
+def saved_weights(run_dir: str | Path, step: int | None = None) -> dict[str, Tensor]:
+    """Return every weight of the checkpoint of `step`, whole, by name. Default: of the newest checkpoint."""
+    directory = latest_checkpoint(Path(run_dir)) if step is None else checkpoint_path(Path(run_dir), step)
+    assert directory is not None, f"{run_dir}: no checkpoint"
+    read = open_model_tensors(directory)
+    return {name: read(name) for name in model_tensor_names(directory)}
 
 
 def same(left: dict[str, Tensor], right: dict[str, Tensor]) -> bool:

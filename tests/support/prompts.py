@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from olmoe_train.config.model import olmoe_config
@@ -44,6 +45,7 @@ def write_prompts(directory: Path, train: int = 20, validation: int = 4) -> None
     write_manifest(data, replace(read_manifest(data), targets=targets))
     (directory / "rewards.py").write_text(REWARD)
     config = olmoe_config(compose(TINY | {"data.dir": data}).model)
+    torch.manual_seed(0)
     OlmoeForCausalLM(config).save_pretrained(directory / "base")
 
 

@@ -1,6 +1,7 @@
 """Run a function on several gloo ranks, one process per rank. All distributed tests use this harness."""
 
 import faulthandler
+import gc
 import multiprocessing
 import os
 import pickle
@@ -9,17 +10,27 @@ import time
 import traceback
 from collections.abc import Callable
 from datetime import timedelta
+from multiprocessing import forkserver
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import torch.distributed as dist
 
 # The fork server imports these modules once for all ranks of all tests, before the server has any thread.
 # With "spawn" every rank would spend about five seconds on importing torch. Optimizers import torch._dynamo.
-PRELOAD = ["torch", "torch._dynamo", "torch.distributed.tensor", "olmoe_train.train"]
+# DeepSpeed, which imports Inductor at its first step, would take over a second of each rank.
+PRELOAD = [
+    "torch",
+    "torch._dynamo",
+    "torch._inductor.compile_fx",
+    "torch.distributed.tensor",
+    "olmoe_train.train",
+    "deepspeed",
+]
 # Seconds to wait, after the first failure, for the failures of the other ranks. A killed rank reports
 # nothing, and the first report may come from a rank that lost its connection to the killed rank.
 GRACE = 1.0
@@ -48,6 +59,10 @@ def run_ranks(world_size: int, fn: Callable[..., Any], *args: Any, timeout: floa
     assert allowed, "a test that starts ranks needs @pytest.mark.ranks"
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOAD)
+    with pytest.MonkeyPatch.context() as environment:
+        environment.setenv("DS_ACCELERATOR", "cpu")  # DeepSpeed reads it when it is imported,
+        environment.setenv("TORCH_WARM_POOL", "0")  # and Inductor this: a fork server must have no threads
+        forkserver.ensure_running()
     ranks, readers = [], []
     with tempfile.TemporaryDirectory() as scratch:
         for rank in range(world_size):
@@ -78,6 +93,7 @@ def _rank_main(
     faulthandler.dump_traceback_later(timeout, exit=True, file=(scratch / f"stack-{rank}").open("w"))
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size)}
     torch.set_num_threads(1)  # ranks share the cores
+    gc.freeze()  # a collection need not visit what was imported; each took 0.2 s, and DeepSpeed makes several
     try:
         files = dist.FileStore(str(scratch / "store"), world_size)  # type: ignore[attr-defined]
         limit = timedelta(seconds=timeout)

@@ -1,21 +1,11 @@
 """The evaluation callback on data without a validation split."""
 
-from collections.abc import Iterator
 from pathlib import Path
-
-import pytest
-import torch.distributed as dist
 
 from olmoe_train.config.train import EvaluationConfig, ParallelConfig
 from olmoe_train.train import train
 from tests.support.data import write_prepared
-from tests.support.faults import config
-
-
-@pytest.fixture(autouse=True)
-def process_group() -> Iterator[None]:
-    yield
-    dist.destroy_process_group()
+from tests.support.faults import config, records
 
 
 def test_data_without_a_validation_split_is_trained_on_with_a_warning(tmp_path: Path) -> None:
@@ -23,7 +13,7 @@ def test_data_without_a_validation_split_is_trained_on_with_a_warning(tmp_path: 
     changes = {"trainer": {"max_steps": 2}, "parallel": ParallelConfig()}
     evaluation = EvaluationConfig(at_start=True, every=1)
     assert train(config(data, tmp_path / "run", evaluation=evaluation, **changes)).step == 2
-    lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
-    assert len(lines) == 2  # one record per step, and none of an evaluation
-    assert not any("eval/" in line for line in lines)
+    logged = records(tmp_path / "run")
+    assert len(logged) == 2  # one record per step, and none of an evaluation
+    assert not any(name.startswith("eval/") for record in logged for name in record)
     assert (tmp_path / "run" / "log.txt").read_text().count("no validation split") == 1

@@ -1,20 +1,15 @@
 """Runs with objective=grpo on one rank: what they sample, learn, resume and refuse."""
 
-import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-import torch.distributed as dist
 
-from olmoe_train.checkpoint.directory import checkpoint_path
-from olmoe_train.checkpoint.sharded import model_tensor_names, open_model_tensors
 from olmoe_train.config.train import TrainConfig
 from olmoe_train.train import train
 from olmoe_train.utils.errors import UserError
-from tests.support.faults import without_timing
+from tests.support.faults import metrics, records, same, saved_weights, without_timing
 from tests.support.prompts import grpo_values, write_prompts
 from tests.support.runs import compose
 
@@ -38,20 +33,8 @@ def config(parts: Path, tmp_path: Path) -> Config:
     return make
 
 
-@pytest.fixture(autouse=True)
-def process_group() -> Iterator[None]:
-    yield
-    if dist.is_initialized():
-        dist.destroy_process_group()
-
-
-def metrics(cfg: TrainConfig) -> list[dict[str, Any]]:
-    lines = (Path(cfg.run_dir) / "metrics.jsonl").read_text().splitlines()
-    return [json.loads(line) for line in lines]
-
-
 def steps(cfg: TrainConfig) -> list[dict[str, Any]]:
-    return [record for record in metrics(cfg) if "train/loss" in record]
+    return metrics(cfg.run_dir)
 
 
 def test_the_reward_rises(config: Config) -> None:
@@ -68,9 +51,8 @@ def test_the_reward_rises(config: Config) -> None:
     train(cfg)
     rewards = [record["reward"] for record in steps(cfg)]
     assert sum(rewards[-5:]) / 5 > sum(rewards[:5]) / 5 + 0.3
-    validated = [
-        record["eval/validation/reward"] for record in metrics(cfg) if "eval/validation/reward" in record
-    ]
+    reward = "eval/validation/reward"
+    validated = [record[reward] for record in records(cfg.run_dir, reward)]
     assert validated[-1] > validated[0] + 0.2
     assert all(record["rollout/routing_agreement"] > 0.99 for record in steps(cfg))
     assert all(record["rollout/log_prob_difference"] < 1e-4 for record in steps(cfg))
@@ -89,12 +71,12 @@ def test_completions_and_losses_do_not_depend_on_the_batch(config: Config, chang
     whole, other = config("whole"), config("other", **changes)
     train(whole)
     train(other)
-    for one, same in zip(steps(whole), steps(other), strict=True):
-        assert one["reward"] == pytest.approx(same["reward"], abs=1e-6), "the same completions"
-        assert one["tokens"] == same["tokens"]
+    for one, expected in zip(steps(whole), steps(other), strict=True):
+        assert one["reward"] == pytest.approx(expected["reward"], abs=1e-6), "the same completions"
+        assert one["tokens"] == expected["tokens"]
         for key in ("train/loss", "train/load_balancing_loss", "reward_std"):
-            assert one[key] == pytest.approx(same[key], rel=2e-5, abs=2e-6)
-        assert one["train/grad_norm"] == pytest.approx(same["train/grad_norm"], rel=1e-4)
+            assert one[key] == pytest.approx(expected[key], rel=2e-5, abs=2e-6)
+        assert one["train/grad_norm"] == pytest.approx(expected["train/grad_norm"], rel=1e-4)
 
 
 def test_a_run_in_two_parts_is_the_run_in_one(config: Config) -> None:
@@ -108,9 +90,7 @@ def test_a_run_in_two_parts_is_the_run_in_one(config: Config) -> None:
         assert without_timing(one) == without_timing(other)
     assert steps(cfg)[0]["kl"] == 0
     assert steps(cfg)[-1]["kl"] > 0, "the reference stays where the run began"
-    read = [open_model_tensors(checkpoint_path(Path(one.run_dir), 6)) for one in (whole, cfg)]
-    names = model_tensor_names(checkpoint_path(Path(cfg.run_dir), 6))
-    assert all(torch.equal(read[0](name), read[1](name)) for name in names)
+    assert same(saved_weights(whole.run_dir, 6), saved_weights(cfg.run_dir, 6))
 
 
 def test_configurations_that_make_no_sense_are_refused(config: Config, parts: Path) -> None:
@@ -130,7 +110,7 @@ def test_configurations_that_make_no_sense_are_refused(config: Config, parts: Pa
         },
         "objective.reward_function=x.py:f: no such file": {"objective__reward_function": "x.py:f"},
         "parallel.strategy=deepspeed: objective=grpo samples": {"parallel": "deepspeed"},
-        "adapter.router=full it is not": {
+        "adapter.router=full changes that model": {
             "objective__kl_coef": 0.1,
             "adapter": "lora",
             "adapter__router": "full",

@@ -1,16 +1,13 @@
 """Metrics by hand, and what happens to them when a run goes wrong or starts again."""
 
-import json
 import math
 import os
 import signal
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 
 from olmoe_train.config.choices import Packing, WandbMode
 from olmoe_train.config.data import DataConfig
@@ -23,16 +20,15 @@ from olmoe_train.training.batch import Totals
 from olmoe_train.training.callbacks.logging import console_line
 from olmoe_train.training.metrics import DataCounts, ExpertUse, StepTerms, read_step
 from olmoe_train.training.objectives.base import RouterSums
+from tests.support.faults import records
 from tests.support.ranks import run_ranks
 
 CPU = torch.device("cpu")
 
 
 @pytest.fixture(autouse=True)
-def process_group() -> Iterator[None]:
+def one_rank() -> None:
     init_distributed("cpu")
-    yield
-    dist.destroy_process_group()
 
 
 TOTALS = Totals(
@@ -129,10 +125,6 @@ def test_the_thresholds_of_a_collapse_depend_on_the_router() -> None:
 
 def writer(tmp_path: Path, mode: WandbMode = WandbMode.disabled, step: int = 0) -> MetricsLog:
     return MetricsLog(tmp_path, LoggingConfig(wandb=WandbConfig(mode=mode)), {}, step)
-
-
-def records(tmp_path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
 
 
 def test_a_gradient_that_is_not_finite_is_recorded_as_null(tmp_path: Path) -> None:

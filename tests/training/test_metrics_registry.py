@@ -1,12 +1,10 @@
 """The registry has every metric that runs log, and no others."""
 
-import json
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import pytest
 import torch.distributed as dist
 
 from olmoe_train.config.choices import PreferenceKind
@@ -20,6 +18,7 @@ from olmoe_train.run.metrics_registry import METRICS, find_metric, markdown_tabl
 from olmoe_train.run.sinks.wandb import WandbSink
 from olmoe_train.train import train
 from tests.support.data import write_prepared
+from tests.support.faults import records
 from tests.support.preferences import pair, write_preferences
 from tests.support.prompts import grpo_values, write_prompts
 from tests.support.runs import TINY, compose, real_tokens
@@ -27,19 +26,11 @@ from tests.support.runs import TINY, compose, real_tokens
 STEP = {"trainer.max_steps": 1, "trainer.global_batch_size": 4, "trainer.micro_batch_size": 4}
 
 
-@pytest.fixture(autouse=True)
-def process_group() -> Iterator[None]:
-    yield
-    if dist.is_initialized():
-        dist.destroy_process_group()
-
-
 def logged(directory: Path, values: dict[str, Any]) -> set[str]:
     """Names of the metrics of a run of one step, with validation before and after."""
     train(compose(values | STEP | {"run_dir": directory, "evaluation.at_start": True}))
     dist.destroy_process_group()
-    lines = (directory / "metrics.jsonl").read_text().splitlines()
-    return {name for line in lines for name in json.loads(line)}
+    return {name for record in records(directory) for name in record}
 
 
 def runs(directory: Path) -> Iterator[dict[str, Any]]:

@@ -4,7 +4,7 @@ import json
 import math
 import random
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +14,6 @@ import torch.distributed as dist
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from olmoe_train.checkpoint.directory import checkpoint_path
-from olmoe_train.checkpoint.sharded import model_tensor_names, open_model_tensors
 from olmoe_train.config.model import olmoe_config
 from olmoe_train.config.train import TrainConfig
 from olmoe_train.model import OlmoeForCausalLM
@@ -25,7 +23,7 @@ from olmoe_train.training.batch import Batch, Totals
 from olmoe_train.training.objectives.preference import Preference
 from olmoe_train.utils.errors import UserError
 from tests.support.data import EOS
-from tests.support.faults import without_timing
+from tests.support.faults import metrics, records, same, saved_weights, without_timing
 from tests.support.preferences import Document, pair, write_preferences
 from tests.support.runs import TINY, compose
 
@@ -56,6 +54,7 @@ def parts(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_preferences(directory / "data", pairs(64), pairs(8, seed=1), vocab_size=258)
     write_preferences(directory / "other", pairs(64, seed=2), pairs(8, seed=1), vocab_size=258)
     cfg = olmoe_config(compose(TINY | {"data.dir": directory / "data"}).model)
+    torch.manual_seed(0)
     for name in ("base", "other_base"):
         OlmoeForCausalLM(cfg).save_pretrained(directory / name)
     return directory
@@ -85,31 +84,13 @@ def config(parts: Path, tmp_path: Path) -> Config:
 KEPT = ("model.init_from",)
 
 
-@pytest.fixture(autouse=True)
-def process_group() -> Iterator[None]:
-    yield
-    if dist.is_initialized():
-        dist.destroy_process_group()
-
-
-def metrics(cfg: TrainConfig) -> list[dict[str, Any]]:
-    lines = (Path(cfg.run_dir) / "metrics.jsonl").read_text().splitlines()
-    return [record for record in map(json.loads, lines) if "train/loss" in record]
-
-
-def weights(cfg: TrainConfig, step: int) -> dict[str, Tensor]:
-    checkpoint = checkpoint_path(Path(cfg.run_dir), step)
-    read = open_model_tensors(checkpoint)
-    return {name: read(name) for name in model_tensor_names(checkpoint)}
-
-
 def test_64_pairs_are_learnt(config: Config) -> None:
     cfg = config(trainer__max_steps=100, trainer__global_batch_size=16, optimizer__max_grad_norm=1.0)
     train(cfg)
-    records = metrics(cfg)
-    assert records[0]["rewards/accuracies"] == 0.5
-    assert sum(record["rewards/accuracies"] for record in records[-4:]) / 4 >= 0.95  # the last 64 pairs
-    assert records[-1]["train/preference_loss"] < 0.3
+    steps = metrics(cfg.run_dir)
+    assert steps[0]["rewards/accuracies"] == 0.5
+    assert sum(step["rewards/accuracies"] for step in steps[-4:]) / 4 >= 0.95  # the last 64 pairs
+    assert steps[-1]["train/preference_loss"] < 0.3
 
 
 class TokenWeighted(Preference):
@@ -138,7 +119,7 @@ def test_the_loss_weighs_pairs_and_not_tokens(
             loss__router_z_loss_coef=0,
         )
         train(cfg)
-        losses.append([record["train/loss"] for record in metrics(cfg)])
+        losses.append([record["train/loss"] for record in metrics(cfg.run_dir)])
     assert (losses[1] == pytest.approx(losses[0], rel=2e-5)) is is_invariant
 
 
@@ -161,10 +142,9 @@ def test_a_run_in_two_parts_is_the_run_in_one(config: Config, changes: dict[str,
         if end == 5 and not changes:
             # The run computes them again, with the initial weights.
             shutil.rmtree(Path(cfg.run_dir) / "logprobs")
-    for one, other in zip(metrics(whole), metrics(cfg), strict=True):
+    for one, other in zip(metrics(whole.run_dir), metrics(cfg.run_dir), strict=True):
         assert without_timing(one) == without_timing(other)
-    expected = weights(whole, 10)
-    assert all(torch.equal(tensor, expected[name]) for name, tensor in weights(cfg, 10).items())
+    assert same(saved_weights(whole.run_dir, 10), saved_weights(cfg.run_dir, 10))
 
 
 def test_what_changes_no_result_may_change_in_between(config: Config, tmp_path: Path) -> None:
@@ -176,10 +156,11 @@ def test_what_changes_no_result_may_change_in_between(config: Config, tmp_path: 
     train(config("parts", trainer__max_steps=6, trainer__stop_at_step=5, **others, **stored))
     last = config("parts", trainer__max_steps=6, objective__reference="live", **others)
     train(last)
-    for one, other in zip(metrics(whole), metrics(last), strict=True):
+    for one, other in zip(metrics(whole.run_dir), metrics(last.run_dir), strict=True):
         assert one["train/loss"] == pytest.approx(other["train/loss"], rel=2e-5)
-    expected = weights(whole, 6)
-    assert all((tensor - expected[name]).abs().max() < 1e-5 for name, tensor in weights(last, 6).items())
+    expected = saved_weights(whole.run_dir, 6)
+    for name, tensor in saved_weights(last.run_dir, 6).items():
+        assert (tensor - expected[name]).abs().max() < 1e-5, name
 
 
 def test_stale_log_probs_are_refused_with_both_hashes(config: Config, parts: Path, tmp_path: Path) -> None:
@@ -188,12 +169,12 @@ def test_stale_log_probs_are_refused_with_both_hashes(config: Config, parts: Pat
     manifest = json.loads((stored / "manifest.json").read_text())
     other_model = config("a", objective__logprobs_dir=stored, model__init_from=parts / "other_base")
     other_data = config("b", objective__logprobs_dir=stored, data__dir=parts / "other")
-    for cfg, what, same in ((other_model, "model", "data"), (other_data, "data", "model")):
+    for cfg, what, other in ((other_model, "model", "data"), (other_data, "data", "model")):
         with pytest.raises(
             UserError, match=f"{what}: hash {manifest[what]} there, [0-9a-f]{{32}} in"
         ) as error:
             train(cfg)
-        assert f"{same}: hash" not in str(error.value)
+        assert f"{other}: hash" not in str(error.value)
         dist.destroy_process_group()
     precision = config("c", objective__logprobs_dir=stored, trainer__precision="bf16")
     with pytest.raises(UserError, match=f"model: hash {manifest['model']} there"):
@@ -237,7 +218,7 @@ def test_the_sft_term_is_a_mean_over_pairs(config: Config, parts: Path) -> None:
     without, cfg = config("without", **changes), config("with", objective__sft_weight=0.5, **changes)
     train(without)
     train(cfg)
-    (step,), (plain,) = metrics(cfg), metrics(without)
+    (step,), (plain,) = metrics(cfg.run_dir), metrics(without.run_dir)
     assert step["train/loss"] == pytest.approx(plain["train/loss"] + 0.5 * step["train/sft_loss"], rel=1e-6)
     model = AutoModelForCausalLM.from_pretrained(parts / "base")
     means = []
@@ -249,8 +230,7 @@ def test_the_sft_term_is_a_mean_over_pairs(config: Config, parts: Path) -> None:
             means.append(model(ids, labels=labels).loss.item())
     assert step["train/sft_loss"] == pytest.approx(sum(means) / len(means), rel=1e-5)
     # Validation weighs its own pairs in the same way.
-    lines = [json.loads(line) for line in (Path(cfg.run_dir) / "metrics.jsonl").read_text().splitlines()]
-    validated = next(line for line in lines if "eval/validation/loss" in line)
+    validated = records(cfg.run_dir, "eval/validation/loss")[0]
     assert validated["eval/validation/loss"] > math.log(2) + 0.5 * 3
 
 
@@ -258,6 +238,6 @@ def test_a_frozen_reference_is_not_trained(config: Config) -> None:
     """The live reference and the stored one stay at the initial weights while the model moves."""
     cfg = config(objective__reference="live", trainer__max_steps=6)
     train(cfg)
-    records = metrics(cfg)
-    assert records[0]["rewards/chosen"] == 0
-    assert records[-1]["rewards/chosen"] != 0
+    steps = metrics(cfg.run_dir)
+    assert steps[0]["rewards/chosen"] == 0
+    assert steps[-1]["rewards/chosen"] != 0

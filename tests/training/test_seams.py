@@ -2,21 +2,18 @@
 next-token prediction, SGD, a callback with a state, and a balancer with a buffer. And what `train` leaves
 behind where it raises."""
 
-import json
 import math
 import os
 import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from olmoe_train import train as train_module
@@ -44,6 +41,7 @@ from tests.support.faults import (
     change_engine,
     config,
     metrics,
+    records,
     same,
     saved_steps,
     saved_tensors,
@@ -59,13 +57,6 @@ ONE_RANK = {"parallel": ParallelConfig(), "trainer": {"max_steps": 4}}
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_data(tmp_path_factory.mktemp("data") / "prepared")
-
-
-@pytest.fixture(autouse=True)
-def process_group() -> Iterator[None]:
-    yield
-    if dist.is_initialized():
-        dist.destroy_process_group()
 
 
 # --- an objective -------------------------------------------------------------------------------------------
@@ -132,8 +123,7 @@ def test_an_objective_that_is_not_next_token(
     losses = [record["train/copy_loss"] for record in metrics(tmp_path)]
     assert losses[-1] < 0.5 * losses[0]  # copying is easier than predicting
     assert all("train/ce_loss" not in record for record in metrics(tmp_path))
-    lines = map(json.loads, (tmp_path / "metrics.jsonl").read_text().splitlines())
-    assert [record["eval/validation/copied"] for record in lines if "eval/validation/copied" in record]
+    assert records(tmp_path, "eval/validation/copied")
     assert "| copy_loss " in capsys.readouterr().out
 
 

@@ -1,31 +1,22 @@
 """A recipe for large data on data that is smaller than one of its steps."""
 
-import json
 import math
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import torch.distributed as dist
 
 from olmoe_train.config import compose
 from olmoe_train.data.prepare.pipeline import prepare
 from olmoe_train.train import train
 from tests.support.chat_templates import TULU_3, turn, write_tokenizer
 from tests.support.chats import chat_config, chats
+from tests.support.faults import records
 from tests.support.sizes import SIZES, overrides, section
 
 # The special tokens of write_tokenizer(). experiment=olmoe_sft has the released number of key-value heads.
 MODEL = SIZES | {"vocab_size": 320, "num_key_value_heads": 4, "eos_token_id": 1, "pad_token_id": 2}
 MODEL |= {"max_position_embeddings": 128, "num_hidden_layers": 1}  # 128 sequences make a step
 TALKS = [[turn("user", f"what is {i}?"), turn("assistant", "It is nothing.")] for i in range(60)]
-
-
-@pytest.fixture(autouse=True)
-def process_group() -> Iterator[None]:
-    yield
-    if dist.is_initialized():
-        dist.destroy_process_group()
 
 
 @pytest.mark.parametrize("count", [60, 1])
@@ -43,8 +34,8 @@ def test_few_conversations_are_trained_with_no_key_but_the_paths(tmp_path: Path,
     log = (tmp_path / "run" / "log.txt").read_text()
     assert "trainer.global_batch_size=128 sequences is more than an epoch, which has " in log
     assert "The run has 1 step, and its learning rate is 0: the weights do not change. For" in log
-    records = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
-    losses = [record["eval/validation/loss"] for record in records if "eval/validation/loss" in record]
+    loss = "eval/validation/loss"
+    losses = [record[loss] for record in records(tmp_path / "run", loss)]
     assert len(losses) == (2 if count > 1 else 0)
     assert all(map(math.isfinite, losses))
     assert ("no validation split" in log) == (count == 1)

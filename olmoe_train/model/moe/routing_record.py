@@ -7,7 +7,7 @@ stay the probabilities of the later pass.
 Shapes: T tokens, E experts, K top-k, L layers.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 
@@ -28,13 +28,22 @@ def record_routing(model: OlmoeForCausalLM) -> Iterator[list[list[Tensor]]]:
     Yields:
         For each layer a list with one entry per forward pass: int64 [T, K], in the order of the scores.
     """
+    passes_L: list[list[Tensor]] = [[] for _ in model.decoder_layers]
+    with _replaced_choices(model, lambda choose, layer: partial(_recorded, choose, passes_L[layer])):
+        yield passes_L
+
+
+@contextmanager
+def _replaced_choices(
+    model: OlmoeForCausalLM, replacement: Callable[[Choose, int], Choose]
+) -> Iterator[None]:
+    """Within the block the router of each layer chooses experts with replacement(its own choice, layer)."""
     routers = [layer.mlp.gate for layer in model.decoder_layers]
     before: list[Choose] = [router.select_experts for router in routers]
-    passes_L: list[list[Tensor]] = [[] for _ in routers]
-    for router, choose, passes in zip(routers, before, passes_L, strict=True):
-        router.select_experts = partial(_recorded, choose, passes)
+    for layer, (router, choose) in enumerate(zip(routers, before, strict=True)):
+        router.select_experts = replacement(choose, layer)
     try:
-        yield passes_L
+        yield
     finally:
         for router, choose in zip(routers, before, strict=True):
             router.select_experts = choose
@@ -60,17 +69,12 @@ def replay_routing(
     Yields:
         One fp32 pair per layer: how many choices of the record the router makes itself, and all choices.
     """
-    routers = [layer.mlp.gate for layer in model.decoder_layers]
-    assert len(indices_LTK) == len(routers)
-    before: list[Choose] = [router.select_experts for router in routers]
+    assert len(indices_LTK) == len(model.decoder_layers)
     agreements: list[Tensor] = []
-    for router, choose, indices_TK in zip(routers, before, indices_LTK, strict=True):
-        router.select_experts = partial(_replayed, choose, indices_TK, replay, agreements)
-    try:
+    with _replaced_choices(
+        model, lambda choose, layer: partial(_replayed, choose, indices_LTK[layer], replay, agreements)
+    ):
         yield agreements
-    finally:
-        for router, choose in zip(routers, before, strict=True):
-            router.select_experts = choose
 
 
 def _replayed(

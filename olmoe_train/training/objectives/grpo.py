@@ -32,10 +32,9 @@ from olmoe_train.data.preferences import CollatePreferences
 from olmoe_train.data.prompts import FILLER, NO_TOKEN
 from olmoe_train.model import OlmoeForCausalLM
 from olmoe_train.model.moe.routing_record import OWN_CHOICE, replay_routing
-from olmoe_train.model.outputs import TrainingOutput
-from olmoe_train.training.batch import DECODER_INPUTS, Batch, Totals, to_device
+from olmoe_train.training.batch import Batch, Totals, to_device
 from olmoe_train.training.objectives.base import Heartbeat, RouterSums, Validation
-from olmoe_train.training.objectives.log_probs import without_dropout
+from olmoe_train.training.objectives.log_probs import target_log_probs, without_dropout
 from olmoe_train.training.objectives.preference_data import validation_batches, validation_sources
 from olmoe_train.training.objectives.reference import ReferenceModel
 from olmoe_train.training.objectives.rewards import Reward
@@ -176,10 +175,9 @@ class Grpo:
         self, model: OlmoeForCausalLM, micro_batch: Batch, totals: Totals
     ) -> tuple[Tensor, dict[str, Tensor]]:
         with self._routing(model, micro_batch) as agreements:
-            output = self._forward(model, micro_batch)
-        assert output.log_probs is not None
+            log_probs_P, router = target_log_probs(model, micro_batch)
         lengths_N = micro_batch["completion_lengths"]
-        sampled_P, log_probs_P = micro_batch["sampled_log_probs"], output.log_probs
+        sampled_P = micro_batch["sampled_log_probs"]
         advantage_P = micro_batch["advantage"].repeat_interleave(lengths_N, output_size=len(sampled_P))
         loss_P, is_clipped_P = policy_losses(
             log_probs_P, sampled_P, advantage_P, self.cfg.clip_low, self.cfg.clip_high
@@ -191,14 +189,8 @@ class Grpo:
         if self.reference_model is not None:
             kl = self._mean(self._divergence(model, micro_batch, log_probs_P), lengths_N)
             terms["kl"], loss = kl, loss + self.cfg.kl_coef * kl
-        loss, router_terms = self._routers.add(loss, output.router, totals)
+        loss, router_terms = self._routers.add(loss, router, totals)
         return loss, terms | router_terms
-
-    def _forward(self, model: OlmoeForCausalLM, batch: Batch) -> TrainingOutput:
-        inputs = {name: batch[name] for name in DECODER_INPUTS if name in batch}
-        return model.training_forward(
-            **inputs, targets=batch["target_ids"], target_positions=batch["target_positions"]
-        )
 
     def _mean(self, value_P: Tensor, lengths_N: Tensor) -> Tensor:
         """Share in the mean over the global batch's completions of each completion's mean over its tokens."""
@@ -209,8 +201,7 @@ class Grpo:
         """exp(r - p) - (r - p) - 1 of each token, p and r being its log-probabilities; fp32 [P]."""
         assert self.reference_model is not None
         with torch.no_grad(), self.reference_model(model) as reference, without_dropout(reference):
-            reference_P = self._forward(reference, batch).log_probs
-        assert reference_P is not None
+            reference_P, _ = target_log_probs(reference, batch)
         difference_P = reference_P - log_probs_P
         return difference_P.exp() - difference_P - 1
 

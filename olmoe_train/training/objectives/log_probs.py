@@ -14,16 +14,14 @@ from torch import Tensor
 from olmoe_train.data.preferences import MISMATCHED
 from olmoe_train.model import OlmoeForCausalLM
 from olmoe_train.model.moe.router_stats import RouterStats
-from olmoe_train.training.batch import DECODER_INPUTS, Batch
+from olmoe_train.training.batch import Batch, decoder_inputs
 
 REPEATED = -1
 """Document id of a document that a pass over the data has had already."""
 
 
-def completion_log_probs(
-    model: OlmoeForCausalLM, batch: Batch, prefix: str = ""
-) -> tuple[Tensor, RouterStats]:
-    """Run the model on a micro-batch of preferences.
+def target_log_probs(model: OlmoeForCausalLM, batch: Batch, prefix: str = "") -> tuple[Tensor, RouterStats]:
+    """Run the model on a micro-batch of completions.
 
     Args:
         model: Whole or sharded.
@@ -31,21 +29,32 @@ def completion_log_probs(
         prefix: "", or MISMATCHED for kto's mismatched completions.
 
     Returns:
-        (Summed log-probability of each document's completion, fp64 [N]; the routers' sums). The order of
-        summation is that of the tokens, whatever the layout.
+        (Log-probability of each target, fp32 [P]; the routers' sums).
     """
-    inputs = {name: batch[prefix + name] for name in DECODER_INPUTS if prefix + name in batch}
     output = model.training_forward(
-        **inputs,
+        **decoder_inputs(batch, prefix),
         targets=batch[prefix + "target_ids"],
         target_positions=batch[prefix + "target_positions"],
     )
     assert output.log_probs is not None
+    return output.log_probs, output.router
+
+
+def completion_log_probs(
+    model: OlmoeForCausalLM, batch: Batch, prefix: str = ""
+) -> tuple[Tensor, RouterStats]:
+    """Sum what `target_log_probs` returns over the tokens of each completion.
+
+    Returns:
+        (Summed log-probability of each document's completion, fp64 [N]; the routers' sums). The order of
+        summation is that of the tokens, whatever the layout.
+    """
+    log_probs_P, router = target_log_probs(model, batch, prefix)
     # unsafe: without it the host reads the lengths back to check that they add up to P.
     lengths_N = batch[prefix + "completion_lengths"]
     # fp64: of two sums of thousands of nats, as fp32, the loss would see a difference that is off by 5e-4.
-    log_probs_P = output.log_probs.double()
-    return torch.segment_reduce(log_probs_P, "sum", lengths=lengths_N, unsafe=True), output.router
+    sum_N = torch.segment_reduce(log_probs_P.double(), "sum", lengths=lengths_N, unsafe=True)
+    return sum_N, router
 
 
 @contextmanager

@@ -56,7 +56,7 @@ def validation_batches(
     one = replace(data.cfg, dir=str(source.directory), mixture=[])
     ranks = (dist.get_rank(), dist.get_world_size())
     sizes = (cfg.micro_batch_size, max_samples)
-    return build_eval_batches(one, *ranks, *sizes, data.single, source.first_document, data.longest_prompt)
+    return build_eval_batches(one, *ranks, *sizes, data.form, source.first_document)
 
 
 def first_epochs(data: TrainingData, trainer: TrainerConfig) -> Iterator[tuple[int, Iterable[Batch]]]:
@@ -68,7 +68,7 @@ def first_epochs(data: TrainingData, trainer: TrainerConfig) -> Iterator[tuple[i
     """
     for source in mixture_components(data.cfg):
         one = replace(data.cfg, dir=str(source.directory), mixture=[])
-        alone = TrainingData(one, data.seed, data.single)
+        alone = TrainingData(one, data.seed, data.form)
         yield open_split(source.directory, "train").documents, _first_epoch(alone, trainer)
 
 

@@ -97,7 +97,8 @@ def identity_of(
         for shard in split.shards
         for _, digest in sample_files(shard)
     ]
-    mismatched_length = data.cfg.sequence_length if data.single else None  # where mismatched ones are cut
+    # Mismatched completions are cut at the sequence length.
+    mismatched_length = data.cfg.sequence_length if data.form.single else None
     return Identity(hashes[0], _hash({"shards": shards, "mismatched length": mismatched_length}))
 
 
@@ -168,7 +169,7 @@ def compute_log_probs(
         for source in validation_sources(data)
     ]
     columns = {"train": _joined(train), "validation": _joined(validation)}
-    if data.single:
+    if data.form.single:
         columns |= {
             "train_mismatched": _joined(train, mismatched=True),
             "validation_mismatched": _joined(validation, mismatched=True),
@@ -287,7 +288,7 @@ def cached_reference(
         columns = compute_log_probs(model, trainer, evaluation, data, device, with_heartbeat)
         write_log_probs(directory, columns, identity)
         log.info("log-probabilities of the reference: written to %s", directory)
-    columns = read_log_probs(directory, identity, data.single)
+    columns = read_log_probs(directory, identity, data.form.single)
     to_device = {name: columns[name].to(device) for name in columns if name.startswith("train")}
     return CachedReference(
         to_device["train"],

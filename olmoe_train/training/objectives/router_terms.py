@@ -14,7 +14,7 @@ from torch import Tensor
 from olmoe_train.model import OlmoeForCausalLM
 from olmoe_train.model.moe.balancing import Balancer
 from olmoe_train.model.moe.router_stats import RouterStats
-from olmoe_train.training.batch import DECODER_INPUTS, Batch, Totals
+from olmoe_train.training.batch import Batch, Totals, decoder_inputs
 from olmoe_train.training.objectives.base import RouterSums
 
 
@@ -64,9 +64,8 @@ class RouterTerms:
             counts_LE = torch.zeros(self.layers, self.experts, device=self.device)
             with torch.no_grad():
                 for batch in micro_batches:
-                    inputs = {name: batch[name] for name in DECODER_INPUTS if name in batch}
                     with within(batch):
-                        counts_LE += model.training_forward(**inputs).router.counts_LE
+                        counts_LE += model.training_forward(**decoder_inputs(batch)).router.counts_LE
             dist.all_reduce(counts_LE)
             self._global_counts_LE = counts_LE
 

@@ -71,32 +71,36 @@ def _grpo_errors(cfg: TrainConfig, objective: GrpoConfig) -> list[str]:
             f"objective.max_new_tokens={objective.max_new_tokens}: must be below data.sequence_length="
             f"{cfg.data.sequence_length}, which has to hold the prompt, too"
         )
-    changed_router = isinstance(cfg.adapter, LoraConfig) and cfg.adapter.router is RouterTraining.full
-    if objective.kl_coef and (changed_router or cfg.model.adapter_from is not None):
-        key = "adapter.router=full" if changed_router else "model.adapter_from"
-        errors.append(
-            f"objective.kl_coef={objective.kl_coef}: the initial model is the one with the adapter off, and "
-            f"with {key} it is not; set objective.kl_coef=0"
-        )
+    if objective.kl_coef:
+        errors += _adapter_off_errors(cfg, f"objective.kl_coef={objective.kl_coef}", "objective.kl_coef=0")
     return errors
 
 
 def _live_errors(cfg: TrainConfig, objective: PreferenceConfig) -> list[str]:
-    """The model without its adapter is the reference only if nothing else differs from the initial model."""
-    if objective.reference_kind is not Reference.live or not isinstance(cfg.adapter, LoraConfig):
+    if objective.reference_kind is not Reference.live:
         return []
-    errors, live = [], "objective.reference=live"
+    return _adapter_off_errors(cfg, "objective.reference=live", "objective.reference=cached")
+
+
+def _adapter_off_errors(cfg: TrainConfig, given: str, instead: str) -> list[str]:
+    """The model with its adapter off is the reference only if it is the initial model.
+
+    Args:
+        cfg: The configuration of the run.
+        given: The key and value for which the run needs a reference model.
+        instead: The key and value without that need.
+    """
+    if not isinstance(cfg.adapter, LoraConfig):
+        return []
+    reasons = []
     if cfg.adapter.router is RouterTraining.full:
-        errors.append(
-            f"{live}: the reference is the model with the adapter off, and adapter.router=full changes that "
-            "model, too; set objective.reference=cached"
-        )
+        reasons.append("adapter.router=full changes that model, too")
     if cfg.model.adapter_from is not None:
-        errors.append(
-            f"{live}: the reference is the model with the adapter off, which is not where a run from "
-            f"model.adapter_from={cfg.model.adapter_from} starts; set objective.reference=cached"
-        )
-    return errors
+        reasons.append(f"a run from model.adapter_from={cfg.model.adapter_from} does not start there")
+    return [
+        f"{given}: the reference is the model with the adapter off, and {reason}; set {instead}"
+        for reason in reasons
+    ]
 
 
 def preference_data_errors(cfg: TrainConfig, manifests: dict[str, Manifest]) -> list[str]:
