@@ -59,6 +59,7 @@ class Watched:
         self.page = browser.new_page(viewport={"width": width, "height": height}, color_scheme=scheme)
         self.problems: list[str] = []
         self.requests: list[str] = []
+        self.page.set_default_timeout(20_000)
         self.page.on("console", lambda message: self.problems.append(f"{message.type}: {message.text}"))
         self.page.on("pageerror", lambda error: self.problems.append(f"error: {error}"))
         self.page.on("request", lambda request: self.requests.append(request.url))
