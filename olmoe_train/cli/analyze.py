@@ -27,6 +27,7 @@ from olmoe_train.cli.analyze_sources import (
 )
 from olmoe_train.cli.app import run_verb
 from olmoe_train.cli.ranks import HELP, on_ranks
+from olmoe_train.cli.sources import collect_sources
 from olmoe_train.config.choices import DTYPES
 from olmoe_train.config.verbs import AnalyzeConfig
 from olmoe_train.data.mixture import mixture_errors, verify
@@ -252,6 +253,7 @@ def _of_reference(record: Record, section: str) -> list[Any]:
 
 def run() -> int:
     """Run `olmoe analyze` with the command line; returns the exit code."""
+    sys.argv[1:] = collect_sources(sys.argv[1:])
     description = f"{__doc__}\n{HELP}"
     return on_ranks("olmoe_train.cli.analyze", partial(run_verb, "analyze", AnalyzeConfig, main, description))
 

@@ -2,7 +2,6 @@
 
 import os
 from pathlib import Path
-from typing import Any
 
 from tokenizers import Tokenizer
 
@@ -25,17 +24,16 @@ MOST_TOKENS = 2**31 - 1
 """Greatest count of an occurrence of a token id at an expert, int32."""
 
 
-def names_of_sources(source: Any) -> list[str]:
+def names_of_sources(source: list[str]) -> list[str]:
     """List the models that `source` names, with RUN@all replaced by the run's checkpoints.
 
     Raises:
-        UserError: It is neither a text nor a list of texts, or names no model.
+        UserError: It names no model.
     """
-    given = [source] if isinstance(source, str) else source
-    if not isinstance(given, list) or not given or not all(isinstance(one, str) for one in given):
-        raise UserError(f"source={source}: give a model, or a list of models such as [RUN@1000,RUN]")
+    if not source:
+        raise UserError("source=[] names no model: give a model, or a list of models such as [RUN@1000,RUN]")
     names = []
-    for one in given:
+    for one in source:
         directory, step = split_step(one)
         if step != ALL_STEPS:
             names.append(one)

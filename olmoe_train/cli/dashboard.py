@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from olmoe_train.cli.app import run_verb
+from olmoe_train.cli.sources import collect_sources
 from olmoe_train.config.verbs import DashboardConfig
 from olmoe_train.reporting.saved_views import (
     SavedViews,
@@ -76,7 +77,8 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
 
 def run() -> int:
     """Run `olmoe dashboard` with the command line; returns the exit code."""
-    sys.argv[1:] = ["dry_run=true" if argument == DRY_RUN else argument for argument in sys.argv[1:]]
+    arguments = ["dry_run=true" if argument == DRY_RUN else argument for argument in sys.argv[1:]]
+    sys.argv[1:] = collect_sources(arguments)
     return run_verb("dashboard", DashboardConfig, main, __doc__)
 
 

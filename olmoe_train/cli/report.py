@@ -7,9 +7,8 @@ import logging
 import sys
 from pathlib import Path
 
-from hydra.core.override_parser.types import Quote, QuotedString
-
 from olmoe_train.cli.app import run_verb
+from olmoe_train.cli.sources import collect_sources
 from olmoe_train.config.verbs import ReportConfig
 from olmoe_train.reporting.html_report import render
 from olmoe_train.reporting.run_data import RunReader
@@ -64,18 +63,9 @@ def write(out: Path, page: str) -> None:
         raise UserError(f"out={out}: cannot be written: {error.strerror}") from None
 
 
-def as_list(arguments: list[str]) -> list[str]:
-    """Arguments in which every `source=RUN` is collected into one `source=[...]`, quoted for Hydra."""
-    names = [word.partition("=")[2] for word in arguments if word.startswith("source=")]
-    if not names or any(name.startswith("[") for name in names):
-        return arguments
-    quoted = ",".join(QuotedString(name, Quote.single).with_quotes() for name in names)
-    return [*(word for word in arguments if not word.startswith("source=")), f"source=[{quoted}]"]
-
-
 def run() -> int:
     """Run `olmoe report` with the command line; returns the exit code."""
-    sys.argv[1:] = as_list(sys.argv[1:])
+    sys.argv[1:] = collect_sources(sys.argv[1:])
     return run_verb("report", ReportConfig, main, __doc__)
 
 

@@ -112,8 +112,8 @@ class AnalyzeConfig:
     """Analyze the routing of models on validation tokens: saturation, co-activation, domains, vocabulary, and
     the importance of experts."""
 
-    source: Any = MISSING
-    """One model or a list, such as [RUN@1000,RUN@2000,RUN]: an HF directory, a run directory (its newest
+    source: list[str] = MISSING
+    """One model or several, source=A source=B or [A,B]: an HF directory, a run directory (its newest
     checkpoint), RUN@STEP, RUN@all (every complete checkpoint, by step), an original OLMo checkpoint, or a
     model on the Hugging Face hub, ORGANIZATION/NAME or ORGANIZATION/NAME@REVISION."""
     reference: str | None = None
@@ -233,9 +233,9 @@ class LogprobsConfig(TrainConfig):
 class DashboardConfig:
     """Make or update the W&B workspace of a run, or of several runs to compare."""
 
-    source: Any = MISSING
-    """Run directory, or a list of run directories to compare, [A,B,C]. They must be runs of wandb: their
-    wandb.json holds the run's id."""
+    source: list[str] = MISSING
+    """Run directories; several are compared: source=A source=B, or source=[A,B]. They must be runs of wandb:
+    their wandb.json holds the run's id."""
     entity: str | None = None
     """User or team of W&B; null: logging.wandb.entity of the runs, WANDB_ENTITY, or the default of
     the account, in this order."""

@@ -34,19 +34,18 @@ class WandbRun:
     """metrics.jsonl."""
 
 
-def read_wandb_runs(source: Any) -> list[WandbRun]:
+def read_wandb_runs(source: list[str]) -> list[WandbRun]:
     """Read run directories.
 
     Args:
-        source: A run directory, or a list of them.
+        source: The run directories.
 
     Raises:
         UserError: A directory is not that of a run that has logged to wandb, or is given twice.
     """
-    paths = [str(path) for path in source] if isinstance(source, list) else [str(source)]
-    if not paths:
+    if not source:
         raise UserError("source=[] has no run directory; give source=RUN or source=[A,B]")
-    runs = [_read_wandb_run(Path(path)) for path in paths]
+    runs = [_read_wandb_run(Path(path)) for path in source]
     for number, run in enumerate(runs):
         for other in runs[:number]:
             if run.id == other.id:

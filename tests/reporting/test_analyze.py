@@ -202,7 +202,7 @@ def test_files_of_two_ranks_are_those_of_one(root: Path, capsys: pytest.CaptureF
         rows = list(csv.DictReader(file))
     assert len(rows) == 2 * 2 * 2 * 2 * 8  # sources, domains, k, layers, experts
     assert math.isclose(sum(float(row["share"]) for row in rows), 2 * 2 * 2 * (1 + 3), abs_tol=1e-4)
-    main(replace(cfg, source=str(root / "second"), vocabulary=False))  # one model, over the earlier files
+    main(replace(cfg, source=[str(root / "second")], vocabulary=False))  # one model, over the earlier files
     record = json.loads((root / "one" / "analysis.json").read_text())
     assert (record["saturation"], record["vocabulary"]) == ([], [])
     left = {path.stem for path in (root / "one").iterdir()}
@@ -220,7 +220,7 @@ def test_more_tokens_than_the_counts_hold(root: Path) -> None:
 @pytest.mark.parametrize(
     ("names", "changes", "message"),
     [
-        ((), {}, r"source=\[\]: give a model, or a list of models such as"),
+        ((), {}, r"source=\[\] names no model: give a model, or a list of models such as"),
         (("first", "nothing"), {}, "nothing: neither an HF directory"),
         (("first@7",), {}, "step=7: source=.*first is not a run directory and has no steps"),
         (("first@all",), {}, "first has no complete checkpoint"),

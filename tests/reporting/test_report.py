@@ -14,7 +14,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from olmoe_train.cli.report import as_list, main
+from olmoe_train.cli.report import main
+from olmoe_train.cli.sources import collect_sources
 from olmoe_train.config.verbs import ReportConfig
 from olmoe_train.reporting.downsample import expert_loads, keep_extremes
 from olmoe_train.reporting.health import assess
@@ -249,8 +250,8 @@ def test_bad_sources_are_named(tmp_path: Path) -> None:
     write_records(tmp_path, rich_records()[:2])
     with pytest.raises(UserError, match="is a directory: name a file"):
         main(ReportConfig(source=[str(tmp_path)], out=str(tmp_path)))
-    assert as_list(["source=a b", "out=x", "source=it's"]) == ["out=x", r"source=['a b','it\'s']"]
-    assert as_list(["source=[a,b]"]) == ["source=[a,b]"]
+    assert collect_sources(["source=a b", "out=x", "source=it's"]) == ["out=x", r"source=['a b','it\'s']"]
+    assert collect_sources(["source=[a,b]"]) == ["source=[a,b]"]
 
 
 def test_the_live_form_answers_this_machine_alone_and_only_get(tmp_path: Path) -> None:
