@@ -83,7 +83,7 @@ class MetricsLog:
         self.step = values["step"]
         if new := self._alerts.take_unrecorded():
             values["alerts"] = new
-        clean = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
+        clean = {name: _finite(value) for name, value in values.items()}
         with self._path.open("a") as file:
             file.write(json.dumps(clean) + "\n")
         record = Record(clean, has_details, flow_LEE)
@@ -116,6 +116,13 @@ class MetricsLog:
                 text = "warning: %s failed (%r) and gets no more; metrics.jsonl has everything"
                 log.warning(text, sink.name, error)
                 self._sinks.remove(sink)
+
+
+def _finite(value: Any) -> Any:
+    """The value, with None in place of numbers that are not finite."""
+    if isinstance(value, list):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def close_metrics(metrics: MetricsLog, run_dir: Path) -> None:

@@ -128,9 +128,10 @@ def writer(tmp_path: Path, mode: WandbMode = WandbMode.disabled, step: int = 0) 
 
 
 def test_a_gradient_that_is_not_finite_is_recorded_as_null(tmp_path: Path) -> None:
-    values = {"step": 1} | one_step([[2.0] * 4] * 2, grad_norm=math.nan)
-    writer(tmp_path).write(values)
-    assert records(tmp_path)[0]["train/grad_norm"] is None
+    values = {"step": 1, "train/loss_by_position": [1.0, math.inf]}
+    writer(tmp_path).write(values | one_step([[2.0] * 4] * 2, grad_norm=math.nan))
+    (record,) = records(tmp_path)
+    assert (record["train/grad_norm"], record["train/loss_by_position"]) == (None, [1.0, None])
 
 
 def test_a_resumed_run_forgets_the_steps_that_come_again(tmp_path: Path) -> None:
