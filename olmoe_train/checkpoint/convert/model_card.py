@@ -1,6 +1,5 @@
 """The README.md of an export: model, training data, losses, configuration, and how to load the weights."""
 
-import json
 import re
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ from olmoe_train.config.model import ModelConfig, olmoe_config
 from olmoe_train.data.manifest import read_manifest
 from olmoe_train.model import OlmoeConfig
 from olmoe_train.planning.flops import parameter_counts
+from olmoe_train.run.loggers import read_records
 from olmoe_train.utils.errors import UserError
 from olmoe_train.utils.files import read_json_object
 from olmoe_train.utils.redaction import redact_text
@@ -181,14 +181,15 @@ def _what(model: OlmoeConfig) -> str:
 
 
 def _losses(metrics: Path, step: int) -> str:
-    """A table of the last value of each loss, up to and including `step`."""
-    records = map(json.loads, metrics.read_text().splitlines()) if metrics.is_file() else ()
+    """A table of the last value of each number of training and validation, up to and including `step`."""
     last: dict[str, tuple[int, float]] = {}
-    for record in records:
-        shown = {
-            k: v for k, v in record.items() if k.startswith(("train/", "eval/")) and record["step"] <= step
-        }
-        last |= {key: (record["step"], value) for key, value in shown.items() if value is not None}
+    for record in read_records(metrics):
+        if record["step"] <= step:
+            last |= {
+                name: (record["step"], value)
+                for name, value in record.items()
+                if name.startswith(("train/", "eval/")) and isinstance(value, int | float)
+            }
     rows = [f"| {key} | {value:.6g} | {at} |" for key, (at, value) in sorted(last.items())]
     return "\n".join(["| | value | step |", "|---|---|---|", *rows]) if rows else "Not recorded."
 
