@@ -211,7 +211,8 @@ class LoggingConfig:
     alarms: AlarmsConfig = field(default_factory=AlarmsConfig)
     details_every: int = 100
     """Steps between the costly values: the loss by source and by position, and the pictures in wandb and
-    TensorBoard. They belong to a logged step: trainer.log_every rounds this number up. 0: off."""
+    TensorBoard. They belong to a logged step: trainer.log_every rounds this number up. The last step of the
+    run has them, too. 0: off."""
     router_analysis_every: int = 0
     """Steps between analyses of how the same few validation tokens are routed: how many of their experts are
     those of router_reference and of the analysis before, and of a mixture, which experts process each source.

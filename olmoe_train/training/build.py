@@ -225,13 +225,14 @@ def build_metrics(
 
 
 def build_details(
-    cfg: TrainConfig, model: OlmoeForCausalLM, data: TrainingData, device: torch.device
+    cfg: TrainConfig, model: OlmoeForCausalLM, data: TrainingData, last_step: int, device: torch.device
 ) -> StepDetails:
     return StepDetails(
         model,
         data,
         every=cfg.logging.details_every,
         log_every=cfg.trainer.log_every,
+        last_step=last_step,
         global_batch_size=cfg.trainer.global_batch_size,
         micro_batch_size=cfg.trainer.micro_batch_size,
         with_flow=draws_pictures(cfg.logging),
@@ -302,7 +303,7 @@ def build_callbacks(
         objective,
         guard,
         data,
-        build_details(cfg, engine.model, data, device),
+        build_details(cfg, engine.model, data, state.last_step, device),
         dead_expert_steps=cfg.logging.dead_expert_steps,
         alarms=cfg.logging.alarms,
         device=device,

@@ -19,10 +19,12 @@ from olmoe_train.model.moe.routing_record import record_routing
 from olmoe_train.model.outputs import TrainingOutput
 
 
-def is_due(step: int, every: int, log_every: int) -> bool:
+def is_due(step: int, every: int, log_every: int, last_step: int) -> bool:
     """Whether the costly values of a step are measured: at the first logged step from each multiple of
-    `every` on."""
-    return every > 0 and step % log_every == 0 and step // every > (step - log_every) // every
+    `every` on, and at the last step of the run."""
+    if every == 0 or step == last_step:
+        return every > 0
+    return step % log_every == 0 and step // every > (step - log_every) // every
 
 
 class StepDetails:
@@ -35,6 +37,7 @@ class StepDetails:
         *,
         every: int,
         log_every: int,
+        last_step: int,
         global_batch_size: int,
         micro_batch_size: int,
         with_flow: bool,
@@ -46,13 +49,14 @@ class StepDetails:
             data: The data of the run; its order says which source each sequence is of.
             every: logging.details_every.
             log_every: trainer.log_every.
+            last_step: Of the whole run.
             global_batch_size: Sequences per step, over all ranks.
             micro_batch_size: Sequences per pass of one rank.
             with_flow: Whether to count the routing flow, which only pictures show.
             device: The device of this rank.
         """
         self._model, self._data, self._device = model, data, device
-        self._every, self._log_every = every, log_every
+        self._every, self._log_every, self._last_step = every, log_every, last_step
         self._share, self._micro_batch = global_batch_size // dist.get_world_size(), micro_batch_size
         config = model.config
         self._pairs, self._experts = config.num_hidden_layers - 1, config.num_experts
@@ -77,7 +81,7 @@ class StepDetails:
 
     def is_due(self, step: int) -> bool:
         """Whether the costly values of a step are measured, and pictures drawn."""
-        return is_due(step, self._every, self._log_every)
+        return is_due(step, self._every, self._log_every, self._last_step)
 
     def prepare(self, step: int, samples: int) -> None:
         """Say which step comes next.

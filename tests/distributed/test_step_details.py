@@ -132,7 +132,7 @@ def flow_of_two_micro_batches(cfg: TrainConfig) -> tuple[torch.Tensor, torch.Ten
     model, data = initial_model(cfg), build_data(cfg)
     sizes = {"global_batch_size": 4, "micro_batch_size": 2}
     cpu = torch.device("cpu")
-    details = StepDetails(model, data, every=1, log_every=1, with_flow=True, device=cpu, **sizes)
+    details = StepDetails(model, data, every=1, log_every=1, last_step=9, with_flow=True, device=cpu, **sizes)
     details.prepare(1, 0)
     experts = cfg.model.num_experts
     expected = torch.zeros(cfg.model.num_hidden_layers - 1, experts, experts)
@@ -165,9 +165,9 @@ def test_the_routing_flow(tiny: TrainConfig, tmp_path: Path) -> None:
 
 
 def test_which_steps_have_costly_values() -> None:
-    assert [step for step in range(1, 101) if is_due(step, 25, 10)] == [30, 50, 80, 100]
-    assert [step for step in range(1, 9) if is_due(step, 1, 2)] == [2, 4, 6, 8]
-    assert not any(is_due(step, 0, 1) for step in range(1, 9))
+    assert [step for step in range(1, 101) if is_due(step, 25, 10, 97)] == [30, 50, 80, 97, 100]
+    assert [step for step in range(1, 9) if is_due(step, 1, 2, 9)] == [2, 4, 6, 8]
+    assert not any(is_due(step, 0, 1, 3) for step in range(1, 9))
 
 
 # --- samples ------------------------------------------------------------------------------------------------
