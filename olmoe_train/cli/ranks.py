@@ -14,6 +14,7 @@ FLAGS = ("--nproc", "--nproc-per-node")
 HELP = f"{' or '.join(FLAGS)} N: start N ranks on this machine. auto: one per GPU, or 1 without a GPU."
 SHOW_ONLY = ("--help", "-h", "--hydra-help", "--cfg", "-c", "--info", "-i")
 """Flags that print something in place of training, in one process."""
+ON_CPU = ("trainer.device=cpu", "device=cpu")
 SET_BY_TORCHRUN = ("RANK", "LOCAL_RANK", "WORLD_SIZE")
 SAVE_SECONDS = 240
 """Time that ranks have to save after a signal before torchrun kills them; its own default is 30 s. As in
@@ -34,7 +35,7 @@ def on_ranks(module: str, train: Callable[[], int]) -> int:
     try:
         wanted, sys.argv[1:] = _split(sys.argv[1:])
         shows = any(argument.split("=")[0] in SHOW_ONLY for argument in sys.argv[1:])
-        on_cpu = "trainer.device=cpu" in sys.argv[1:]
+        on_cpu = any(key in sys.argv[1:] for key in ON_CPU)
         ranks = None if wanted is None or shows else _count(wanted, on_cpu)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -91,6 +92,7 @@ def _count(wanted: str, on_cpu: bool) -> int:
         raise UserError(f"{flag}: must be a number of ranks, at least 1, or auto")
     if 0 < gpus < int(wanted) and not on_cpu:
         raise UserError(
-            f"{flag}: is more than the GPUs of this machine; give at most {gpus}, or set trainer.device=cpu"
+            f"{flag}: is more than the GPUs of this machine; give at most {gpus}, or set {ON_CPU[0]} "
+            f"(of explain and evaluate: {ON_CPU[1]})"
         )
     return int(wanted)
