@@ -32,7 +32,7 @@ def option_errors(cfg: EvaluateConfig) -> list[str]:
     if cfg.parallel.strategy is Strategy.deepspeed:
         errors.append(
             "parallel.strategy=deepspeed: DeepSpeed's engine shards weights only beside an optimizer, and an "
-            "evaluation has none; set parallel.strategy=fsdp, or ddp. Checkpoints of either are read"
+            "evaluation has none; set parallel.strategy=fsdp or ddp, which read checkpoints of every layout"
         )
     if cfg.out is not None and not (parent := Path(cfg.out).expanduser().absolute().parent).is_dir():
         errors.append(f"out={cfg.out}: there is no directory {parent}; create it, or give another file")
