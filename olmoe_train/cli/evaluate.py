@@ -89,6 +89,9 @@ def evaluate(cfg: EvaluateConfig, device: torch.device) -> dict[str, Evaluation]
             {"samples": samples} if samples else {}
         )
         on_rank_0(lambda: write(content, out))
+    # gloo's threads outlive the process group. One that still releases a tensor of the last collective while
+    # Python ends would abort this process.
+    dist.barrier()
     return results | of_sets
 
 
