@@ -18,7 +18,7 @@ import torch.distributed as dist
 from olmoe_train.checkpoint.convert.sharded_model import load_on_ranks
 from olmoe_train.checkpoint.convert.stored_model import open_stored_model
 from olmoe_train.cli.app import run_verb
-from olmoe_train.cli.ranks import HELP, on_ranks
+from olmoe_train.cli.ranks import HELP, end_process, on_ranks
 from olmoe_train.config.choices import DTYPES, StripPrefix
 from olmoe_train.config.verbs import AnalyzeConfig, EvaluateConfig
 from olmoe_train.data.manifest import Manifest
@@ -89,9 +89,6 @@ def evaluate(cfg: EvaluateConfig, device: torch.device) -> dict[str, Evaluation]
             {"samples": samples} if samples else {}
         )
         on_rank_0(lambda: write(content, out))
-    # gloo's threads outlive the process group. One that still releases a tensor of the last collective while
-    # Python ends would abort this process.
-    dist.barrier()
     return results | of_sets
 
 
@@ -231,4 +228,4 @@ def run() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(run())
+    end_process(run())

@@ -1,9 +1,12 @@
 """`olmoe train --nproc N`: the same training on N ranks of this machine, under torchrun."""
 
 import argparse
+import logging
 import os
 import sys
 from collections.abc import Callable
+from contextlib import suppress
+from typing import NoReturn
 
 import torch
 
@@ -53,6 +56,24 @@ def on_ranks(module: str, train: Callable[[], int]) -> int:
     code = launch([*here, "-m", module, *sys.argv[1:]])
     signal_name = killed_by(code)
     return FAILED if signal_name and signal_name not in SIGNALS.split(",") else code
+
+
+def end_process(code: int) -> NoReturn:
+    """End this process with an exit code. A rank of torchrun skips the end of Python.
+
+    gloo's threads outlive the process group (torch 2.13). A thread that still releases the last collective
+    while Python ends aborts the process, and torchrun then reports a failure of a command that is done.
+
+    Args:
+        code: The exit code.
+    """
+    if "RANK" not in os.environ:
+        sys.exit(code)
+    logging.shutdown()
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(OSError, ValueError):  # nobody reads the stream, or it is closed
+            stream.flush()
+    os._exit(code)
 
 
 def _split(arguments: list[str]) -> tuple[str | None, list[str]]:
