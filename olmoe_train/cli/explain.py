@@ -50,7 +50,7 @@ def main(cfg: ExplainConfig) -> None:
         raise UserError(f"step={cfg.step}: steps are counted from 1")
     if cfg.top < 1:
         raise UserError(f"top={cfg.top}: must be at least 1")
-    device = init_distributed(cfg.device.value)
+    device = init_distributed(cfg.device.value, device_key="device")
     try:
         content = explain(cfg, device)
         run_dir = Path(cfg.source).expanduser()

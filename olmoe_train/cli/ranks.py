@@ -1,9 +1,12 @@
 """`olmoe train --nproc N`: the same training on N ranks of this machine, under torchrun."""
 
 import argparse
+import logging
 import os
 import sys
 from collections.abc import Callable
+from contextlib import suppress
+from typing import NoReturn
 
 import torch
 
@@ -14,6 +17,7 @@ FLAGS = ("--nproc", "--nproc-per-node")
 HELP = f"{' or '.join(FLAGS)} N: start N ranks on this machine. auto: one per GPU, or 1 without a GPU."
 SHOW_ONLY = ("--help", "-h", "--hydra-help", "--cfg", "-c", "--info", "-i")
 """Flags that print something in place of training, in one process."""
+ON_CPU = ("trainer.device=cpu", "device=cpu")
 SET_BY_TORCHRUN = ("RANK", "LOCAL_RANK", "WORLD_SIZE")
 SAVE_SECONDS = 240
 """Time that ranks have to save after a signal before torchrun kills them; its own default is 30 s. As in
@@ -34,7 +38,7 @@ def on_ranks(module: str, train: Callable[[], int]) -> int:
     try:
         wanted, sys.argv[1:] = _split(sys.argv[1:])
         shows = any(argument.split("=")[0] in SHOW_ONLY for argument in sys.argv[1:])
-        on_cpu = "trainer.device=cpu" in sys.argv[1:]
+        on_cpu = any(key in sys.argv[1:] for key in ON_CPU)
         ranks = None if wanted is None or shows else _count(wanted, on_cpu)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -52,6 +56,24 @@ def on_ranks(module: str, train: Callable[[], int]) -> int:
     code = launch([*here, "-m", module, *sys.argv[1:]])
     signal_name = killed_by(code)
     return FAILED if signal_name and signal_name not in SIGNALS.split(",") else code
+
+
+def end_process(code: int) -> NoReturn:
+    """End this process with an exit code. A rank of torchrun skips the end of Python.
+
+    gloo's threads outlive the process group (torch 2.13). A thread that still releases the last collective
+    while Python ends aborts the process, and torchrun then reports a failure of a command that is done.
+
+    Args:
+        code: The exit code.
+    """
+    if "RANK" not in os.environ:
+        sys.exit(code)
+    logging.shutdown()
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(OSError, ValueError):  # nobody reads the stream, or it is closed
+            stream.flush()
+    os._exit(code)
 
 
 def _split(arguments: list[str]) -> tuple[str | None, list[str]]:
@@ -91,6 +113,7 @@ def _count(wanted: str, on_cpu: bool) -> int:
         raise UserError(f"{flag}: must be a number of ranks, at least 1, or auto")
     if 0 < gpus < int(wanted) and not on_cpu:
         raise UserError(
-            f"{flag}: is more than the GPUs of this machine; give at most {gpus}, or set trainer.device=cpu"
+            f"{flag}: is more than the GPUs of this machine; give at most {gpus}, or set {ON_CPU[0]} "
+            f"(of explain and evaluate: {ON_CPU[1]})"
         )
     return int(wanted)

@@ -10,6 +10,7 @@ from olmoe_train.config.optimizer import AdamWConfig, OptimizerConfig, RMSpropCo
 from olmoe_train.config.train import (
     CheckpointConfig,
     EvaluationConfig,
+    EvaluationSet,
     LoggingConfig,
     LossConfig,
     ParallelConfig,
@@ -37,6 +38,7 @@ __all__ = [
     "DataConfig",
     "EvaluateConfig",
     "EvaluationConfig",
+    "EvaluationSet",
     "ExportConfig",
     "GenerateConfig",
     "LoggingConfig",

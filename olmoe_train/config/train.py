@@ -7,6 +7,8 @@ string under a field is its documentation, with the unit; `olmoe VERB --help` an
 
 from dataclasses import dataclass, field
 
+from omegaconf import MISSING
+
 from olmoe_train.config.adapter import AdapterConfig, NoAdapterConfig
 from olmoe_train.config.balancing import AuxiliaryLossConfig, BalancingConfig
 from olmoe_train.config.choices import (
@@ -231,6 +233,14 @@ class LoggingConfig:
     extra trackio. The environment variable TRACKIO_DIR is the directory of its database."""
 
 
+@dataclass  # not frozen, for the same reason as MixtureSource
+class EvaluationSet:
+    name: str = MISSING
+    """Name in metrics: eval/NAME/loss."""
+    dir: str = MISSING
+    """Prepared directory, relative to the working directory. Its validation split is evaluated."""
+
+
 @dataclass(frozen=True)
 class EvaluationConfig:
     every: int = 0
@@ -241,6 +251,9 @@ class EvaluationConfig:
     """Sequences per forward pass of one rank in validation."""
     max_sequences: int | None = None
     """Validate on at most this many sequences, from the start of the validation split; null: on all of it."""
+    sets: list[EvaluationSet] = field(default_factory=list)
+    """Held-out sets to evaluate beside the validation split: [{name: code, dir: prepared/code}, ...]. Each
+    gives its loss, perplexity and bits per byte. They must be prepared with the tokenizer of the data."""
     prompts: list[str] = field(default_factory=list)
     """Texts that each evaluation continues, greedily, to be read beside the losses."""
     sample_tokens: int = 64

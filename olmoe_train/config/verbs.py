@@ -7,7 +7,7 @@ from omegaconf import MISSING
 
 from olmoe_train.config.choices import Device, ExportFormat, Precision, StripPrefix, XAxis
 from olmoe_train.config.data import DataConfig, TokenizerConfig
-from olmoe_train.config.train import EvaluationConfig, TrainConfig
+from olmoe_train.config.train import EvaluationConfig, ParallelConfig, TrainConfig
 
 
 @dataclass(frozen=True)
@@ -93,12 +93,23 @@ class GenerateConfig:
 
 @dataclass(frozen=True)
 class EvaluateConfig:
-    """Compute the validation loss and perplexity of the newest checkpoint of a run or of an HF directory."""
+    """Compute the validation loss and perplexity of the newest checkpoint of a run or of an HF directory.
+
+    Run it as `olmoe evaluate --nproc RANKS` or under torchrun, or as `olmoe evaluate` on one rank.
+    """
 
     source: str = MISSING
     """HF directory, run directory (its newest checkpoint), or original OLMo checkpoint."""
     data: DataConfig = field(default_factory=DataConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    precision: Precision | None = None
+    """Data type of the weights and of the computation; null: as stored, which is fp32 in a run. Routers
+    compute in fp32 in any case."""
+    device: Device = Device.auto
+    """auto: cuda if there is a GPU, otherwise cpu."""
+    out: str | None = None
+    """JSON file to write, with the results of every set; null: none."""
     trust_pickle: bool = False
     """Read weights from a pickle (pytorch_model.bin, or OLMo's model.pt) with
     torch.load(weights_only=True)."""

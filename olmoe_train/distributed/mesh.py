@@ -34,11 +34,12 @@ class Mesh:
     of the other parameters."""
 
 
-def resolve_device(device: str | Device = Device.auto) -> torch.device:
+def resolve_device(device: str | Device = Device.auto, key: str = "trainer.device") -> torch.device:
     """The device type to compute on.
 
     Args:
         device: "auto" (cuda if torch can use a GPU, else cpu), "cpu" or "cuda".
+        key: The option that names it, for messages.
 
     Returns:
         torch.device("cuda") or torch.device("cpu"), without an index.
@@ -49,14 +50,14 @@ def resolve_device(device: str | Device = Device.auto) -> torch.device:
     device = Device(device)
     available = torch.cuda.is_available()
     if device is Device.cuda and not available:
-        raise UserError(
-            "trainer.device=cuda: torch finds no CUDA GPU on this machine; set trainer.device=auto"
-        )
+        raise UserError(f"{key}=cuda: torch finds no CUDA GPU on this machine; set {key}=auto")
     return torch.device("cuda" if available and device is not Device.cpu else "cpu")
 
 
 def init_distributed(
-    device: str = "auto", timeout_s: float = TrainerConfig.rendezvous_timeout
+    device: str = "auto",
+    timeout_s: float = TrainerConfig.rendezvous_timeout,
+    device_key: str = "trainer.device",
 ) -> torch.device:
     """Join the process group of torchrun's environment, or create a group of one rank without torchrun.
 
@@ -66,6 +67,7 @@ def init_distributed(
         device: "auto" (cuda if torch can use a GPU, else cpu), "cpu" or "cuda".
         timeout_s: Maximum time until all ranks have met, in seconds. After it, the process reports which
             ranks are missing and exits with 1.
+        device_key: The option that names the device, for messages.
 
     Returns:
         The device of this rank; for cuda with the index LOCAL_RANK.
@@ -74,7 +76,7 @@ def init_distributed(
         UserError: There is no GPU for "cuda", or the address of rank 0 cannot be used.
         ConnectionError: The connection to rank 0 was refused or lost.
     """
-    cuda = resolve_device(device).type == "cuda"
+    cuda = resolve_device(device, device_key).type == "cuda"
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     if cuda:
         torch.cuda.set_device(local_rank)

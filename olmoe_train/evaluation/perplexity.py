@@ -1,14 +1,15 @@
-"""Validation loss and perplexity of a model on prepared data.
+"""Validation loss, perplexity and bits per byte of a model on prepared data.
 
 The loss is the mean over all target tokens. It does not depend on how tokens are divided into sequences,
 batches and ranks.
 
-Shapes: P parts of the sequence.
+Shapes: V vocabulary, P parts of the sequence.
 """
 
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -18,6 +19,7 @@ from olmoe_train.config.data import DataConfig
 from olmoe_train.config.train import EvaluationConfig
 from olmoe_train.data.loader import build_eval_batches
 from olmoe_train.data.mixture import VALIDATION, mixture_components, read_manifests
+from olmoe_train.data.token_bytes import token_bytes_or_reason
 from olmoe_train.model import OlmoeForCausalLM
 from olmoe_train.model.cross_entropy import IGNORE_INDEX
 from olmoe_train.model.loss_record import POSITION_PARTS, mean_losses, record_target_losses, sums_by_position
@@ -38,6 +40,8 @@ class Evaluation:
     position_sums: list[list[float]] = field(default_factory=list)
     """[P][2]: cross-entropy in nats, summed, and number of target tokens by position in the sequence, in P
     equal parts."""
+    bytes: int | None = None
+    """UTF-8 bytes of the target tokens. None: the tokenizer does not say."""
 
     @property
     def loss_by_position(self) -> list[float | None]:
@@ -48,6 +52,12 @@ class Evaluation:
     def perplexity(self) -> float:
         """exp(loss); infinity if that exceeds the largest float."""
         return math.exp(self.loss) if self.loss < 700 else math.inf
+
+    @property
+    def bits_per_byte(self) -> float | None:
+        """-sum log2 p(target) / bytes. A special token, such as end of text, has 0 bytes, and its loss
+        counts. None: the bytes are not known, or there are none."""
+        return self.loss * self.tokens / (math.log(2) * self.bytes) if self.bytes else None
 
 
 def evaluate_data(
@@ -75,28 +85,65 @@ def evaluate_data(
     Raises:
         UserError: No source has a validation split; or as `evaluate_model`.
     """
-    rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     manifests = read_manifests(data)
+    bytes_V, _ = token_bytes_or_reason(data)
     with_validation = [
         source for source in mixture_components(data) if manifests[source.name].validation.tokens
     ]
     results = {}
     # If no source has a validation split, the loader raises its error for the first one.
     for source in with_validation or mixture_components(data)[:1]:
-        one = replace(data, dir=str(source.directory), mixture=[])
-        batches = build_eval_batches(one, rank, world_size, cfg.micro_batch_size, cfg.max_sequences)
-        results[source.name] = evaluate_model(model, with_heartbeat(batches), device, check_finite)
+        batches = with_heartbeat(_batches(data, source.directory, cfg))
+        results[source.name] = evaluate_model(model, batches, device, check_finite, bytes_V)
     parts = list(results.values())
     if len(parts) > 1:
         tokens = sum(part.tokens for part in parts)
         loss = sum(part.loss * part.tokens for part in parts if part.tokens) / max(1, tokens)
         by_position = torch.tensor([part.position_sums for part in parts], dtype=torch.float64).sum(0)
-        parts.append(Evaluation(loss if tokens else math.nan, tokens, by_position.tolist()))
+        text = None if bytes_V is None else sum(part.bytes or 0 for part in parts)
+        parts.append(Evaluation(loss if tokens else math.nan, tokens, by_position.tolist(), text))
     return results | {VALIDATION: parts[-1]}
 
 
+def evaluate_sets(
+    model: OlmoeForCausalLM,
+    data: DataConfig,
+    cfg: EvaluationConfig,
+    device: torch.device,
+    with_heartbeat: Callable[[Batches], Batches] = iter,
+    check_finite: bool = False,
+) -> dict[str, Evaluation]:
+    """Evaluate a model on the sets of evaluation.sets. Collective, if there are ranks.
+
+    Args:
+        model, device, with_heartbeat, check_finite: As for `evaluate_data`.
+        data: Sequence length, packing and tokenizer, which the sets share.
+        cfg: The sets, batch size, and number of sequences per set.
+
+    Returns:
+        Name of the set -> result on its validation split, in the order of evaluation.sets.
+    """
+    bytes_V, _ = token_bytes_or_reason(data) if cfg.sets else (None, None)
+    results = {}
+    for one in cfg.sets:
+        batches = with_heartbeat(_batches(data, Path(one.dir).expanduser(), cfg))
+        results[one.name] = evaluate_model(model, batches, device, check_finite, bytes_V)
+    return results
+
+
+def _batches(data: DataConfig, directory: Path, cfg: EvaluationConfig) -> Batches:
+    """This rank's batches of the validation split of one prepared directory."""
+    rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    one = replace(data, dir=str(directory), mixture=[])
+    return build_eval_batches(one, rank, world_size, cfg.micro_batch_size, cfg.max_sequences)
+
+
 def evaluate_model(
-    model: OlmoeForCausalLM, batches: Batches, device: torch.device, check_finite: bool = False
+    model: OlmoeForCausalLM,
+    batches: Batches,
+    device: torch.device,
+    check_finite: bool = False,
+    bytes_V: Tensor | None = None,
 ) -> Evaluation:
     """Evaluate a model on batches. Collective, if there are ranks. The model's mode is restored.
 
@@ -107,6 +154,7 @@ def evaluate_model(
         device: The device of this rank.
         check_finite: Whether to stop at a loss that is not finite. Only for a whole model: the logits are
             computed again, without the other ranks.
+        bytes_V: int64, UTF-8 bytes of each token id. None: bytes are not counted.
 
     Returns:
         The result over the target tokens of all ranks. Sums are fp64.
@@ -116,7 +164,9 @@ def evaluate_model(
     """
     was_training = model.training
     model.eval()
-    sums = torch.zeros(2, dtype=torch.float64, device=device)  # sum of the losses, number of target tokens
+    sums = torch.zeros(3, dtype=torch.float64, device=device)  # losses, target tokens, their bytes
+    if bytes_V is not None:
+        bytes_V = bytes_V.to(device)
     position_P2 = torch.zeros(0, 2, dtype=torch.float64, device=device)
     with torch.no_grad():
         for batch in batches:
@@ -128,6 +178,8 @@ def evaluate_model(
             is_target_BS = inputs["targets"] != IGNORE_INDEX
             sums[0] += ce_sum
             sums[1] += is_target_BS.sum()
+            if bytes_V is not None:
+                sums[2] += bytes_V[inputs["targets"][is_target_BS]].sum()
             losses_BS = torch.cat(chunks).view_as(is_target_BS)
             by_position_P2 = sums_by_position(
                 losses_BS, is_target_BS, min(POSITION_PARTS, losses_BS.shape[1])
@@ -137,8 +189,9 @@ def evaluate_model(
     if dist.is_initialized():
         dist.all_reduce(sums)
         dist.all_reduce(position_P2)
-    loss_sum, tokens = sums.tolist()
-    return Evaluation(loss_sum / tokens if tokens else math.nan, int(tokens), position_P2.tolist())
+    loss_sum, tokens, text = sums.tolist()
+    loss = loss_sum / tokens if tokens else math.nan
+    return Evaluation(loss, int(tokens), position_P2.tolist(), None if bytes_V is None else int(text))
 
 
 def _why_not_finite(model: OlmoeForCausalLM, inputs: dict[str, Tensor]) -> str:

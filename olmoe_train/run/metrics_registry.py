@@ -277,7 +277,8 @@ METRICS: tuple[Metric, ...] = (
     Metric(
         "eval/NAME/loss",
         "as `train/loss`",
-        "the objective's loss on the validation split, without router losses; of `grpo`, the negative reward",
+        "the objective's loss on the validation split, without router losses; of `grpo`, the negative "
+        "reward. Of a set of `evaluation.sets`, the cross-entropy in nats per target token",
         Group.validation,
         LOWER,
         "loss {:.4f}",
@@ -285,10 +286,19 @@ METRICS: tuple[Metric, ...] = (
     Metric(
         "eval/NAME/perplexity",
         "none",
-        "exp(loss), of `next_token`",
+        "exp(loss), of `next_token` and of `evaluation.sets`",
         Group.validation,
         LOWER,
         "perplexity {:.2f}",
+    ),
+    Metric(
+        "eval/NAME/bits_per_byte",
+        "bits per byte",
+        "loss x target tokens / (ln 2 x their UTF-8 bytes), of `next_token` and of `evaluation.sets`. It "
+        "compares models with different tokenizers. Only with a byte-level BPE",
+        Group.validation,
+        LOWER,
+        "bits per byte {:.4f}",
     ),
     Metric(
         "eval/NAME/loss_by_position",

@@ -1,7 +1,9 @@
 """A run's sharded checkpoint as a source: export, generate and evaluate without the ranks that made it."""
 
+import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,18 +17,22 @@ from olmoe_train.checkpoint.convert.stored_model import (
     tokenizer_directory,
 )
 from olmoe_train.checkpoint.sharded import save_checkpoint
+from olmoe_train.cli.evaluate import evaluate as evaluate_verb
+from olmoe_train.cli.evaluate import main as evaluate_main
 from olmoe_train.cli.export import main as export
 from olmoe_train.cli.generate import main as generate
-from olmoe_train.config.choices import Precision
+from olmoe_train.config.choices import Device, Precision, Strategy
+from olmoe_train.config.data import DataConfig
 from olmoe_train.config.model import ModelConfig
-from olmoe_train.config.train import TrainConfig
-from olmoe_train.config.verbs import ExportConfig, GenerateConfig
+from olmoe_train.config.train import EvaluationConfig, EvaluationSet, ParallelConfig, TrainConfig
+from olmoe_train.config.verbs import EvaluateConfig, ExportConfig, GenerateConfig
 from olmoe_train.data.tokenizer import load_tokenizer, train_tokenizer
-from olmoe_train.evaluation.perplexity import evaluate_model
+from olmoe_train.evaluation.perplexity import Evaluation, evaluate_model
 from olmoe_train.model import OlmoeConfig, OlmoeForCausalLM
 from olmoe_train.model.cross_entropy import shift_labels
 from olmoe_train.training.preflight.model_and_data import model_errors
 from olmoe_train.utils.errors import UserError
+from tests.support.prepared_texts import TEXTS, prepare_texts
 from tests.support.ranks import run_ranks
 from tests.support.sizes import SIZES
 from tests.support.tiny import build, global_batch, train_step, whole
@@ -199,3 +205,74 @@ def test_evaluation_is_the_same_mean_on_one_rank_and_on_two() -> None:
     assert together[0] == together[1]
     assert together[0][1] == alone[1] == (ids[:, 1:] != -100).sum()
     assert together[0][0] == pytest.approx(alone[0], rel=1e-6)
+
+
+@pytest.fixture(scope="module")
+def texts(run: tuple[Path, Any], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Prepared directories by name, with the tokenizer of the run."""
+    root = tmp_path_factory.mktemp("texts")
+    tokenizer = run[0] / "tokenizer"
+    return {
+        name: prepare_texts(root / name, texts, tokenizer)
+        for name, texts in (("data", TEXTS), ("code", TEXTS[-1:]))
+    }
+
+
+def evaluate_in_layouts(layouts: list[EvaluateConfig]) -> list[dict[str, Evaluation]]:
+    return [evaluate_verb(cfg, CPU) for cfg in layouts]
+
+
+def test_the_verb_gives_the_same_on_one_process_and_on_ranks(
+    run_dir: Path, texts: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Sharded, with the experts on two ranks, and in copies; the table and the JSON file say the same."""
+    sets = [EvaluationSet("code", str(texts["code"]))]
+    one = EvaluateConfig(
+        str(run_dir),
+        DataConfig(dir=str(texts["data"]), sequence_length=16),
+        EvaluationConfig(micro_batch_size=1, sets=sets),
+        device=Device.cpu,
+        out=str(tmp_path / "alone.json"),
+    )
+    evaluate_main(one)
+    shown = capsys.readouterr().out.splitlines()
+    expected = json.loads((tmp_path / "alone.json").read_text())["sets"]
+    assert list(expected) == ["validation", "code"]
+    assert expected["code"]["loss"] != expected["validation"]["loss"]
+    for name, values in expected.items():
+        numbers = f"{values['loss']:.4f} {values['perplexity']:,.2f} {values['bits_per_byte']:.4f}"
+        assert f"{name} {numbers} {values['tokens']}" in [" ".join(line.split()) for line in shown]
+
+    layouts = [
+        replace(one, parallel=parallel, out=str(tmp_path / "ranks.json"))
+        for parallel in (
+            ParallelConfig(expert_parallel_size=2),
+            ParallelConfig(),
+            ParallelConfig(Strategy.ddp),
+        )
+    ]
+    for results in run_ranks(2, evaluate_in_layouts, [*layouts, replace(one, precision=Precision.bf16)]):
+        *same, rounded = results
+        for result in same:
+            for name, values in expected.items():
+                assert (result[name].tokens, result[name].bytes) == (values["tokens"], values["bytes"])
+                assert result[name].loss == pytest.approx(values["loss"], rel=1e-6)
+                assert result[name].bits_per_byte == pytest.approx(values["bits_per_byte"], rel=1e-6)
+        assert 1e-6 < abs(rounded["code"].loss / expected["code"]["loss"] - 1) < 1e-2
+    assert json.loads((tmp_path / "ranks.json").read_text())["sets"].keys() == expected.keys()
+
+
+def test_the_verb_names_wrong_options(run_dir: Path, texts: dict[str, Path], tmp_path: Path) -> None:
+    one = EvaluateConfig(
+        str(run_dir), DataConfig(dir=str(texts["data"]), sequence_length=16), device=Device.cpu
+    )
+    nowhere = EvaluationConfig(sets=[EvaluationSet("code", str(tmp_path / "nowhere"))])
+    for changes, message in (
+        ({"parallel": ParallelConfig(Strategy.deepspeed)}, "parallel.strategy=deepspeed: DeepSpeed's engine"),
+        ({"parallel": ParallelConfig(expert_parallel_size=3)}, "must divide model.num_experts=8"),
+        ({"out": str(tmp_path / "no" / "x.json")}, f"out=.*: there is no directory {tmp_path / 'no'}"),
+        ({"evaluation": nowhere}, r"evaluation.sets\[0\].dir=.*nowhere: there is no prepared data"),
+        ({"evaluation": EvaluationConfig(micro_batch_size=0)}, "micro_batch_size=0: must be positive"),
+    ):
+        with pytest.raises(UserError, match=message):
+            evaluate_main(replace(one, **changes))

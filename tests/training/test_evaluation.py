@@ -1,11 +1,18 @@
-"""The evaluation callback on data without a validation split."""
+"""The evaluation callback: data without a validation split, and the sets of evaluation.sets."""
 
+import shutil
+from dataclasses import replace
 from pathlib import Path
 
-from olmoe_train.config.train import EvaluationConfig, ParallelConfig
+import pytest
+
+from olmoe_train.config.train import EvaluationConfig, EvaluationSet, ParallelConfig
 from olmoe_train.train import train
+from olmoe_train.training.preflight.checks import validate
+from olmoe_train.utils.errors import UserError
 from tests.support.data import write_prepared
-from tests.support.faults import config, records
+from tests.support.faults import config, records, without_timing, write_data
+from tests.support.prepared_texts import TEXTS, prepare_texts
 
 
 def test_data_without_a_validation_split_is_trained_on_with_a_warning(tmp_path: Path) -> None:
@@ -17,3 +24,56 @@ def test_data_without_a_validation_split_is_trained_on_with_a_warning(tmp_path: 
     assert len(logged) == 2  # one record per step, and none of an evaluation
     assert not any(name.startswith("eval/") for record in logged for name in record)
     assert (tmp_path / "run" / "log.txt").read_text().count("no validation split") == 1
+
+
+def test_sets_are_logged_and_change_no_training(tmp_path: Path) -> None:
+    data = prepare_texts(tmp_path / "data")
+    shutil.copytree(data, tmp_path / "copy")
+    other = prepare_texts(tmp_path / "other", TEXTS[:2], tokenizer=data / "tokenizer")
+    changes = {
+        "trainer": {"max_steps": 2},
+        "parallel": ParallelConfig(),
+        "model": {"vocab_size": 320},
+    }
+    sets = [EvaluationSet("copy", str(tmp_path / "copy")), EvaluationSet("other", str(other))]
+    plain = config(data, tmp_path / "plain", **changes)
+    with_sets = replace(plain, run_dir=str(tmp_path / "sets"))
+    train(plain)
+    train(replace(with_sets, evaluation=EvaluationConfig(every=1, sets=sets)))
+    before, after = (
+        [without_timing(r) for r in records(run, "train/loss")] for run in (plain.run_dir, with_sets.run_dir)
+    )
+    assert before == after
+    evaluated = records(with_sets.run_dir, "eval/other/loss")
+    assert [row["step"] for row in evaluated] == [0, 1, 2]
+    for row in evaluated:
+        for key in ("loss", "perplexity", "bits_per_byte"):
+            assert row[f"eval/copy/{key}"] == row[f"eval/validation/{key}"] != row[f"eval/other/{key}"]
+    assert "bits_per_byte is not measured" not in (tmp_path / "sets" / "log.txt").read_text()
+
+
+def test_wrong_sets_are_named_before_the_first_step(tmp_path: Path) -> None:
+    data = write_data(tmp_path / "data")
+    unlike = prepare_texts(tmp_path / "unlike")
+    empty = write_prepared(tmp_path / "empty", [[2, 3]], vocab_size=64)
+    sets = [
+        EvaluationSet("validation", str(data)),
+        EvaluationSet("a", str(data)),
+        EvaluationSet("a", str(tmp_path / "nowhere")),
+        EvaluationSet("b/c", str(unlike)),
+        EvaluationSet("d", str(empty)),
+    ]
+    evaluation = EvaluationConfig(sets=sets)
+    cfg = config(data, tmp_path / "run", evaluation=evaluation, parallel=ParallelConfig())
+    with pytest.raises(UserError) as caught:
+        validate(cfg, 1)
+    for message in (
+        "evaluation.sets[0].name=validation: is the name of a validation split",
+        "evaluation.sets[2].name=a: is the name of evaluation.sets[1], too",
+        f"evaluation.sets[2].dir={tmp_path / 'nowhere'}: there is no prepared data",
+        "evaluation.sets[3].name=b/c: may have only letters",
+        f"evaluation.sets[3].dir={unlike}: was prepared with another tokenizer than data.dir={data}",
+        f"evaluation.sets[4].dir={empty}: its validation split is empty",
+    ):
+        assert message in str(caught.value)
+    assert str(caught.value).count("evaluation.sets") == 7

@@ -20,6 +20,7 @@ from olmoe_train.train import train
 from tests.support.data import write_prepared
 from tests.support.faults import records
 from tests.support.preferences import pair, write_preferences
+from tests.support.prepared_texts import prepare_texts
 from tests.support.prompts import grpo_values, write_prompts
 from tests.support.runs import TINY, compose, real_tokens
 
@@ -55,6 +56,8 @@ def runs(directory: Path) -> Iterator[dict[str, Any]]:
     }
     for kind in PreferenceKind:
         yield of_pairs | {"objective.kind": kind.value}
+    texts = prepare_texts(directory / "texts")
+    yield TINY | {"data.dir": texts, "evaluation.sets": f"[{{name: web, dir: {texts}}}]"}
     (directory / "grpo").mkdir()
     write_prompts(directory / "grpo")
     yield grpo_values(directory / "grpo") | {

@@ -10,7 +10,9 @@ from olmoe_train.config.train import EvaluationConfig
 from olmoe_train.data.loader import TrainingData
 from olmoe_train.data.manifest import TOKENIZER
 from olmoe_train.data.mixture import mixture_components
+from olmoe_train.data.token_bytes import token_bytes_or_reason
 from olmoe_train.data.tokenizer import load_tokenizer
+from olmoe_train.evaluation.perplexity import evaluate_sets
 from olmoe_train.evaluation.samples import sample_prompts
 from olmoe_train.model import OlmoeForCausalLM
 from olmoe_train.run.loggers import MetricsLog
@@ -18,6 +20,7 @@ from olmoe_train.run.metrics_registry import shown
 from olmoe_train.run.watchdog import Watchdog
 from olmoe_train.training.callbacks.base import Callback, StepReport
 from olmoe_train.training.objectives.base import Objective, Validation
+from olmoe_train.training.objectives.next_token import validation_of
 from olmoe_train.training.state import TrainState
 from olmoe_train.training.throughput import Throughput
 from olmoe_train.utils.errors import UserError
@@ -26,7 +29,8 @@ log = logging.getLogger(__name__)
 
 
 class Evaluate(Callback):
-    """What the objective measures on the validation splits, eval/NAME/loss and more, and eval/samples."""
+    """What the objective measures on the validation splits, eval/NAME/loss and more, the cross-entropy of
+    evaluation.sets, and eval/samples."""
 
     def __init__(
         self,
@@ -41,12 +45,12 @@ class Evaluate(Callback):
     ) -> None:
         self.cfg, self.data, self.model, self.objective = cfg, data, model, objective
         self.metrics, self.throughput, self.watchdog = metrics, throughput, watchdog
-        self.device = device
+        self.device, self.has_warned = device, False
         self.has_data = any(manifest.validation.tokens for manifest in data.manifests.values())
 
     def on_start(self, state: TrainState) -> None:
         if not self.has_data:
-            log.warning("WARNING: the data has no validation split, so eval/* is not measured")
+            log.warning("WARNING: the data has no validation split, so it is not evaluated")
         if state.step == 0 and self.cfg.at_start:
             self._evaluate(state)
 
@@ -55,14 +59,29 @@ class Evaluate(Callback):
             self._evaluate(state)
 
     def _evaluate(self, state: TrainState) -> None:
-        if not self.has_data and not self.cfg.prompts:
+        if not (self.has_data or self.cfg.sets or self.cfg.prompts):
             return
         results: dict[str, Validation] = {}
         if self.has_data:
             results = self.objective.validate(self.model, self.data, self.cfg, self.watchdog.with_heartbeat)
+        of_sets = evaluate_sets(
+            self.model, self.data.cfg, self.cfg, self.device, self.watchdog.with_heartbeat
+        )
+        results |= {name: validation_of(one) for name, one in of_sets.items()}
+        self._warn_without_bytes(results)
         samples = self._sample() if self.cfg.prompts else {}
         self._log(state, results, samples)
         self.throughput.restart(state.tokens)
+
+    def _warn_without_bytes(self, results: dict[str, Validation]) -> None:
+        """Say once why losses of text have no bits per byte."""
+        text = [one.values for one in results.values() if "perplexity" in one.values]
+        if self.has_warned or all("bits_per_byte" in values for values in text):
+            return
+        _, reason = token_bytes_or_reason(self.data.cfg)
+        if reason is not None:
+            log.warning("WARNING: eval/NAME/bits_per_byte is not measured: %s", reason)
+        self.has_warned = True
 
     def _sample(self) -> dict[str, Any]:
         """eval/samples; nothing where a logit is not finite, which the losses show, too."""

@@ -5,7 +5,7 @@ from torch import Tensor
 
 from olmoe_train.config.train import EvaluationConfig
 from olmoe_train.data.loader import TrainingData
-from olmoe_train.evaluation.perplexity import evaluate_data
+from olmoe_train.evaluation.perplexity import Evaluation, evaluate_data
 from olmoe_train.model import OlmoeForCausalLM
 from olmoe_train.training.batch import Batch, Totals
 from olmoe_train.training.objectives.base import Heartbeat, RouterSums, Validation
@@ -47,12 +47,15 @@ class NextToken:
     def validate(
         self, model: OlmoeForCausalLM, data: TrainingData, cfg: EvaluationConfig, with_heartbeat: Heartbeat
     ) -> dict[str, Validation]:
-        """Loss, perplexity, and the loss by position: eval/SET/loss and so on."""
+        """Loss, perplexity, bits per byte, and the loss by position: eval/SET/loss and so on."""
         results = evaluate_data(model, data.cfg, cfg, self.device, with_heartbeat)
-        return {
-            name: Validation(
-                {"loss": one.loss, "perplexity": one.perplexity, "loss_by_position": one.loss_by_position},
-                f"{one.tokens:,} tokens",
-            )
-            for name, one in results.items()
-        }
+        return {name: validation_of(one) for name, one in results.items()}
+
+
+def validation_of(one: Evaluation) -> Validation:
+    """The metrics of a cross-entropy. There are no bits per byte if the bytes are not known."""
+    values: dict[str, float | list[float | None]] = {"loss": one.loss, "perplexity": one.perplexity}
+    if one.bits_per_byte is not None:
+        values["bits_per_byte"] = one.bits_per_byte
+    values["loss_by_position"] = one.loss_by_position
+    return Validation(values, f"{one.tokens:,} tokens")

@@ -5,7 +5,7 @@ from olmoe_train.config.variants import variant_errors
 from olmoe_train.distributed.rendezvous import launcher_warnings
 from olmoe_train.training.preflight.adapter import adapter_errors, adapter_warnings
 from olmoe_train.training.preflight.backend import backend_errors, machine_errors
-from olmoe_train.training.preflight.evaluation import sampling_errors
+from olmoe_train.training.preflight.evaluation import sampling_errors, set_errors
 from olmoe_train.training.preflight.model_and_data import data_errors, model_errors
 from olmoe_train.training.preflight.parallel import deepspeed_file_errors, parallel_errors
 from olmoe_train.training.preflight.preference import (
@@ -39,6 +39,7 @@ def validate(cfg: TrainConfig, world_size: int) -> list[str]:
     of_data, manifests = data_errors(cfg, check_tokens=not of_model)
     of_data += preference_data_errors(cfg, manifests)
     of_data += router_analysis_errors(cfg, manifests)
+    of_data += set_errors(cfg.evaluation.sets, cfg.data, manifests)
     errors = [*_configuration_errors(cfg, world_size, of_model), *of_data, *machine_errors(cfg)]
     if not errors:
         errors = [*sampling_errors(cfg), *deepspeed_file_errors(cfg, world_size)]

@@ -43,12 +43,7 @@ def keys_without_effect(cfg: TrainConfig, manifests: dict[str, Manifest]) -> lis
         warnings.append("balancing.scope has no effect: loss.router_aux_loss_coef=0")
     if cfg.checkpoint.keep_every and not cfg.checkpoint.keep:
         warnings.append("checkpoint.keep_every has no effect: checkpoint.keep=0 keeps every checkpoint")
-    if cfg.parallel.strategy is not Strategy.deepspeed:
-        warnings += [
-            f"parallel.{name} has no effect: parallel.strategy is {cfg.parallel.strategy.value}"
-            for name in ("zero_stage", "offload", "deepspeed_config")
-            if getattr(cfg.parallel, name) != getattr(ParallelConfig(), name)
-        ]
+    warnings += deepspeed_keys_without_effect(cfg.parallel)
     if not cfg.logging.explain_spikes and not isinstance(cfg.objective, NextTokenConfig):
         warnings.append(
             f"logging.explain_spikes has no effect: objective={cfg.objective.name} explains no spikes"
@@ -57,6 +52,17 @@ def keys_without_effect(cfg: TrainConfig, manifests: dict[str, Manifest]) -> lis
     if cfg.optimizer.max_grad_norm == 0:
         warnings.append("optimizer.max_grad_norm=0: gradients are not clipped")
     return warnings
+
+
+def deepspeed_keys_without_effect(parallel: ParallelConfig) -> list[str]:
+    """Warnings about keys of DeepSpeed that are set in another layout."""
+    if parallel.strategy is Strategy.deepspeed:
+        return []
+    return [
+        f"parallel.{name} has no effect: parallel.strategy is {parallel.strategy.value}"
+        for name in ("zero_stage", "offload", "deepspeed_config")
+        if getattr(parallel, name) != getattr(ParallelConfig(), name)
+    ]
 
 
 def _initial_weights_without_effect(model: ModelConfig) -> list[str]:
