@@ -259,6 +259,7 @@ def measure(cfg: TrainConfig) -> tuple[int, int, int, int, int]:
     """Bytes on this rank: parameters, gradients, moments, quantized weights, and the peak of the second of
     two steps."""
     device = init_distributed("cpu")
+    torch.manual_seed(0)  # with expert parallelism, the peak depends on which tokens arrive at this rank
     model = build_model(cfg, build_mesh(cfg.parallel, device))
     if cfg.adapter.name != "none":
         with torch.no_grad():
