@@ -5,9 +5,7 @@ and not listed here is a failing test.
 """
 
 import re
-import sys
 from functools import cache
-from pathlib import Path
 
 from olmoe_train.run.metric import Better, Group, Metric
 from olmoe_train.run.metric_alarms import DEAD_EXPERTS, LOW_ENTROPY, SKIPPED_STEPS, UNEVEN_LOAD
@@ -387,26 +385,3 @@ def shown(name: str, value: float | None) -> str | None:
     if value is None or metric is None or metric.console is None:
         return None
     return metric.console.format(value)
-
-
-def markdown_table(group: Group) -> str:
-    """The group's metrics as a Markdown table."""
-    rows = [f"| `{m.name}` | {m.unit} | {m.meaning} |" for m in METRICS if m.group is group]
-    return "\n".join(["| Name | Unit | Meaning |", "|---|---|---|", *rows])
-
-
-def with_tables(page: str) -> str:
-    """A Markdown page in which the table of each section that is named like a group is the group's table."""
-    for group in Group:
-        section = re.compile(
-            rf"(?<=^## {group.value}$)(.*?\n)\|[^\n]*\n(?:\|[^\n]*\n)*", re.MULTILINE | re.DOTALL
-        )
-        if (found := section.search(page)) is not None:
-            page = page[: found.end(1)] + markdown_table(group) + "\n" + page[found.end() :]
-    return page
-
-
-if __name__ == "__main__":
-    # python -m olmoe_train.run.metrics_registry docs/reference/metrics.md
-    path = Path(sys.argv[1])
-    path.write_text(with_tables(path.read_text(encoding="utf-8")), encoding="utf-8")

@@ -14,7 +14,8 @@ from olmoe_train.distributed.mesh import init_distributed
 from olmoe_train.model import OlmoeForCausalLM
 from olmoe_train.run.loggers import MetricsLog
 from olmoe_train.run.metric import Group
-from olmoe_train.run.metrics_registry import METRICS, find_metric, markdown_table, shown, with_tables
+from olmoe_train.run.metrics_registry import METRICS, find_metric, shown
+from olmoe_train.run.metrics_tables import markdown_table, with_tables
 from olmoe_train.run.sinks.wandb import WandbSink
 from olmoe_train.train import train
 from tests.support.data import write_prepared
@@ -102,7 +103,7 @@ def test_values_are_shown_as_the_registry_says() -> None:
 
 def test_the_documentation_has_the_tables_of_the_registry() -> None:
     page = (Path(__file__).parents[2] / "docs/reference/metrics.md").read_text(encoding="utf-8")
-    assert with_tables(page) == page, "python -m olmoe_train.run.metrics_registry docs/reference/metrics.md"
+    assert with_tables(page) == page, "python -m olmoe_train.run.metrics_tables docs/reference/metrics.md"
     assert all(markdown_table(group) in page for group in Group)
     assert with_tables(page.replace("cross-entropy |", "entropy |")) == page
 
