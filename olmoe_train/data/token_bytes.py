@@ -17,7 +17,7 @@ from tokenizers import pre_tokenizers
 from torch import Tensor
 
 from olmoe_train.config.data import DataConfig
-from olmoe_train.data.manifest import TOKENIZER, Manifest, read_manifest
+from olmoe_train.data.manifest import TOKENIZER, read_manifest
 from olmoe_train.data.mixture import mixture_components
 from olmoe_train.utils.errors import UserError
 
@@ -27,7 +27,7 @@ KEEPS_ALL_TEXT = ("ByteLevel", "Digits", "Split")
 """Pre-tokenizers that only cut the text. Split can also remove what it matches."""
 
 
-def token_bytes(data: DataConfig) -> Tensor:
+def token_bytes_or_reason(data: DataConfig) -> tuple[Tensor | None, str | None]:
     """Count the bytes of each token of the tokenizer of prepared data.
 
     The normalizer NFC is accepted: it replaces characters by equivalent ones, and the bytes are those of the
@@ -37,34 +37,29 @@ def token_bytes(data: DataConfig) -> Tensor:
         data: The prepared data, one directory or a mixture.
 
     Returns:
-        int64 [V] on the CPU.
-
-    Raises:
-        UserError: The tokenizer does not say exactly how many bytes its tokens have. The message is the
-            reason.
+        (int64 [V] on the CPU, None); or, if the tokenizer does not say exactly how many bytes its tokens
+        have, (None, the reason).
     """
     directory = mixture_components(data)[0].directory
-    return _counted(directory, read_manifest(directory))
+    manifest = read_manifest(directory)
+    if manifest.tokenizer_sha256 is None:
+        return None, f"{directory} has no tokenizer"
+    path = directory / TOKENIZER / "tokenizer.json"
+    without_text = tuple({manifest.eos_token_id, manifest.padding})
+    return _bytes_or_reason(path, manifest.tokenizer_sha256, manifest.vocab_size, without_text)
 
 
-def token_bytes_or_reason(data: DataConfig) -> tuple[Tensor | None, str | None]:
-    """What `token_bytes` returns, or the reason why there is none."""
+@lru_cache(maxsize=4)  # a run asks at every validation
+def _bytes_or_reason(
+    path: Path, _sha256: str, vocab_size: int, without_text: tuple[int, ...]
+) -> tuple[Tensor | None, str | None]:
     try:
-        return token_bytes(data), None
+        return _of_file(path, vocab_size, without_text), None
     except UserError as error:
         return None, str(error)
 
 
-def _counted(directory: Path, manifest: Manifest) -> Tensor:
-    if manifest.tokenizer_sha256 is None:
-        raise UserError(f"{directory} has no tokenizer")
-    path = directory / TOKENIZER / "tokenizer.json"
-    without_text = tuple({manifest.eos_token_id, manifest.padding})
-    return _of_file(path, manifest.tokenizer_sha256, manifest.vocab_size, without_text)
-
-
-@lru_cache(maxsize=4)  # a run asks at every validation
-def _of_file(path: Path, _sha256: str, vocab_size: int, without_text: tuple[int, ...]) -> Tensor:
+def _of_file(path: Path, vocab_size: int, without_text: tuple[int, ...]) -> Tensor:
     content = json.loads(path.read_text(encoding="utf-8"))
     if (reason := _why_inexact(content)) is not None:
         raise UserError(f"{path}: {reason}")

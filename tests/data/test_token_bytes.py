@@ -11,7 +11,7 @@ from tokenizers import Tokenizer
 
 from olmoe_train.config.data import DataConfig
 from olmoe_train.config.train import EvaluationConfig
-from olmoe_train.data.token_bytes import _why_inexact, token_bytes
+from olmoe_train.data.token_bytes import _why_inexact, token_bytes_or_reason
 from olmoe_train.evaluation.perplexity import evaluate_data
 from olmoe_train.model import OlmoeConfig, OlmoeForCausalLM
 from tests.support.data import read_documents
@@ -25,7 +25,8 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_the_bytes_of_the_tokens_are_those_of_the_text(prepared: Path) -> None:
-    bytes_V = token_bytes(DataConfig(dir=str(prepared)))
+    bytes_V, _ = token_bytes_or_reason(DataConfig(dir=str(prepared)))
+    assert bytes_V is not None
     counted = sorted(int(bytes_V[document].sum()) for document in read_documents(prepared, "validation"))
     assert counted == sorted(len(text.encode()) * 3 for text in TEXTS)
     tokenizer = Tokenizer.from_file(str(prepared / "tokenizer" / "tokenizer.json"))
