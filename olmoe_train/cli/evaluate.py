@@ -34,7 +34,8 @@ from olmoe_train.model import OlmoeConfig
 from olmoe_train.training.preflight.evaluated_model import layout_errors, layout_warnings, option_errors
 from olmoe_train.training.preflight.evaluation import set_errors
 from olmoe_train.utils.errors import UserError
-from olmoe_train.utils.files import atomic_write_text
+from olmoe_train.utils.files import write_out
+from olmoe_train.utils.finite import finite_or_none
 
 LEAVE_S = 600.0
 """Longest time that ranks wait for each other when they meet and when they leave, in seconds."""
@@ -88,7 +89,7 @@ def evaluate(cfg: EvaluateConfig, device: torch.device) -> dict[str, Evaluation]
         content = {"source": cfg.source, "sets": as_json(results | of_sets)} | (
             {"samples": samples} if samples else {}
         )
-        on_rank_0(lambda: write(content, out))
+        on_rank_0(lambda: write_out(out, json.dumps(content, indent=2) + "\n"))
     return results | of_sets
 
 
@@ -161,8 +162,8 @@ def as_json(results: dict[str, Evaluation]) -> dict[str, Any]:
     """The results for the JSON file; null where a number is not finite or not known."""
     return {
         name: {
-            "loss": finite(one.loss),
-            "perplexity": finite(one.perplexity),
+            "loss": finite_or_none(one.loss),
+            "perplexity": finite_or_none(one.perplexity),
             "bits_per_byte": one.bits_per_byte,
             "tokens": one.tokens,
             "bytes": one.bytes,
@@ -170,15 +171,6 @@ def as_json(results: dict[str, Evaluation]) -> dict[str, Any]:
         }
         for name, one in results.items()
     }
-
-
-def finite(value: float) -> float | None:
-    return value if math.isfinite(value) else None
-
-
-def write(content: dict[str, Any], out: Path) -> None:
-    """Write the JSON file, complete or not at all."""
-    atomic_write_text(out, json.dumps(content, indent=2) + "\n")
 
 
 def check_data(config: OlmoeConfig, manifest: Manifest, cfg: EvaluateConfig | AnalyzeConfig) -> None:

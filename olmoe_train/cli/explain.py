@@ -31,7 +31,6 @@ from olmoe_train.training.build_objective import build_objective
 from olmoe_train.training.explain.content import (
     as_json,
     document_records,
-    finite,
     layer_shift,
     missing_origins,
     where,
@@ -41,7 +40,8 @@ from olmoe_train.training.explain.gradients import StepGradient, step_gradient
 from olmoe_train.training.explain.own_batches import has_own_batches
 from olmoe_train.training.preflight.explained_run import run_to_explain
 from olmoe_train.utils.errors import UserError
-from olmoe_train.utils.files import atomic_write_text
+from olmoe_train.utils.files import write_out
+from olmoe_train.utils.finite import finite_or_none
 
 
 def main(cfg: ExplainConfig) -> None:
@@ -55,7 +55,7 @@ def main(cfg: ExplainConfig) -> None:
         content = explain(cfg, device)
         run_dir = Path(cfg.source).expanduser()
         out = Path(cfg.out).expanduser() if cfg.out else run_dir / "explain" / f"step-{cfg.step:08d}.json"
-        on_rank_0(lambda: write(content, out))
+        on_rank_0(lambda: write_out(out, as_json(content)))
         if dist.get_rank() == 0:
             print(table(content, cfg.top))
             print(f"all {len(content['documents']):,} documents: {out}")
@@ -133,17 +133,17 @@ def progress(keys: Iterable[Key]) -> Iterator[Key]:
 def step_values(losses: StepLosses, gradient: StepGradient | None) -> dict[str, Any]:
     """The values of the step as a whole."""
     values: dict[str, Any] = {
-        "ce_loss": finite(losses.ce_loss),
+        "ce_loss": finite_or_none(losses.ce_loss),
         "targets": losses.targets,
         "tokens": sum(document.tokens for document in losses.documents),
     }
     if gradient is not None:
-        values["terms"] = {name: finite(value) for name, value in gradient.terms.items()}
-        values["grad_norm"] = finite(gradient.norm)
+        values["terms"] = {name: finite_or_none(value) for name, value in gradient.terms.items()}
+        values["grad_norm"] = finite_or_none(gradient.norm)
         values["gradient_shares"] = {
-            "documents": finite(gradient.cross_entropy.share),
-            "of them not looked at closely": finite(gradient.others_share),
-            "router losses": finite(gradient.router_share),
+            "documents": finite_or_none(gradient.cross_entropy.share),
+            "of them not looked at closely": finite_or_none(gradient.others_share),
+            "router losses": finite_or_none(gradient.router_share),
         }
     return values
 
@@ -154,19 +154,6 @@ def recorded_values(run_dir: Path, step: int) -> dict[str, Any] | None:
         if record["step"] == step and "train/ce_loss" in record:
             return {name: record.get(f"train/{name}") for name in ("loss", "ce_loss", "grad_norm")}
     return None
-
-
-def write(content: dict[str, Any], out: Path) -> None:
-    """Write the JSON file.
-
-    Raises:
-        UserError: It cannot be written.
-    """
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        atomic_write_text(out, as_json(content))
-    except OSError as error:
-        raise UserError(f"out={out}: cannot be written: {error.strerror}") from None
 
 
 def table(content: dict[str, Any], top: int) -> str:

@@ -14,7 +14,7 @@ from olmoe_train.reporting.html_report import render
 from olmoe_train.reporting.run_data import RunReader
 from olmoe_train.reporting.serve import serve
 from olmoe_train.utils.errors import UserError
-from olmoe_train.utils.files import atomic_write_text
+from olmoe_train.utils.files import write_out
 
 log = logging.getLogger(__name__)
 REPORT = "report.html"
@@ -56,11 +56,7 @@ def write(out: Path, page: str) -> None:
     """
     if out.is_dir():
         raise UserError(f"out={out} is a directory: name a file, such as {out / REPORT}")
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        atomic_write_text(out, page)
-    except OSError as error:
-        raise UserError(f"out={out}: cannot be written: {error.strerror}") from None
+    write_out(out, page)
 
 
 def run() -> int:

@@ -10,7 +10,7 @@ repeated, of one with more only a part is seen.
 import hashlib
 from bisect import bisect_left
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from olmoe_train.config.choices import DataFormat
@@ -91,6 +91,11 @@ def mixture_components(data: DataConfig) -> list[MixtureComponent]:
         name = source.name or directory.name
         found.append(MixtureComponent(name, directory, float(weight or 0), source.tokens))
     return found
+
+
+def only_directory(data: DataConfig, directory: Path) -> DataConfig:
+    """The same section `data` for one prepared directory in place of data.dir and data.mixture."""
+    return replace(data, dir=str(directory), mixture=[])
 
 
 def mixture_errors(data: DataConfig) -> list[str]:

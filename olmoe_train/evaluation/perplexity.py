@@ -8,7 +8,7 @@ Shapes: V vocabulary, P parts of the sequence.
 
 import math
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -18,7 +18,7 @@ from torch import Tensor
 from olmoe_train.config.data import DataConfig
 from olmoe_train.config.train import EvaluationConfig
 from olmoe_train.data.loader import build_eval_batches
-from olmoe_train.data.mixture import VALIDATION, mixture_components, read_manifests
+from olmoe_train.data.mixture import VALIDATION, mixture_components, only_directory, read_manifests
 from olmoe_train.data.token_bytes import token_bytes_or_reason
 from olmoe_train.model import OlmoeForCausalLM
 from olmoe_train.model.cross_entropy import IGNORE_INDEX
@@ -134,7 +134,7 @@ def evaluate_sets(
 def _batches(data: DataConfig, directory: Path, cfg: EvaluationConfig) -> Batches:
     """This rank's batches of the validation split of one prepared directory."""
     rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    one = replace(data, dir=str(directory), mixture=[])
+    one = only_directory(data, directory)
     return build_eval_batches(one, rank, world_size, cfg.micro_batch_size, cfg.max_sequences)
 
 

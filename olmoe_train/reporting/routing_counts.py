@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader
 
 from olmoe_train.config.data import DataConfig
 from olmoe_train.data.loader import build_eval_batches
-from olmoe_train.data.mixture import MixtureComponent, mixture_components, read_manifests
+from olmoe_train.data.mixture import MixtureComponent, mixture_components, only_directory, read_manifests
 from olmoe_train.model import OlmoeForCausalLM
 from olmoe_train.model.cross_entropy import IGNORE_INDEX
 from olmoe_train.model.moe.experts import OlmoeExperts, sort_by_expert
@@ -132,7 +132,7 @@ def domain_batches(
     """
     return [
         build_eval_batches(
-            replace(data, dir=str(one.directory), mixture=[]),
+            only_directory(data, one.directory),
             rank,
             world_size,
             micro_batch_size,

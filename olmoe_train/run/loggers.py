@@ -5,7 +5,6 @@ Observing never stops a run: at the first trouble a sink gets no more, and metri
 
 import json
 import logging
-import math
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -22,6 +21,7 @@ from olmoe_train.run.sinks.tensorboard import TensorBoardSink
 from olmoe_train.run.sinks.trackio import TrackioSink
 from olmoe_train.run.sinks.wandb import WandbSink, begin_piece
 from olmoe_train.utils.files import atomic_write_text
+from olmoe_train.utils.finite import finite_or_none
 
 log = logging.getLogger(__name__)
 
@@ -83,7 +83,7 @@ class MetricsLog:
         self.step = values["step"]
         if new := self._alerts.take_unrecorded():
             values["alerts"] = new
-        clean = {name: _finite(value) for name, value in values.items()}
+        clean = {name: finite_or_none(value) for name, value in values.items()}
         with self._path.open("a") as file:
             file.write(json.dumps(clean) + "\n")
         record = Record(clean, has_details, flow_LEE)
@@ -116,13 +116,6 @@ class MetricsLog:
                 text = "warning: %s failed (%r) and gets no more; metrics.jsonl has everything"
                 log.warning(text, sink.name, error)
                 self._sinks.remove(sink)
-
-
-def _finite(value: Any) -> Any:
-    """The value, with None in place of numbers that are not finite."""
-    if isinstance(value, list):
-        return [_finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def close_metrics(metrics: MetricsLog, run_dir: Path) -> None:

@@ -266,6 +266,12 @@ def build_router_analyses(
     ]
 
 
+def build_throughput(cfg: TrainConfig, engine: Engine, tokens: int) -> Throughput:
+    """Measures the speed of the run from now on. tokens: trained on so far."""
+    model, length, precision = engine.model, cfg.data.sequence_length, cfg.trainer.precision
+    return Throughput(model.config, length, precision, engine.device, tokens, model.adapter)
+
+
 def build_callbacks(
     cfg: TrainConfig,
     run: Run,
@@ -287,14 +293,7 @@ def build_callbacks(
     """
     run_dir, device = Path(cfg.run_dir), engine.device
     metrics = build_metrics(cfg, run, engine.model.config, data, state.step)
-    throughput = Throughput(
-        engine.model.config,
-        cfg.data.sequence_length,
-        cfg.trainer.precision,
-        device,
-        state.tokens,
-        engine.model.adapter,
-    )
+    throughput = build_throughput(cfg, engine, state.tokens)
     logging = Logging(
         run,
         metrics,

@@ -39,6 +39,19 @@ def publish_directory(partial: Path, final: Path) -> None:
     fsync_path(final.parent)
 
 
+def write_out(out: Path, text: str) -> None:
+    """Write the file that a user names with `out=`, complete or not at all, and its directory if missing.
+
+    Raises:
+        UserError: It cannot be written.
+    """
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        atomic_write_text(out, text)
+    except OSError as error:
+        raise UserError(f"out={out}: cannot be written: {error.strerror}") from None
+
+
 @contextmanager
 def atomic_directory(final: Path, last: str | None = None) -> Iterator[Path]:
     """Write a directory that appears under its final name complete or not at all.

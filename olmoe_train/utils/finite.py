@@ -1,5 +1,8 @@
 """Values that are not finite: NaN and the infinities."""
 
+import math
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -18,3 +21,10 @@ def first_not_finite(tensor: Tensor) -> str | None:
     flat_index = (~tensor.isfinite()).flatten().byte().argmax()  # the first of equal values
     index = [int(i) for i in torch.unravel_index(flat_index, tensor.shape)]
     return f"{index} is {tensor[tuple(index)].item()}"
+
+
+def finite_or_none(value: Any) -> Any:
+    """A number or a list for JSON, which has no NaN and no infinity: None in place of each of them."""
+    if isinstance(value, list):
+        return [finite_or_none(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -23,10 +23,11 @@ from olmoe_train.optim.skip_step import ENOUGH, REASONS, WINDOW, SkipGuard
 from olmoe_train.run.watchdog import Watchdog
 from olmoe_train.training.batch import StepBatches
 from olmoe_train.training.callbacks.base import Callback, StepReport
-from olmoe_train.training.explain.content import as_json, document_records, finite, missing_origins, where
+from olmoe_train.training.explain.content import as_json, document_records, missing_origins, where
 from olmoe_train.training.explain.documents import StepDocuments, step_losses
 from olmoe_train.training.state import TrainState
 from olmoe_train.training.throughput import Throughput
+from olmoe_train.utils.finite import finite_or_none
 
 log = logging.getLogger(__name__)
 SPIKES = "spikes"
@@ -100,7 +101,7 @@ class Spikes(Callback):
         """
         content: dict[str, Any] = {"step": step, "why": why, "skipped": why in REASONS.values()}
         if not content["skipped"]:  # of a skipped step, the guard keeps the limit in place of the value
-            content |= {"loss": finite(values[0]), "grad_norm": finite(values[1])}
+            content |= {"loss": finite_or_none(values[0]), "grad_norm": finite_or_none(values[1])}
         content["weights"] = {"after_step": state.step, "exact": same_weights}
         if not self.batches.from_data:
             content |= {"documents": [], "notes": ["the batches were given to train(batches=...)"]}
@@ -123,7 +124,7 @@ class Spikes(Callback):
             return
         records = document_records(samples, losses, closely, routing)
         content |= {
-            "ce_loss": finite(losses.ce_loss),
+            "ce_loss": finite_or_none(losses.ce_loss),
             "targets": losses.targets,
             "samples": [first, first + self.global_batch_size],
             "documents": records,

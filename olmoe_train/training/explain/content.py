@@ -4,7 +4,6 @@ Shapes: M documents that are looked at closely, L layers, E experts.
 """
 
 import json
-import math
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ from olmoe_train.data.mixture import VALIDATION, MixtureComponent
 from olmoe_train.data.origins import Origins
 from olmoe_train.training.explain.documents import DocumentLoss, Key, StepLosses
 from olmoe_train.training.explain.gradients import StepGradient
+from olmoe_train.utils.finite import finite_or_none
 
 EXCERPT_TOKENS, EXCERPT_CHARACTERS = 64, 120
 TOP_EXPERTS = 3
@@ -61,8 +61,8 @@ def document_records(
             records[place]["routing"] = routing_values(routing[0][place], routing[1])
         if gradient is not None:
             part = gradient.documents[key]
-            records[place]["gradient_share"] = finite(part.share)
-            records[place]["gradient_norm"] = finite(part.norm)
+            records[place]["gradient_share"] = finite_or_none(part.share)
+            records[place]["gradient_norm"] = finite_or_none(part.norm)
     return records
 
 
@@ -76,8 +76,8 @@ def _loss_values(document: DocumentLoss, losses: StepLosses) -> dict[str, Any]:
     return {
         "tokens": document.tokens,
         "targets": document.targets,
-        "loss_per_token": finite(per_token),
-        "loss_share": finite(document.loss / losses.targets),
+        "loss_per_token": finite_or_none(per_token),
+        "loss_share": finite_or_none(document.loss / losses.targets),
     }
 
 
@@ -142,11 +142,6 @@ def as_json(content: dict[str, Any]) -> str:
     documents = ",\n  ".join(json.dumps(record) for record in content["documents"])
     whole = json.dumps({**content, "documents": []}, indent=1)
     return whole.replace('"documents": []', f'"documents": [\n  {documents}\n ]', 1) + "\n"
-
-
-def finite(value: float | None) -> float | None:
-    """The value, or None, which JSON can hold, if it is not finite."""
-    return value if value is not None and math.isfinite(value) else None
 
 
 def layer_shift(record: dict[str, Any]) -> float | None:

@@ -1,7 +1,7 @@
 """Which micro-batches the passes over whole splits of preferences read."""
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -14,7 +14,7 @@ from olmoe_train.data.loader import (
     build_eval_batches,
     build_train_loader,
 )
-from olmoe_train.data.mixture import mixture_components
+from olmoe_train.data.mixture import mixture_components, only_directory
 from olmoe_train.data.tokens import open_split
 from olmoe_train.training.batch import Batch
 from olmoe_train.training.objectives.log_probs import REPEATED
@@ -53,7 +53,7 @@ def validation_batches(
         cfg: micro_batch_size, in samples.
         max_samples: Samples to read, over all ranks. None: all.
     """
-    one = replace(data.cfg, dir=str(source.directory), mixture=[])
+    one = only_directory(data.cfg, source.directory)
     ranks = (dist.get_rank(), dist.get_world_size())
     sizes = (cfg.micro_batch_size, max_samples)
     return build_eval_batches(one, *ranks, *sizes, data.form, source.first_document)
@@ -67,7 +67,7 @@ def first_epochs(data: TrainingData, trainer: TrainerConfig) -> Iterator[tuple[i
     up with samples of the next epoch, whose documents have the id REPEATED.
     """
     for source in mixture_components(data.cfg):
-        one = replace(data.cfg, dir=str(source.directory), mixture=[])
+        one = only_directory(data.cfg, source.directory)
         alone = TrainingData(one, data.seed, data.form)
         yield open_split(source.directory, "train").documents, _first_epoch(alone, trainer)
 
