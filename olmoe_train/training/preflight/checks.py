@@ -121,6 +121,8 @@ def _positive(cfg: TrainConfig) -> dict[str, float]:
         "parallel.replicate_size": parallel.replicate_size,
         "evaluation.micro_batch_size": cfg.evaluation.micro_batch_size,
         "evaluation.max_sequences": cfg.evaluation.max_sequences,
+        "evaluation.max_questions": cfg.evaluation.max_questions,
+        "evaluation.tokens_per_pass": cfg.evaluation.tokens_per_pass,
         "evaluation.sample_tokens": cfg.evaluation.sample_tokens,
         "checkpoint.max_failures": cfg.checkpoint.max_failures,
     }
