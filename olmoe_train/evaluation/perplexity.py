@@ -3,16 +3,19 @@
 The loss is the mean over all target tokens. It does not depend on how tokens are divided into sequences,
 batches and ranks.
 
-Shapes: V vocabulary, P parts of the sequence.
+Shapes: V vocabulary, P parts of the sequence, N sequences with targets.
 """
 
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
+from numpy.typing import NDArray
 from torch import Tensor
 
 from olmoe_train.config.data import DataConfig
@@ -42,6 +45,8 @@ class Evaluation:
     equal parts."""
     bytes: int | None = None
     """UTF-8 bytes of the target tokens. None: the tokenizer does not say."""
+    sequence_sums: NDArray[np.float64] | None = None
+    """[N, 2]: cross-entropy in nats, summed, and number of target tokens of each sequence. None: not kept."""
 
     @property
     def loss_by_position(self) -> list[float | None]:
@@ -67,6 +72,7 @@ def evaluate_data(
     device: torch.device,
     with_heartbeat: Callable[[Batches], Batches] = iter,
     check_finite: bool = False,
+    keep_sequences: bool = False,
 ) -> dict[str, Evaluation]:
     """Evaluate a model on the validation split of every source of the data. Collective, if there are ranks.
 
@@ -76,7 +82,7 @@ def evaluate_data(
         cfg: Batch size, and number of sequences per source.
         device: The device of this rank.
         with_heartbeat: Wraps the batches, to report progress to the watchdog.
-        check_finite: As for `evaluate_model`.
+        check_finite, keep_sequences: As for `evaluate_model`.
 
     Returns:
         Name of the source -> result, for every source that has a validation split. The last one,
@@ -94,14 +100,17 @@ def evaluate_data(
     # If no source has a validation split, the loader raises its error for the first one.
     for source in with_validation or mixture_components(data)[:1]:
         batches = with_heartbeat(_batches(data, source.directory, cfg))
-        results[source.name] = evaluate_model(model, batches, device, check_finite, bytes_V)
+        results[source.name] = evaluate_model(model, batches, device, check_finite, bytes_V, keep_sequences)
     parts = list(results.values())
     if len(parts) > 1:
         tokens = sum(part.tokens for part in parts)
         loss = sum(part.loss * part.tokens for part in parts if part.tokens) / max(1, tokens)
         by_position = torch.tensor([part.position_sums for part in parts], dtype=torch.float64).sum(0)
         text = None if bytes_V is None else sum(part.bytes or 0 for part in parts)
-        parts.append(Evaluation(loss if tokens else math.nan, tokens, by_position.tolist(), text))
+        kept = [part.sequence_sums for part in parts if part.sequence_sums is not None]
+        sequences = np.concatenate(kept) if kept else None
+        loss = loss if tokens else math.nan
+        parts.append(Evaluation(loss, tokens, by_position.tolist(), text, sequences))
     return results | {VALIDATION: parts[-1]}
 
 
@@ -112,11 +121,12 @@ def evaluate_sets(
     device: torch.device,
     with_heartbeat: Callable[[Batches], Batches] = iter,
     check_finite: bool = False,
+    keep_sequences: bool = False,
 ) -> dict[str, Evaluation]:
     """Evaluate a model on the sets of evaluation.sets. Collective, if there are ranks.
 
     Args:
-        model, device, with_heartbeat, check_finite: As for `evaluate_data`.
+        model, device, with_heartbeat, check_finite, keep_sequences: As for `evaluate_data`.
         data: Sequence length, packing and tokenizer, which the sets share.
         cfg: The sets, batch size, and number of sequences per set.
 
@@ -127,7 +137,7 @@ def evaluate_sets(
     results = {}
     for one in cfg.sets:
         batches = with_heartbeat(_batches(data, Path(one.dir).expanduser(), cfg))
-        results[one.name] = evaluate_model(model, batches, device, check_finite, bytes_V)
+        results[one.name] = evaluate_model(model, batches, device, check_finite, bytes_V, keep_sequences)
     return results
 
 
@@ -144,6 +154,7 @@ def evaluate_model(
     device: torch.device,
     check_finite: bool = False,
     bytes_V: Tensor | None = None,
+    keep_sequences: bool = False,
 ) -> Evaluation:
     """Evaluate a model on batches. Collective, if there are ranks. The model's mode is restored.
 
@@ -155,6 +166,7 @@ def evaluate_model(
         check_finite: Whether to stop at a loss that is not finite. Only for a whole model: the logits are
             computed again, without the other ranks.
         bytes_V: int64, UTF-8 bytes of each token id. None: bytes are not counted.
+        keep_sequences: Whether the result has the sums of each sequence, rank by rank.
 
     Returns:
         The result over the target tokens of all ranks. Sums are fp64.
@@ -168,6 +180,7 @@ def evaluate_model(
     if bytes_V is not None:
         bytes_V = bytes_V.to(device)
     position_P2 = torch.zeros(0, 2, dtype=torch.float64, device=device)
+    sequences: list[Tensor] = []
     with torch.no_grad():
         for batch in batches:
             inputs = {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
@@ -185,13 +198,27 @@ def evaluate_model(
                 losses_BS, is_target_BS, min(POSITION_PARTS, losses_BS.shape[1])
             )
             position_P2 = by_position_P2 if not len(position_P2) else position_P2 + by_position_P2
+            if keep_sequences:
+                sequences.append(torch.stack([losses_BS.double().sum(1), is_target_BS.sum(1).double()], 1))
     model.train(was_training)
     if dist.is_initialized():
         dist.all_reduce(sums)
         dist.all_reduce(position_P2)
     loss_sum, tokens, text = sums.tolist()
     loss = loss_sum / tokens if tokens else math.nan
-    return Evaluation(loss, int(tokens), position_P2.tolist(), None if bytes_V is None else int(text))
+    kept = _of_all_ranks(sequences) if keep_sequences else None
+    return Evaluation(loss, int(tokens), position_P2.tolist(), None if bytes_V is None else int(text), kept)
+
+
+def _of_all_ranks(sequences: list[Tensor]) -> NDArray[np.float64]:
+    """[N, 2], the sums of the sequences that have targets, rank by rank. Collective, if there are ranks."""
+    mine_N2 = torch.cat(sequences).cpu().numpy() if sequences else np.empty((0, 2))
+    every: list[Any] = [mine_N2]
+    if dist.is_initialized():
+        every = [None] * dist.get_world_size()
+        dist.all_gather_object(every, mine_N2)
+    sums_N2 = np.concatenate(every)
+    return sums_N2[sums_N2[:, 1] > 0]
 
 
 def _why_not_finite(model: OlmoeForCausalLM, inputs: dict[str, Tensor]) -> str:

@@ -181,7 +181,8 @@ def attention_mask(
     """The attention mask for causal attention that ignores padding.
 
     Args:
-        padding_mask_BC: 1 at tokens and 0 at padding, over cached and new positions. None: no padding.
+        padding_mask_BC: 1 at tokens and 0 at padding, over cached and new positions. None: no padding. A mask
+            [B, 1, S, C] is returned as it is.
         new: S.
         total: C.
         device: Device of the mask.
@@ -195,6 +196,8 @@ def attention_mask(
     """
     if padding_mask_BC is None and (new == total or new == 1):
         return None
+    if padding_mask_BC is not None and padding_mask_BC.dim() == 4:
+        return padding_mask_BC
     if padding_mask_BC is not None and padding_mask_BC.shape[-1] != total:
         raise ValueError(
             f"attention_mask has {padding_mask_BC.shape[-1]} positions, but there are {total} cached and new "

@@ -147,7 +147,8 @@ class OlmoeModel(OlmoePreTrainedModel):
 
         Args:
             padding_mask: [B, C], 0 at padding. Attention ignores the mask if `document_offsets` is given; the
-                routers' sums leave padding out in any case.
+                routers' sums leave padding out in any case. Or bool [B, 1, S, C], true where a position may
+                attend to another one, in place of causal attention; then there is no padding.
             document_offsets: int32 [documents + 1], the start of each document in the B x S tokens of the
                 flattened batch, and the end of the last document. Attention does not cross a document
                 boundary, and positions restart at 0 in every document; `position_ids` is ignored. Padding
@@ -167,7 +168,7 @@ class OlmoeModel(OlmoePreTrainedModel):
             x_BSD, padding_mask, position_ids, cache, cache_position, document_offsets
         )
         token_mask_T = None
-        if output_router_stats and padding_mask is not None:
+        if output_router_stats and padding_mask is not None and padding_mask.dim() == 2:
             token_mask_T = padding_mask.reshape(-1).to(torch.float32)
         hidden_states, attentions, router_logits, router_stats = [], [], [], []
         for layer in self.layers:
@@ -360,7 +361,7 @@ class OlmoeForCausalLM(OlmoePreTrainedModel):
         Args:
             input_ids: [B, S] int64.
             labels: [B, S] int64 as in `forward`: the token at the same position, shifted by this method.
-            attention_mask: [B, S], 0 at padding.
+            attention_mask: [B, S], 0 at padding; or bool [B, 1, S, S], see OlmoeModel.run_layers.
             position_ids: [B, S] or [1, S] int64.
             document_offsets: See OlmoeModel.run_layers.
             targets: [B, S] int64, the token to predict at each position, -100 where there is none; give

@@ -53,10 +53,13 @@ class Question:
     """Where it comes from, for messages: FILE:LINE, or NAME[INDEX]."""
 
     def length_of(self, choice: int) -> tuple[int, int]:
-        """(Characters, UTF-8 bytes) of a choice. The space that joins the choice to the context does not
-        count, as in lm-eval, and in the in-loop evaluation of the released OLMoE (v1 of ai2-olmo-eval)."""
+        """(Characters, UTF-8 bytes) of a choice, each at least 1.
+
+        The space that joins the choice to the context does not count, as in lm-eval, and in the in-loop
+        evaluation of the released OLMoE (v1 of ai2-olmo-eval).
+        """
         text = self.choices[choice].removeprefix(" ")
-        return len(text), len(text.encode())
+        return max(1, len(text)), max(1, len(text.encode()))
 
 
 @dataclass(frozen=True)
