@@ -22,10 +22,9 @@ from olmoe_train.cli.analyze_sources import (
     data_tokenizer,
     model_and_data_errors,
     name_with_reference,
-    names_of_sources,
-    open_source,
 )
 from olmoe_train.cli.app import run_verb
+from olmoe_train.cli.model_sources import names_of_sources, open_source
 from olmoe_train.cli.ranks import HELP, on_ranks
 from olmoe_train.cli.sources import collect_sources
 from olmoe_train.config.choices import DTYPES
@@ -66,7 +65,7 @@ def analyze(cfg: AnalyzeConfig, device: torch.device) -> None:
         raise UserError("\n  ".join(errors))
     verify(cfg.data)
     names, reference = name_with_reference(names_of_sources(cfg.source), cfg.reference)
-    sources = [open_source(name, cfg) for name in names]
+    sources = [open_source(name, cfg.trust_pickle, cfg.strip_prefix) for name in names]
     if errors := model_and_data_errors(dict(zip(names, sources, strict=True)), cfg):
         raise UserError("\n  ".join(errors))
     out = out_directory(cfg, sources[reference])

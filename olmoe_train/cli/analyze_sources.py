@@ -1,48 +1,21 @@
-"""The models and the data of `olmoe analyze`: what `source=` names, and whether all of them fit together."""
+"""The models and the data of `olmoe analyze`: whether all of them fit together."""
 
-import os
 from pathlib import Path
 
 from tokenizers import Tokenizer
 
-from olmoe_train.checkpoint.convert.stored_model import StoredModel, open_stored_model, split_step
-from olmoe_train.checkpoint.directory import complete_checkpoints, step_of
-from olmoe_train.cli.evaluate import check_data
-from olmoe_train.config.choices import StripPrefix
+from olmoe_train.checkpoint.convert.stored_model import StoredModel
+from olmoe_train.cli.model_sources import check_data
 from olmoe_train.config.data import DataConfig
 from olmoe_train.config.verbs import AnalyzeConfig
 from olmoe_train.data.manifest import TOKENIZER
 from olmoe_train.data.mixture import mixture_components, read_manifests
 from olmoe_train.data.tokenizer import load_tokenizer
-from olmoe_train.distributed.collectives import gather_from_all
-from olmoe_train.model.hf.hub import PICKLE_FILES, SMALL_FILES, WEIGHT_FILES, hub_snapshot, is_hub_name
 from olmoe_train.reporting.analysis_record import Decode
 from olmoe_train.utils.errors import UserError
 
-ALL_STEPS = "all"
 MOST_TOKENS = 2**31 - 1
 """Greatest count of an occurrence of a token id at an expert, int32."""
-
-
-def names_of_sources(source: list[str]) -> list[str]:
-    """List the models that `source` names, with RUN@all replaced by the run's checkpoints.
-
-    Raises:
-        UserError: It names no model.
-    """
-    if not source:
-        raise UserError("source=[] names no model: give a model, or a list of models such as [RUN@1000,RUN]")
-    names = []
-    for one in source:
-        directory, step = split_step(one)
-        if step != ALL_STEPS:
-            names.append(one)
-            continue
-        steps = [step_of(path) for path in reversed(complete_checkpoints(Path(directory).expanduser()))]
-        if not steps:
-            raise UserError(f"source={one}: {directory} has no complete checkpoint")
-        names += [f"{directory}@{step}" for step in steps]
-    return names
 
 
 def name_with_reference(names: list[str], reference: str | None) -> tuple[list[str], int]:
@@ -60,38 +33,6 @@ def name_with_reference(names: list[str], reference: str | None) -> tuple[list[s
         return names, len(names) - 1
     every = names if reference in names else [*names, reference]
     return every, every.index(reference)
-
-
-def open_source(name: str, cfg: AnalyzeConfig) -> StoredModel:
-    """Open one model. Collective: the first rank of a node downloads what is on the hub.
-
-    Raises:
-        UserError: There is no such model.
-    """
-    directory, step = split_step(name)
-    if is_hub_name(directory):
-        directory, step = str(download(directory, step, cfg.trust_pickle)), None
-    strip_prefix = cfg.strip_prefix is StripPrefix.auto
-    return open_stored_model(directory, step or "latest", cfg.trust_pickle, strip_prefix)
-
-
-def download(name: str, revision: str | None, trust_pickle: bool) -> Path:
-    """Bring a model from the hub into the cache of each node, and return its directory; collective."""
-    files = SMALL_FILES + WEIGHT_FILES + (PICKLE_FILES if trust_pickle else ())
-
-    def snapshot(is_first: bool) -> Path | None:
-        if (os.environ.get("LOCAL_RANK", "0") == "0") is not is_first:
-            return None
-        return hub_snapshot(name, revision, files, download=is_first, key="source")
-
-    first = gather_from_all(lambda: snapshot(True))
-    others = gather_from_all(lambda: snapshot(False))
-    found = {path.name for path in (*first, *others) if path is not None}
-    if len(found) > 1:
-        raise UserError(f"source={name}: ranks found different commits of it, {', '.join(sorted(found))}")
-    mine = snapshot(True) or snapshot(False)
-    assert mine is not None
-    return mine
 
 
 def model_and_data_errors(sources: dict[str, StoredModel], cfg: AnalyzeConfig) -> list[str]:
@@ -118,7 +59,7 @@ def model_and_data_errors(sources: dict[str, StoredModel], cfg: AnalyzeConfig) -
                     "architecture are compared"
                 )
         try:
-            check_data(stored.config, manifest, cfg)
+            check_data(stored.config, manifest, cfg.data)
         except UserError as error:
             errors.append(f"source={name}: {error}")
         errors += tokenizer_errors(name, stored.tokenizer, cfg.data)

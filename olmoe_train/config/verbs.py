@@ -93,13 +93,16 @@ class GenerateConfig:
 
 @dataclass(frozen=True)
 class EvaluateConfig:
-    """Compute the validation loss and perplexity of the newest checkpoint of a run or of an HF directory.
+    """Evaluate models: loss, perplexity and bits per byte on prepared data and held-out sets, and downstream
+    tasks.
 
     Run it as `olmoe evaluate --nproc RANKS` or under torchrun, or as `olmoe evaluate` on one rank.
     """
 
-    source: str = MISSING
-    """HF directory, run directory (its newest checkpoint), or original OLMo checkpoint."""
+    source: list[str] = MISSING
+    """One model or several, source=A source=B or [A,B], to compare with the first one: an HF directory, a run
+    directory (its newest checkpoint), RUN@STEP, RUN@all (every complete checkpoint, by step), an original
+    OLMo checkpoint, or a model on the Hugging Face hub, ORGANIZATION/NAME or ORGANIZATION/NAME@REVISION."""
     data: DataConfig = field(default_factory=DataConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
@@ -109,7 +112,10 @@ class EvaluateConfig:
     device: Device = Device.auto
     """auto: cuda if there is a GPU, otherwise cpu."""
     out: str | None = None
-    """JSON file to write, with the results of every set; null: none."""
+    """JSON file to write, with all results; null: none."""
+    check_overlap: str | None = None
+    """Prepared training data (data.dir), to count the questions of each task that share 13 consecutive tokens
+    with its training split; null: not counted."""
     trust_pickle: bool = False
     """Read weights from a pickle (pytorch_model.bin, or OLMo's model.pt) with
     torch.load(weights_only=True)."""

@@ -17,10 +17,14 @@ from olmoe_train.config.model import olmoe_config
 from olmoe_train.config.objective import GrpoConfig, NextTokenConfig, PreferenceConfig
 from olmoe_train.config.train import TrainConfig
 from olmoe_train.data.loader import SampleForm, TrainingData, build_train_loader
+from olmoe_train.data.manifest import TOKENIZER
 from olmoe_train.data.mixture import mixture_components
+from olmoe_train.data.tokenizer import load_tokenizer
 from olmoe_train.distributed.materialize import materialize
 from olmoe_train.distributed.mesh import Mesh, build_mesh
 from olmoe_train.distributed.parallelize import parallelize
+from olmoe_train.evaluation.tasks.build import read_tasks
+from olmoe_train.evaluation.tasks.requests import EncodedTask, encode_tasks
 from olmoe_train.model import OlmoeForCausalLM
 from olmoe_train.model.configuration import OlmoeConfig
 from olmoe_train.model.moe.balancing import AuxiliaryLosses, Balancer
@@ -266,6 +270,18 @@ def build_router_analyses(
     ]
 
 
+def build_tasks(cfg: TrainConfig, data: TrainingData, model: OlmoeConfig) -> list[EncodedTask]:
+    """The questions of evaluation.tasks, by the tokenizer of the data.
+
+    Raises:
+        UserError: A question does not fit the model.
+    """
+    if not cfg.evaluation.tasks:
+        return []
+    tokenizer = load_tokenizer(mixture_components(data.cfg)[0].directory / TOKENIZER)
+    return encode_tasks(read_tasks(cfg.evaluation.tasks, cfg.evaluation.max_questions), tokenizer, model)
+
+
 def build_throughput(cfg: TrainConfig, engine: Engine, tokens: int) -> Throughput:
     """Measures the speed of the run from now on. tokens: trained on so far."""
     model, length, precision = engine.model, cfg.data.sequence_length, cfg.trainer.precision
@@ -309,8 +325,9 @@ def build_callbacks(
     )
     detector = StragglerDetector(run.watchdog.peers, engine.model.lm_head, device)
     stragglers = Stragglers(detector, batches, metrics)
+    tasks = build_tasks(cfg, data, engine.model.config)
     evaluate = Evaluate(
-        cfg.evaluation, data, engine.model, objective, metrics, throughput, run.watchdog, device
+        cfg.evaluation, data, tasks, engine.model, objective, metrics, throughput, run.watchdog, device
     )
     exports = Exports(run_dir, cfg.checkpoint.export_every)
     spikes = build_spikes(cfg, run, engine, guard, data, batches, throughput)

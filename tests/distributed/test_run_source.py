@@ -35,6 +35,7 @@ from olmoe_train.utils.errors import UserError
 from tests.support.prepared_texts import TEXTS, prepare_texts
 from tests.support.ranks import run_ranks
 from tests.support.sizes import SIZES
+from tests.support.tasks import write_task
 from tests.support.tiny import build, global_batch, train_step, whole
 
 VOCABULARY = 300  # 256 bytes, eos, padding, and some merges
@@ -219,7 +220,8 @@ def texts(run: tuple[Path, Any], tmp_path_factory: pytest.TempPathFactory) -> di
 
 
 def evaluate_in_layouts(layouts: list[EvaluateConfig]) -> list[dict[str, Evaluation]]:
-    return [evaluate_verb(cfg, CPU) for cfg in layouts]
+    results = [evaluate_verb(cfg, CPU)[0] for cfg in layouts]
+    return [one.of_data | one.of_sets for one in results]
 
 
 def test_the_verb_gives_the_same_on_one_process_and_on_ranks(
@@ -228,7 +230,7 @@ def test_the_verb_gives_the_same_on_one_process_and_on_ranks(
     """Sharded, with the experts on two ranks, and in copies; the table and the JSON file say the same."""
     sets = [EvaluationSet("code", str(texts["code"]))]
     one = EvaluateConfig(
-        str(run_dir),
+        [str(run_dir)],
         DataConfig(dir=str(texts["data"]), sequence_length=16),
         EvaluationConfig(micro_batch_size=1, sets=sets),
         device=Device.cpu,
@@ -262,9 +264,73 @@ def test_the_verb_gives_the_same_on_one_process_and_on_ranks(
     assert json.loads((tmp_path / "ranks.json").read_text())["sets"].keys() == expected.keys()
 
 
+def answer_in_layouts(layouts: list[EvaluateConfig]) -> list[dict[str, list[float]]]:
+    """Task and metric -> the value for each question, of each layout."""
+    return [
+        {
+            f"{task.name}/{metric.value}": values.tolist()
+            for task in evaluate_verb(cfg, CPU)[0].tasks
+            for metric, values in task.values.items()
+        }
+        for cfg in layouts
+    ]
+
+
+def test_tasks_have_the_same_answers_on_one_process_and_on_ranks(run_dir: Path, tmp_path: Path) -> None:
+    """Without data, sharded, with the experts on two ranks, and in copies; one rank has a pass less."""
+    queries = ["Grüße", "def main", "数学", "🙂🙃"]
+    questions = [{"query": text, "choices": ["café", "done", "x"], "gold": 1} for text in queries]
+    card = write_task(tmp_path, "toy", questions, prompt="{query}")
+    evaluation = EvaluationConfig(tasks=[str(card)], tokens_per_pass=8)
+    one = EvaluateConfig([str(run_dir)], DataConfig(dir=""), evaluation, device=Device.cpu)
+    (expected,) = run_ranks(1, answer_in_layouts, [one])[0]
+    layouts = [
+        replace(one, parallel=parallel)
+        for parallel in (
+            ParallelConfig(expert_parallel_size=2),
+            ParallelConfig(),
+            ParallelConfig(Strategy.ddp),
+        )
+    ] + [replace(one, evaluation=replace(evaluation, tokens_per_pass=512))]
+    for results in run_ranks(2, answer_in_layouts, layouts):
+        for result in results:
+            assert result.keys() == expected.keys()
+            for name, values in result.items():
+                assert values == pytest.approx(expected[name], rel=1e-6), name
+        assert results[2] == expected  # copies make the same passes
+
+
+def test_several_sources_are_compared(
+    run_dir: Path, texts: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A run, and the same run in bf16 weights: a small difference in loss, and none in a constant task."""
+    export(ExportConfig(str(run_dir), out=str(tmp_path / "hf"), precision=Precision.bf16))
+    card = write_task(tmp_path, "toy", [{"query": "a", "choices": ["b", "c" * 40], "gold": 0}] * 3)
+    cfg = EvaluateConfig(
+        [str(run_dir), str(tmp_path / "hf")],
+        DataConfig(dir=str(texts["data"]), sequence_length=16),
+        EvaluationConfig(tasks=[str(card)]),
+        device=Device.cpu,
+        out=str(tmp_path / "both.json"),
+        precision=Precision.fp32,
+    )
+    evaluate_main(cfg)
+    shown = capsys.readouterr().out
+    assert f"[1] {run_dir}\n[2] {tmp_path / 'hf'}\n" in shown
+    content = json.loads((tmp_path / "both.json").read_text())
+    loss, toy = content["comparisons"]
+    first, second = (source["sets"]["validation"]["loss"] for source in content["sources"])
+    assert [one["value"] for one in loss["scores"]] == pytest.approx([first, second])
+    assert loss["differences"][0]["value"] == pytest.approx(second - first)
+    assert first != second
+    assert (toy["name"], toy["metric"]) == ("toy", "acc_per_char")
+    assert toy["differences"] == [{"value": 0.0, "stderr": 0.0, "noise": True}]
+    assert f"{loss['scores'][0]['value']:.4f} ± {loss['scores'][0]['stderr']:.4f}" in shown
+
+
 def test_the_verb_names_wrong_options(run_dir: Path, texts: dict[str, Path], tmp_path: Path) -> None:
     one = EvaluateConfig(
-        str(run_dir), DataConfig(dir=str(texts["data"]), sequence_length=16), device=Device.cpu
+        [str(run_dir)], DataConfig(dir=str(texts["data"]), sequence_length=16), device=Device.cpu
     )
     nowhere = EvaluationConfig(sets=[EvaluationSet("code", str(tmp_path / "nowhere"))])
     for changes, message in (
@@ -273,6 +339,9 @@ def test_the_verb_names_wrong_options(run_dir: Path, texts: dict[str, Path], tmp
         ({"out": str(tmp_path / "no" / "x.json")}, f"out=.*: there is no directory {tmp_path / 'no'}"),
         ({"evaluation": nowhere}, r"evaluation.sets\[0\].dir=.*nowhere: there is no prepared data"),
         ({"evaluation": EvaluationConfig(micro_batch_size=0)}, "micro_batch_size=0: must be positive"),
+        ({"data": DataConfig(dir="")}, "there is nothing to evaluate: give prepared data"),
+        ({"check_overlap": str(texts["data"])}, "check_overlap=.*: there are no questions"),
+        ({"source": [str(run_dir)] * 2}, "is there twice"),
     ):
         with pytest.raises(UserError, match=message):
             evaluate_main(replace(one, **changes))

@@ -10,7 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from olmoe_train.cli.evaluate import check_data, main
+from olmoe_train.cli.evaluate import main
+from olmoe_train.cli.model_sources import check_data
 from olmoe_train.config.choices import Packing
 from olmoe_train.config.data import DataConfig, MixtureSource
 from olmoe_train.config.train import EvaluationConfig
@@ -130,7 +131,7 @@ def test_the_verb_prints_loss_perplexity_tokens_and_the_unigram_entropy(
     model.save_pretrained(tmp_path / "hf")
     directory = prepared(tmp_path / "data")
     data = DataConfig(dir=str(directory), sequence_length=8)
-    main(EvaluateConfig(str(tmp_path / "hf"), data, EvaluationConfig(micro_batch_size=2)))
+    main(EvaluateConfig([str(tmp_path / "hf")], data, EvaluationConfig(micro_batch_size=2)))
     shown = {line[:17].strip(): line[17:].split()[0] for line in capsys.readouterr().out.splitlines()}
     expected = evaluate_model(model, build_eval_batches(data, 0, 1, 2), CPU)
     assert shown["loss"] == f"{expected.loss:.4f}"
@@ -156,14 +157,14 @@ def test_data_of_another_model_is_refused(
 ) -> None:
     directory = prepared(tmp_path / "data")
     values = make().config.to_dict() | changes
-    cfg = EvaluateConfig("hf", DataConfig(dir=str(directory), sequence_length=length))
+    data = DataConfig(dir=str(directory), sequence_length=length)
     with pytest.raises(UserError, match=message):
-        check_data(OlmoeConfig.from_dict(values), read_manifest(directory), cfg)
+        check_data(OlmoeConfig.from_dict(values), read_manifest(directory), data)
 
 
 def test_fitting_data_passes(tmp_path: Path) -> None:
     directory = prepared(tmp_path / "data")
-    cfg = EvaluateConfig("hf", DataConfig(dir=str(directory), sequence_length=8))
+    data = DataConfig(dir=str(directory), sequence_length=8)
     for eos in (EOS, [3, EOS]):
         values = make().config.to_dict() | {"eos_token_id": eos}
-        check_data(OlmoeConfig.from_dict(values), read_manifest(directory), cfg)
+        check_data(OlmoeConfig.from_dict(values), read_manifest(directory), data)

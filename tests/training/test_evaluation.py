@@ -13,6 +13,7 @@ from olmoe_train.utils.errors import UserError
 from tests.support.data import write_prepared
 from tests.support.faults import config, records, without_timing, write_data
 from tests.support.prepared_texts import TEXTS, prepare_texts
+from tests.support.tasks import write_task
 
 
 def test_data_without_a_validation_split_is_trained_on_with_a_warning(tmp_path: Path) -> None:
@@ -50,6 +51,49 @@ def test_sets_are_logged_and_change_no_training(tmp_path: Path) -> None:
         for key in ("loss", "perplexity", "bits_per_byte"):
             assert row[f"eval/copy/{key}"] == row[f"eval/validation/{key}"] != row[f"eval/other/{key}"]
     assert "bits_per_byte is not measured" not in (tmp_path / "sets" / "log.txt").read_text()
+
+
+def test_tasks_are_logged_and_change_no_training(tmp_path: Path) -> None:
+    """With and without tasks, every loss is the same, bit for bit, also of the step after an evaluation."""
+    data = prepare_texts(tmp_path / "data")
+    records_of_task = [
+        {"query": "def main", "choices": ["(argument)", "🙂"], "gold": 0},
+        {"query": "Köln", "choices": ["café", "数学"], "gold": 1},
+    ]
+    card = write_task(tmp_path / "tasks", "toy", records_of_task)
+    changes = {
+        "trainer": {"max_steps": 2},
+        "parallel": ParallelConfig(),
+        "model": {"vocab_size": 320, "max_position_embeddings": 128},
+    }
+    plain = config(data, tmp_path / "plain", **changes)
+    train(plain)
+    asked = replace(plain, run_dir=str(tmp_path / "tasks-run"))
+    tasks = [str(card), f"{card}:bpb"]
+    train(replace(asked, evaluation=EvaluationConfig(every=1, tasks=tasks, tokens_per_pass=64)))
+    before, after = (
+        [without_timing(r) for r in records(run, "train/loss")] for run in (plain.run_dir, asked.run_dir)
+    )
+    assert before == after
+    evaluated = records(asked.run_dir, "eval/tasks")
+    assert [row["step"] for row in evaluated] == [0, 1, 2]
+    for row in evaluated:
+        toy, of_bytes = row["eval/tasks"]
+        assert (toy["task"], toy["metric"], toy["chance"], toy["questions"]) == (
+            "toy",
+            "acc_per_char",
+            0.5,
+            2,
+        )
+        assert (of_bytes["task"], of_bytes["metric"], of_bytes["chance"]) == (
+            "toy_bpb",
+            "bits_per_byte",
+            None,
+        )
+        assert toy["score"] == row["task/toy/acc_per_char"] in (0.0, 0.5, 1.0)
+        # fp32: the two tasks share no pass.
+        assert of_bytes["score"] == pytest.approx(row["task/toy/bits_per_byte"], rel=1e-6)
+        assert "task/toy_bpb/acc" not in row
 
 
 def test_wrong_sets_are_named_before_the_first_step(tmp_path: Path) -> None:

@@ -12,8 +12,11 @@ from olmoe_train.data.manifest import TOKENIZER
 from olmoe_train.data.mixture import mixture_components
 from olmoe_train.data.token_bytes import token_bytes_or_reason
 from olmoe_train.data.tokenizer import load_tokenizer
+from olmoe_train.evaluation.comparison import task_table
 from olmoe_train.evaluation.perplexity import evaluate_sets
 from olmoe_train.evaluation.samples import sample_prompts
+from olmoe_train.evaluation.tasks.requests import EncodedTask
+from olmoe_train.evaluation.tasks.score import TaskResult, evaluate_tasks, task_numbers
 from olmoe_train.model import OlmoeForCausalLM
 from olmoe_train.run.loggers import MetricsLog
 from olmoe_train.run.metrics_registry import shown
@@ -30,12 +33,13 @@ log = logging.getLogger(__name__)
 
 class Evaluate(Callback):
     """What the objective measures on the validation splits, eval/NAME/loss and more, the cross-entropy of
-    evaluation.sets, and eval/samples."""
+    evaluation.sets, downstream tasks, and eval/samples."""
 
     def __init__(
         self,
         cfg: EvaluationConfig,
         data: TrainingData,
+        tasks: list[EncodedTask],
         model: OlmoeForCausalLM,
         objective: Objective,
         metrics: MetricsLog,
@@ -44,6 +48,7 @@ class Evaluate(Callback):
         device: torch.device,
     ) -> None:
         self.cfg, self.data, self.model, self.objective = cfg, data, model, objective
+        self.tasks = tasks
         self.metrics, self.throughput, self.watchdog = metrics, throughput, watchdog
         self.device, self.has_warned = device, False
         self.has_data = any(manifest.validation.tokens for manifest in data.manifests.values())
@@ -59,7 +64,7 @@ class Evaluate(Callback):
             self._evaluate(state)
 
     def _evaluate(self, state: TrainState) -> None:
-        if not (self.has_data or self.cfg.sets or self.cfg.prompts):
+        if not (self.has_data or self.cfg.sets or self.tasks or self.cfg.prompts):
             return
         results: dict[str, Validation] = {}
         if self.has_data:
@@ -69,8 +74,11 @@ class Evaluate(Callback):
         )
         results |= {name: validation_of(one) for name, one in of_sets.items()}
         self._warn_without_bytes(results)
+        answers = evaluate_tasks(
+            self.model, self.tasks, self.cfg.tokens_per_pass, self.device, self.watchdog.with_heartbeat
+        )
         samples = self._sample() if self.cfg.prompts else {}
-        self._log(state, results, samples)
+        self._log(state, results, answers, samples)
         self.throughput.restart(state.tokens)
 
     def _warn_without_bytes(self, results: dict[str, Validation]) -> None:
@@ -94,7 +102,13 @@ class Evaluate(Callback):
             log.warning("WARNING: evaluation.prompts were not continued: %s", error)
             return {}
 
-    def _log(self, state: TrainState, results: dict[str, Validation], samples: dict[str, Any]) -> None:
+    def _log(
+        self,
+        state: TrainState,
+        results: dict[str, Validation],
+        answers: list[TaskResult],
+        samples: dict[str, Any],
+    ) -> None:
         values: dict[str, Any] = {"step": state.step, "tokens": state.tokens} | samples
         for name, result in results.items():
             of_set = {f"eval/{name}/{key}": value for key, value in result.values.items()}
@@ -102,6 +116,10 @@ class Evaluate(Callback):
             parts = [text for key, value in numbers.items() if (text := shown(key, value)) is not None]
             log.info(" | ".join([f"step {state.step}", f"{name} {parts[0]}", *parts[1:], result.count]))
             values |= of_set
+        if answers:
+            values |= task_numbers(answers) | {"eval/tasks": [one.row for one in answers]}
+            for line in task_table(answers).splitlines():
+                log.info("step %d | %s", state.step, line)
         for sample in samples.get("eval/samples", []):
             log.info("step %d | %r continues as %r", state.step, sample["prompt"], sample["completion"])
         self.metrics.write(values)

@@ -3,6 +3,7 @@
 from olmoe_train.config.train import TrainConfig
 from olmoe_train.config.variants import variant_errors
 from olmoe_train.distributed.rendezvous import launcher_warnings
+from olmoe_train.evaluation.tasks.build import task_errors
 from olmoe_train.training.preflight.adapter import adapter_errors, adapter_warnings
 from olmoe_train.training.preflight.backend import backend_errors, machine_errors
 from olmoe_train.training.preflight.evaluation import sampling_errors, set_errors
@@ -40,6 +41,7 @@ def validate(cfg: TrainConfig, world_size: int) -> list[str]:
     of_data += preference_data_errors(cfg, manifests)
     of_data += router_analysis_errors(cfg, manifests)
     of_data += set_errors(cfg.evaluation.sets, cfg.data, manifests)
+    of_data += task_errors(cfg.evaluation.tasks)
     errors = [*_configuration_errors(cfg, world_size, of_model), *of_data, *machine_errors(cfg)]
     if not errors:
         errors = [*sampling_errors(cfg), *deepspeed_file_errors(cfg, world_size)]

@@ -1,23 +1,47 @@
-"""Checks of the options of `olmoe evaluate`: the layout of the model, and positive numbers."""
+"""Checks of the options of `olmoe evaluate`: what there is to evaluate, the layout, and positive numbers."""
 
 from pathlib import Path
 
 from olmoe_train.config.choices import Strategy
+from olmoe_train.config.data import DataConfig
 from olmoe_train.config.model import ModelConfig
 from olmoe_train.config.train import ParallelConfig, TrainConfig
 from olmoe_train.config.verbs import EvaluateConfig
-from olmoe_train.data.mixture import mixture_errors
+from olmoe_train.data.mixture import mixture_errors, only_directory
+from olmoe_train.evaluation.tasks.build import task_errors
 from olmoe_train.model import OlmoeConfig
 from olmoe_train.training.preflight.parallel import parallel_errors
 from olmoe_train.training.preflight.unused_keys import deepspeed_keys_without_effect, gathering_without_effect
 
 
+def text_data(cfg: EvaluateConfig) -> DataConfig | None:
+    """The data whose tokenizer all texts share: data.dir, or without it the first one of evaluation.sets.
+    None: there are only tasks."""
+    if cfg.data.dir:
+        return cfg.data
+    sets = cfg.evaluation.sets
+    return only_directory(cfg.data, Path(sets[0].dir).expanduser()) if sets else None
+
+
 def option_errors(cfg: EvaluateConfig) -> list[str]:
-    """What is wrong with the options, one message per error. Neither the model nor the data is read."""
-    errors = mixture_errors(cfg.data)
+    """What is wrong with the options, one message per error. Neither a model nor the data is read."""
+    errors = mixture_errors(cfg.data) + task_errors(cfg.evaluation.tasks)
+    if not (cfg.data.dir or cfg.evaluation.sets or cfg.evaluation.tasks or cfg.evaluation.prompts):
+        errors.append(
+            "there is nothing to evaluate: give prepared data (data.dir=DIR), evaluation.tasks=[...] or "
+            "evaluation.sets=[...]"
+        )
+    if repeated := sorted({name for name in cfg.source if cfg.source.count(name) > 1}):
+        errors.append(f"source: {', '.join(repeated)} is there twice")
+    if cfg.check_overlap is not None and not cfg.evaluation.tasks:
+        errors.append(
+            f"check_overlap={cfg.check_overlap}: there are no questions; give evaluation.tasks=[...]"
+        )
     positive = {
         "evaluation.micro_batch_size": cfg.evaluation.micro_batch_size,
         "evaluation.max_sequences": cfg.evaluation.max_sequences,
+        "evaluation.max_questions": cfg.evaluation.max_questions,
+        "evaluation.tokens_per_pass": cfg.evaluation.tokens_per_pass,
         "evaluation.sample_tokens": cfg.evaluation.sample_tokens,
         "parallel.expert_parallel_size": cfg.parallel.expert_parallel_size,
         "parallel.replicate_size": cfg.parallel.replicate_size,

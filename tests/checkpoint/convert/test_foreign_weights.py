@@ -52,7 +52,7 @@ def verbs(source: Path, **options: Any) -> dict[str, Callable[[], object]]:
     strip = options.get("strip_prefix") is StripPrefix.auto
     return {
         "generate": lambda: generate(GenerateConfig(name, "def", max_new_tokens=2, **options)),
-        "evaluate": lambda: evaluate(EvaluateConfig(name, data, **options)),
+        "evaluate": lambda: evaluate(EvaluateConfig([name], data, **options)),
         "export": lambda: export(ExportConfig(name, out=str(out / "exported"), **options)),
         "export to OLMo": lambda: export(
             ExportConfig(name, out=str(out / "olmo"), format=ExportFormat.olmo, **options)
