@@ -18,6 +18,7 @@ def main(run_dir: str, data_dir: str, hf_dir: str) -> None:
     unigram = json.loads((Path(data_dir) / "manifest.json").read_text())["unigram_entropy"]
     rows = [
         *losses(evaluations[0], evaluations[-1]),
+        *tasks([r for r in records if "eval/tasks" in r]),
         ("unigram entropy", f"{unigram:.4f} nats per token: the loss of guessing by frequency only"),
         ("speed", f"{statistics.median(r['perf/tokens_per_second'] for r in steps):,.0f} tokens/s"),
         *balance(steps[-1]),
@@ -43,8 +44,19 @@ def losses(first: dict[str, Any], last: dict[str, Any]) -> list[tuple[str, str]]
     ]
 
 
+def tasks(evaluations: list[dict[str, Any]]) -> list[tuple[str, str]]:
+    """One row per downstream task of the last evaluation. Nothing of a run without tasks."""
+    rows = []
+    for one in evaluations[-1]["eval/tasks"] if evaluations else []:
+        score, error = (math.nan if one[key] is None else one[key] for key in ("score", "stderr"))
+        chance = "" if one["chance"] is None else f" (guessing: {one['chance']:.2f})"
+        text = f"{one['metric']} {score:.2f} ± {error:.2f}{chance}, {one['questions']:,} questions"
+        rows.append((f"task {one['task']}", text))
+    return rows
+
+
 def balance(step: dict[str, Any]) -> list[tuple[str, str]]:
-    """How the last logged step used its experts: one bar an expert, full height at twice its fair share.
+    """How the last logged step used its experts: one bar per expert, full height at twice its fair share.
     Nothing of a dense model."""
     loads = [step[key] for key in sorted(step) if key.startswith("router/layer_") and key.endswith("/load")]
     if len(loads[0]) == 1:

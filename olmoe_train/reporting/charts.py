@@ -38,6 +38,12 @@ TITLES = {
     "router/layer_NN/saturation": "Router saturation",
     "data/NAME/share": "Mixture: achieved and requested shares",
     "data/NAME/loss": "Loss of each source",
+    "task/NAME/acc": "Tasks: accuracy",
+    "task/NAME/acc_per_token": "Tasks: accuracy, per token",
+    "task/NAME/acc_per_char": "Tasks: accuracy, per character",
+    "task/NAME/acc_per_byte": "Tasks: accuracy, per byte",
+    "task/NAME/ce": "Tasks: cross-entropy of the right choice",
+    "task/NAME/bits_per_byte": "Tasks: bits per byte of the right choice",
     "kl": "KL divergence",
     "reward_std": "Standard deviation of rewards",
 }

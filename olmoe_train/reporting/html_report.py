@@ -91,7 +91,7 @@ def payload(readers: Sequence[RunReader]) -> dict[str, Any]:
     names = _distinct_names(readers)
     for run, name in zip(runs, names, strict=True):
         run["name"] = name
-    scalars = {name for run in runs for name in run["curves"]}
+    scalars = {name for run in runs for name, curve in run["curves"].items() if _is_drawn(name, curve)}
     matrices = {name for run in runs for name in run["matrices"]}
     return {
         "version": __version__,
@@ -100,6 +100,11 @@ def payload(readers: Sequence[RunReader]) -> dict[str, Any]:
         "charts": charts_of(scalars, matrices),
         "runs": runs,
     }
+
+
+def _is_drawn(name: str, curve: dict[str, Any]) -> bool:
+    """Whether a metric has a chart. A task that was evaluated once is in the table of tasks only."""
+    return not name.startswith("task/") or len(curve["steps"]) > 1
 
 
 def _distinct_names(readers: Sequence[RunReader]) -> list[str]:
@@ -138,6 +143,7 @@ def run_values(reader: RunReader, runs: int) -> dict[str, Any]:
         "skipped": _skipped_steps(data),
         "starts": [vars(start) for start in data.starts],
         "samples": _samples(data),
+        "tasks": _tasks(data),
         "alerts": [{"step": s, "name": n, "text": t} for s, n, t in data.alerts[-MOST_MARKS:]],
         "bad_lines": data.bad_lines[:10],
         "analysis": analysis_parts(reader.directory),
@@ -237,3 +243,19 @@ def _samples(data: RunData) -> list[dict[str, Any]]:
         }
         for step, texts in chosen
     ]
+
+
+def _tasks(data: RunData) -> dict[str, Any] | None:
+    """The last results of the downstream tasks: {"step", "results"}; None: there are none.
+
+    A result also has "at_chance": whether its score is at most two standard errors above that of guessing.
+    """
+    if data.tasks is None:
+        return None
+    step, results = data.tasks
+    return {"step": step, "results": [result | {"at_chance": _is_at_chance(result)} for result in results]}
+
+
+def _is_at_chance(result: dict[str, Any]) -> bool:
+    score, chance, error = result["score"], result["chance"], result["stderr"] or 0.0
+    return score is not None and chance is not None and score <= chance + 2 * error

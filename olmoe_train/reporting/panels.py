@@ -1,7 +1,8 @@
 """Which panels show what runs have logged: one for each metric or family of metrics, in the registry's
 sections.
 
-A family is the metrics whose names differ in a layer (NN), a source or a validation split (NAME).
+A family is the metrics whose names differ in a layer (NN), or in a source, a validation split or a task
+(NAME).
 """
 
 import re
@@ -40,7 +41,8 @@ class Panel:
     keys: tuple[str, ...] = ()
     """Names in wandb. Empty with a pattern."""
     pattern: str | None = None
-    """Regular expression of the names in wandb that a panel of lines shows: all layers, sources or splits."""
+    """Regular expression of the names in wandb that a panel of lines shows: all layers, sources, splits
+    or tasks."""
     y_label: str | None = None
     """Unit, and which values are better."""
 
@@ -84,6 +86,7 @@ RICH: dict[str, tuple[Panel, ...]] = {
         Panel("Evaluation", "Loss by position, NAME", Kind.histograms, ("eval/NAME/loss_by_position",)),
     ),
     "eval/samples": (Panel("Evaluation", "Samples", Kind.table, ("eval/samples",)),),
+    "eval/tasks": (Panel("Evaluation", "Tasks", Kind.table, ("eval/tasks",)),),
 }
 """Metrics that are lists in metrics.jsonl, by their families, and what wandb gets of them."""
 _FLOW = Panel("Router", "Flow of tokens between experts", Kind.pictures, ("router/flow",))

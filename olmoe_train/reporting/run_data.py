@@ -23,7 +23,8 @@ from olmoe_train.utils.errors import UserError
 
 METRICS = "metrics.jsonl"
 _LOAD = re.compile(r"router/layer_(\d+)/load")
-_NOT_METRICS = ("step", "tokens", "time", "resumes", "eval/samples", "alerts")
+TASK_TEXTS, TASK_NUMBERS = ("task", "metric"), ("score", "stderr", "chance", "questions")
+_NOT_METRICS = ("step", "tokens", "time", "resumes", "eval/samples", "eval/tasks", "alerts")
 
 
 @dataclass
@@ -68,6 +69,9 @@ class RunData:
     starts: list[Start] = field(default_factory=list)
     samples: list[tuple[int, list[dict[str, str]]]] = field(default_factory=list)
     """(Step, prompts with their completions) of each evaluation that generated text."""
+    tasks: tuple[int, list[dict[str, Any]]] | None = None
+    """(Step, results) of the last evaluation of downstream tasks. A result has the keys TASK_TEXTS and
+    TASK_NUMBERS; None stands for a number that is not known."""
     alerts: list[tuple[int, str, str]] = field(default_factory=list)
     """(Step, name, text)."""
     bad_lines: list[int] = field(default_factory=list)
@@ -90,6 +94,8 @@ class RunData:
             if not self.samples or self.samples[-1][0] != step:
                 self.samples.append((step, []))
             self.samples[-1][1].append(sample)
+        if results := _task_results(record.get("eval/tasks")):
+            self.tasks = (step, results)
         for alert in _texts(record.get("alerts"), ("name", "text")):
             self.alerts.append((step, alert["name"], alert["text"]))
 
@@ -128,6 +134,21 @@ def _texts(value: Any, keys: tuple[str, str]) -> list[dict[str, str]]:
         return []
     good = [item for item in value if isinstance(item, dict) and all(key in item for key in keys)]
     return [{key: str(item[key]) for key in keys} for item in good]
+
+
+def _task_results(value: Any) -> list[dict[str, Any]]:
+    """The elements of a list that are results of tasks."""
+    items = value if isinstance(value, list) else []
+    return [
+        texts | {key: _number(item.get(key)) for key in TASK_NUMBERS}
+        for item in items
+        for texts in _texts([item], TASK_TEXTS)
+    ]
+
+
+def _number(value: Any) -> float | None:
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    return value if is_number and math.isfinite(value) else None
 
 
 class RunReader:

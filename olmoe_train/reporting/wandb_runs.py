@@ -89,7 +89,7 @@ def _read_wandb_run(directory: Path) -> WandbRun:
         if isinstance(value, list) and not (name.endswith("/load") and len(value) == 1)
     }
     if logging.get("details_every") == 0:  # then wandb gets no pictures; older runs do not have the key
-        lists &= {"eval/samples"}
+        lists &= {"eval/samples", "eval/tasks"}
     return WandbRun(
         directory,
         _run_id(directory),

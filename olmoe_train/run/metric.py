@@ -65,6 +65,14 @@ class Metric:
     alarm: Alarm | None = None
 
     @property
-    def is_loss(self) -> bool:
-        """Whether the least value of a run sums it up, and not the last one."""
-        return self.name.endswith(("loss", "perplexity"))
+    def summary(self) -> str:
+        """What sums a run up: its least or its greatest value (min, max), or the last one.
+
+        The best value is that of losses and of validation. Other metrics, such as dead experts, matter as
+        they are at the end.
+        """
+        if self.name.endswith(("loss", "perplexity")):
+            return "min"
+        if self.group is not Group.validation:
+            return "last"
+        return {Better.lower: "min", Better.higher: "max", Better.neither: "last"}[self.better]

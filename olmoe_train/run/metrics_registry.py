@@ -9,6 +9,7 @@ from functools import cache
 
 from olmoe_train.run.metric import Better, Group, Metric
 from olmoe_train.run.metric_alarms import DEAD_EXPERTS, LOW_ENTROPY, SKIPPED_STEPS, UNEVEN_LOAD
+from olmoe_train.run.metrics_validation import VALIDATION
 
 LOWER, HIGHER = Better.lower, Better.higher
 _ROUTER = "router/layer_NN"
@@ -272,45 +273,7 @@ METRICS: tuple[Metric, ...] = (
         "k. Every `logging.router_analysis_every` steps",
         Group.experts,
     ),
-    Metric(
-        "eval/NAME/loss",
-        "as `train/loss`",
-        "the objective's loss on the validation split, without router losses; of `grpo`, the negative "
-        "reward. Of a set of `evaluation.sets`, the cross-entropy in nats per target token",
-        Group.validation,
-        LOWER,
-        "loss {:.4f}",
-    ),
-    Metric(
-        "eval/NAME/perplexity",
-        "none",
-        "exp(loss), of `next_token` and of `evaluation.sets`",
-        Group.validation,
-        LOWER,
-        "perplexity {:.2f}",
-    ),
-    Metric(
-        "eval/NAME/bits_per_byte",
-        "bits per byte",
-        "loss x target tokens / (ln 2 x their UTF-8 bytes), of `next_token` and of `evaluation.sets`. It "
-        "compares models with different tokenizers. Only with a byte-level BPE",
-        Group.validation,
-        LOWER,
-        "bits per byte {:.4f}",
-    ),
-    Metric(
-        "eval/NAME/loss_by_position",
-        "nats per target token, a list",
-        "as `train/loss_by_position`, on the validation split",
-        Group.validation,
-        LOWER,
-    ),
-    Metric(
-        "eval/samples",
-        "a list of prompt and completion",
-        'greedy continuations of `evaluation.prompts`: a list of `{"prompt": ..., "completion": ...}`',
-        Group.validation,
-    ),
+    *VALIDATION,
     Metric(
         "data/NAME/loss",
         "nats per target token",

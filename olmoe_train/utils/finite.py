@@ -24,7 +24,10 @@ def first_not_finite(tensor: Tensor) -> str | None:
 
 
 def finite_or_none(value: Any) -> Any:
-    """A number or a list for JSON, which has no NaN and no infinity: None in place of each of them."""
+    """A value for JSON, which has no NaN and no infinity: None in place of each, also within lists and
+    dictionaries."""
     if isinstance(value, list):
         return [finite_or_none(item) for item in value]
+    if isinstance(value, dict):
+        return {key: finite_or_none(item) for key, item in value.items()}
     return None if isinstance(value, float) and not math.isfinite(value) else value

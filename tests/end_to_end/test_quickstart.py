@@ -18,6 +18,8 @@ from olmoe_train.data.loader import build_eval_batches
 from tests.end_to_end.conftest import Quickstart
 from tests.support.commands import REPO, TINY, olmoe, run
 from tests.support.faults import metrics, records
+from tests.support.report_runs import write_records
+from tests.support.task_records import result, task_values
 from tests.support.wandb_views import names_in_wandb, uncovered
 
 STEP_KEYS = {
@@ -116,6 +118,24 @@ def test_summary_tells_what_the_files_say(quickstart: Quickstart) -> None:
     for path in (quickstart.run_dir, quickstart.hf_dir, *written):
         assert path.exists()
         assert str(path) in summary
+
+
+def test_summary_has_the_tasks_of_the_last_evaluation(quickstart: Quickstart, tmp_path: Path) -> None:
+    assert "\ntask " not in quickstart.output.split("== summary")[1]
+    lines = (quickstart.run_dir / "metrics.jsonl").read_text()
+    last = {"step": 6} | task_values()
+    last["eval/tasks"].append(result("python_basics", "acc_per_char", 0.55, 0.0642, 0.25, 60))
+    write_records(tmp_path, [{"step": 0} | task_values(0.25), last])
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write(lines)
+    summary = REPO / "launch" / "summary.py"
+    done = run(sys.executable, summary, tmp_path, quickstart.data_dir, quickstart.hf_dir, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert [line for line in done.stdout.splitlines() if line.startswith("task ")] == [
+        "task arc_easy        acc 0.61 ± 0.02 (guessing: 0.25), 570 questions",
+        "task gsm.v1          bits_per_byte 0.75 ± 0.12, 1,319 questions",
+        "task python_basics   acc_per_char 0.55 ± 0.06 (guessing: 0.25), 60 questions",
+    ]
 
 
 def test_second_run_skips_what_is_done(quickstart: Quickstart) -> None:

@@ -12,7 +12,8 @@ import pytest
 import torch.distributed as dist
 
 from olmoe_train.cli import dashboard
-from olmoe_train.run.loggers import read_records
+from olmoe_train.evaluation.tasks.task import TaskMetric
+from olmoe_train.run.loggers import MetricsLog, read_records
 from olmoe_train.run.metric import SECTIONS, Group
 from olmoe_train.run.metrics_registry import METRICS, section_of
 from olmoe_train.run.sinks.wandb import begin_piece
@@ -20,6 +21,7 @@ from olmoe_train.train import train
 from tests.support.data import write_prepared
 from tests.support.prompts import add_word_tokenizer
 from tests.support.runs import TINY, compose, real_tokens
+from tests.support.task_records import task_values
 from tests.support.wandb_views import ENTITY, PROJECT, Views, names_in_wandb, spec_of, uncovered, views_server
 
 Verb = Callable[..., tuple[int, str]]
@@ -46,7 +48,14 @@ def mixture(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "logging.wandb.mode": "offline",
         "run_dir": home / "mixture",
     }
-    train(compose(values))
+    write = MetricsLog.write
+
+    def write_with_tasks(log: MetricsLog, values: dict[str, Any], **options: Any) -> None:
+        write(log, values | task_values() if "eval/samples" in values else values, **options)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(MetricsLog, "write", write_with_tasks)
+        train(compose(values))
     dist.destroy_process_group()
     return home / "mixture"
 
@@ -110,9 +119,9 @@ def test_every_panel_shows_a_logged_value_and_every_logged_value_is_on_a_panel(
     assert sections(content["spec"]) == [*shown, "Other"]
     assert content["spec"]["section"]["settings"]["xAxis"] == "tokens"
     panels = content["spec"]["section"]["panelBankConfig"]["sections"][-2]["panels"]
-    assert "^eval/[^/]+/loss$" in {
-        panel["config"].get("metricRegex") for panel in panels
-    }  # also on one of Loss
+    patterns = {panel["config"].get("metricRegex") for panel in panels}
+    assert "^eval/[^/]+/loss$" in patterns  # also on one of Loss
+    assert {f"^task/[^/]+/{metric.value}$" for metric in TaskMetric} <= patterns
 
 
 def test_saving_twice_updates(verb: Verb, runs: Path, views: Views) -> None:

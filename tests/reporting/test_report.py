@@ -17,6 +17,7 @@ import pytest
 from olmoe_train.cli.report import main
 from olmoe_train.cli.sources import collect_sources
 from olmoe_train.config.verbs import ReportConfig
+from olmoe_train.evaluation.tasks.task import TaskMetric
 from olmoe_train.reporting.downsample import expert_loads, keep_extremes
 from olmoe_train.reporting.health import assess
 from olmoe_train.reporting.html_report import ASSETS, payload, render
@@ -25,6 +26,7 @@ from olmoe_train.reporting.serve import make_server
 from olmoe_train.run.metrics_registry import METRICS
 from olmoe_train.utils.errors import UserError
 from tests.support.report_runs import EVIL, rich_records, write_records, write_rich_run
+from tests.support.task_records import result, task_values
 
 STEPS, LAYERS, EXPERTS = 10_000, 16, 64
 
@@ -201,7 +203,7 @@ def test_everything_that_a_run_logged_is_on_the_page(tmp_path: Path) -> None:
     logged = {name for record in rich_records() for name in record}
     drawn = {line["metric"] for chart in data["charts"] for line in chart["lines"]}
     drawn |= {name.replace("NN", f"{i:02d}") for name in drawn for i in range(3)}
-    besides = {"step", "tokens", "time", "resumes", "alerts", "eval/samples"}
+    besides = {"step", "tokens", "time", "resumes", "alerts", "eval/samples", "eval/tasks"}
     constant = {f"router/layer_{i:02d}/dead_experts" for i in range(3)}
     assert logged - drawn - besides - constant == {f"router/layer_{i:02d}/load" for i in range(3)}
     by_id = {chart["id"]: chart for chart in data["charts"]}
@@ -222,6 +224,39 @@ def test_everything_that_a_run_logged_is_on_the_page(tmp_path: Path) -> None:
     ]
     assert run_values["analysis"][1]["row_labels"] == ["k 1", "k 8"]
     assert run_values["analysis"][2]["options"] == ["code", "web"]
+
+
+def test_tasks_are_compared_with_guessing_and_drawn_from_the_second_evaluation_on(tmp_path: Path) -> None:
+    values = task_values(0.28)  # two standard errors above 0.25 are 0.29
+    values["eval/tasks"] += [
+        result("boolq", "acc_per_char", 0.5625, 0.03, 0.5, 270),  # the limit is 0.56
+        result("piqa", "acc", 0.4, 0.02, 0.5, 600),
+        {"task": "no metric"},
+    ]
+    values["eval/tasks"][1]["score"] = None
+    first = {"step": 1, "eval/tasks": [result("arc_easy", "acc", 0.9, 0.1, 0.25, 570)]}
+    once = payload([read(write_records(tmp_path / "once", [first, {"step": 2} | values, {"step": 3}]))])
+    tasks = once["runs"][0]["tasks"]
+    assert tasks["step"] == 2
+    assert [(one["task"], one["score"], one["at_chance"]) for one in tasks["results"]] == [
+        ("arc_easy", 0.28, True),
+        ("gsm.v1", None, False),
+        ("boolq", 0.5625, False),
+        ("piqa", 0.4, True),
+    ]
+    assert tasks["results"][1]["questions"] == 1319
+    assert [chart["id"] for chart in once["charts"]] == []
+    records = [{"step": step, "eval/code/bits_per_byte": 2.0} | task_values() for step in (2, 4)]
+    charts = payload([read(write_records(tmp_path / "twice", records))])["charts"]
+    by_id = {chart["id"]: chart for chart in charts}
+    assert {chart["section"] for chart in charts} == {"Evaluation"}
+    assert by_id.keys() == {
+        "eval/NAME/bits_per_byte",
+        *(f"task/NAME/{metric.value}" for metric in TaskMetric),
+    }
+    assert [line["label"] for line in by_id["task/NAME/ce"]["lines"]] == ["arc_easy", "gsm.v1"]
+    none = payload([read(write_records(tmp_path / "none", [{"step": 1, "eval/tasks": []}]))])
+    assert none["runs"][0]["tasks"] is None
 
 
 def test_metrics_alone_are_enough_and_texts_are_no_markup(tmp_path: Path) -> None:

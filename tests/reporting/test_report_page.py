@@ -13,6 +13,7 @@ from olmoe_train.reporting.run_data import RunReader
 from olmoe_train.reporting.serve import make_server
 from tests.support.browser import Watched, chromium
 from tests.support.report_runs import rich_records, write_records, write_rich_run
+from tests.support.task_records import task_values
 
 pytestmark = pytest.mark.slow
 
@@ -54,6 +55,12 @@ def test_it_opens_without_errors_overflow_or_empty_charts(
     assert page.title().endswith("training report")  # no text of the run became markup
     assert page.locator("figure canvas").count() >= 15
     assert page.locator(".health").count() == runs
+    # Both tasks of the last evaluation, step 60, with a column of scores per run.
+    rows = [row.inner_text().split("\t") for row in page.locator("#panel-tasks tr").all()]
+    assert [len(row) for row in rows] == [4 + runs] * 3
+    assert all("step 60" in text for text in rows[0][2:-2])
+    assert rows[1][2:-2] == ["0.600 ± 0.020"] * runs
+    assert [*rows[2][:2], rows[2][-1]] == ["gsm.v1", "bits_per_byte", "1,319"]
     seen = "[getComputedStyle(document.body).backgroundColor, ...['.plot canvas', '.heat'].map(name => "
     seen += "document.querySelector(name).toDataURL())]"
     before = page.evaluate(seen)
@@ -124,6 +131,21 @@ def test_keyboard_mouse_and_axes(browser: Any, reports: dict[int, Path]) -> None
         assert pixels(curve) != before
     watched.check()
     page.close()
+
+
+def test_a_score_of_guessing_is_marked(browser: Any, tmp_path: Path) -> None:
+    marks = {0.28: True, 0.3: False}  # two standard errors above guessing are 0.29
+    readers = []
+    for score in marks:
+        record = {"step": 5, "tokens": 640, "time": 1.7e9, "train/loss": 3.0} | task_values(score)
+        readers.append(RunReader(write_records(tmp_path / f"{score}", [record])))
+        readers[-1].update()
+    (tmp_path / "two.html").write_text(render(readers))
+    watched = Watched(browser, 1400, "light")
+    watched.open(tmp_path / "two.html")
+    cells = watched.page.locator("#panel-tasks tbody tr").first.locator("td").all()
+    assert ["not above chance" in cell.inner_text() for cell in cells[2:-2]] == list(marks.values())
+    watched.page.close()
 
 
 def test_the_live_page_follows_a_run(browser: Any, tmp_path: Path) -> None:

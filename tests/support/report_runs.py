@@ -8,6 +8,8 @@ from typing import Any
 
 import numpy as np
 
+from tests.support.task_records import task_values
+
 EVIL = "</script><img src=x onerror=\"document.title='owned'\"><!-- https://example.org/ &amp;"
 """Text of a model or a configuration that would be markup, or a URL, if a report let it."""
 
@@ -67,6 +69,7 @@ def plain_records(steps: int, layers: int, experts: int, seed: int) -> Iterator[
             }
         if step % (steps // 5) == 0:
             values |= {"eval/validation/loss": loss, "eval/validation/perplexity": math.exp(loss)}
+            values |= {"eval/validation/bits_per_byte": loss / 3} | task_values(0.2 + 0.4 * step / steps)
         yield values
 
 

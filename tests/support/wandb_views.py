@@ -142,12 +142,15 @@ def uncovered(spec: dict[str, Any], logged: set[str]) -> tuple[set[str], set[str
 def names_in_wandb(run_dir: Path) -> set[str]:
     """The names under which the offline pieces of a run have values, without wandb's own.
 
-    A picture, a histogram or a table is several values: router/load_map._type and others.
+    A picture, a histogram or a table is several values: router/load_map._type and others. The name of a task
+    may have a dot of its own.
     """
-    return {
-        name.split(".")[0]
+    names = {
+        name
         for piece in run_dir.glob("wandb/offline-run-*/*.wandb")
         for row in read_offline_run(piece).history
         for name in row
         if not name.startswith("_")
     }
+    rich = {name.removesuffix("._type") for name in names if name.endswith("._type")}
+    return rich | {name for name in names if not any(name.startswith(f"{one}.") for one in rich)}

@@ -1,5 +1,7 @@
 """The registry has every metric that runs log, and no others."""
 
+import json
+import math
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -24,6 +26,7 @@ from tests.support.preferences import pair, write_preferences
 from tests.support.prepared_texts import prepare_texts
 from tests.support.prompts import grpo_values, write_prompts
 from tests.support.runs import TINY, compose, real_tokens
+from tests.support.task_records import task_values
 
 STEP = {"trainer.max_steps": 1, "trainer.global_batch_size": 4, "trainer.micro_batch_size": 4}
 
@@ -73,7 +76,7 @@ def test_every_metric_that_is_logged_is_registered_and_the_reverse(tmp_path: Pat
         name
         for number, values in enumerate(runs(tmp_path))
         for name in logged(tmp_path / f"{number}", values)
-    }
+    } | set(task_values())
     assert {name for name in found if find_metric(name) is None} == set()
     assert {metric.name for metric in METRICS} == {
         metric.name for name in found if (metric := find_metric(name)) is not None
@@ -97,6 +100,7 @@ def test_a_name_has_one_metric() -> None:
 def test_values_are_shown_as_the_registry_says() -> None:
     assert shown("train/loss", 0.5) == "loss 0.5000"
     assert shown("eval/web/rewards/accuracies", 0.25) == "accuracy 0.250"
+    assert shown("task/gsm.v1/acc_per_char", 0.25) == "per char 0.250"
     assert shown("perf/mfu", None) is None
     assert shown("train/skipped_steps", 3) is None
 
@@ -108,17 +112,43 @@ def test_the_documentation_has_the_tables_of_the_registry() -> None:
     assert with_tables(page.replace("cross-entropy |", "entropy |")) == page
 
 
-def test_wandb_keeps_the_least_loss_and_the_last_of_other_values(tmp_path: Path) -> None:
+def test_wandb_keeps_the_best_of_losses_and_validation_and_the_last_of_other_values(tmp_path: Path) -> None:
     init_distributed("cpu")
     log = MetricsLog(tmp_path, LoggingConfig(), {}, step=0)
     (sink,) = log._sinks
     assert isinstance(sink, WandbSink), "wandb logs offline without a key"
     run = sink.run
     for step, loss in ((1, 0.5), (2, 0.25), (3, 1.0), (4, 1.0)):  # wandb holds back the last row
-        log.write({"step": step, "train/loss": loss, "router/dead_experts": step})
+        values = {"step": step, "train/loss": loss, "router/dead_experts": step}
+        log.write(values | {"task/arc_easy/acc": 1 - loss, "task/arc_easy/ce": loss})
     until = time.monotonic() + 30
     while run.summary.get("step") != 3 and time.monotonic() < until:  # wandb's own process takes the rows
         time.sleep(0.1)
-    assert dict(run.summary["train/loss"]) == {"min": 0.25}
-    assert dict(run.summary["router/dead_experts"]) == {"last": 3}
+    expected = {
+        "train/loss": {"min": 0.25},
+        "router/dead_experts": {"last": 3},
+        "task/arc_easy/acc": {"max": 0.75},
+        "task/arc_easy/ce": {"min": 0.25},
+    }
+    assert {name: dict(run.summary[name]) for name in expected} == expected
     log.close()
+
+
+def test_results_of_tasks_reach_every_sink_and_are_json(tmp_path: Path) -> None:
+    init_distributed("cpu")
+    cfg = LoggingConfig(tensorboard=True)
+    log = MetricsLog(tmp_path, cfg, {}, step=0)
+    values = task_values()
+    values["eval/tasks"][1]["score"] = math.nan
+    log.write({"step": 3} | values)
+    assert len(log._sinks) == 2, "a sink failed"
+    log.close()
+    (record,) = records(tmp_path, "eval/tasks")
+    assert record["eval/tasks"][1]["score"] is None
+    (path,) = tmp_path.glob("wandb/offline-run-*/files/media/table/eval/tasks_*.table.json")
+    table = json.loads(path.read_text())
+    assert table["columns"] == ["step", "task", "metric", "score", "standard error", "chance", "questions"]
+    assert table["data"] == [
+        [3, "arc_easy", "acc", 0.61, 0.02, 0.25, 570],
+        [3, "gsm.v1", "bits_per_byte", None, 0.125, None, 1319],
+    ]

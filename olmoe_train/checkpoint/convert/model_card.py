@@ -1,9 +1,11 @@
-"""The README.md of an export: model, training data, losses, configuration, and how to load the weights."""
+"""The README.md of an export: model, training data, losses, results of tasks, configuration, and how to load
+the weights."""
 
 import re
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub import EvalResult, ModelCardData
 from omegaconf import OmegaConf
 
 from olmoe_train.checkpoint.sharded import saved_state
@@ -17,9 +19,7 @@ from olmoe_train.utils.files import read_json_object
 from olmoe_train.utils.redaction import redact_text
 
 _CARD = """---
-library_name: transformers
-pipeline_tag: text-generation
-tags: [{tags}]
+{metadata}
 ---
 # {name}, step {step}
 
@@ -31,7 +31,7 @@ tags: [{tags}]
 
 {losses}
 
-## Data
+{tasks}## Data
 
 {data}
 
@@ -107,14 +107,17 @@ def model_card(run_dir: Path, checkpoint: Path, tokenizer: Path) -> str:
     state = {"step": 0, "tokens": 0} | saved_state(checkpoint)
     model = olmoe_config(ModelConfig(**config["model"]))
     shown = {key: config[key] for key in config if key not in ("checkpoint", "logging", "run_dir")}
+    name = run_dir.resolve().name
+    evaluation = _last_evaluation(run_dir / "metrics.jsonl", state["step"])
     card = _CARD.format(
-        name=run_dir.resolve().name,
+        metadata=_metadata(name, model, evaluation),
+        name=name,
         step=state["step"],
         tokens=state["tokens"],
-        tags="olmoe" if model.num_experts == 1 else "olmoe, moe",
         what=_what(model),
         how_to_load=_how_to_load(tokenizer),
         losses=_losses(run_dir / "metrics.jsonl", state["step"]),
+        tasks=_tasks(evaluation),
         data=_data(config.get("data", {})),
         config=OmegaConf.to_yaml(shown),
     )
@@ -176,7 +179,7 @@ def _what(model: OlmoeConfig) -> str:
     return (
         f"An OLMoE mixture-of-experts language model (arXiv 2409.02060) of {counts.total:,} parameters, of "
         f"which {counts.active:,} act on a token: {model.num_hidden_layers} layers, {model.num_experts} "
-        f"experts a layer, {model.num_experts_per_tok} a token."
+        f"experts per layer, {model.num_experts_per_tok} per token."
     )
 
 
@@ -192,6 +195,64 @@ def _losses(metrics: Path, step: int) -> str:
             }
     rows = [f"| {key} | {value:.6g} | {at} |" for key, (at, value) in sorted(last.items())]
     return "\n".join(["| | value | step |", "|---|---|---|", *rows]) if rows else "Not recorded."
+
+
+def _last_evaluation(metrics: Path, step: int) -> dict[str, Any]:
+    """The values of the last evaluation up to and including `step`; empty: there was none."""
+    records = [record for record in read_records(metrics) if record["step"] <= step]
+    evaluations = [record for record in records if any(name.startswith("eval/") for name in record)]
+    last = evaluations[-1]["step"] if evaluations else None
+    return {name: value for one in evaluations if one["step"] == last for name, value in one.items()}
+
+
+def _metadata(name: str, model: OlmoeConfig, evaluation: dict[str, Any]) -> str:
+    """The metadata block for the Hugging Face hub: YAML, whose `model-index` has the results, if any."""
+    results = [
+        _result(one["task"], one["metric"], one["score"])
+        for one in evaluation.get("eval/tasks", [])
+        if one["score"] is not None
+    ]
+    for key, value in sorted(evaluation.items()):
+        of_text = re.fullmatch("eval/([^/]+)/(perplexity|bits_per_byte)", key)
+        if of_text is not None and value is not None:
+            results.append(_result(of_text[1], of_text[2], value))
+    indexed: dict[str, Any] = {"model_name": name, "eval_results": results} if results else {}
+    return ModelCardData(
+        library_name="transformers",
+        pipeline_tag="text-generation",
+        tags=["olmoe"] if model.num_experts == 1 else ["olmoe", "moe"],
+        **indexed,
+    ).to_yaml()
+
+
+def _result(dataset: str, metric: str, value: float) -> EvalResult:
+    """One result of model-index. The hub groups those of one dataset."""
+    return EvalResult(
+        task_type="text-generation",
+        dataset_type=dataset,
+        dataset_name=dataset,
+        metric_type=metric,
+        metric_value=value,
+    )
+
+
+def _tasks(evaluation: dict[str, Any]) -> str:
+    """The section of the downstream tasks, with an empty line behind it; empty: there were none."""
+    rows = [
+        f"| {one['task']} | {one['metric']} | {_shown(one['score'])} | {_shown(one['stderr'])} | "
+        f"{_shown(one['chance'])} | {one['questions']:,} |"
+        for one in evaluation.get("eval/tasks", [])
+    ]
+    if not rows:
+        return ""
+    head = "| task | metric | score | standard error | chance | questions |"
+    return "\n".join(
+        [f"## Tasks, step {evaluation['step']}", "", head, "|---|---|---|---|---|---|", *rows, "\n"]
+    )
+
+
+def _shown(value: float | None) -> str:
+    return "" if value is None else f"{value:.4g}"
 
 
 def _data(data: dict[str, Any]) -> str:

@@ -159,6 +159,28 @@ function evaluationsPanel() {
   }));
 }
 
+/** The last results of the downstream tasks, the runs side by side. */
+function tasksPanel() {
+  const runs = app.data.runs.filter((run) => run.tasks), several = app.data.runs.length > 1;
+  const keyOf = (result) => `${result.task}/${result.metric}`;
+  const tables = runs.map((run) => new Map(run.tasks.results.map((result) => [keyOf(result), result])));
+  const keys = [...new Set(tables.flatMap((table) => [...table.keys()]))];
+  const rows = keys.map((key) => {
+    const results = tables.map((table) => table.get(key)), any = results.find(Boolean);
+    const values = (name, digits) => [...new Set(results.filter(Boolean).map((result) => show(result[name], "", digits)))].join(" or ");
+    return [any.task, any.metric, ...results.map(taskScore), values("chance", 3), values("questions", 6)];
+  });
+  const heads = runs.map((run) => `${several ? `${run.name}, ` : "score ± standard error, "}step ${whole.format(run.tasks.step)}`);
+  const note = `${several ? "Score ± standard error of the mean over questions" : "The standard error is that of the mean over questions"}. "Not above chance": at most two standard errors above guessing.`;
+  return el("div", {}, el("h3", { text: "Tasks" }), el("p", { class: "muted", text: note }), simpleTable(["task", "metric", ...heads, "chance", "questions"], rows));
+}
+
+function taskScore(result) {
+  if (!result || result.score === null) return "–";
+  const error = result.stderr === null ? "" : ` ± ${result.stderr.toFixed(3)}`;
+  return el("span", {}, `${result.score.toFixed(3)}${error} `, result.at_chance ? badge("watch", "not above chance") : null);
+}
+
 /** The configuration, and where the runs differ. */
 class ConfigTable {
   constructor() {

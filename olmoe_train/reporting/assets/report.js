@@ -73,6 +73,7 @@ function refresh() {
   loads();
   panel("Progress", "starts", runs.map((run) => run.starts), startsPanel, "Starts of the run, interruptions and resumes.");
   panel("Health", "alerts", runs.map((run) => run.alerts), alertsPanel);
+  panel("Evaluation", "tasks", runs.map((run) => run.tasks), tasksPanel);
   panel("Evaluation", "evaluations", runs.map(validations), evaluationsPanel, "Newest first. The curves of the losses are in the section Loss.");
   panel("Samples", "samples", runs.map((run) => run.samples), samplesPanel, "Texts that the model generated at its evaluations: the prompt, then what it wrote.");
   panel("Router analyses", "analysis", runs.map((run) => run.analysis), analysisPanel, "Written by olmoe analyze.");

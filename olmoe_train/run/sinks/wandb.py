@@ -22,6 +22,15 @@ WANDB_START_S, WANDB_END_S = 30.0, 60.0
 AXES = ("step", "tokens")
 _TITLE_LENGTH = 63  # of an alert
 _BINS = 16  # of the histogram of a layer's loads
+_OF_TASK = {
+    "task": "task",
+    "metric": "metric",
+    "score": "score",
+    "stderr": "standard error",
+    "chance": "chance",
+    "questions": "questions",
+}
+"""Columns of the table of tasks, by the keys of eval/tasks."""
 
 
 @dataclass(frozen=True)
@@ -126,8 +135,8 @@ class WandbSink:
                 self.run.define_metric(name, step_metric=self._axis)
                 continue
             metric = find_metric(name)
-            is_loss = metric is not None and metric.is_loss
-            self.run.define_metric(name, step_metric=self._axis, summary="min" if is_loss else "last")
+            summary = "last" if metric is None else metric.summary
+            self.run.define_metric(name, step_metric=self._axis, summary=summary)
 
     def _rich(self, record: Record) -> dict[str, Any]:
         """Images, histograms and tables of a record."""
@@ -154,4 +163,7 @@ class WandbSink:
         if "eval/samples" in values:
             rows = [[record.step, one["prompt"], one["completion"]] for one in values["eval/samples"]]
             rich["eval/samples"] = wandb.Table(columns=["step", "prompt", "completion"], data=rows)
+        if "eval/tasks" in values:
+            rows = [[record.step, *(one[key] for key in _OF_TASK)] for one in values["eval/tasks"]]
+            rich["eval/tasks"] = wandb.Table(columns=["step", *_OF_TASK.values()], data=rows)
         return rich
