@@ -30,7 +30,7 @@ from olmoe_train.evaluation.tasks.task import Task, TaskFormat
 from olmoe_train.utils.errors import UserError
 
 NGRAM = 13
-"""Tokens of an n-gram. GPT-3 (arXiv 2005.14165) compared 13 words."""
+"""Tokens of an n-gram. GPT-3 (arXiv 2005.14165, appendix C) compared 8 to 13 words."""
 
 _MULTIPLIER = 0x9E3779B97F4A7C15  # odd, so that no token is shifted out of the hash
 _CHUNK = 1 << 22  # n-grams between two reports of progress
