@@ -19,7 +19,7 @@ from rich.progress import track
 from olmoe_train.checkpoint.convert.sharded_model import load_on_ranks
 from olmoe_train.checkpoint.convert.stored_model import StoredModel
 from olmoe_train.cli.app import run_verb
-from olmoe_train.cli.evaluate_output import SourceResult, show_all, show_one, write_results
+from olmoe_train.cli.evaluate_output import SourceResult, show_all, show_one, show_overlaps, write_results
 from olmoe_train.cli.model_sources import check_data, names_of_sources, open_source
 from olmoe_train.cli.ranks import HELP, end_process, on_ranks
 from olmoe_train.cli.sources import collect_sources
@@ -34,6 +34,7 @@ from olmoe_train.distributed.rendezvous import leave_distributed
 from olmoe_train.evaluation.perplexity import Evaluation, evaluate_data, evaluate_sets
 from olmoe_train.evaluation.samples import sample_prompts
 from olmoe_train.evaluation.tasks.build import read_tasks
+from olmoe_train.evaluation.tasks.overlap import Overlap, find_overlaps
 from olmoe_train.evaluation.tasks.requests import encode_tasks
 from olmoe_train.evaluation.tasks.score import TaskResult, evaluate_tasks
 from olmoe_train.evaluation.tasks.task import Task
@@ -53,16 +54,24 @@ Item = TypeVar("Item")
 
 
 def main(cfg: EvaluateConfig) -> None:
-    """Evaluate the sources, and print tables."""
+    """Evaluate the sources, print tables, and write the JSON file."""
     device = init_distributed(cfg.device.value, LEAVE_S, device_key="device")
+    is_rank_0 = dist.get_rank() == 0
     try:
-        evaluate(cfg, device)
+        results, tasks = evaluate(cfg, device)
     finally:
         leave_distributed(LEAVE_S)
+    # Without the other ranks, which do not wait longer than LEAVE_S: the data may be read for hours.
+    if is_rank_0:
+        overlaps = overlaps_with(cfg.check_overlap, tasks, results) if cfg.check_overlap is not None else {}
+        write_results(cfg.out, results, overlaps)
 
 
-def evaluate(cfg: EvaluateConfig, device: torch.device) -> list[SourceResult]:
-    """`main` within a process group. Every rank returns the results; rank 0 prints and writes them.
+def evaluate(cfg: EvaluateConfig, device: torch.device) -> tuple[list[SourceResult], list[Task]]:
+    """Evaluate within a process group. Rank 0 prints the results.
+
+    Returns:
+        (The result of each source, the same on every rank; the tasks).
 
     Raises:
         UserError: A model, the data, a set, a task or an option is wrong; the message names the key and the
@@ -77,15 +86,24 @@ def evaluate(cfg: EvaluateConfig, device: torch.device) -> list[SourceResult]:
     if errors := source_errors(cfg, data, sources):
         raise UserError("\n  ".join(errors))
     tasks = read_tasks(cfg.evaluation.tasks, cfg.evaluation.max_questions)
-    results = [evaluate_source(cfg, data, tasks, name, stored, device) for name, stored in sources.items()]
+    results = [
+        evaluate_source(cfg, data, tasks, name, stored, device, is_compared=len(sources) > 1)
+        for name, stored in sources.items()
+    ]
     if dist.get_rank() == 0:
         warn(cfg, data, results)
         if len(results) == 1:
             show_one(results[0], data)
         else:
             show_all(results)
-    write_results(cfg.out, results)
-    return results
+    return results, tasks
+
+
+def overlaps_with(directory: str, tasks: list[Task], results: list[SourceResult]) -> dict[str, Overlap]:
+    """Look up the questions in prepared data, and print what is found. Name of a task -> its overlap."""
+    overlaps = find_overlaps(tasks, directory, with_progress=progress(f"reading {directory}", True))
+    show_overlaps(directory, overlaps, results)
+    return overlaps
 
 
 def source_errors(cfg: EvaluateConfig, data: DataConfig | None, sources: dict[str, StoredModel]) -> list[str]:
@@ -110,6 +128,7 @@ def evaluate_source(
     name: str,
     stored: StoredModel,
     device: torch.device,
+    is_compared: bool,
 ) -> SourceResult:
     """Load one source in its layout, and evaluate it. Collective.
 
@@ -120,6 +139,7 @@ def evaluate_source(
         name: As `source=` names it.
         stored: The source.
         device: Device of this rank.
+        is_compared: Whether there are other sources, so that the sums of each sequence are kept.
 
     Raises:
         UserError: A weight, a loss or a log-likelihood is not finite, or the source has no tokenizer.
@@ -129,13 +149,14 @@ def evaluate_source(
     if cfg.precision is not None:
         config.dtype = DTYPES[cfg.precision]
     model = load_on_ranks(stored, cfg.parallel, device)
-    options = {"check_finite": dist.get_world_size() == 1, "keep_sequences": len(cfg.source) > 1}
+    shows = dist.get_rank() == 0
+    options = {"check_finite": dist.get_world_size() == 1, "keep_sequences": is_compared}
     of_data = of_sets = {}
     if data is not None:
         if cfg.data.dir:
-            of_data = evaluate_data(model, data, evaluation, device, progress("validation"), **options)
-        of_sets = evaluate_sets(model, data, evaluation, device, progress("sets"), **options)
-    of_tasks = evaluate_tasks(model, encoded, evaluation.tokens_per_pass, device, progress("tasks"))
+            of_data = evaluate_data(model, data, evaluation, device, progress("validation", shows), **options)
+        of_sets = evaluate_sets(model, data, evaluation, device, progress("sets", shows), **options)
+    of_tasks = evaluate_tasks(model, encoded, evaluation.tokens_per_pass, device, progress("tasks", shows))
     check_results(of_data | of_sets, of_tasks, config)
     samples: list[dict[str, str]] = []
     if evaluation.prompts:
@@ -144,10 +165,15 @@ def evaluate_source(
     return SourceResult(name, of_data, of_sets, of_tasks, samples)
 
 
-def progress(what: str) -> Callable[[Iterable[Item]], Iterable[Item]]:
-    """Wraps the batches of a long pass: a bar with the time left, in a terminal, on rank 0."""
+def progress(what: str, is_shown: bool) -> Callable[[Iterable[Item]], Iterable[Item]]:
+    """Wraps the batches of a long pass: a bar with the time left, in a terminal.
+
+    Args:
+        what: Beside the bar.
+        is_shown: Whether this rank shows it.
+    """
     console = Console(stderr=True)
-    hidden = dist.get_rank() != 0 or not console.is_terminal
+    hidden = not (is_shown and console.is_terminal)
     return partial(track, description=what, console=console, disable=hidden, transient=True)
 
 

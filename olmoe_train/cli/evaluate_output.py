@@ -1,6 +1,7 @@
 """What `olmoe evaluate` prints, and its JSON file."""
 
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -8,10 +9,10 @@ from typing import Any
 
 from olmoe_train.config.data import DataConfig
 from olmoe_train.data.mixture import VALIDATION, read_manifests
-from olmoe_train.distributed.collectives import on_rank_0
 from olmoe_train.evaluation.comparison import (
     METHOD,
     Comparison,
+    Estimate,
     aligned,
     compare_sets,
     compare_tasks,
@@ -19,7 +20,8 @@ from olmoe_train.evaluation.comparison import (
     task_table,
 )
 from olmoe_train.evaluation.perplexity import Evaluation
-from olmoe_train.evaluation.tasks.score import TaskResult
+from olmoe_train.evaluation.tasks.overlap import NGRAM, Overlap
+from olmoe_train.evaluation.tasks.score import TaskResult, standard_error
 from olmoe_train.utils.files import write_out
 from olmoe_train.utils.finite import finite_or_none
 
@@ -86,6 +88,27 @@ def show_all(results: Sequence[SourceResult]) -> None:
         show_samples(result)
 
 
+def show_overlaps(directory: str, overlaps: dict[str, Overlap], results: Sequence[SourceResult]) -> None:
+    """Print what each task shares with prepared data, and the scores of the questions that share nothing."""
+    scores = [f"[{number}] clean" for number in range(1, len(results) + 1)]
+    rows = [["task", "", "questions", "touched", "too short", f"{NGRAM}-grams found", *scores]]
+    for number, (name, overlap) in enumerate(overlaps.items()):
+        questions = len(overlap.matched_Q)
+        found = f"{overlap.matched_Q.sum():,} of {overlap.ngrams_Q.sum():,}"
+        counts = [f"{questions:,}", f"{overlap.touched.sum():,}", f"{overlap.too_short:,}", found]
+        rows.append([name, "", *counts, *(clean_score(one.tasks[number], overlap).text() for one in results)])
+    print(f"\nquestions in {directory} ({NGRAM} successive tokens; clean: score of the others)")
+    print(aligned(rows))
+
+
+def clean_score(task: TaskResult, overlap: Overlap) -> Estimate:
+    """The score of the questions that share nothing with the training data; NaN if there are none."""
+    values = task.values[task.metric][~overlap.touched]
+    if not len(values):
+        return Estimate(math.nan, math.nan)
+    return Estimate(float(values.mean()), standard_error(values))
+
+
 def compare(results: Sequence[SourceResult]) -> list[Comparison]:
     sets = [one.of_data | one.of_sets for one in results]
     return compare_sets(sets) + compare_tasks([one.tasks for one in results])
@@ -100,30 +123,34 @@ def set_table(results: dict[str, Evaluation]) -> str:
     return aligned(rows)
 
 
-def write_results(out: str | None, results: Sequence[SourceResult]) -> None:
-    """Write the JSON file, if there is to be one. Collective: rank 0 writes.
+def write_results(out: str | None, results: Sequence[SourceResult], overlaps: dict[str, Overlap]) -> None:
+    """Write the JSON file, if there is to be one.
+
+    Args:
+        out: The file. None: none.
+        results: Of each source.
+        overlaps: Name of a task -> what it shares with the training data. Empty: nothing was looked up.
 
     Raises:
         UserError: The file cannot be written.
     """
     if out is None:
         return
-    contents = [as_json(one) for one in results]
+    contents = [as_json(one, overlaps) for one in results]
     content: dict[str, Any] = contents[0]
     if len(results) > 1:
-        differences = [one.as_json() for one in compare(results)]
-        content = {"sources": contents, "comparisons": differences, "method": METHOD}
-    path = Path(out).expanduser()
-    on_rank_0(lambda: write_out(path, json.dumps(content, indent=2) + "\n"))
+        comparisons = [one.as_json() for one in compare(results)]
+        content = {"sources": contents, "comparisons": comparisons, "method": METHOD}
+    write_out(Path(out).expanduser(), json.dumps(content, indent=2) + "\n")
 
 
-def as_json(result: SourceResult) -> dict[str, Any]:
+def as_json(result: SourceResult, overlaps: dict[str, Overlap]) -> dict[str, Any]:
     """The results of one source; null where a number is not finite or not known."""
     content: dict[str, Any] = {"source": result.name}
     if sets := result.of_data | result.of_sets:
         content["sets"] = {name: set_as_json(one) for name, one in sets.items()}
     if result.tasks:
-        content["tasks"] = {one.name: task_as_json(one) for one in result.tasks}
+        content["tasks"] = {one.name: task_as_json(one, overlaps.get(one.name)) for one in result.tasks}
     if result.samples:
         content["samples"] = result.samples
     return content
@@ -140,12 +167,17 @@ def set_as_json(one: Evaluation) -> dict[str, Any]:
     }
 
 
-def task_as_json(one: TaskResult) -> dict[str, Any]:
-    metrics = {
-        metric.value: {
-            "value": finite_or_none(one.mean(metric)),
-            "stderr": finite_or_none(one.standard_error(metric)),
+def task_as_json(one: TaskResult, overlap: Overlap | None) -> dict[str, Any]:
+    metrics = {metric.value: Estimate(one.mean(metric), one.standard_error(metric)) for metric in one.values}
+    content = {key: value for key, value in one.row.items() if key != "task"}
+    content["metrics"] = {name: estimate.as_json() for name, estimate in metrics.items()}
+    if overlap is not None:
+        content["overlap"] = {
+            "questions_touched": int(overlap.touched.sum()),
+            "questions_too_short": overlap.too_short,
+            "ngrams": int(overlap.ngrams_Q.sum()),
+            "ngrams_found": int(overlap.matched_Q.sum()),
+            "touched": overlap.touched.nonzero()[0].tolist(),
+            "clean_score": clean_score(one, overlap).as_json(),
         }
-        for metric in one.values
-    }
-    return {key: value for key, value in one.row.items() if key != "task"} | {"metrics": metrics}
+    return content

@@ -36,8 +36,12 @@ class Estimate:
         return abs(self.value) <= NOISE_SIGMAS * self.error
 
     def text(self, sign: str = "") -> str:
+        """Value ± standard error, for people. sign: "+" to show it of positive values, too."""
         error = "" if math.isnan(self.error) else f" ± {self.error:.4f}"
         return f"{self.value:{sign}.4f}{error}"
+
+    def as_json(self) -> dict[str, Any]:
+        return {"value": finite_or_none(self.value), "stderr": finite_or_none(self.error)}
 
 
 @dataclass(frozen=True)
@@ -56,8 +60,8 @@ class Comparison:
         return {
             "name": self.name,
             "metric": self.metric,
-            "scores": [_as_json(one) for one in self.scores],
-            "differences": [_as_json(one) | {"noise": one.is_noise} for one in self.differences],
+            "scores": [one.as_json() for one in self.scores],
+            "differences": [one.as_json() | {"noise": one.is_noise} for one in self.differences],
         }
 
 
@@ -102,10 +106,6 @@ def _mean_per_token(losses_N: NDArray[np.float64], tokens_N: NDArray[np.float64]
     residuals_N = losses_N - mean * tokens_N
     variance = number / (number - 1) * float((residuals_N**2).sum())
     return Estimate(mean, math.sqrt(variance) / tokens)
-
-
-def _as_json(one: Estimate) -> dict[str, Any]:
-    return {"value": finite_or_none(one.value), "stderr": finite_or_none(one.error)}
 
 
 def comparison_table(comparisons: Sequence[Comparison], models: int) -> str:

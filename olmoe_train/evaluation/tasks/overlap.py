@@ -87,7 +87,7 @@ def find_overlaps(
         UserError: The directory has no prepared data or no tokenizer, or is damaged.
     """
     assert n > 0
-    split, tokenizer = _open(Path(directory).expanduser())
+    split, tokenizer = open_training_split(Path(directory).expanduser())
     rows = [rows for task in tasks for rows in _ngrams(task, tokenizer, n)]
     all_rows = np.concatenate([np.empty((0, n), np.uint32), *rows])
     ngrams_UN, ids = np.unique(all_rows, axis=0, return_inverse=True)
@@ -97,8 +97,8 @@ def find_overlaps(
     return {task.name: _overlap([next(results) for _ in task.questions]) for task in tasks}
 
 
-def _open(directory: Path) -> tuple[TokenSplit, Tokenizer]:
-    """Open the training split and its tokenizer."""
+def open_training_split(directory: Path) -> tuple[TokenSplit, Tokenizer]:
+    """Open the training split and its tokenizer. UserError: as `find_overlaps`."""
     if not (directory / MANIFEST).is_file() and (sources := sorted(directory.glob(f"*/{MANIFEST}"))):
         names = ", ".join(path.parent.name for path in sources)
         raise UserError(

@@ -9,9 +9,11 @@ from olmoe_train.config.train import ParallelConfig, TrainConfig
 from olmoe_train.config.verbs import EvaluateConfig
 from olmoe_train.data.mixture import mixture_errors, only_directory
 from olmoe_train.evaluation.tasks.build import task_errors
+from olmoe_train.evaluation.tasks.overlap import open_training_split
 from olmoe_train.model import OlmoeConfig
 from olmoe_train.training.preflight.parallel import parallel_errors
 from olmoe_train.training.preflight.unused_keys import deepspeed_keys_without_effect, gathering_without_effect
+from olmoe_train.utils.errors import UserError
 
 
 def text_data(cfg: EvaluateConfig) -> DataConfig | None:
@@ -33,10 +35,7 @@ def option_errors(cfg: EvaluateConfig) -> list[str]:
         )
     if repeated := sorted({name for name in cfg.source if cfg.source.count(name) > 1}):
         errors.append(f"source: {', '.join(repeated)} is there twice")
-    if cfg.check_overlap is not None and not cfg.evaluation.tasks:
-        errors.append(
-            f"check_overlap={cfg.check_overlap}: there are no questions; give evaluation.tasks=[...]"
-        )
+    errors += _overlap_errors(cfg)
     positive = {
         "evaluation.micro_batch_size": cfg.evaluation.micro_batch_size,
         "evaluation.max_sequences": cfg.evaluation.max_sequences,
@@ -61,6 +60,18 @@ def option_errors(cfg: EvaluateConfig) -> list[str]:
     if cfg.out is not None and not (parent := Path(cfg.out).expanduser().absolute().parent).is_dir():
         errors.append(f"out={cfg.out}: there is no directory {parent}; create it, or give another file")
     return errors
+
+
+def _overlap_errors(cfg: EvaluateConfig) -> list[str]:
+    if cfg.check_overlap is None:
+        return []
+    if not cfg.evaluation.tasks:
+        return [f"check_overlap={cfg.check_overlap}: there are no questions; give evaluation.tasks=[...]"]
+    try:
+        open_training_split(Path(cfg.check_overlap).expanduser())
+    except UserError as error:
+        return [str(error)]
+    return []
 
 
 def layout_errors(parallel: ParallelConfig, config: OlmoeConfig, world_size: int) -> list[str]:
