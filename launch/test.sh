@@ -8,5 +8,6 @@ repo=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 cd "$repo"
 source launch/common.sh
 ensure_venv "$repo" "[test]"
+ensure_olmo_eval "$repo/.venv/bin/python"
 ensure_browser
 run_checks "$@"

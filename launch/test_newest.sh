@@ -13,6 +13,7 @@ echo "== installing the newest releases into $venv (several minutes)"
 "$venv/bin/python" -m pip install --quiet --disable-pip-version-check --upgrade --upgrade-strategy eager \
     --editable "$repo[test]" ${TORCH:+"$TORCH"}
 PATH=$venv/bin:$PATH
+ensure_olmo_eval "$venv/bin/python"
 ensure_browser
 echo "== releases that differ from constraints.txt"
 comm -13 <(sort constraints.txt) <(python -m pip freeze --disable-pip-version-check --exclude-editable | sort)

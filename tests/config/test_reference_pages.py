@@ -51,7 +51,9 @@ def test_types_choices_and_defaults() -> None:
 
 def test_every_preset_is_listed(pages: dict[str, str]) -> None:
     presets = pages["presets"]
-    files = [path for path in config_directory().glob("*/*.yaml") if path.parent.name != "common"]
+    files = [
+        path for path in config_directory().glob("*/*.yaml") if path.parent.name not in ("common", "tasks")
+    ]
     assert len(files) > 20
     for path in files:
         heading = f"### `{path.parent.name}={path.stem}`\n\n"

