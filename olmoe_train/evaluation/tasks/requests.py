@@ -50,7 +50,11 @@ def encode_tasks(tasks: Iterable[Task], tokenizer: Tokenizer, model: OlmoeConfig
 
 
 def _encode_task(task: Task, tokenizer: Tokenizer, model: OlmoeConfig) -> EncodedTask:
-    pairs = [(one.context, choice) for one in task.questions for choice in one.choices]
+    pairs = [
+        (one.context_of(number), choice)
+        for one in task.questions
+        for number, choice in enumerate(one.choices)
+    ]
     origins = [one.origin for one in task.questions for _ in one.choices]
     longest, requests, cut = model.max_position_embeddings, [], 0
     encoded = encode_pairs(pairs, tokenizer, first_token(model), joint=task.joint)

@@ -51,6 +51,13 @@ class Question:
     """The question alone, without prompt, examples and choices."""
     origin: str
     """Where it comes from, for messages: FILE:LINE, or NAME[INDEX]."""
+    own_contexts: tuple[str, ...] = ()
+    """What precedes each choice, where the choices differ in their contexts and not in how they continue, as
+    in WinoGrande. Empty: `context` precedes all choices."""
+
+    def context_of(self, choice: int) -> str:
+        """What precedes a choice."""
+        return self.own_contexts[choice] if self.own_contexts else self.context
 
     def length_of(self, choice: int) -> tuple[int, int]:
         """(Characters, UTF-8 bytes) of a choice, each at least 1.
