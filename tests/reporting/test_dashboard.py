@@ -13,7 +13,7 @@ import torch.distributed as dist
 
 from olmoe_train.cli import dashboard
 from olmoe_train.evaluation.tasks.task import TaskMetric
-from olmoe_train.run.loggers import MetricsLog, read_records
+from olmoe_train.run.loggers import read_records
 from olmoe_train.run.metric import SECTIONS, Group
 from olmoe_train.run.metrics_registry import METRICS, section_of
 from olmoe_train.run.sinks.wandb import begin_piece
@@ -21,7 +21,7 @@ from olmoe_train.train import train
 from tests.support.data import write_prepared
 from tests.support.prompts import add_word_tokenizer
 from tests.support.runs import TINY, compose, real_tokens
-from tests.support.task_records import task_values
+from tests.support.tasks import write_task
 from tests.support.wandb_views import ENTITY, PROJECT, Views, names_in_wandb, spec_of, uncovered, views_server
 
 Verb = Callable[..., tuple[int, str]]
@@ -34,6 +34,8 @@ def mixture(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name in ("one", "two"):
         write_prepared(home / "data" / name, real_tokens()[:3], real_tokens()[:1], vocab_size=258)
         add_word_tokenizer(home / "data" / name, 258)
+    question = {"query": "t5 t6", "choices": ["t7", "t8 t9"], "gold": 0}
+    card = write_task(home, "words.v1", [question, question | {"gold": 1}], prompt="{query}")
     values = TINY | {
         "data.dir": home / "data",
         "data.mixture": "[{dir: one, weight: 1}, {dir: two, weight: 2}]",
@@ -44,18 +46,12 @@ def mixture(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "evaluation.at_start": True,
         "evaluation.prompts": ["t5 t6"],
         "evaluation.sample_tokens": 2,
+        "evaluation.tasks": f"[{card}, {card}:bpb]",
         "logging.details_every": 1,
         "logging.wandb.mode": "offline",
         "run_dir": home / "mixture",
     }
-    write = MetricsLog.write
-
-    def write_with_tasks(log: MetricsLog, values: dict[str, Any], **options: Any) -> None:
-        write(log, values | task_values() if "eval/samples" in values else values, **options)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(MetricsLog, "write", write_with_tasks)
-        train(compose(values))
+    train(compose(values))
     dist.destroy_process_group()
     return home / "mixture"
 

@@ -1,12 +1,15 @@
-"""The evaluation callback: data without a validation split, and the sets of evaluation.sets."""
+"""The evaluation callback: data without a validation split, the sets of evaluation.sets, and tasks."""
 
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
+from torch import Tensor
 
 from olmoe_train.config.train import EvaluationConfig, EvaluationSet, ParallelConfig
+from olmoe_train.evaluation.tasks import log_likelihoods
 from olmoe_train.train import train
 from olmoe_train.training.preflight.checks import validate
 from olmoe_train.utils.errors import UserError
@@ -51,6 +54,43 @@ def test_sets_are_logged_and_change_no_training(tmp_path: Path) -> None:
         for key in ("loss", "perplexity", "bits_per_byte"):
             assert row[f"eval/copy/{key}"] == row[f"eval/validation/{key}"] != row[f"eval/other/{key}"]
     assert "bits_per_byte is not measured" not in (tmp_path / "sets" / "log.txt").read_text()
+
+
+def test_an_evaluation_that_was_interrupted_begins_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Stopped between two tasks at step 2, the run goes on from step 1 and ends like a run without a stop."""
+    data = prepare_texts(tmp_path / "data")
+    questions = [{"query": "def main", "choices": ["(argument)", "done"], "gold": 0}] * 2
+    card = write_task(tmp_path / "tasks", "toy", questions)
+    changes = {
+        "trainer": {"max_steps": 3},
+        "parallel": ParallelConfig(),
+        "model": {"vocab_size": 320, "max_position_embeddings": 128},
+        "evaluation": EvaluationConfig(every=1, at_start=False, tasks=[str(card)], tokens_per_pass=16),
+    }
+    whole, stopped = (config(data, tmp_path / name, **changes) for name in ("whole", "stopped"))
+    passes: list[int] = []
+    stop_at: list[int] = []
+
+    def counted(*arguments: Any) -> Tensor:
+        passes.append(1)
+        if [len(passes)] == stop_at:
+            raise RuntimeError("stopped")
+        return sums(*arguments)
+
+    sums = log_likelihoods._sums
+    monkeypatch.setattr(log_likelihoods, "_sums", counted)
+    train(whole)
+    in_each = len(passes) // 3
+    assert in_each > 1
+    stop_at.append(len(passes) + in_each + 2)
+    with pytest.raises(RuntimeError, match="stopped"):
+        train(stopped)
+    assert len(records(stopped.run_dir, "eval/tasks")) == 1
+    assert train(stopped).step == 3
+    rows = [[without_timing(row) for row in records(cfg.run_dir)] for cfg in (whole, stopped)]
+    assert rows[1] == rows[0]
 
 
 def test_tasks_are_logged_and_change_no_training(tmp_path: Path) -> None:

@@ -27,6 +27,7 @@ from tests.support.prepared_texts import prepare_texts
 from tests.support.prompts import grpo_values, write_prompts
 from tests.support.runs import TINY, compose, real_tokens
 from tests.support.task_records import task_values
+from tests.support.tasks import write_task
 
 STEP = {"trainer.max_steps": 1, "trainer.global_batch_size": 4, "trainer.micro_batch_size": 4}
 
@@ -61,7 +62,12 @@ def runs(directory: Path) -> Iterator[dict[str, Any]]:
     for kind in PreferenceKind:
         yield of_pairs | {"objective.kind": kind.value}
     texts = prepare_texts(directory / "texts")
-    yield TINY | {"data.dir": texts, "evaluation.sets": f"[{{name: web, dir: {texts}}}]"}
+    card = write_task(directory, "toy", [{"query": "def", "choices": ["main", "done"], "gold": 0}])
+    yield TINY | {
+        "data.dir": texts,
+        "evaluation.sets": f"[{{name: web, dir: {texts}}}]",
+        "evaluation.tasks": f"[{card}]",
+    }
     (directory / "grpo").mkdir()
     write_prompts(directory / "grpo")
     yield grpo_values(directory / "grpo") | {
@@ -76,7 +82,7 @@ def test_every_metric_that_is_logged_is_registered_and_the_reverse(tmp_path: Pat
         name
         for number, values in enumerate(runs(tmp_path))
         for name in logged(tmp_path / f"{number}", values)
-    } | set(task_values())
+    }
     assert {name for name in found if find_metric(name) is None} == set()
     assert {metric.name for metric in METRICS} == {
         metric.name for name in found if (metric := find_metric(name)) is not None
