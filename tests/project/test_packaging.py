@@ -9,12 +9,18 @@ from pathlib import Path
 REPO = Path(__file__).parents[2]
 PROJECT = tomllib.loads((REPO / "pyproject.toml").read_text())["project"]
 # Where the name on the index differs from the name that is imported.
-DISTRIBUTION = {"hydra": "hydra-core", "jinja2": "Jinja2", "wandb_workspaces": "wandb-workspaces"}
+DISTRIBUTION = {
+    "hydra": "hydra-core",
+    "jinja2": "Jinja2",
+    "lm_eval": "lm-eval",
+    "wandb_workspaces": "wandb-workspaces",
+}
 # Of model.experts_backend=sonicmoe, which is refused without it. The release asks for an older torch than
 # this project needs, so pip could not install it as an extra.
 UNDECLARED = {"sonicmoe"}
-# Of olmoe dashboard and of logging.trackio. torch imports TensorBoard for logging.tensorboard.
-EXTRAS = {"wandb-workspaces", "trackio"}
+# Of olmoe dashboard, of logging.trackio and of lm-eval's model type. torch imports TensorBoard for
+# logging.tensorboard.
+EXTRAS = {"wandb-workspaces", "trackio", "lm-eval", "tqdm"}
 # wandb, trackio and TensorBoard import it to encode pictures.
 FOR_OTHERS = {"pillow"}
 
