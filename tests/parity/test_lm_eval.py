@@ -260,7 +260,7 @@ def test_our_own_tasks_have_the_numbers_of_hf(
 
 
 def test_a_merge_that_takes_the_whole_context(directory: Path) -> None:
-    """lm-eval refuses it: it finds no token of the continuation. Here it is one token, after the first one."""
+    """lm-eval finds no token of the continuation, and stops. Here it has one token, after the first one."""
     tokenizer = load_tokenizer(directory / "model")
     [whole] = tokenizer.encode("in").ids
     [of_in, empty] = encode_pairs([("i", "n"), ("i", "")], tokenizer, 0, joint=True)
