@@ -12,6 +12,7 @@ PROJECT = tomllib.loads((REPO / "pyproject.toml").read_text())["project"]
 DISTRIBUTION = {
     "hydra": "hydra-core",
     "jinja2": "Jinja2",
+    "lm_eval": "lm-eval",
     "olmo_eval": "ai2-olmo-eval",
     "wandb_workspaces": "wandb-workspaces",
 }
@@ -19,8 +20,9 @@ DISTRIBUTION = {
 # this project needs, so pip could not install it as an extra. Neither could it install ai2-olmo-eval, which
 # has labels for evaluation.tasks and asks for an older datasets.
 UNDECLARED = {"sonicmoe", "ai2-olmo-eval"}
-# Of olmoe dashboard and of logging.trackio. torch imports TensorBoard for logging.tensorboard.
-EXTRAS = {"wandb-workspaces", "trackio"}
+# Of olmoe dashboard, of logging.trackio and of lm-eval's model type. torch imports TensorBoard for
+# logging.tensorboard.
+EXTRAS = {"wandb-workspaces", "trackio", "lm-eval", "tqdm"}
 # wandb, trackio and TensorBoard import it to encode pictures.
 FOR_OTHERS = {"pillow"}
 

@@ -93,7 +93,8 @@ def encode_pairs(
         tokenizer: The model's.
         first: Token that precedes a continuation whose context is empty.
         joint: Whether the two are tokenized together and cut where the context ends; spaces at the end of the
-            context then belong to the continuation. False: each by itself.
+            context then belong to the continuation. The context has the tokens that it has alone, as in
+            lm-eval. False: each by itself.
 
     Returns:
         One request per pair. An empty continuation has no targets.
@@ -107,12 +108,13 @@ def encode_pairs(
             {text for pair in some for text in (pair[0], "".join(pair) if joint else pair[1])}, tokenizer
         )
         for context, continuation in some:
-            before = ids[context] if context else np.array([first], np.int32)
-            after = ids[context + continuation if joint else continuation]
+            before, after = ids[context], ids[context + continuation if joint else continuation]
             if joint:
-                # A merge across the boundary would leave the continuation without a token.
-                after = after[min(len(ids[context]), len(after) - 1) :]
-                before = ids[context + continuation][: -len(after)] if context else before
+                if continuation and len(after) <= len(before):
+                    before = after[:-1]  # a merge across the boundary leaves the continuation one token
+                after = after[len(before) :]
+            if not len(before):
+                before = np.array([first], np.int32)
             requests.append(Request(np.concatenate([before, after]), len(after)))
     return requests
 
