@@ -75,3 +75,12 @@ def generator_of(key: str) -> torch.Generator:
     """Return a CPU generator whose seed is a 64-bit hash of `key`."""
     digest = hashlib.blake2b(key.encode(), digest_size=8).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest, "little"))
+
+
+def init_unless_meta(module: nn.Module, std: float) -> None:
+    """Fill the parameters with random weights, with a seed drawn from torch's global generator.
+
+    A meta model stays empty: distributed/materialize.py initializes it.
+    """
+    if not any(parameter.is_meta for parameter in module.parameters()):
+        init_weights(module, int(torch.randint(2**62, ())), std)

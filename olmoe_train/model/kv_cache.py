@@ -80,3 +80,10 @@ def _append(buffer: Tensor, used: int, new: Tensor) -> Tensor:
         buffer = longer
     buffer[:, :, used:total] = new
     return buffer
+
+
+def one_cache(past_key_values: KVCache | None, cache: KVCache | None) -> KVCache | None:
+    """The cache that either name of the argument gives."""
+    if past_key_values is not None and cache is not None:
+        raise ValueError("give past_key_values or cache, not both: they are two names of one argument")
+    return past_key_values if cache is None else cache

@@ -27,8 +27,8 @@ from olmoe_train.model.decoder_layer import OlmoeDecoderLayer
 from olmoe_train.model.generation import generate
 from olmoe_train.model.head import OlmoeHead
 from olmoe_train.model.hf.pretrained import OlmoePreTrainedModel
-from olmoe_train.model.initialization import init_weights
-from olmoe_train.model.kv_cache import KVCache
+from olmoe_train.model.initialization import init_unless_meta
+from olmoe_train.model.kv_cache import KVCache, one_cache
 from olmoe_train.model.losses import load_balancing_loss
 from olmoe_train.model.moe.balancing import Balancer
 from olmoe_train.model.moe.experts import OlmoeExperts
@@ -62,7 +62,7 @@ class OlmoeModel(OlmoePreTrainedModel):
         self.layers = nn.ModuleList(OlmoeDecoderLayer(config, i) for i in range(config.num_hidden_layers))
         self.norm = OlmoeRMSNorm(config.hidden_size, config.rms_norm_eps)
         if init:
-            _init_unless_meta(self, config.initializer_range)
+            init_unless_meta(self, config.initializer_range)
 
     def forward(
         self,
@@ -106,7 +106,7 @@ class OlmoeModel(OlmoePreTrainedModel):
         """
         config = self.config
         use_cache = _given(use_cache, config.use_cache)
-        cache = _one_cache(past_key_values, cache)
+        cache = one_cache(past_key_values, cache)
         cache = KVCache() if use_cache and cache is None else cache
         decoded = self.run_layers(
             input_ids,
@@ -236,7 +236,7 @@ class OlmoeForCausalLM(OlmoePreTrainedModel):
         self.adapter: AdapterSpec | None = None
         self.base: BaseIdentity | None = None
         self.tie_weights()
-        _init_unless_meta(self, config.initializer_range)
+        init_unless_meta(self, config.initializer_range)
 
     def tie_weights(self) -> None:
         """Share the embedding's parameter with the head if config.tie_word_embeddings is set.
@@ -400,19 +400,3 @@ class OlmoeForCausalLM(OlmoePreTrainedModel):
 
 def _given(value: bool | None, default: bool) -> bool:
     return default if value is None else value
-
-
-def _one_cache(past_key_values: KVCache | None, cache: KVCache | None) -> KVCache | None:
-    """The cache that either name of the argument gives."""
-    if past_key_values is not None and cache is not None:
-        raise ValueError("give past_key_values or cache, not both: they are two names of one argument")
-    return past_key_values if cache is None else cache
-
-
-def _init_unless_meta(module: nn.Module, std: float) -> None:
-    """Fill the parameters with random weights, with a seed drawn from torch's global generator.
-
-    A meta model stays empty: distributed/materialize.py initializes it.
-    """
-    if not any(parameter.is_meta for parameter in module.parameters()):
-        init_weights(module, int(torch.randint(2**62, ())), std)

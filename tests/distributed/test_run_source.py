@@ -219,6 +219,9 @@ def texts(run: tuple[Path, Any], tmp_path_factory: pytest.TempPathFactory) -> di
     }
 
 
+ON_TWO_RANKS = (ParallelConfig(expert_parallel_size=2), ParallelConfig(), ParallelConfig(Strategy.ddp))
+
+
 def evaluate_in_layouts(layouts: list[EvaluateConfig]) -> list[dict[str, Evaluation]]:
     results = [evaluate_verb(cfg, CPU)[0][0] for cfg in layouts]
     return [one.of_data | one.of_sets for one in results]
@@ -245,14 +248,7 @@ def test_the_verb_gives_the_same_on_one_process_and_on_ranks(
         numbers = f"{values['loss']:.4f} {values['perplexity']:,.2f} {values['bits_per_byte']:.4f}"
         assert f"{name} {numbers} {values['tokens']}" in [" ".join(line.split()) for line in shown]
 
-    layouts = [
-        replace(one, parallel=parallel)
-        for parallel in (
-            ParallelConfig(expert_parallel_size=2),
-            ParallelConfig(),
-            ParallelConfig(Strategy.ddp),
-        )
-    ]
+    layouts = [replace(one, parallel=parallel) for parallel in ON_TWO_RANKS]
     for results in run_ranks(2, evaluate_in_layouts, [*layouts, replace(one, precision=Precision.bf16)]):
         *same, rounded = results
         for result in same:
@@ -283,14 +279,9 @@ def test_tasks_have_the_same_answers_on_one_process_and_on_ranks(run_dir: Path, 
     evaluation = EvaluationConfig(tasks=[str(card)], tokens_per_pass=8)
     one = EvaluateConfig([str(run_dir)], DataConfig(dir=""), evaluation, device=Device.cpu)
     (expected,) = run_ranks(1, answer_in_layouts, [one])[0]
-    layouts = [
-        replace(one, parallel=parallel)
-        for parallel in (
-            ParallelConfig(expert_parallel_size=2),
-            ParallelConfig(),
-            ParallelConfig(Strategy.ddp),
-        )
-    ] + [replace(one, evaluation=replace(evaluation, tokens_per_pass=512))]
+    layouts = [replace(one, parallel=parallel) for parallel in ON_TWO_RANKS] + [
+        replace(one, evaluation=replace(evaluation, tokens_per_pass=512))
+    ]
     for results in run_ranks(2, answer_in_layouts, layouts):
         for result in results:
             assert result.keys() == expected.keys()

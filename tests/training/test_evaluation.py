@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from torch import Tensor
 
-from olmoe_train.config.train import EvaluationConfig, EvaluationSet, ParallelConfig
+from olmoe_train.config.train import EvaluationConfig, EvaluationSet, ParallelConfig, TrainConfig
 from olmoe_train.evaluation.tasks import log_likelihoods
 from olmoe_train.train import train
 from olmoe_train.training.preflight.checks import validate
@@ -30,6 +30,14 @@ def test_data_without_a_validation_split_is_trained_on_with_a_warning(tmp_path: 
     assert (tmp_path / "run" / "log.txt").read_text().count("no validation split") == 1
 
 
+def assert_same_training(one: TrainConfig, other: TrainConfig) -> None:
+    """Two runs logged the same values of training, bit for bit."""
+    before, after = (
+        [without_timing(row) for row in records(cfg.run_dir, "train/loss")] for cfg in (one, other)
+    )
+    assert before == after
+
+
 def test_sets_are_logged_and_change_no_training(tmp_path: Path) -> None:
     data = prepare_texts(tmp_path / "data")
     shutil.copytree(data, tmp_path / "copy")
@@ -44,10 +52,7 @@ def test_sets_are_logged_and_change_no_training(tmp_path: Path) -> None:
     with_sets = replace(plain, run_dir=str(tmp_path / "sets"))
     train(plain)
     train(replace(with_sets, evaluation=EvaluationConfig(every=1, sets=sets)))
-    before, after = (
-        [without_timing(r) for r in records(run, "train/loss")] for run in (plain.run_dir, with_sets.run_dir)
-    )
-    assert before == after
+    assert_same_training(plain, with_sets)
     evaluated = records(with_sets.run_dir, "eval/other/loss")
     assert [row["step"] for row in evaluated] == [0, 1, 2]
     for row in evaluated:
@@ -111,10 +116,7 @@ def test_tasks_are_logged_and_change_no_training(tmp_path: Path) -> None:
     asked = replace(plain, run_dir=str(tmp_path / "tasks-run"))
     tasks = [str(card), f"{card}:bpb"]
     train(replace(asked, evaluation=EvaluationConfig(every=1, tasks=tasks, tokens_per_pass=64)))
-    before, after = (
-        [without_timing(r) for r in records(run, "train/loss")] for run in (plain.run_dir, asked.run_dir)
-    )
-    assert before == after
+    assert_same_training(plain, asked)
     evaluated = records(asked.run_dir, "eval/tasks")
     assert [row["step"] for row in evaluated] == [0, 1, 2]
     for row in evaluated:
