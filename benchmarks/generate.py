@@ -16,7 +16,7 @@ import argparse
 import os
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -53,7 +53,7 @@ def models(
     return ours, theirs
 
 
-def in_turns(ways: list[Callable[[], object]], rounds: int) -> list[list[float]]:
+def in_turns(ways: Sequence[Callable[[], object]], rounds: int) -> list[list[float]]:
     """Seconds of every round, for each way; one round more goes first, which is not counted."""
     times: list[list[float]] = [[] for _ in ways]
     for _ in range(rounds + 1):
