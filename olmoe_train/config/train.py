@@ -167,6 +167,10 @@ class CheckpointConfig:
     resume: str = "auto"
     """auto: continue from the newest complete checkpoint in run_dir, if there is one. never: start a new run
     in an empty run_dir. A path: continue from that checkpoint directory."""
+    branch_from: str | None = None
+    """Start this run from a checkpoint of another run, RUN_DIR@STEP, or from its newest, RUN_DIR: with its
+    weights, moments, position in the data, and metrics. The scheduler and the length of the run may differ.
+    The other run is only read. A branch resumes from its own checkpoints."""
     allow_changes: list[str] = field(default_factory=list)
     """Keys or sections, such as [optimizer.lr], that may differ from the checkpoint's although they change
     the result of the run."""

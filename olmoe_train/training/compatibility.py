@@ -51,6 +51,8 @@ SAFE_TO_CHANGE = (
 # Objectives that pack the samples of a micro-batch, so that packing changes no result; and its keys.
 PACK_WITHIN_BATCHES = ("preference", "grpo")
 PACKING_KEYS = ("data.packing", "data.mask_documents")
+# What a branch may change. Its own checkpoints then hold the new values.
+BRANCH_MAY_CHANGE = ("scheduler",)
 # These keys act only through the steps at which the phases of the schedule end, and through the shape of the
 # decay. Those are compared instead.
 SCHEDULE_KEYS = (
@@ -114,7 +116,11 @@ def resume_fingerprint(
 
 
 def check_changes(
-    saved: dict[str, Any], now: dict[str, Any], allow_changes: list[str], checkpoint: Path
+    saved: dict[str, Any],
+    now: dict[str, Any],
+    allow_changes: list[str],
+    checkpoint: Path,
+    may_change: tuple[str, ...] = (),
 ) -> None:
     """Compare a checkpoint's saved state with this run, and log the changes that are allowed.
 
@@ -123,6 +129,7 @@ def check_changes(
         now: The `resume_fingerprint` of this run.
         allow_changes: Keys that the user lets change (checkpoint.allow_changes).
         checkpoint: The checkpoint, for the message.
+        may_change: Keys or sections that may change although they affect the result.
 
     Raises:
         UserError: A change affects the result and checkpoint.allow_changes does not name its key. The message
@@ -132,7 +139,7 @@ def check_changes(
     allowed = [current_key(key) for key in allow_changes]
     refused = []
     for change in changes(saved, now):
-        if not changes_the_result(change.key, now["config"]):
+        if _within(change.key, may_change) or not changes_the_result(change.key, now["config"]):
             log.info("changed since the checkpoint: %s", change)
         elif _within(change.key, allowed):
             log.warning("WARNING: changed since the checkpoint, and allowed to: %s", change)

@@ -6,6 +6,7 @@ from olmoe_train.distributed.rendezvous import launcher_warnings
 from olmoe_train.evaluation.tasks.build import task_errors
 from olmoe_train.training.preflight.adapter import adapter_errors, adapter_warnings
 from olmoe_train.training.preflight.backend import backend_errors, machine_errors
+from olmoe_train.training.preflight.branch import branch_errors, branch_warnings
 from olmoe_train.training.preflight.evaluation import sampling_errors, set_errors
 from olmoe_train.training.preflight.model_and_data import data_errors, model_errors
 from olmoe_train.training.preflight.parallel import deepspeed_file_errors, parallel_errors
@@ -45,12 +46,13 @@ def validate(cfg: TrainConfig, world_size: int) -> list[str]:
     of_data += task_errors(cfg.evaluation.tasks)
     errors = [*_configuration_errors(cfg, world_size, of_model), *of_data, *machine_errors(cfg)]
     if not errors:
-        errors = [*sampling_errors(cfg), *deepspeed_file_errors(cfg, world_size)]
+        errors = [*sampling_errors(cfg), *deepspeed_file_errors(cfg, world_size), *branch_errors(cfg)]
     if errors:
         raise configuration_error(errors)
     return [
         *keys_without_effect(cfg, manifests),
         *schedule_warnings(cfg),
+        *branch_warnings(cfg),
         *adapter_warnings(cfg),
         *preference_warnings(cfg, manifests),
         *router_analysis_warnings(cfg, manifests),
