@@ -16,7 +16,8 @@ import torch.distributed as dist
 from rich.console import Console
 from rich.progress import track
 
-from olmoe_train.checkpoint.directory import complete_checkpoints, step_of
+from olmoe_train.checkpoint.branch import checkpoint_before
+from olmoe_train.checkpoint.directory import complete_checkpoints
 from olmoe_train.checkpoint.sharded import load_checkpoint, saved_state
 from olmoe_train.cli.app import run_verb
 from olmoe_train.cli.ranks import HELP, on_ranks
@@ -66,7 +67,7 @@ def main(cfg: ExplainConfig) -> None:
 def explain(cfg: ExplainConfig, device: torch.device) -> dict[str, Any]:
     """Compute what the JSON file holds. Collective; complete on rank 0."""
     run_dir = Path(cfg.source).expanduser()
-    checkpoint = next((c for c in complete_checkpoints(run_dir) if step_of(c) < cfg.step), None)
+    checkpoint = checkpoint_before(run_dir, cfg.step)
     run = run_to_explain(cfg, run_dir, checkpoint is not None)
     data = build_data(run)
     if cfg.step > (last := count_steps(run, data)):

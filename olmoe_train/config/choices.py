@@ -65,6 +65,13 @@ class Schedule(Enum):
     cosine = "cosine"
     linear = "linear"
     constant = "constant"
+    wsd = "wsd"
+
+
+class DecayShape(Enum):
+    linear = "linear"
+    sqrt = "sqrt"
+    cosine = "cosine"
 
 
 class WandbMode(Enum):

@@ -14,6 +14,7 @@ from olmoe_train.config.balancing import AuxiliaryLossConfig, BalancingConfig
 from olmoe_train.config.choices import (
     ActivationCheckpointing,
     Convention,
+    DecayShape,
     Device,
     Offload,
     Precision,
@@ -118,7 +119,8 @@ class LossConfig:
 @dataclass(frozen=True)
 class SchedulerConfig:
     kind: Schedule = Schedule.cosine
-    """Shape of the learning rate after the warm-up."""
+    """Shape of the learning rate after the warm-up. wsd: at its peak (stable), then a decay whose length is
+    given."""
     warmup_steps: int | None = None
     """Length of the linear warm-up in optimizer steps. Set at most one of warmup_steps, warmup_tokens and
     warmup_fraction."""
@@ -132,6 +134,16 @@ class SchedulerConfig:
     """Step at which the decay ends. If decay_steps and decay_tokens are null, the decay ends with the run."""
     decay_tokens: int | None = None
     """Number of tokens at which the decay ends."""
+    decay_length_steps: int | None = None
+    """Length of the decay of kind=wsd in optimizer steps. Set one of decay_length_steps, decay_length_tokens
+    and decay_fraction."""
+    decay_length_tokens: int | None = None
+    """Length of the decay of kind=wsd in tokens."""
+    decay_fraction: float | None = None
+    """Length of the decay of kind=wsd as a fraction, above 0 and up to 1, of the step at which it ends."""
+    decay_shape: DecayShape = DecayShape.linear
+    """Fall of the learning rate in the decay of kind=wsd, from 1 to 0 as the part p of it that has passed
+    grows. linear: 1 - p. sqrt: 1 - sqrt(p). cosine: half a cosine."""
     final_factor: float = 0.1
     """Learning rate at the end of the decay and after it, as a fraction of the peak."""
 
@@ -155,6 +167,10 @@ class CheckpointConfig:
     resume: str = "auto"
     """auto: continue from the newest complete checkpoint in run_dir, if there is one. never: start a new run
     in an empty run_dir. A path: continue from that checkpoint directory."""
+    branch_from: str | None = None
+    """Start this run from a checkpoint of another run, RUN_DIR@STEP, or from its newest, RUN_DIR: with its
+    weights, moments, position in the data, and metrics. The scheduler and the length of the run may differ.
+    The other run is only read. A branch resumes from its own checkpoints."""
     allow_changes: list[str] = field(default_factory=list)
     """Keys or sections, such as [optimizer.lr], that may differ from the checkpoint's although they change
     the result of the run."""

@@ -2,7 +2,12 @@
 
 import math
 
+from olmoe_train.config.choices import Schedule
 from olmoe_train.config.train import SchedulerConfig, TrainerConfig
+from olmoe_train.utils.errors import UserError
+
+DECAY_LENGTHS = ("decay_length_steps", "decay_length_tokens", "decay_fraction")
+"""The keys of `scheduler` that give the length of the decay of kind=wsd."""
 
 
 def tokens_per_step(trainer: TrainerConfig, sequence_length: int) -> int:
@@ -31,15 +36,55 @@ def total_steps(trainer: TrainerConfig, sequence_length: int, samples_per_epoch:
 
 def warmup_and_decay_steps(
     scheduler: SchedulerConfig, tokens_per_step: int, last_step: int
-) -> tuple[float, float]:
-    """(end of warm-up, end of decay) in optimizer steps; fractional where they are given in tokens."""
-    decay = float(last_step)
+) -> tuple[float, float, float]:
+    """(end of warm-up, start of decay, end of decay) in optimizer steps; fractional if given in tokens.
+
+    Raises:
+        UserError: The decay of kind=wsd would begin before the warm-up ends.
+    """
+    decay_end = float(last_step)
     if scheduler.decay_steps is not None:
-        decay = float(scheduler.decay_steps)
+        decay_end = float(scheduler.decay_steps)
     elif scheduler.decay_tokens is not None:
-        decay = scheduler.decay_tokens / tokens_per_step
+        decay_end = scheduler.decay_tokens / tokens_per_step
+    warmup_end = (scheduler.warmup_fraction or 0.0) * decay_end
     if scheduler.warmup_steps is not None:
-        return float(scheduler.warmup_steps), decay
-    if scheduler.warmup_tokens is not None:
-        return scheduler.warmup_tokens / tokens_per_step, decay
-    return (scheduler.warmup_fraction or 0.0) * decay, decay
+        warmup_end = float(scheduler.warmup_steps)
+    elif scheduler.warmup_tokens is not None:
+        warmup_end = scheduler.warmup_tokens / tokens_per_step
+    if scheduler.kind is not Schedule.wsd:
+        return warmup_end, warmup_end, decay_end
+    length = _decay_length(scheduler, tokens_per_step, decay_end)
+    if length > decay_end - warmup_end:
+        key = next(name for name in DECAY_LENGTHS if getattr(scheduler, name) is not None)
+        raise UserError(
+            f"scheduler.{key}={getattr(scheduler, key)}: a decay of {length:,.10g} step{'s' * (length != 1)} "
+            f"does not fit in between the end of the warm-up at step {warmup_end:,.10g} and the end of the "
+            f"decay at step {decay_end:,.10g}; make the decay or the warm-up shorter, or the run longer"
+        )
+    return warmup_end, decay_end - length, decay_end
+
+
+def _decay_length(scheduler: SchedulerConfig, tokens_per_step: int, decay_end: float) -> float:
+    """Length of the decay of kind=wsd in optimizer steps."""
+    if scheduler.decay_length_steps is not None:
+        return float(scheduler.decay_length_steps)
+    if scheduler.decay_length_tokens is not None:
+        return scheduler.decay_length_tokens / tokens_per_step
+    assert scheduler.decay_fraction is not None, "the preflight checks ask for a length"
+    return scheduler.decay_fraction * decay_end
+
+
+def schedule_in_words(scheduler: SchedulerConfig, tokens_per_step: int, last_step: int) -> str:
+    """The phases of the learning rate with the steps at which they end."""
+    warmup_end, decay_start, decay_end = warmup_and_decay_steps(scheduler, tokens_per_step, last_step)
+    phases = [f"warm-up to step {warmup_end:,.10g}"] if warmup_end else []
+    if scheduler.kind is Schedule.constant:
+        return ", ".join([*phases, "constant"])
+    shape = scheduler.kind.value
+    if scheduler.kind is Schedule.wsd:
+        shape = scheduler.decay_shape.value
+        phases.append(f"stable to step {decay_start:,.10g}")
+    final = f"{100 * scheduler.final_factor:.4g}%"
+    decay = f"{shape} decay to {final} of the peak at step {decay_end:,.10g}"
+    return ", ".join([*phases, decay])

@@ -15,7 +15,7 @@ from olmoe_train.config.objective import PreferenceConfig
 from olmoe_train.config.train import ParallelConfig
 from olmoe_train.config.verbs import PlanConfig
 from olmoe_train.planning.adapter import adapter_counts, adapter_plan
-from olmoe_train.planning.duration import tokens_per_step, total_steps
+from olmoe_train.planning.duration import schedule_in_words, tokens_per_step, total_steps
 from olmoe_train.planning.flops import FlopsPerToken, parameter_counts, peak_flops, train_flops_per_token
 from olmoe_train.planning.layout import ParallelLayout
 from olmoe_train.planning.memory import FP32, MicroBatch, RankMemory, rank_memory
@@ -206,6 +206,7 @@ def run_lines(cfg: PlanConfig) -> list[str]:
         f"{speed.seconds_per_step:.2f} s per step, at mfu {cfg.mfu:.1%} of "
         f"{speed.peak_flops / 1e12:,.1f} TFLOP/s per GPU",
         "run": f"{speed.steps:,} steps, {speed.steps * tokens:,} tokens: {time}",
+        "schedule": schedule_in_words(cfg.scheduler, tokens_per_step(cfg.trainer, length), speed.steps),
     }
     if (adapter := adapter_plan(cfg.adapter)) is not None:
         of_adapter = adapter_counts(olmoe_config(cfg.model), adapter)

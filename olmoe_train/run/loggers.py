@@ -136,8 +136,13 @@ def forget_after(path: Path, step: int) -> None:
     """Remove the records of steps beyond `step`, from which a run resumes: those steps come again."""
     if not path.is_file():
         return
-    kept = [record for record in read_records(path) if record["step"] <= step] if step else []
-    atomic_write_text(path, "".join(json.dumps(record) + "\n" for record in kept))
+    copy_records(path, path, step)
+
+
+def copy_records(source: Path, target: Path, step: int) -> None:
+    """Replace a metrics.jsonl by the records of another one up to `step`. step=0: by none."""
+    kept = [record for record in read_records(source) if record["step"] <= step] if step else []
+    atomic_write_text(target, "".join(json.dumps(record) + "\n" for record in kept))
 
 
 def read_records(path: Path) -> list[dict[str, Any]]:

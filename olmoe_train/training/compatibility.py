@@ -7,7 +7,7 @@ from typing import Any
 
 from olmoe_train.config.aliases import current_key, current_saved_config
 from olmoe_train.config.choices import BalanceScope
-from olmoe_train.config.choices import Schedule as Shape
+from olmoe_train.config.choices import Schedule as Kind
 from olmoe_train.data.loader import TrainingData
 from olmoe_train.model.adapters.spec import BaseIdentity
 from olmoe_train.optim.schedule import Schedule
@@ -51,7 +51,10 @@ SAFE_TO_CHANGE = (
 # Objectives that pack the samples of a micro-batch, so that packing changes no result; and its keys.
 PACK_WITHIN_BATCHES = ("preference", "grpo")
 PACKING_KEYS = ("data.packing", "data.mask_documents")
-# These keys act only through the steps at which warm-up and decay end. Those steps are compared instead.
+# What a branch may change. Its own checkpoints then hold the new values.
+BRANCH_MAY_CHANGE = ("scheduler",)
+# These keys act only through the steps at which the phases of the schedule end, and through the shape of the
+# decay. Those are compared instead.
 SCHEDULE_KEYS = (
     "trainer.max_steps",
     "trainer.max_tokens",
@@ -61,6 +64,10 @@ SCHEDULE_KEYS = (
     "scheduler.warmup_fraction",
     "scheduler.decay_steps",
     "scheduler.decay_tokens",
+    "scheduler.decay_length_steps",
+    "scheduler.decay_length_tokens",
+    "scheduler.decay_fraction",
+    "scheduler.decay_shape",
 )
 # Parts of the data's fingerprint that are also configuration keys.
 ALSO_CONFIG = ("seed", "sequence_length")
@@ -93,20 +100,27 @@ def resume_fingerprint(
     Returns:
         JSON values with the keys `config`, `schedule`, `fingerprint` and `base`.
     """
-    steps = {"step at which the warm-up ends": schedule.warmup_end}
-    if schedule.cfg.kind is not Shape.constant:
-        steps["step at which the decay ends"] = schedule.decay_end
+    effect: dict[str, Any] = {"step at which the warm-up ends": schedule.warmup_end}
+    if schedule.cfg.kind is Kind.wsd:
+        effect["step at which the decay begins"] = schedule.decay_start
+        effect["shape of the decay"] = schedule.shape.name
+    if schedule.cfg.kind is not Kind.constant:
+        effect["step at which the decay ends"] = schedule.decay_end
     config = {key: value for key, value in config.items() if key != "run_dir"}
     return {
         "config": redact(config),
-        "schedule": steps,
+        "schedule": effect,
         "fingerprint": data.fingerprint(),
         "base": None if base is None else asdict(base),
     }
 
 
 def check_changes(
-    saved: dict[str, Any], now: dict[str, Any], allow_changes: list[str], checkpoint: Path
+    saved: dict[str, Any],
+    now: dict[str, Any],
+    allow_changes: list[str],
+    checkpoint: Path,
+    may_change: tuple[str, ...] = (),
 ) -> None:
     """Compare a checkpoint's saved state with this run, and log the changes that are allowed.
 
@@ -115,6 +129,7 @@ def check_changes(
         now: The `resume_fingerprint` of this run.
         allow_changes: Keys that the user lets change (checkpoint.allow_changes).
         checkpoint: The checkpoint, for the message.
+        may_change: Keys or sections that may change although they affect the result.
 
     Raises:
         UserError: A change affects the result and checkpoint.allow_changes does not name its key. The message
@@ -124,7 +139,7 @@ def check_changes(
     allowed = [current_key(key) for key in allow_changes]
     refused = []
     for change in changes(saved, now):
-        if not changes_the_result(change.key, now["config"]):
+        if _within(change.key, may_change) or not changes_the_result(change.key, now["config"]):
             log.info("changed since the checkpoint: %s", change)
         elif _within(change.key, allowed):
             log.warning("WARNING: changed since the checkpoint, and allowed to: %s", change)

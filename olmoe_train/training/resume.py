@@ -1,4 +1,5 @@
-"""Where a run continues: which checkpoint checkpoint.resume asks for, and what becomes of a damaged one."""
+"""Where a run continues: which checkpoint checkpoint.resume or branch_from asks for, and what becomes of a
+damaged one."""
 
 import logging
 from pathlib import Path
@@ -6,6 +7,7 @@ from typing import Any
 
 import torch.distributed as dist
 
+from olmoe_train.checkpoint.branch import begin_branch, branch_checkpoint
 from olmoe_train.checkpoint.directory import (
     CheckpointError,
     complete_checkpoints,
@@ -15,11 +17,11 @@ from olmoe_train.checkpoint.directory import (
 )
 from olmoe_train.checkpoint.sharded import saved_state as read_saved_state
 from olmoe_train.config.train import CheckpointConfig
-from olmoe_train.distributed.collectives import on_rank_0
+from olmoe_train.distributed.collectives import gather_from_all, on_rank_0
 from olmoe_train.optim.skip_step import SkipGuard
 from olmoe_train.run.directory import Run
 from olmoe_train.training.callbacks.base import Callback
-from olmoe_train.training.compatibility import check_changes
+from olmoe_train.training.compatibility import BRANCH_MAY_CHANGE, check_changes
 from olmoe_train.training.engine.base import Engine
 from olmoe_train.training.state import TrainState
 from olmoe_train.utils.errors import UserError
@@ -32,8 +34,9 @@ def resume(
 ) -> dict[str, Any] | None:
     """Load the checkpoint that checkpoint.resume asks for, if there is one, into the engine.
 
-    A damaged checkpoint is named and quarantined, and the one before it is used. fingerprint: of this run,
-    compared with the checkpoint's. Returns the checkpoint's JSON state; None for a new run.
+    Without one, a branch starts from its parent. A damaged checkpoint is named and quarantined, and the one
+    before it is used. fingerprint: of this run, compared with the checkpoint's. Returns the checkpoint's JSON
+    state; None for a new run.
     """
     for checkpoint in checkpoints_to_resume(run.path, cfg.resume):
         try:
@@ -44,7 +47,30 @@ def resume(
             continue
         log.info("resumed from %s", checkpoint)
         return saved
-    return None
+    return branch(cfg, run, engine, fingerprint) if cfg.branch_from is not None else None
+
+
+def branch(cfg: CheckpointConfig, run: Run, engine: Engine, fingerprint: dict[str, Any]) -> dict[str, Any]:
+    """Load the checkpoint of checkpoint.branch_from into the engine, and begin the branch in its directory.
+
+    Returns the checkpoint's JSON state.
+
+    Raises:
+        UserError: There is no such checkpoint, it is damaged, or this run computes something else.
+    """
+    assert cfg.branch_from is not None
+    branch_from = cfg.branch_from
+    # A newest checkpoint is the one that rank 0 sees.
+    checkpoint = gather_from_all(lambda: branch_checkpoint(branch_from, run.path))[0]
+    try:
+        parent = read_saved_state(checkpoint)
+        check_changes(parent, fingerprint, cfg.allow_changes, checkpoint, BRANCH_MAY_CHANGE)
+        saved = engine.load(checkpoint)
+    except CheckpointError as error:
+        raise UserError(f"checkpoint.branch_from={branch_from}: {error}; give another step") from None
+    on_rank_0(lambda: begin_branch(branch_from, run.path, checkpoint))
+    log.info("branched from %s", checkpoint)
+    return saved
 
 
 def saved_state(

@@ -13,7 +13,15 @@ import torch
 from olmoe_train import config as schemas
 from olmoe_train.cli.app import run_verb
 from olmoe_train.config.balancing import AuxiliaryLossConfig
-from olmoe_train.config.choices import BalanceScope, Device, ExpertsBackend, Precision, Strategy, StripPrefix
+from olmoe_train.config.choices import (
+    BalanceScope,
+    Device,
+    ExpertsBackend,
+    Precision,
+    Schedule,
+    Strategy,
+    StripPrefix,
+)
 from olmoe_train.config.data import DataConfig, MixtureSource, OlmoFilesConfig, SourceConfig
 from olmoe_train.config.model import ModelConfig
 from olmoe_train.config.optimizer import AdamWConfig
@@ -86,6 +94,16 @@ def test_a_good_config_has_neither_errors_nor_warnings(prepared: str) -> None:
             "scheduler.warmup_steps=3 and scheduler.warmup_tokens=4: set only one of them",
         ),
         ("scheduler", SchedulerConfig(final_factor=2), "scheduler.final_factor=2: must be between 0 and 1"),
+        (
+            "scheduler",
+            SchedulerConfig(kind=Schedule.wsd),
+            "scheduler.kind=wsd: how long is its decay? Set one",
+        ),
+        (
+            "scheduler",
+            SchedulerConfig(kind=Schedule.wsd, warmup_steps=2, decay_length_steps=3),
+            "a decay of 3 steps does not fit in between the end of the warm-up at step 2 and the end of the",
+        ),
         (
             "parallel",
             ParallelConfig(replicate_size=3),
@@ -231,6 +249,7 @@ def test_options_without_effect_warn(prepared: str, tmp_path: Path) -> None:
         loss=LossConfig(router_aux_loss_coef=0),
         balancing=AuxiliaryLossConfig(scope=BalanceScope.micro_batch),
         optimizer=AdamWConfig(max_grad_norm=0),
+        scheduler=SchedulerConfig(decay_fraction=0.1),
         model=dataclasses.replace(
             good(prepared).model, trust_pickle=True, strip_prefix=StripPrefix.auto, revision="v1"
         ),
@@ -245,6 +264,7 @@ def test_options_without_effect_warn(prepared: str, tmp_path: Path) -> None:
     assert "data.source.processes has no effect here" in warnings
     assert "balancing.scope has no effect" in warnings
     assert "gradients are not clipped" in warnings
+    assert "scheduler.decay_fraction has no effect: scheduler.kind is cosine" in warnings
     for name in ("revision", "trust_pickle", "strip_prefix"):
         assert f"model.{name} has no effect: model.init_from is null" in warnings
 

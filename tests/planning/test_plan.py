@@ -151,6 +151,7 @@ def test_the_verb_needs_no_data_and_works_anywhere(tmp_path: Path) -> None:
         "7.879 GFLOP",
         "1,024 sequences x 4,096 = 4,194,304 tokens; GPUs x micro-batches x sequences: 8 x 32 x 4",
         "1,199,961 steps",
+        "schedule    warm-up to step 2,500, cosine decay to 10% of the peak at step 1,192,092.896",
         "traffic of one GPU per step in GB: fsdp",
     ):
         assert text in run.stdout

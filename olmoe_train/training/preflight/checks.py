@@ -6,6 +6,7 @@ from olmoe_train.distributed.rendezvous import launcher_warnings
 from olmoe_train.evaluation.tasks.build import task_errors
 from olmoe_train.training.preflight.adapter import adapter_errors, adapter_warnings
 from olmoe_train.training.preflight.backend import backend_errors, machine_errors
+from olmoe_train.training.preflight.branch import branch_errors, branch_warnings
 from olmoe_train.training.preflight.evaluation import sampling_errors, set_errors
 from olmoe_train.training.preflight.model_and_data import data_errors, model_errors
 from olmoe_train.training.preflight.parallel import deepspeed_file_errors, parallel_errors
@@ -18,6 +19,7 @@ from olmoe_train.training.preflight.router_analysis import (
     router_analysis_errors,
     router_analysis_warnings,
 )
+from olmoe_train.training.preflight.schedule import schedule_errors, schedule_warnings
 from olmoe_train.training.preflight.sinks import sink_errors, sink_warnings
 from olmoe_train.training.preflight.unused_keys import gathering_without_effect, keys_without_effect
 from olmoe_train.utils.errors import configuration_error
@@ -44,11 +46,13 @@ def validate(cfg: TrainConfig, world_size: int) -> list[str]:
     of_data += task_errors(cfg.evaluation.tasks)
     errors = [*_configuration_errors(cfg, world_size, of_model), *of_data, *machine_errors(cfg)]
     if not errors:
-        errors = [*sampling_errors(cfg), *deepspeed_file_errors(cfg, world_size)]
+        errors = [*sampling_errors(cfg), *deepspeed_file_errors(cfg, world_size), *branch_errors(cfg)]
     if errors:
         raise configuration_error(errors)
     return [
         *keys_without_effect(cfg, manifests),
+        *schedule_warnings(cfg),
+        *branch_warnings(cfg),
         *adapter_warnings(cfg),
         *preference_warnings(cfg, manifests),
         *router_analysis_warnings(cfg, manifests),
@@ -66,7 +70,7 @@ def configuration_errors(cfg: TrainConfig, world_size: int) -> list[str]:
 def _configuration_errors(cfg: TrainConfig, world_size: int, of_model: list[str]) -> list[str]:
     return [
         *_trainer_errors(cfg, world_size),
-        *_schedule_errors(cfg),
+        *schedule_errors(cfg),
         *of_model,
         *variant_errors(cfg),
         *backend_errors(cfg),
@@ -149,27 +153,3 @@ def _not_negative(cfg: TrainConfig) -> dict[str, float]:
         "loss.router_aux_loss_coef": cfg.loss.router_aux_loss_coef,
         "loss.router_z_loss_coef": cfg.loss.router_z_loss_coef,
     }
-
-
-def _schedule_errors(cfg: TrainConfig) -> list[str]:
-    scheduler, errors = cfg.scheduler, []
-    for what, options in (
-        ("warm-up", ("warmup_steps", "warmup_tokens", "warmup_fraction")),
-        ("decay", ("decay_steps", "decay_tokens")),
-    ):
-        chosen = [
-            f"scheduler.{name}={getattr(scheduler, name)}"
-            for name in options
-            if getattr(scheduler, name) is not None
-        ]
-        if len(chosen) > 1:
-            errors.append(
-                f"{' and '.join(chosen)}: set only one of them and the others to null; "
-                f"they are the length of the {what} in different units"
-            )
-        errors += [f"{text}: must not be negative" for text in chosen if "=-" in text]
-    for name in ("warmup_fraction", "warmup_start_factor", "final_factor"):
-        value = getattr(scheduler, name)
-        if value is not None and not 0 <= value <= 1:
-            errors.append(f"scheduler.{name}={value}: must be between 0 and 1")
-    return errors

@@ -47,6 +47,7 @@ def preference_errors(cfg: TrainConfig) -> list[str]:
         "trainer.max_tokens": cfg.trainer.max_tokens,
         "scheduler.warmup_tokens": cfg.scheduler.warmup_tokens,
         "scheduler.decay_tokens": cfg.scheduler.decay_tokens,
+        "scheduler.decay_length_tokens": cfg.scheduler.decay_length_tokens,
     }
     errors += [
         f"{key}={value}: a step of {name} has a number of samples, not of tokens; give a length in steps, "

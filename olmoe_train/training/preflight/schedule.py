@@ -1,0 +1,89 @@
+"""Checks of the learning rate's schedule."""
+
+from dataclasses import replace
+
+from olmoe_train.config.choices import Schedule
+from olmoe_train.config.train import SchedulerConfig, TrainConfig
+from olmoe_train.planning.duration import (
+    DECAY_LENGTHS,
+    tokens_per_step,
+    total_steps,
+    warmup_and_decay_steps,
+)
+from olmoe_train.utils.errors import UserError
+
+IN_DIFFERENT_UNITS = {
+    "the length of the warm-up": ("warmup_steps", "warmup_tokens", "warmup_fraction"),
+    "the end of the decay": ("decay_steps", "decay_tokens"),
+    "the length of the decay": DECAY_LENGTHS,
+}
+"""What keys of `scheduler` give, each in a unit of its own."""
+OF_WSD = (*DECAY_LENGTHS, "decay_shape")
+"""Keys of `scheduler` that only kind=wsd reads."""
+
+
+def schedule_errors(cfg: TrainConfig) -> list[str]:
+    """What is wrong with the schedule, one message per error."""
+    scheduler, errors = cfg.scheduler, []
+    for what, options in IN_DIFFERENT_UNITS.items():
+        chosen = [
+            f"scheduler.{name}={getattr(scheduler, name)}"
+            for name in options
+            if getattr(scheduler, name) is not None
+        ]
+        if len(chosen) > 1:
+            errors.append(
+                f"{' and '.join(chosen)}: set only one of them and the others to null; they are {what} in "
+                "different units"
+            )
+        errors += [f"{text}: must not be negative" for text in chosen if "=-" in text]
+    for name in ("warmup_fraction", "warmup_start_factor", "decay_fraction", "final_factor"):
+        value = getattr(scheduler, name)
+        if value is not None and not 0 <= value <= 1:
+            errors.append(f"scheduler.{name}={value}: must be between 0 and 1")
+    if scheduler.kind is Schedule.wsd and not errors:
+        errors += _decay_errors(cfg)
+    return errors
+
+
+def _decay_errors(cfg: TrainConfig) -> list[str]:
+    """Whether the decay of kind=wsd has a length, and fits into the run where its steps are known."""
+    scheduler = cfg.scheduler
+    lengths = {name: getattr(scheduler, name) for name in DECAY_LENGTHS}
+    if all(value is None for value in lengths.values()):
+        keys = ", ".join(f"scheduler.{name}" for name in DECAY_LENGTHS)
+        return [f"scheduler.kind=wsd: how long is its decay? Set one of {keys}"]
+    zero = [f"scheduler.{name}={value}: must be positive" for name, value in lengths.items() if value == 0]
+    last_step = known_last_step(cfg)
+    if zero or last_step is None:
+        return zero
+    try:
+        warmup_and_decay_steps(scheduler, tokens_per_step(cfg.trainer, cfg.data.sequence_length), last_step)
+    except UserError as error:
+        return [str(error)]
+    return []
+
+
+def known_last_step(cfg: TrainConfig) -> int | None:
+    """Last step of a run by trainer.max_steps and max_tokens, without reading the data.
+
+    None: only trainer.max_epochs limits the run, or a value that the number of steps depends on is wrong.
+    """
+    limits = replace(cfg.trainer, max_epochs=None)
+    values = (limits.max_steps, limits.max_tokens)
+    given = [value for value in values if value is not None]
+    if not given or min(*given, limits.global_batch_size, cfg.data.sequence_length) <= 0:
+        return None
+    return total_steps(limits, cfg.data.sequence_length)
+
+
+def schedule_warnings(cfg: TrainConfig) -> list[str]:
+    """Warnings about keys of kind=wsd that are set with another kind."""
+    scheduler, defaults = cfg.scheduler, SchedulerConfig()
+    if scheduler.kind is Schedule.wsd:
+        return []
+    return [
+        f"scheduler.{name} has no effect: scheduler.kind is {scheduler.kind.value}"
+        for name in OF_WSD
+        if getattr(scheduler, name) != getattr(defaults, name)
+    ]
