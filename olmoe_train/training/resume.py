@@ -37,12 +37,19 @@ def resume(
     Without one, a branch starts from its parent. A damaged checkpoint is named and quarantined, and the one
     before it is used. fingerprint: of this run, compared with the checkpoint's. Returns the checkpoint's JSON
     state; None for a new run.
+
+    Raises:
+        UserError: checkpoint.resume names a damaged checkpoint, or this run computes something else.
     """
     for checkpoint in checkpoints_to_resume(run.path, cfg.resume):
         try:
             check_changes(read_saved_state(checkpoint), fingerprint, cfg.allow_changes, checkpoint)
             saved = engine.load(checkpoint)
         except CheckpointError as error:
+            if cfg.resume not in ("auto", "never"):
+                raise UserError(
+                    f"checkpoint.resume={cfg.resume}: {error}; give another checkpoint, or auto"
+                ) from None
             quarantine(run.path, checkpoint, error)
             continue
         log.info("resumed from %s", checkpoint)

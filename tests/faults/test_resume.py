@@ -129,6 +129,10 @@ DAMAGES = (flip_a_bit, truncate, lose_a_ranks_file, tear_the_marker)
 
 
 def resume_all(cfg: TrainConfig, run_dirs: list[Path]) -> None:
+    damaged = str(checkpoint_path(run_dirs[0], 6))
+    asked_for = replace(cfg, run_dir=str(run_dirs[0]), checkpoint=replace(cfg.checkpoint, resume=damaged))
+    with pytest.raises(UserError, match=f"checkpoint.resume={damaged}: .* is damaged.*; give another"):
+        train(asked_for)
     for run_dir in run_dirs:
         assert train(replace(cfg, run_dir=str(run_dir))).step == 6
 
