@@ -67,6 +67,12 @@ class Schedule(Enum):
     constant = "constant"
 
 
+class MergeDecay(Enum):
+    linear = "linear"
+    cosine = "cosine"
+    sqrt = "sqrt"
+
+
 class WandbMode(Enum):
     online = "online"
     offline = "offline"
