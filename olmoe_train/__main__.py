@@ -15,6 +15,7 @@ VERBS = {
     "explain": "documents of one optimizer step, with their shares of loss and gradient",
     "analyze": "router analyses: saturation, co-activation, domains, vocabulary, importance",
     "upcycle": "make an OLMoE from a dense model",
+    "merge": "average checkpoints or models",
     "export": "write a run's checkpoint as a Hugging Face directory",
     "generate": "continue a prompt",
     "dashboard": "make the W&B workspace of a run, or of several runs to compare",

@@ -1,4 +1,4 @@
-"""The models that the `source=` of `olmoe evaluate` and `olmoe analyze` names."""
+"""The models that `source=` of `olmoe evaluate` and `olmoe analyze`, or `sources=` of `olmoe merge`, name."""
 
 import os
 from pathlib import Path
@@ -16,14 +16,18 @@ from olmoe_train.utils.errors import UserError
 ALL_STEPS = "all"
 
 
-def names_of_sources(source: list[str]) -> list[str]:
+def names_of_sources(source: list[str], key: str = "source") -> list[str]:
     """List the models that `source` names, with RUN@all replaced by the run's checkpoints.
+
+    Args:
+        source: The names.
+        key: The configuration key that has the names, for messages.
 
     Raises:
         UserError: It names no model.
     """
     if not source:
-        raise UserError("source=[] names no model: give a model, or a list of models such as [RUN@1000,RUN]")
+        raise UserError(f"{key}=[] names no model: give a model, or a list of models such as [RUN@1000,RUN]")
     names = []
     for one in source:
         directory, step = split_step(one)
@@ -32,7 +36,7 @@ def names_of_sources(source: list[str]) -> list[str]:
             continue
         steps = [step_of(path) for path in reversed(complete_checkpoints(Path(directory).expanduser()))]
         if not steps:
-            raise UserError(f"source={one}: {directory} has no complete checkpoint")
+            raise UserError(f"{key}={one}: {directory} has no complete checkpoint")
         names += [f"{directory}@{step}" for step in steps]
     return names
 

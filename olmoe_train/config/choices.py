@@ -74,6 +74,12 @@ class DecayShape(Enum):
     cosine = "cosine"
 
 
+class MergeDecay(Enum):
+    linear = "linear"
+    cosine = "cosine"
+    sqrt = "sqrt"
+
+
 class WandbMode(Enum):
     online = "online"
     offline = "offline"

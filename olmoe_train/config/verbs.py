@@ -5,7 +5,7 @@ from typing import Any
 
 from omegaconf import MISSING
 
-from olmoe_train.config.choices import Device, ExportFormat, Precision, StripPrefix, XAxis
+from olmoe_train.config.choices import Device, ExportFormat, MergeDecay, Precision, StripPrefix, XAxis
 from olmoe_train.config.data import DataConfig, TokenizerConfig
 from olmoe_train.config.train import EvaluationConfig, ParallelConfig, TrainConfig
 
@@ -211,6 +211,35 @@ class UpcycleConfig:
 
 
 @dataclass(frozen=True)
+class MergeConfig:
+    """Average models that have one architecture. The result is a Hugging Face directory."""
+
+    sources: list[str] = MISSING
+    """Models, sources=[A,B,C] or source=A source=B source=C: HF directories, run directories (their newest
+    checkpoints), RUN@STEP, RUN@all (every complete checkpoint, by step), original OLMo checkpoints, or models
+    on the Hugging Face hub, ORGANIZATION/NAME or ORGANIZATION/NAME@REVISION. Tokenizer and generation config
+    are those of the first."""
+    out: str = MISSING
+    """HF directory to write."""
+    weights: Any = "uniform"
+    """uniform, or a list with one number per source, such as [1,2,1]. They are divided by their sum."""
+    decay: MergeDecay | None = None
+    """Weights that make up for a decay of the learning rate from the first source to the last: linear, cosine
+    (half a period) or sqrt (1 - sqrt(progress)). It is for checkpoints of a constant learning rate, the
+    oldest first. null: `weights`."""
+    precision: Precision | None = None
+    """Data type of the weights written; null: that of the first source, which is fp32 in a run."""
+    max_shard_size: str = ExportConfig.max_shard_size
+    """Size limit of a safetensors file, such as 5GB or 200MB."""
+    trust_pickle: bool = False
+    """Read weights from a pickle (pytorch_model.bin, or OLMo's model.pt) with
+    torch.load(weights_only=True)."""
+    strip_prefix: StripPrefix = StripPrefix.none
+    """auto: take the prefixes of wrappers, _orig_mod. (torch.compile) and module. (DDP), off the names of the
+    tensors."""
+
+
+@dataclass(frozen=True)
 class PlanConfig(TrainConfig):
     """Calculate what a training run would need: memory per rank, layouts that fit, speed and days.
 
@@ -320,6 +349,7 @@ VERBS: dict[str, type] = {
     "generate": GenerateConfig,
     "export": ExportConfig,
     "upcycle": UpcycleConfig,
+    "merge": MergeConfig,
     "plan": PlanConfig,
     "logprobs": LogprobsConfig,
     "dashboard": DashboardConfig,

@@ -62,6 +62,26 @@ Sparse upcycling (arXiv 2212.05055; 2409.02060, section 4.1.5) of the dense mode
 {notes}
 """
 
+_MERGED = """---
+library_name: transformers
+pipeline_tag: text-generation
+tags: {tags}
+---
+# Mean of {number} models
+
+{what}
+
+{how_to_load}
+
+## How it was made
+
+The weighted mean of these models, in fp64 and rounded once, by olmoe-train. {why}
+
+| Source | Weight |
+|---|---|
+{rows}
+"""
+
 _HOW_TO_LOAD = """```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -141,7 +161,7 @@ def upcycled_card(
     """
     lines = [f"- {note}" for note in notes]
     if dense_card is not None:
-        lines += ["", "## The dense model", "", re.sub(r"\A---\n.*?\n---\n", "", dense_card, flags=re.DOTALL)]
+        lines += ["", "## The dense model", "", _without_metadata(dense_card)]
     return redact_text(
         _UPCYCLED.format(
             what=_what(config),
@@ -150,6 +170,38 @@ def upcycled_card(
             notes="\n".join(lines).rstrip(),
         )
     )
+
+
+def merged_card(
+    config: OlmoeConfig, sources: dict[str, float], why: str, first_card: str | None, tokenizer: Path
+) -> str:
+    """The README.md for a mean of models.
+
+    Args:
+        config: Architecture of the models.
+        sources: Name of each model -> its weight.
+        why: Where the weights come from, in a sentence.
+        first_card: README.md of the first model, which is appended without its metadata block.
+        tokenizer: The tokenizer files of the mean, a directory or a tokenizer.json.
+
+    Returns:
+        Markdown with secrets redacted.
+    """
+    card = _MERGED.format(
+        tags="[olmoe]" if config.num_experts == 1 else "[olmoe, moe]",
+        number=len(sources),
+        what=_what(config),
+        how_to_load=_how_to_load(tokenizer),
+        why=why,
+        rows="\n".join(f"| {name} | {weight!r} |" for name, weight in sources.items()),
+    )
+    if first_card is not None:
+        card += f"\n## The first source\n\n{_without_metadata(first_card).strip()}\n"
+    return redact_text(card)
+
+
+def _without_metadata(card: str) -> str:
+    return re.sub(r"\A---\n.*?\n---\n", "", card, flags=re.DOTALL)
 
 
 def _how_to_load(tokenizer: Path) -> str:

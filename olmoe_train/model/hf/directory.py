@@ -370,21 +370,25 @@ def check_tied_head(config: OlmoeConfig, stored: StoredWeights, directory: Path)
             )
 
 
-def check_same_architecture(model: OlmoeConfig, stored: OlmoeConfig, name: str) -> None:
+def check_same_architecture(
+    model: OlmoeConfig, stored: OlmoeConfig, name: str, model_name: str = "the model"
+) -> None:
     """Check that stored weights compute the same in a model as where they come from.
 
     Args:
         model: Configuration of the model that the weights are loaded into.
         stored: Configuration that the weights are stored with.
         name: What to call the stored model in the message.
+        model_name: What to call the model in the message.
 
     Raises:
         UserError: Fields that change what the weights compute differ; the message names all of them.
     """
     differences = [
-        f"{item.name} is {getattr(stored, item.name)!r} there and {getattr(model, item.name)!r} in the model"
+        f"{item.name} is {getattr(stored, item.name)!r} there and {getattr(model, item.name)!r} in "
+        f"{model_name}"
         for item in fields(OlmoeConfig)
         if item.name not in _NOT_COMPARED and getattr(stored, item.name) != getattr(model, item.name)
     ]
     if differences:
-        raise UserError("\n  ".join([f"{name} has another architecture than the model:", *differences]))
+        raise UserError("\n  ".join([f"{name} has another architecture than {model_name}:", *differences]))
