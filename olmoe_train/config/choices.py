@@ -67,6 +67,11 @@ class Schedule(Enum):
     constant = "constant"
 
 
+class MuonScale(Enum):
+    match_rms = "match_rms"
+    spectral = "spectral"
+
+
 class WandbMode(Enum):
     online = "online"
     offline = "offline"
