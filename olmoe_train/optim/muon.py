@@ -11,10 +11,12 @@ gate and up, [E, 2F, D], are 2 E matrices of [F, D].
 """
 
 import math
+from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
@@ -63,11 +65,31 @@ def update_scale(rows: int, columns: int, scale: MuonScale) -> float:
     return math.sqrt(rows / columns)
 
 
+Cut = tuple[DeviceMesh, Shard]
+"""The ranks that share each matrix, and how [E, M, N] is divided among them."""
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Matrices of one shape that are updated at once."""
+
+    parts: list[tuple[Tensor, Tensor, Tensor]]
+    """This rank's weights, gradients and momentum, each [E, M, N] as the layout cuts it."""
+    rows: int
+    """M, of the whole weight."""
+    columns: int
+    """N, of the whole weight."""
+    matrices_per_row: int
+    """Matrices along M."""
+    cut: Cut | None
+    """None: each rank holds whole matrices."""
+
+
 class Muon(torch.optim.Optimizer):
     """Muon for the groups whose `rule` is muon, and fused AdamW for the other groups.
 
-    Where an expert's matrices are whole on a rank, the rank updates them without communication. Where FSDP2
-    has cut matrices, each rank gathers them, computes the whole update, and keeps its shard of the result.
+    Where matrices are whole on a rank, the rank updates them without communication. Where FSDP2 has cut them,
+    the ranks that share them exchange their parts, so that each rank orthogonalizes some matrices, whole.
     """
 
     _step_supports_amp_scaling = True
@@ -86,51 +108,83 @@ class Muon(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
         """Update every parameter that has a gradient. Collective over the ranks that share a matrix."""
-        skip: Tensor | None = getattr(self, "found_inf", None)
+        found: Tensor | None = getattr(self, "found_inf", None)
+        skip = None if found is None else found.bool()
         for group in self.param_groups:
             if group["rule"] == self.cfg.name:
-                for parameter, per_row in zip(group["params"], group["matrices_per_row"], strict=True):
-                    self._update(parameter, per_row, group, None if skip is None else skip.bool())
+                for batch in self._batches(group):
+                    self._update(batch, group["lr"], group["weight_decay"], skip)
         if self._adamw is not None:
             # One state for both, because a checkpoint saves and fills that of this object.
             self._adamw.state = self.state
-            self._adamw.found_inf = skip  # type: ignore[attr-defined]
+            self._adamw.found_inf = found  # type: ignore[attr-defined]
             self._adamw.step()
 
-    def _update(
-        self, parameter: nn.Parameter, per_row: int, group: dict[str, Any], skip: Tensor | None
-    ) -> None:
-        """Update the matrices of one parameter, [E, M, N] or [M, N], a bounded number at a time."""
-        if parameter.grad is None:
-            return
-        state = self.state[parameter]
-        if "momentum_buffer" not in state:
-            state["momentum_buffer"] = torch.zeros_like(parameter, requires_grad=False)
-        tensors = [local_tensor(t.detach()) for t in (parameter, parameter.grad, state["momentum_buffer"])]
-        if parameter.ndim == 2:
-            tensors = [tensor.unsqueeze(0) for tensor in tensors]
-        rows, columns = parameter.shape[-2:]
-        cut = _cut(parameter)
-        at_once = max(1, MUON_ELEMENTS // (rows * columns))
-        for weight, gradient, momentum in zip(*(t.split(at_once) for t in tensors), strict=True):
+    def _batches(self, group: dict[str, Any]) -> Iterator[Batch]:
+        """The matrices of a group, a bounded number of elements per rank at a time; alike on every rank."""
+        open_batches: dict[tuple[Any, ...], Batch] = {}
+        for parameter, per_row in zip(group["params"], group["matrices_per_row"], strict=True):
+            if parameter.grad is None:
+                continue
+            state = self.state[parameter]
+            if "momentum_buffer" not in state:
+                state["momentum_buffer"] = torch.zeros_like(parameter, requires_grad=False)
+            tensors = [
+                local_tensor(t.detach()) for t in (parameter, parameter.grad, state["momentum_buffer"])
+            ]
+            rows, columns = parameter.shape[-2:]
+            cut = _cut(parameter)
+            at_once = max(1, MUON_ELEMENTS // (rows * columns)) * (1 if cut is None else cut[0].size())
+            if parameter.ndim == 3:
+                for part in zip(*(tensor.split(at_once) for tensor in tensors), strict=True):
+                    yield Batch([part], rows, columns, per_row, cut)
+                continue
+            weight, gradient, momentum = (tensor.unsqueeze(0) for tensor in tensors)
+            key = (rows, columns, per_row, cut)
+            batch = open_batches.setdefault(key, Batch([], rows, columns, per_row, cut))
+            batch.parts.append((weight, gradient, momentum))
+            if len(batch.parts) == at_once:
+                yield open_batches.pop(key)
+        yield from open_batches.values()
+
+    def _update(self, batch: Batch, lr: float, weight_decay: float, skip: Tensor | None) -> None:
+        """Update the matrices of a batch. Collective over the ranks that share them."""
+        direction = self._direction(self._momentum(batch, skip), batch)
+        rows, columns = batch.rows // batch.matrices_per_row, batch.columns
+        factor = lr * update_scale(rows, columns, self.cfg.scale)
+        sizes = [len(weight) for weight, _, _ in batch.parts]
+        for (weight, _, _), of_weight in zip(batch.parts, direction.split(sizes), strict=True):
+            shrunk = weight * (1 - lr * weight_decay)
+            _store(weight, shrunk.sub_(of_weight, alpha=factor), skip)
+
+    def _momentum(self, batch: Batch, skip: Tensor | None) -> Tensor:
+        """Add the gradients to the momentum. Returns what is to be orthogonalized, [E, M, N] as it is cut."""
+        updates = []
+        for _, gradient, momentum in batch.parts:
             total = momentum * self.cfg.momentum + gradient
             update = gradient + total * self.cfg.momentum if self.cfg.nesterov else total
+            updates.append(update.to(newton_schulz_dtype(update.device)))
             _store(momentum, total, skip)
-            update = _whole(update.to(newton_schulz_dtype(update.device)), (rows, columns), cut)
-            matrices = update.reshape(len(update) * per_row, rows // per_row, columns)
-            direction = orthogonalize(matrices, self.cfg.ns_steps).reshape(update.shape)
-            factor = group["lr"] * update_scale(rows // per_row, columns, self.cfg.scale)
-            shrunk = weight * (1 - group["lr"] * group["weight_decay"])
-            _store(weight, shrunk.sub_(_shard(direction, cut), alpha=factor), skip)
+        return updates[0] if len(updates) == 1 else torch.cat(updates)
+
+    def _direction(self, update: Tensor, batch: Batch) -> Tensor:
+        """Orthogonalize each matrix of this rank's part of the update, [E, M, N] as the layout cuts it."""
+        shape = torch.Size((len(update), batch.rows, batch.columns))
+        if batch.cut is not None:
+            mesh, placement = batch.cut
+            update = _redistribute(update, shape, mesh, placement, Shard(0))
+        matrices = update.reshape(
+            len(update) * batch.matrices_per_row, batch.rows // batch.matrices_per_row, batch.columns
+        )
+        direction = orthogonalize(matrices, self.cfg.ns_steps).reshape(update.shape)
+        if batch.cut is not None:
+            direction = _redistribute(direction, shape, mesh, Shard(0), placement)
+        return direction
 
 
 def _store(target: Tensor, value: Tensor, skip: Tensor | None) -> None:
     """Set `target` to `value`, unless `skip` (bool scalar on the device) is true."""
     target.copy_(value if skip is None else torch.where(skip, target, value))
-
-
-Cut = tuple[DeviceMesh, Shard]
-"""The ranks that share each matrix, and how [E, M, N] is divided among them."""
 
 
 def _cut(parameter: Tensor) -> Cut | None:
@@ -150,25 +204,8 @@ def _cut(parameter: Tensor) -> Cut | None:
     return cuts[0] if cuts else None
 
 
-def _whole(part: Tensor, matrix: tuple[int, int], cut: Cut | None) -> Tensor:
-    """Gather the whole matrices [E, *matrix] from the ranks that share them. Collective."""
-    if cut is None:
-        return part
-    mesh, placement = cut
-    shape = torch.Size((len(part), *matrix))
-    stride = (matrix[0] * matrix[1], matrix[1], 1)
-    return DTensor.from_local(
-        part, mesh, [placement], run_check=False, shape=shape, stride=stride
-    ).full_tensor()
-
-
-def _shard(whole: Tensor, cut: Cut | None) -> Tensor:
-    """This rank's part of whole matrices, as `_whole` takes it; without communication."""
-    if cut is None:
-        return whole
-    mesh, placement = cut
-    return (
-        DTensor.from_local(whole, mesh, [Replicate()], run_check=False)
-        .redistribute(placements=[placement])
-        .to_local()
-    )
+def _redistribute(local: Tensor, shape: torch.Size, mesh: DeviceMesh, now: Shard, then: Shard) -> Tensor:
+    """This rank's part of a tensor of `shape` that is divided over the mesh as `then`, and not as `now`."""
+    stride = (shape[1] * shape[2], shape[2], 1)
+    tensor = DTensor.from_local(local.contiguous(), mesh, [now], run_check=False, shape=shape, stride=stride)
+    return tensor.redistribute(placements=[then]).to_local()

@@ -130,17 +130,20 @@ def rank_memory(
 def update_bytes(config: OlmoeConfig, layout: ParallelLayout, optimizer: OptimizerConfig) -> int:
     """Most bytes that the update of Muon allocates at a time; 0 for other optimizers, which update in place.
 
-    Six fp32 tensors as large as the matrices that it computes at once: the sum of gradients, the update, its
-    normalized value, that of the next iteration, and two square ones in between. In bf16 it is less.
+    At most six fp32 tensors as large as the matrices that a rank orthogonalizes at once: parts of updates,
+    whole matrices, their normalized values, those of the next iteration, and two square ones in between.
     """
     if not isinstance(optimizer, MuonConfig):
         return 0
+    dense = config.query_width * config.hidden_size  # q, k, v and o, of all layers
+    matrices = -(-4 * config.num_hidden_layers // layout.shard_size)
     expert = 2 * config.intermediate_size * config.hidden_size  # gate and up
-    experts = config.num_experts // layout.expert_parallel_size
-    if experts % layout.expert_shard_size == 0 and layout.expert_parallel_size == 1:
-        experts //= layout.expert_shard_size
-    together = min(experts, max(1, MUON_ELEMENTS // expert))
-    return 6 * FP32 * max(together * expert, config.query_width * config.hidden_size)
+    experts = -(-config.num_experts // (layout.expert_parallel_size * layout.expert_shard_size))
+    at_once = (
+        elements * min(number, max(1, MUON_ELEMENTS // elements))
+        for elements, number in ((dense, matrices), (expert, experts))
+    )
+    return 6 * FP32 * max(at_once)
 
 
 def _gathered(units: Units, layout: ParallelLayout, element: int) -> int:

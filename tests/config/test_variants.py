@@ -196,6 +196,16 @@ def test_the_config_of_an_older_run_is_that_of_the_first_variants() -> None:
     assert "balancing" not in old
 
 
+def test_a_key_that_an_older_run_did_not_have_has_its_default() -> None:
+    old = {"optimizer": {"name": "muon", "lr": 0.5}}
+    now = current_saved_config(old)
+    assert (now["optimizer"]["lr"], now["optimizer"]["momentum"], now["optimizer"]["no_decay"]) == (
+        0.5,
+        0.95,
+        [],
+    )
+
+
 def test_the_checkpoint_of_an_older_run_differs_in_nothing() -> None:
     cfg = TrainConfig(balancing=AuxiliaryLossConfig(scope=BalanceScope.micro_batch))
     now = OmegaConf.to_container(OmegaConf.structured(cfg), enum_to_str=True)
@@ -204,7 +214,7 @@ def test_the_checkpoint_of_an_older_run_differs_in_nothing() -> None:
     assert isinstance(old, dict)
     for group in ("objective", "balancing", "adapter"):
         del old[group]
-    del old["optimizer"]["name"]
+    del old["optimizer"]["name"], old["optimizer"]["no_decay"]
     old["loss"]["balance_scope"] = "micro_batch"
     before, after = ({"config": config, "schedule": {}, "fingerprint": {}} for config in (old, now))
     assert changes(before, after) == []

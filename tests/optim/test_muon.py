@@ -268,7 +268,7 @@ def test_a_plan_counts_one_moment_of_matrices_and_two_of_the_rest() -> None:
 
 @pytest.mark.parametrize("sizes", [{}, {"intermediate_size": 64, "num_experts": 4}])
 def test_a_plan_knows_what_the_update_allocates(sizes: dict[str, Any]) -> None:
-    """Six tensors of the experts' gate and up at once where those are square, and a little less otherwise."""
+    """Of gate and up of all experts, or of the projections of all layers; less where no matrix is cut."""
     cfg, shapes = MuonConfig(), OlmoeConfig(**SIZES | sizes)
     model = OlmoeForCausalLM(shapes)
     optimizer = build_optimizer(parameter_groups(model, cfg), cfg)
@@ -279,7 +279,7 @@ def test_a_plan_knows_what_the_update_allocates(sizes: dict[str, Any]) -> None:
         held = live.now()
         optimizer.step()
     planned = update_bytes(shapes, ParallelLayout(Strategy.fsdp, 1), cfg)
-    assert 0.8 * planned < live.peak - held <= planned
+    assert 0.6 * planned < live.peak - held <= planned
 
 
 def resume_in_two_layouts(data: Path, directory: Path) -> None:
