@@ -16,6 +16,7 @@ from olmoe_train.data.prepare.shards import SplitWriter
 from olmoe_train.distributed.mesh import build_mesh, init_distributed
 from olmoe_train.optim.build import build_optimizer
 from olmoe_train.optim.clipping import clip_gradients
+from olmoe_train.optim.roles import parameter_groups
 from olmoe_train.training.batch import Batch, Totals, count_tokens
 from olmoe_train.training.build import build_model
 from olmoe_train.training.objectives.next_token import NextToken
@@ -62,7 +63,7 @@ class BareStep:
         self.cfg = cfg
         self.device = init_distributed("cpu")
         self.model = build_model(cfg, build_mesh(cfg.parallel, self.device))
-        self.optimizer = build_optimizer(self.model.parameters(), cfg.optimizer)
+        self.optimizer = build_optimizer(parameter_groups(self.model, cfg.optimizer), cfg.optimizer)
         self.objective = NextToken(self.model, self.device)
 
     def random_batch(self) -> Batch:
@@ -81,6 +82,10 @@ class BareStep:
     def __call__(self, batch: Batch, totals: Totals) -> None:
         """Make a step of one micro-batch."""
         self.backward(batch, totals)
+        self.update()
+
+    def update(self) -> None:
+        """Clip the gradients, make the optimizer's update and clear the gradients."""
         clip_gradients(self.model.parameters(), self.cfg.optimizer.max_grad_norm)
         self.optimizer.step()
         self.optimizer.zero_grad()

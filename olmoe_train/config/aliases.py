@@ -10,7 +10,7 @@ from olmoe_train.config.adapter import NoAdapterConfig
 from olmoe_train.config.balancing import AuxiliaryLossConfig
 from olmoe_train.config.objective import NextTokenConfig
 from olmoe_train.config.optimizer import AdamWConfig
-from olmoe_train.config.variants import VariantConfig
+from olmoe_train.config.variants import VARIANTS, VariantConfig
 from olmoe_train.utils.errors import UserError
 
 ALIASES = {
@@ -110,14 +110,17 @@ def current_saved_config(saved: dict[str, Any]) -> dict[str, Any]:
         saved: The config as nested dictionaries, as a checkpoint or config.yaml has it.
 
     Returns:
-        A copy with today's keys, in which every group of variants has its `name`.
+        A copy with today's keys, in which every group of variants has its `name` and every key of its
+        variant. A key that came later has its default, which is what the run did.
     """
     config = copy.deepcopy(saved)
     for group, variant in FIRST_VARIANTS.items():
-        if "name" not in config.get(group, {}):
-            defaults = OmegaConf.to_container(OmegaConf.structured(variant), enum_to_str=True)
+        section = config.get(group, {})
+        schema = VARIANTS[group].get(section["name"]) if "name" in section else variant
+        if schema is not None:
+            defaults = OmegaConf.to_container(OmegaConf.structured(schema), enum_to_str=True)
             assert isinstance(defaults, dict)
-            config[group] = defaults | config.get(group, {})
+            config[group] = defaults | section
     for old, new in ALIASES.items():
         (section, name), (new_section, new_name) = old.split("."), new.split(".")
         if name in config.get(section, {}):

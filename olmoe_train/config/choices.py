@@ -80,6 +80,11 @@ class MergeDecay(Enum):
     sqrt = "sqrt"
 
 
+class MuonScale(Enum):
+    match_rms = "match_rms"
+    spectral = "spectral"
+
+
 class WandbMode(Enum):
     online = "online"
     offline = "offline"

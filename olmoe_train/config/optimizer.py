@@ -1,8 +1,16 @@
 """The options of `optimizer`: one dataclass per optimizer."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
+from olmoe_train.config.choices import MuonScale
 from olmoe_train.config.variants import VariantConfig, register_variant
+from olmoe_train.model.roles import ParameterRole
+
+MATRICES = (ParameterRole.matrix, ParameterRole.expert_matrix)
+"""Roles of the parameters that optimizer=muon orthogonalizes."""
+MUON_ELEMENTS = 2**25
+"""Most elements that optimizer=muon orthogonalizes at once, unless a single expert has more. It bounds the
+memory of the update: 16 matrices of OLMoE-1B-7B's experts."""
 
 
 @dataclass(frozen=True)
@@ -12,7 +20,12 @@ class OptimizerConfig(VariantConfig):
     lr: float = 4e-4
     """Peak learning rate."""
     weight_decay: float = 0.1
-    """Decoupled weight decay, applied to every parameter, norms and embeddings included (as released)."""
+    """Decoupled weight decay, applied to every parameter, norms and embeddings included (as released), except
+    for the roles in optimizer.no_decay."""
+    no_decay: list[ParameterRole] = field(default_factory=list)
+    """Roles of parameters that have no weight decay, for example [norm,embedding]. matrix: the projections of
+    attention. expert_matrix: gate, up and down of every expert. adapter: every weight of an adapter. An
+    embedding that is also the head is an embedding."""
     max_grad_norm: float = 1.0
     """Gradients are scaled down to this global norm if theirs is larger; 0: no clipping."""
 
@@ -20,6 +33,22 @@ class OptimizerConfig(VariantConfig):
     def moments(self) -> int:
         """Tensors of a trained parameter's shape in the optimizer's state."""
         return 2
+
+    def moments_of(self, role: ParameterRole) -> int:
+        """`moments` of the parameters of a role."""
+        return self.moments
+
+    def rule_of(self, role: ParameterRole) -> str:
+        """The name of the rule that updates the parameters of a role."""
+        return self.name
+
+    def lr_of(self, role: ParameterRole) -> float:
+        """Peak learning rate of the parameters of a role."""
+        return self.lr
+
+    def weight_decay_of(self, role: ParameterRole) -> float:
+        """Weight decay of the parameters of a role."""
+        return 0.0 if role in self.no_decay else self.weight_decay
 
     def errors(self) -> list[str]:
         errors = [] if self.lr > 0 else [f"optimizer.lr={self.lr}: must be positive"]
@@ -71,5 +100,52 @@ class RMSpropConfig(OptimizerConfig):
         return errors
 
 
+@dataclass(frozen=True)
+class MuonConfig(OptimizerConfig):
+    """Muon for the matrices of attention and experts, AdamW for all other parameters."""
+
+    name: str = "muon"
+    momentum: float = 0.95
+    """Decay rate of the sum of gradients that is orthogonalized."""
+    nesterov: bool = True
+    """Whether to orthogonalize the gradient plus `momentum` times that sum, in place of the sum."""
+    scale: MuonScale = MuonScale.match_rms
+    """Factor of the orthogonalized update of a matrix with m rows (outputs) and n columns (inputs).
+    match_rms: 0.2 sqrt(max(m, n)), so that learning rate and weight decay of AdamW fit (arXiv 2502.16982).
+    spectral: sqrt(m / n), so that activations change by as much in every layer (arXiv 2310.17813)."""
+    ns_steps: int = 5
+    """Newton-Schulz iterations."""
+    adamw_lr: float | None = None
+    """Peak learning rate of the parameters that AdamW updates; null: optimizer.lr."""
+    adamw_betas: tuple[float, float] = (0.9, 0.95)
+    """AdamW's decay rates of the running means of the gradient and of its square."""
+    adamw_eps: float = 1e-8
+    """Added to the denominator of AdamW's update."""
+
+    def moments_of(self, role: ParameterRole) -> int:
+        return 1 if role in MATRICES else 2
+
+    def rule_of(self, role: ParameterRole) -> str:
+        return self.name if role in MATRICES else AdamWConfig.name
+
+    def lr_of(self, role: ParameterRole) -> float:
+        return self.lr if role in MATRICES or self.adamw_lr is None else self.adamw_lr
+
+    def errors(self) -> list[str]:
+        errors = super().errors()
+        if not 0 <= self.momentum < 1:
+            errors.append(f"optimizer.momentum={self.momentum}: must be in [0, 1)")
+        if self.ns_steps < 1:
+            errors.append(f"optimizer.ns_steps={self.ns_steps}: must be positive")
+        if self.adamw_lr is not None and not self.adamw_lr > 0:
+            errors.append(f"optimizer.adamw_lr={self.adamw_lr}: must be positive")
+        if any(not 0 <= beta < 1 for beta in self.adamw_betas):
+            errors.append(f"optimizer.adamw_betas={list(self.adamw_betas)}: each must be in [0, 1)")
+        if self.adamw_eps < 0:
+            errors.append(f"optimizer.adamw_eps={self.adamw_eps}: must not be negative")
+        return errors
+
+
 register_variant("optimizer", AdamWConfig)
+register_variant("optimizer", MuonConfig)
 register_variant("optimizer", RMSpropConfig)

@@ -6,15 +6,16 @@ from typing import Any
 import torch
 from torch import nn
 
-from olmoe_train.config.optimizer import AdamWConfig, OptimizerConfig, RMSpropConfig
+from olmoe_train.config.optimizer import AdamWConfig, MuonConfig, OptimizerConfig, RMSpropConfig
+from olmoe_train.optim.muon import Muon
 
 Parameters = Iterable[nn.Parameter] | list[dict[str, Any]]
 """Parameters, or parameter groups."""
 
 
 def build_adamw(parameters: Parameters, cfg: AdamWConfig) -> torch.optim.Optimizer:
-    """Fused AdamW over every parameter. Weight decay applies to all of them, norms and embeddings included
-    (arXiv 2409.02060, table 10)."""
+    """Fused AdamW over every parameter. By default weight decay applies to all of them, norms and embeddings
+    included (arXiv 2409.02060, table 10)."""
     return torch.optim.AdamW(
         parameters, lr=cfg.lr, betas=cfg.betas, eps=cfg.eps, weight_decay=cfg.weight_decay, fused=True
     )
@@ -38,15 +39,26 @@ def build_rmsprop(parameters: Parameters, cfg: RMSpropConfig) -> torch.optim.Opt
     )
 
 
+def build_muon(groups: Any, cfg: MuonConfig) -> torch.optim.Optimizer:
+    """Muon over the groups of `roles.parameter_groups`."""
+    return Muon(groups, cfg)
+
+
 OPTIMIZERS: dict[type[OptimizerConfig], Callable[[Parameters, Any], torch.optim.Optimizer]] = {
     AdamWConfig: build_adamw,
+    MuonConfig: build_muon,
     RMSpropConfig: build_rmsprop,
 }
 """Variant of `optimizer` -> its builder. A new optimizer is one configuration class and one entry here."""
 
 
 def build_optimizer(parameters: Parameters, cfg: OptimizerConfig) -> torch.optim.Optimizer:
-    """The optimizer of a configuration. Each parameter group remembers its peak rate as `initial_lr`."""
+    """The optimizer of a configuration. Each parameter group remembers its peak rate as `initial_lr`.
+
+    Args:
+        parameters: Parameters, or groups; Muon needs those of `roles.parameter_groups`.
+        cfg: The optimizer's options.
+    """
     optimizer = OPTIMIZERS[type(cfg)](parameters, cfg)
     for group in optimizer.param_groups:
         group["initial_lr"] = group["lr"]

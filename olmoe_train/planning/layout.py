@@ -3,6 +3,7 @@
 Nothing is allocated: parameters are counted on a meta model.
 """
 
+from collections import Counter
 from collections.abc import Mapping
 from copy import copy
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ from olmoe_train.config.choices import Offload, Precision, Strategy
 from olmoe_train.distributed.fsdp import inside_experts, shards_within_experts
 from olmoe_train.model import OlmoeConfig, OlmoeForCausalLM
 from olmoe_train.model.adapters.add import quantized_weights
+from olmoe_train.model.roles import ParameterRole, role_of
 from olmoe_train.planning.adapter import AdapterPlan, meta_model
 
 
@@ -56,10 +58,15 @@ class Unit:
     """Elements held while the unit computes: the whole parameters, padded to shard_size equal parts."""
     shard_size: int
     """Number of ranks that share one copy."""
-    trained: int
-    """Of `sharded`, the elements that have a gradient and moments: all without an adapter."""
+    roles: Mapping[ParameterRole, int]
+    """Of `sharded`, the elements that have a gradient and moments, by role: all without an adapter."""
     held_bytes: int
     """Bytes of `sharded` in the dtypes that fsdp and ddp hold them in."""
+
+    @property
+    def trained(self) -> int:
+        """Of `sharded`, the elements that have a gradient and moments."""
+        return sum(self.roles.values())
 
     @property
     def reduced(self) -> int:
@@ -93,6 +100,14 @@ class Units:
     def trained(self) -> int:
         """Of `sharded`, the elements that have a gradient and moments."""
         return self.root.trained + self.layers * (self.dense.trained + self.experts.trained)
+
+    @property
+    def roles(self) -> Mapping[ParameterRole, int]:
+        """`trained` by role."""
+        counts: Counter[ParameterRole] = Counter(self.root.roles)
+        for unit in (self.dense, self.experts):
+            counts.update({role: self.layers * count for role, count in unit.roles.items()})
+        return counts
 
     @property
     def held_bytes(self) -> int:
@@ -151,8 +166,9 @@ def _quantized_bytes(one_layer: OlmoeForCausalLM, expert_parallel_size: int) -> 
 
 def _unit(parameters: Mapping[str, Tensor], shard_size: int, inside: bool = False) -> Unit:
     """A unit of these parameters; inside: expert-parallel experts, which are divided inside each expert."""
-    sharded = trained = held = 0
-    for parameter in parameters.values():
+    sharded = held = 0
+    roles: Counter[ParameterRole] = Counter()
+    for name, parameter in parameters.items():
         shape = parameter.shape
         if inside:
             cut = inside_experts(shard_size, shape).dim
@@ -160,8 +176,9 @@ def _unit(parameters: Mapping[str, Tensor], shard_size: int, inside: bool = Fals
             cut = 1 if shards_within_experts(shape, shard_size) else 0
         part = -(-shape[cut] // shard_size) * shape.numel() // shape[cut]
         sharded += part
-        trained += part if parameter.requires_grad else 0
+        if parameter.requires_grad:
+            roles[role_of(name)] += part
         held += part * parameter.itemsize
     # Where a rank has a whole copy, frozen parameters are not copied (distributed/fsdp.py).
-    gathered = trained if shard_size == 1 else sharded * shard_size
-    return Unit(sharded, gathered, shard_size, trained, held)
+    gathered = roles.total() if shard_size == 1 else sharded * shard_size
+    return Unit(sharded, gathered, shard_size, roles, held)

@@ -11,6 +11,7 @@ heads, G width of all key heads; b bytes per element of the computation.
 from dataclasses import dataclass, fields, replace
 
 from olmoe_train.config.choices import ActivationCheckpointing, Precision
+from olmoe_train.config.optimizer import MUON_ELEMENTS, AdamWConfig, MuonConfig, OptimizerConfig
 from olmoe_train.model import OlmoeConfig
 from olmoe_train.model.adapters.spec import ATTENTION, EMBEDDINGS, EXPERTS, LM_HEAD, AdapterSpec
 from olmoe_train.model.cross_entropy import HEAD_CHUNK_ROWS
@@ -18,6 +19,7 @@ from olmoe_train.planning.adapter import AdapterPlan
 from olmoe_train.planning.layout import ParallelLayout, Units, count_units
 
 FP32, INT64 = 4, 8  # bytes per element
+ADAMW = AdamWConfig()
 
 
 @dataclass(frozen=True)
@@ -29,7 +31,7 @@ class RankMemory:
     gradients: int
     """fp32 gradients, summed over the micro-batches so far: this rank's shard."""
     optimizer: int
-    """The fp32 moments of the optimizer, two for AdamW: this rank's shard."""
+    """The fp32 moments of the optimizer, two for AdamW and one for Muon: this rank's shard."""
     gathered: int
     """Whole weights that FSDP2 holds for the current units, and for the ones it prefetches."""
     reduction: int
@@ -37,7 +39,7 @@ class RankMemory:
     activations: int
     """What autograd keeps from forward to backward, and what is recomputed at a time."""
     temporaries: int
-    """The largest intermediate results in the backward of one layer, or in the head."""
+    """The largest intermediate results in the backward of one layer, in the head, or in Muon's update."""
     all_to_all: int
     """Buffers of rows sent between expert-parallel ranks, and the order in which rows arrived."""
     quantized: int = 0
@@ -83,7 +85,7 @@ def rank_memory(
     layout: ParallelLayout,
     batch: MicroBatch,
     adapter: AdapterPlan | None = None,
-    moments: int = 2,
+    optimizer: OptimizerConfig = ADAMW,
 ) -> RankMemory:
     """The memory of the fullest rank, with fsdp or ddp.
 
@@ -99,7 +101,7 @@ def rank_memory(
         layout: How the ranks share the model.
         batch: What one rank computes at a time.
         adapter: The adapter; None: every parameter is trained.
-        moments: Number of moments per trained element: 2 for AdamW.
+        optimizer: The optimizer, which decides the number of moments.
 
     Returns:
         Bytes of each part.
@@ -108,17 +110,40 @@ def rank_memory(
     units = count_units(config, layout, adapter, batch.precision)
     gathered, reduction = _gathered(units, layout, batch.element), _reduction(units, batch.element)
     exchange = all_to_all_bytes(config, batch)
+    activations = saved_activations(config, batch, adapter) + recomputed_activations(config, batch)
+    temporaries = temporary_bytes(config, batch, reduction + exchange, adapter)
+    # When the optimizer makes its update, none of these is allocated any more.
+    of_backward = gathered + reduction + exchange + activations
     return RankMemory(
         parameters=units.held_bytes,
         gradients=FP32 * units.trained,
-        optimizer=moments * FP32 * units.trained,
+        optimizer=sum(FP32 * n * optimizer.moments_of(role) for role, n in units.roles.items()),
         gathered=gathered,
         reduction=reduction,
-        activations=saved_activations(config, batch, adapter) + recomputed_activations(config, batch),
-        temporaries=temporary_bytes(config, batch, reduction + exchange, adapter),
+        activations=activations,
+        temporaries=max(temporaries, update_bytes(config, layout, optimizer) - of_backward),
         all_to_all=exchange,
         quantized=units.quantized,
     )
+
+
+def update_bytes(config: OlmoeConfig, layout: ParallelLayout, optimizer: OptimizerConfig) -> int:
+    """Most bytes that the update of Muon allocates at a time; 0 for other optimizers, which update in place.
+
+    At most six fp32 tensors as large as the matrices that a rank orthogonalizes at once: parts of updates,
+    whole matrices, their normalized values, those of the next iteration, and two square ones in between.
+    """
+    if not isinstance(optimizer, MuonConfig):
+        return 0
+    dense = config.query_width * config.hidden_size  # q, k, v and o, of all layers
+    matrices = -(-4 * config.num_hidden_layers // layout.shard_size)
+    expert = 2 * config.intermediate_size * config.hidden_size  # gate and up
+    experts = -(-config.num_experts // (layout.expert_parallel_size * layout.expert_shard_size))
+    at_once = (
+        elements * min(number, max(1, MUON_ELEMENTS // elements))
+        for elements, number in ((dense, matrices), (expert, experts))
+    )
+    return 6 * FP32 * max(at_once)
 
 
 def _gathered(units: Units, layout: ParallelLayout, element: int) -> int:

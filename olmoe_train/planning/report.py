@@ -114,7 +114,7 @@ def plan_memory(cfg: PlanConfig, layout: ParallelLayout, batch: MicroBatch) -> l
     adapter, batches = adapter_plan(cfg.adapter), [replace(batch, load_factor=factor) for factor in factors]
     if layout.strategy is Strategy.deepspeed:
         return [deepspeed_memory(config, layout, batch, adapter) for batch in batches]
-    return [rank_memory(config, layout, batch, adapter, cfg.optimizer.moments) for batch in batches]
+    return [rank_memory(config, layout, batch, adapter, cfg.optimizer) for batch in batches]
 
 
 def reference_memory(cfg: PlanConfig, layout: ParallelLayout, batch: MicroBatch) -> int:
@@ -238,8 +238,8 @@ def memory_lines(cfg: PlanConfig) -> list[str]:
     if host := host_memory(config, layout, batch, adapter):
         lines.append(f"  offloaded to the CPU: {host / unit:.2f} {name} per GPU")
     if cfg.checkpoint.async_save and layout.strategy is not Strategy.deepspeed:
-        # Trained weights in fp32, which are as large as each moment, and the moments.
-        copied = memories[0].optimizer // cfg.optimizer.moments * (1 + cfg.optimizer.moments)
+        # Trained weights in fp32, which are as large as their gradients, and the moments.
+        copied = memories[0].gradients + memories[0].optimizer
         lines.append(f"  copied to the CPU for checkpoint.async_save: {copied / unit:.2f} {name} per GPU")
     if layout.strategy is Strategy.deepspeed:
         copied = save_memory(config, layout, adapter)

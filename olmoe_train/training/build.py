@@ -28,7 +28,8 @@ from olmoe_train.evaluation.tasks.requests import EncodedTask, encode_tasks
 from olmoe_train.model import OlmoeForCausalLM
 from olmoe_train.model.configuration import OlmoeConfig
 from olmoe_train.model.moe.balancing import AuxiliaryLosses, Balancer
-from olmoe_train.optim.build import build_optimizer, trained_parameters
+from olmoe_train.optim.build import build_optimizer
+from olmoe_train.optim.roles import groups_table, parameter_groups
 from olmoe_train.optim.schedule import Schedule
 from olmoe_train.optim.skip_step import SkipGuard
 from olmoe_train.planning.adapter import adapter_counts, adapter_plan, meta_model
@@ -92,13 +93,14 @@ def build_model(cfg: TrainConfig, mesh: Mesh) -> OlmoeForCausalLM:
 def build_engine(cfg: TrainConfig, device: torch.device) -> Engine:
     """The engine of parallel.strategy, with the initial weights; collective."""
     model = build_model(cfg, build_mesh(cfg.parallel, device))
+    groups = parameter_groups(model, cfg.optimizer)
+    log.info("optimizer=%s:\n  %s", cfg.optimizer.name, "\n  ".join(groups_table(groups)))
     if cfg.parallel.strategy is Strategy.deepspeed:
         # Imported here: DeepSpeed is large, and other strategies do without it.
         from olmoe_train.training.engine.deepspeed import ZeroEngine
 
         return ZeroEngine(model, device, Path(cfg.run_dir), cfg.trainer, cfg.parallel, cfg.optimizer)
-    optimizer = build_optimizer(trained_parameters(model), cfg.optimizer)
-    return FsdpEngine(model, optimizer, cfg.optimizer.max_grad_norm, device)
+    return FsdpEngine(model, build_optimizer(groups, cfg.optimizer), cfg.optimizer.max_grad_norm, device)
 
 
 def build_auxiliary_losses(cfg: TrainConfig, config: OlmoeConfig) -> Balancer:

@@ -67,7 +67,7 @@ def test_an_unknown_key_of_a_variant_names_the_nearest() -> None:
 def test_an_unknown_variant_lists_those_there_are() -> None:
     with pytest.raises(UserError) as caught:
         compose("data.dir=x", "optimizer=adam")
-    assert [line.strip() for line in str(caught.value).splitlines()[-2:]] == ["adamw", "rmsprop"]
+    assert [line.strip() for line in str(caught.value).splitlines()[-3:]] == ["adamw", "muon", "rmsprop"]
     assert "Available options in 'optimizer'" in str(caught.value)
 
 
@@ -103,7 +103,7 @@ def test_a_name_that_is_not_the_variant_is_refused() -> None:
     assert error.startswith("optimizer.name=sgd: the keys of this section are those of optimizer=adamw")
     assert "choose the variant with optimizer=sgd" in error
     [error] = variant_errors(TrainConfig(optimizer=OptimizerConfig()))
-    assert error == "optimizer: OptimizerConfig is no variant; use one of adamw, rmsprop"
+    assert error == "optimizer: OptimizerConfig is no variant; use one of adamw, muon, rmsprop"
 
 
 def test_a_name_is_registered_once() -> None:
@@ -196,6 +196,16 @@ def test_the_config_of_an_older_run_is_that_of_the_first_variants() -> None:
     assert "balancing" not in old
 
 
+def test_a_key_that_an_older_run_did_not_have_has_its_default() -> None:
+    old = {"optimizer": {"name": "muon", "lr": 0.5}}
+    now = current_saved_config(old)
+    assert (now["optimizer"]["lr"], now["optimizer"]["momentum"], now["optimizer"]["no_decay"]) == (
+        0.5,
+        0.95,
+        [],
+    )
+
+
 def test_the_checkpoint_of_an_older_run_differs_in_nothing() -> None:
     cfg = TrainConfig(balancing=AuxiliaryLossConfig(scope=BalanceScope.micro_batch))
     now = OmegaConf.to_container(OmegaConf.structured(cfg), enum_to_str=True)
@@ -204,7 +214,7 @@ def test_the_checkpoint_of_an_older_run_differs_in_nothing() -> None:
     assert isinstance(old, dict)
     for group in ("objective", "balancing", "adapter"):
         del old[group]
-    del old["optimizer"]["name"]
+    del old["optimizer"]["name"], old["optimizer"]["no_decay"]
     old["loss"]["balance_scope"] = "micro_batch"
     before, after = ({"config": config, "schedule": {}, "fingerprint": {}} for config in (old, now))
     assert changes(before, after) == []

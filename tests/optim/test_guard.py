@@ -2,12 +2,13 @@
 
 import math
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
 
-from olmoe_train.config.optimizer import RMSpropConfig
+from olmoe_train.config.optimizer import MuonConfig, RMSpropConfig
 from olmoe_train.config.train import TrainerConfig
 from olmoe_train.distributed.mesh import init_distributed
 from olmoe_train.optim.build import build_optimizer
@@ -52,6 +53,11 @@ def test_only_what_is_not_finite_is_skipped_without_a_spike_guard() -> None:
     assert run.guard.check(run.step) == 4
 
 
+def muon_group(parameters: list[torch.nn.Parameter]) -> list[dict[str, Any]]:
+    """A group for AdamW's rule of Muon, as of a norm."""
+    return [{"params": parameters, "rule": "adamw", "matrices_per_row": [1]}]
+
+
 OPTIMIZERS: list[Callable[[list[torch.nn.Parameter]], torch.optim.Optimizer]] = [
     lambda parameters: torch.optim.AdamW(parameters, fused=True),
     lambda parameters: torch.optim.AdamW(parameters, fused=False, foreach=False),
@@ -59,6 +65,7 @@ OPTIMIZERS: list[Callable[[list[torch.nn.Parameter]], torch.optim.Optimizer]] = 
     lambda parameters: torch.optim.SGD(parameters, lr=0.1, fused=True),
     lambda parameters: torch.optim.Adagrad(parameters),
     lambda parameters: build_optimizer(parameters, RMSpropConfig()),
+    lambda parameters: build_optimizer(muon_group(parameters), MuonConfig()),
 ]
 
 

@@ -64,7 +64,7 @@ def test_a_plan_counts_its_moments(momentum: float, moments: int) -> None:
     assert sum(value.shape == weight.shape for value in optimizer.state[weight].values()) == moments
     batch = MicroBatch(1, 16, Precision.fp32, ActivationCheckpointing.none)
     layout = ParallelLayout(Strategy.fsdp, 1)
-    memory = rank_memory(OlmoeConfig(**SIZES), layout, batch, moments=cfg.moments)
+    memory = rank_memory(OlmoeConfig(**SIZES), layout, batch, optimizer=cfg)
     assert memory.optimizer == moments * memory.gradients
 
 

@@ -22,13 +22,15 @@ from olmoe_train.config.choices import (
 )
 from olmoe_train.config.data import DataConfig
 from olmoe_train.config.model import ModelConfig
+from olmoe_train.config.optimizer import MuonConfig
 from olmoe_train.config.train import ParallelConfig, TrainConfig, TrainerConfig
 from olmoe_train.distributed.activation_checkpointing import checkpoint_activations
 from olmoe_train.distributed.mesh import build_mesh, init_distributed, local_tensor
 from olmoe_train.model import OlmoeConfig, OlmoeForCausalLM
 from olmoe_train.model.adapters.add import add_adapter, quantize_base
 from olmoe_train.model.losses import router_losses_from_stats
-from olmoe_train.optim.build import build_optimizer, trained_parameters
+from olmoe_train.optim.build import build_optimizer
+from olmoe_train.optim.roles import parameter_groups
 from olmoe_train.planning.adapter import adapter_plan
 from olmoe_train.planning.layout import ParallelLayout, count_units
 from olmoe_train.planning.live_memory import LiveBytes, held_bytes
@@ -247,6 +249,7 @@ REAL_CONFIGS = [
     dense(real_config(Strategy.fsdp, 1, NONE)),
     real_config(Strategy.fsdp, 1, SELECTIVE, reshard_after_forward=False),
     real_config(Strategy.fsdp, 1, SELECTIVE, prefetch=2),
+    replace(real_config(Strategy.fsdp, 2, NONE), optimizer=MuonConfig()),
     adapted(real_config(Strategy.fsdp, 1, NONE), "lora"),
     adapted(real_config(Strategy.fsdp, 2, FULL), "dora"),
     adapted(real_config(Strategy.ddp, 2, NONE), "nf4"),
@@ -266,7 +269,7 @@ def measure(cfg: TrainConfig) -> tuple[int, int, int, int, int]:
             for parameter in (*model.parameters(), *model.buffers()):
                 if parameter.is_floating_point():
                     local_tensor(parameter).normal_(std=0.05)
-    optimizer = build_optimizer(trained_parameters(model), cfg.optimizer)
+    optimizer = build_optimizer(parameter_groups(model, cfg.optimizer), cfg.optimizer)
     objective = NextToken(model, device)
     assert isinstance(model, FSDPModule)
     with LiveBytes([*model.parameters(), *model.buffers()]) as live:
@@ -304,6 +307,7 @@ def test_real_ranks_hold_what_was_planned() -> None:
             trainer=cfg.trainer,
             parallel=cfg.parallel,
             adapter=cfg.adapter,
+            optimizer=cfg.optimizer,
             gpus=RANKS,
         )
         (planned, *_) = plan_memory(plan, plan_layout(plan), plan_micro_batch(plan))

@@ -18,7 +18,7 @@ from olmoe_train.config.choices import (
     Strategy,
 )
 from olmoe_train.config.data import MixtureSource
-from olmoe_train.config.optimizer import AdamWConfig
+from olmoe_train.config.optimizer import AdamWConfig, MuonConfig
 from olmoe_train.config.train import ParallelConfig, TrainConfig
 from tests.support.data import write_prepared
 from tests.support.sizes import SIZES, overrides, section
@@ -83,6 +83,8 @@ class Layout:
     """A key of ADAPTERS; the run then starts from a base model."""
     compiled: bool = False
     prefetch: int = 1
+    muon: bool = False
+    """Use optimizer=muon in place of AdamW."""
 
     def config(self, tiny: TrainConfig, run_dir: Path, base: Path | None = None) -> TrainConfig:
         """The configuration of a run. base: the model that an adapter adapts."""
@@ -105,6 +107,9 @@ class Layout:
         )
         data = replace(tiny.data, **DOCUMENTS) if self.documents else tiny.data
         cfg = replace(tiny, run_dir=str(run_dir), trainer=trainer, parallel=parallel, data=data)
+        if self.muon:
+            clipping = cfg.optimizer.max_grad_norm
+            return replace(cfg, optimizer=MuonConfig(lr=cfg.optimizer.lr, max_grad_norm=clipping))
         if not self.adapter:
             return cfg
         assert isinstance(cfg.optimizer, AdamWConfig)

@@ -10,11 +10,20 @@ from olmoe_train.config.choices import (
     Precision,
     Strategy,
 )
-from olmoe_train.config.optimizer import AdamWConfig
+from olmoe_train.config.optimizer import AdamWConfig, MuonConfig
 from olmoe_train.config.train import TrainConfig
 from olmoe_train.distributed.deepspeed_config import deepspeed_config
 from olmoe_train.distributed.mesh import resolve_device
 from olmoe_train.utils.errors import UserError
+
+FLAT = "the optimizer sees a flat part of all parameters in a row, which begins and ends inside matrices"
+MUON_WITH_ZERO = {
+    0: "DeepSpeed's engine makes the update, and here it is written for fused AdamW alone",
+    1: FLAT,
+    2: FLAT,
+    3: "the optimizer sees a flat part of each parameter, and not its matrices",
+}
+"""ZeRO stage -> why a matrix cannot be orthogonalized there."""
 
 
 def parallel_errors(cfg: TrainConfig, world_size: int) -> list[str]:
@@ -86,10 +95,21 @@ def _deepspeed_errors(cfg: TrainConfig, world_size: int) -> list[str]:
             f"{stage} with trainer.precision=bf16: DeepSpeed accumulates gradients in fp32 only from "
             "ZeRO-1 on; set parallel.zero_stage=1, or parallel.strategy=ddp"
         )
-    if not isinstance(cfg.optimizer, AdamWConfig):
+    if isinstance(cfg.optimizer, MuonConfig):
+        errors.append(
+            f"optimizer=muon with {stage}: {MUON_WITH_ZERO[parallel.zero_stage]}; set optimizer=adamw, or "
+            "parallel.strategy=fsdp"
+        )
+    elif not isinstance(cfg.optimizer, AdamWConfig):
         errors.append(
             f"optimizer={cfg.optimizer.name}: with parallel.strategy=deepspeed the optimizer is AdamW; set "
             "optimizer=adamw, or parallel.strategy=fsdp"
+        )
+    if cfg.optimizer.no_decay:
+        roles = ",".join(role.value for role in cfg.optimizer.no_decay)
+        errors.append(
+            f"optimizer.no_decay=[{roles}]: with parallel.strategy=deepspeed the parameters are grouped by "
+            "the ranks that hold copies, not by role; set optimizer.no_decay=[], or parallel.strategy=fsdp"
         )
     if trainer.spike_sigmas is not None:
         errors.append(
