@@ -61,10 +61,11 @@ def main(cfg: EvaluateConfig) -> None:
         results, tasks = evaluate(cfg, device)
     finally:
         leave_distributed(LEAVE_S)
-    # Without the other ranks, which do not wait longer than LEAVE_S: the data may be read for hours.
     if is_rank_0:
-        overlaps = overlaps_with(cfg.check_overlap, tasks, results) if cfg.check_overlap is not None else {}
-        write_results(cfg.out, results, overlaps)
+        write_results(cfg.out, results, overlaps={})
+        if cfg.check_overlap is not None:
+            # Without the other ranks, which wait for LEAVE_S at most: reading the data may take hours.
+            write_results(cfg.out, results, overlaps_with(cfg.check_overlap, tasks, results))
 
 
 def evaluate(cfg: EvaluateConfig, device: torch.device) -> tuple[list[SourceResult], list[Task]]:
