@@ -146,7 +146,6 @@ CASES = [
     Case("hsdp 2x2, experts 2, lora", Layout(4, 2, experts=2, copies=2, adapter="lora")),
     Case("1 rank, muon", Layout(1, 16, muon=True)),
     Case("ddp 2, experts 2, muon", Layout(2, 8, "ddp", experts=2, muon=True)),
-    Case("fsdp 2, experts 2, muon", Layout(2, 8, experts=2, muon=True)),
     Case("fsdp 4, experts 2, muon", Layout(4, 4, experts=2, muon=True)),
     Case("hsdp 2x2, muon", Layout(4, 4, copies=2, muon=True)),
     Case("zero-3 4, experts 1, lora", zero(4, stage=3, adapter="lora")),
