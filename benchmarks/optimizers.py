@@ -61,7 +61,7 @@ def main() -> None:
     parameters = sum(parameter.numel() for parameter in steps["adamw"].model.parameters())
     print(
         f"torch {torch.__version__}, {options.threads} threads, {parameters:,} parameters, "
-        f"{options.sequences} x {cfg.data.sequence_length} tokens a step, {options.rounds} rounds, load "
+        f"{options.sequences} x {cfg.data.sequence_length} tokens per step, {options.rounds} rounds, load "
         f"average {os.getloadavg()[0]:.1f}"
     )
     for part, of_part in spent.items():

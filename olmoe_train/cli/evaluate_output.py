@@ -10,10 +10,10 @@ from typing import Any
 from olmoe_train.config.data import DataConfig
 from olmoe_train.data.mixture import VALIDATION, read_manifests
 from olmoe_train.evaluation.comparison import (
+    LEFT,
     METHOD,
     Comparison,
     Estimate,
-    aligned,
     compare_sets,
     compare_tasks,
     comparison_table,
@@ -24,6 +24,7 @@ from olmoe_train.evaluation.tasks.overlap import NGRAM, Overlap
 from olmoe_train.evaluation.tasks.score import TaskResult, standard_error
 from olmoe_train.utils.files import write_out
 from olmoe_train.utils.finite import finite_or_none
+from olmoe_train.utils.tables import aligned
 
 
 @dataclass(frozen=True)
@@ -98,7 +99,7 @@ def show_overlaps(directory: str, overlaps: dict[str, Overlap], results: Sequenc
         counts = [f"{questions:,}", f"{overlap.touched.sum():,}", f"{overlap.too_short:,}", found]
         rows.append([name, "", *counts, *(clean_score(one.tasks[number], overlap).text() for one in results)])
     print(f"\nquestions in {directory} ({NGRAM} successive tokens; clean: score of the others)")
-    print(aligned(rows))
+    print("\n".join(aligned(rows, LEFT)))
 
 
 def clean_score(task: TaskResult, overlap: Overlap) -> Estimate:
@@ -120,7 +121,7 @@ def set_table(results: dict[str, Evaluation]) -> str:
     for name, one in results.items():
         bits = "-" if one.bits_per_byte is None else f"{one.bits_per_byte:.4f}"
         rows.append([name, "", f"{one.loss:.4f}", f"{one.perplexity:,.2f}", bits, f"{one.tokens:,}"])
-    return aligned(rows)
+    return "\n".join(aligned(rows, LEFT))
 
 
 def write_results(out: str | None, results: Sequence[SourceResult], overlaps: dict[str, Overlap]) -> None:

@@ -17,13 +17,11 @@ from olmoe_train.checkpoint.convert.merge import (
     steps_of,
 )
 from olmoe_train.checkpoint.convert.model_card import merged_card
-from olmoe_train.checkpoint.convert.stored_model import StoredModel, open_stored_model, split_step
 from olmoe_train.cli.app import run_verb
-from olmoe_train.cli.model_sources import names_of_sources
+from olmoe_train.cli.model_sources import names_of_sources, open_source
 from olmoe_train.cli.sources import collect_sources
-from olmoe_train.config.choices import DTYPES, StripPrefix
+from olmoe_train.config.choices import DTYPES
 from olmoe_train.config.verbs import MergeConfig
-from olmoe_train.model.hf.hub import PICKLE_FILES, SMALL_FILES, WEIGHT_FILES, hub_snapshot, is_hub_name
 from olmoe_train.utils.errors import UserError
 
 
@@ -32,7 +30,7 @@ def main(cfg: MergeConfig) -> None:
     if cfg.decay is not None and cfg.weights != UNIFORM:
         raise UserError(f"decay={cfg.decay.value} and weights={cfg.weights}: both give weights; set only one")
     names = names_of_sources(cfg.sources, "sources")
-    models = [_open(name, cfg) for name in names]
+    models = [open_source(name, cfg.trust_pickle, cfg.strip_prefix, "sources") for name in names]
     check_sources(models)
     if cfg.decay is None:
         weights = given_weights(cfg.weights, len(models))
@@ -55,17 +53,6 @@ def main(cfg: MergeConfig) -> None:
         print(f"{weight:8.5f}  {name}")
     size = sum(path.stat().st_size for path in out.iterdir())
     print(f"merged to {out} ({size / 10**6:,.1f} MB, {str(dtype).removeprefix('torch.')})")
-
-
-def _open(name: str, cfg: MergeConfig) -> StoredModel:
-    """Open a path, RUN@STEP, or a model on the hub, with or without @REVISION."""
-    directory, step = split_step(name)
-    if is_hub_name(directory):
-        files = SMALL_FILES + WEIGHT_FILES + (PICKLE_FILES if cfg.trust_pickle else ())
-        directory, step = str(hub_snapshot(directory, step, files, key="sources")), None
-    return open_stored_model(
-        directory, step or "latest", cfg.trust_pickle, cfg.strip_prefix is StripPrefix.auto
-    )
 
 
 def _why(cfg: MergeConfig) -> str:

@@ -3,6 +3,8 @@
 import os
 from pathlib import Path
 
+import torch.distributed as dist
+
 from olmoe_train.checkpoint.convert.stored_model import StoredModel, open_stored_model, split_step
 from olmoe_train.checkpoint.directory import complete_checkpoints, step_of
 from olmoe_train.config.choices import StripPrefix
@@ -41,37 +43,41 @@ def names_of_sources(source: list[str], key: str = "source") -> list[str]:
     return names
 
 
-def open_source(name: str, trust_pickle: bool, strip_prefix: StripPrefix) -> StoredModel:
-    """Open one model. Collective: the first rank of a node downloads what is on the hub.
+def open_source(name: str, trust_pickle: bool, strip_prefix: StripPrefix, key: str = "source") -> StoredModel:
+    """Open one model. Collective, if there are ranks: the first rank of a node downloads what is on the hub.
 
     Args:
         name: A path, RUN@STEP, or the name of a model on the hub, with or without @REVISION.
         trust_pickle: Accept weights in a pickle.
         strip_prefix: Whether to take the prefixes of wrappers off the names of the tensors.
+        key: The configuration key that has the name, for messages about the hub.
 
     Raises:
         UserError: There is no such model.
     """
     directory, step = split_step(name)
     if is_hub_name(directory):
-        directory, step = str(download(directory, step, trust_pickle)), None
+        directory, step = str(download(directory, step, trust_pickle, key)), None
     return open_stored_model(directory, step or "latest", trust_pickle, strip_prefix is StripPrefix.auto)
 
 
-def download(name: str, revision: str | None, trust_pickle: bool) -> Path:
-    """Bring a model from the hub into the cache of each node, and return its directory; collective."""
+def download(name: str, revision: str | None, trust_pickle: bool, key: str) -> Path:
+    """Bring a model from the hub into the cache of each node, and return its directory; collective, if there
+    are ranks."""
     files = SMALL_FILES + WEIGHT_FILES + (PICKLE_FILES if trust_pickle else ())
+    if not dist.is_initialized():
+        return hub_snapshot(name, revision, files, key=key)
 
     def snapshot(is_first: bool) -> Path | None:
         if (os.environ.get("LOCAL_RANK", "0") == "0") is not is_first:
             return None
-        return hub_snapshot(name, revision, files, download=is_first, key="source")
+        return hub_snapshot(name, revision, files, download=is_first, key=key)
 
     first = gather_from_all(lambda: snapshot(True))
     others = gather_from_all(lambda: snapshot(False))
     found = {path.name for path in (*first, *others) if path is not None}
     if len(found) > 1:
-        raise UserError(f"source={name}: ranks found different commits of it, {', '.join(sorted(found))}")
+        raise UserError(f"{key}={name}: ranks found different commits of it, {', '.join(sorted(found))}")
     mine = snapshot(True) or snapshot(False)
     assert mine is not None
     return mine

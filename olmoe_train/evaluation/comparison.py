@@ -15,9 +15,12 @@ from olmoe_train.evaluation.perplexity import Evaluation
 from olmoe_train.evaluation.tasks.score import TaskResult, standard_error
 from olmoe_train.evaluation.tasks.task import TaskMetric
 from olmoe_train.utils.finite import finite_or_none
+from olmoe_train.utils.tables import aligned
 
 NOISE_SIGMAS = 1.96
 """A difference within this many standard errors of 0 is noise: 95% of normal noise is within them."""
+LEFT = (0, 1)
+"""Columns of names, in tables of results."""
 METHOD = (
     f"± is one standard error of the mean over questions (binomial, for accuracies), or over sequences. A "
     f"difference is paired by question or sequence; within {NOISE_SIGMAS} standard errors of 0 it is noise."
@@ -121,7 +124,7 @@ def comparison_table(comparisons: Sequence[Comparison], models: int) -> str:
         ]
         for one in comparisons
     ]
-    return aligned([head, *rows])
+    return "\n".join(aligned([head, *rows], LEFT))
 
 
 def task_table(results: Sequence[TaskResult]) -> str:
@@ -132,17 +135,4 @@ def task_table(results: Sequence[TaskResult]) -> str:
         score = Estimate(one.mean(one.metric), one.standard_error(one.metric))
         guessing = "-" if one.chance is None else f"{one.chance:.4f}"
         rows.append([one.name, one.metric.value, score.text(), guessing, f"{bits:.4f}", f"{one.questions:,}"])
-    return aligned(rows)
-
-
-def aligned(rows: Sequence[Sequence[str]]) -> str:
-    """Rows as lines of columns: the first two to the left, the others to the right."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = []
-    for row in rows:
-        cells = [
-            cell.ljust(width) if place < 2 else cell.rjust(width)
-            for place, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ]
-        lines.append("  ".join(cells).rstrip())
-    return "\n".join(lines)
+    return "\n".join(aligned(rows, LEFT))

@@ -10,7 +10,6 @@ import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -23,6 +22,7 @@ from olmoe_train.config.train import EvaluationConfig
 from olmoe_train.data.loader import build_eval_batches
 from olmoe_train.data.mixture import VALIDATION, mixture_components, only_directory, read_manifests
 from olmoe_train.data.token_bytes import token_bytes_or_reason
+from olmoe_train.distributed.collectives import gather_from_all
 from olmoe_train.model import OlmoeForCausalLM
 from olmoe_train.model.cross_entropy import IGNORE_INDEX
 from olmoe_train.model.loss_record import POSITION_PARTS, mean_losses, record_target_losses, sums_by_position
@@ -213,11 +213,7 @@ def evaluate_model(
 def _of_all_ranks(sequences: list[Tensor]) -> NDArray[np.float64]:
     """[N, 2], the sums of the sequences that have targets, rank by rank. Collective, if there are ranks."""
     mine_N2 = torch.cat(sequences).cpu().numpy() if sequences else np.empty((0, 2))
-    every: list[Any] = [mine_N2]
-    if dist.is_initialized():
-        every = [None] * dist.get_world_size()
-        dist.all_gather_object(every, mine_N2)
-    sums_N2 = np.concatenate(every)
+    sums_N2 = np.concatenate(gather_from_all(lambda: mine_N2) if dist.is_initialized() else [mine_N2])
     return sums_N2[sums_N2[:, 1] > 0]
 
 

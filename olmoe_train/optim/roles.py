@@ -6,6 +6,7 @@ from torch import nn
 
 from olmoe_train.config.optimizer import OptimizerConfig
 from olmoe_train.model.roles import ParameterRole, matrices_per_row, role_of
+from olmoe_train.utils.tables import aligned
 
 
 def parameter_groups(model: nn.Module, cfg: OptimizerConfig) -> list[dict[str, Any]]:
@@ -48,12 +49,4 @@ def groups_table(groups: list[dict[str, Any]]) -> list[str]:
         counts = (f"{elements:,}", f"{len(group['params']):,}")
         rates = (f"{group['lr']:g}", f"{group['weight_decay']:g}")
         rows.append((group["role"], *counts, group["rule"], *rates))
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    numbers = (1, 2)
-    return [
-        "  ".join(
-            cell.rjust(width) if index in numbers else cell.ljust(width)
-            for index, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ).rstrip()
-        for row in rows
-    ]
+    return aligned(rows, left=(0, 3, 4, 5))
