@@ -14,6 +14,7 @@ VERBS = {
     "evaluate": "validation loss and perplexity",
     "explain": "documents of one optimizer step, with their shares of loss and gradient",
     "analyze": "router analyses: saturation, co-activation, domains, vocabulary, importance",
+    "experts": "select the experts that matter for a task, to train only these",
     "upcycle": "make an OLMoE from a dense model",
     "merge": "average checkpoints or models",
     "export": "write a run's checkpoint as a Hugging Face directory",

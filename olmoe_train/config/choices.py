@@ -209,3 +209,18 @@ class AdapterScaling(Enum):
 class QuantizeBase(Enum):
     none = "none"
     nf4 = "nf4"
+
+
+class DataSplit(Enum):
+    train = "train"
+    validation = "validation"
+
+
+class Relevance(Enum):
+    gate = "gate"
+    token = "token"
+
+
+class PruneBy(Enum):
+    frequency = "frequency"
+    reap = "reap"

@@ -7,6 +7,7 @@ from omegaconf import MISSING
 
 from olmoe_train.config.choices import Device, ExportFormat, MergeDecay, Precision, StripPrefix, XAxis
 from olmoe_train.config.data import DataConfig, TokenizerConfig
+from olmoe_train.config.surgery import ExpertsConfig
 from olmoe_train.config.train import EvaluationConfig, ParallelConfig, TrainConfig
 
 
@@ -356,5 +357,6 @@ VERBS: dict[str, type] = {
     "report": ReportConfig,
     "explain": ExplainConfig,
     "analyze": AnalyzeConfig,
+    "experts": ExpertsConfig,
 }
 """The config dataclass of each verb."""

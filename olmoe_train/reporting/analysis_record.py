@@ -86,7 +86,7 @@ def _saturation(counts: RoutingCounts) -> list[Record]:
 
 def _coactivation(counts: RoutingCounts) -> list[Record]:
     experts, entries = counts.pairs_LEE.shape[-1], []
-    tokens_LE = counts.pairs_LEE.diagonal(dim1=1, dim2=2).numpy()
+    tokens_LE = counts.tokens_per_expert.numpy()
     for rule in COACTIVATION_RULES:
         together_LEE = (counts.pairs_LEE if rule == ALL_PAIRS else counts.neighbors_LEE).numpy()
         layers = []
@@ -186,9 +186,11 @@ def _specialized_experts(
 
 
 def _importance(counts: RoutingCounts) -> Record:
-    tokens_LE = counts.pairs_LEE.diagonal(dim1=1, dim2=2).numpy()
     found = expert_importance(
-        tokens_LE, counts.gates_LE.numpy(), counts.weighted_norms_LE.numpy(), int(counts.tokens_N.sum())
+        counts.tokens_per_expert.numpy(),
+        counts.gates_LE.numpy(),
+        counts.weighted_norms_LE.numpy(),
+        int(counts.tokens_N.sum()),
     )
     return {
         "frequency": found.frequency_LE,

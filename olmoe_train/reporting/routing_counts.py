@@ -64,6 +64,11 @@ class RoutingCounts:
         """K."""
         return max(self.by_domain)
 
+    @property
+    def tokens_per_expert(self) -> Tensor:
+        """int64 [L, E]: tokens that activate each expert."""
+        return self.pairs_LEE.diagonal(dim1=1, dim2=2)
+
 
 def zero_counts(
     model: OlmoeForCausalLM, domains: int, vocabulary: bool, reference: bool, device: torch.device
