@@ -305,9 +305,10 @@ def _training_tensors(
     step count, for example AdamW's moments or SGD's momentum.
     """
     _reshard(model)
+    is_adapted = getattr(model, "adapter", None) is not None
     tensors, steps = {}, {}
     for name, parameter in model.named_parameters():
-        if not parameter.requires_grad:
+        if not parameter.requires_grad and is_adapted:
             continue  # the frozen base of an adapter is not part of a checkpoint
         tensors[f"model.{name}"] = parameter.detach()
         state = optimizer.state.get(parameter) if optimizer is not None else None

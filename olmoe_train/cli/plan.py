@@ -51,6 +51,8 @@ def main(cfg: PlanConfig) -> None:
     """Print the plan."""
     check(cfg)
     cfg = replace(cfg, trainer=replace(cfg.trainer, max_epochs=None))
+    if cfg.trainer.train_only is not None:
+        print("warning: with trainer.train_only this is an upper bound: every weight counts as trained")
     parts = [run_lines(cfg), memory_lines(cfg), traffic_lines(cfg), layout_lines(cfg, is_valid)]
     print("\n\n".join("\n".join(lines) for lines in parts))
 

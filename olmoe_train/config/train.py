@@ -68,6 +68,9 @@ class TrainerConfig:
     the last 128 steps; null: off."""
     compile: bool = False
     """Compile each decoder layer with torch.compile."""
+    train_only: str | None = None
+    """File of experts, as `olmoe experts` writes it: only these experts are trained, and the roles of
+    parameters that its key `also` names. Every other weight keeps its bits. null: everything is trained."""
     activation_checkpointing: ActivationCheckpointing = ActivationCheckpointing.none
     """Which activations are recomputed in the backward pass. none: none of them. selective: all but the
     outputs of matrix products. full: all but the input of each layer."""

@@ -39,7 +39,7 @@ def shard(model: OlmoeForCausalLM, mesh: Mesh, precision: Precision, parallel: P
         layers.append(_shard_layer(layer, mesh, policy, parallel.reshard_after_forward))
     _prefetch(layers, parallel.prefetch if parallel.strategy is Strategy.fsdp else 0)
     data = _data_mesh(mesh.dense, "shard")
-    kept = _kept_as_they_are(model, mesh.dense["shard"].size())
+    kept = _kept_as_they_are(model, mesh.dense["shard"].size(), policy.param_dtype)
     fully_shard(model, mesh=data, mp_policy=policy, reshard_after_forward=False, ignored_params=kept)
     register_fsdp_forward_method(model, "training_forward")
     for unit in model.modules():
@@ -69,7 +69,7 @@ def _shard_layer(
             shard_placement_fn=lambda parameter: inside_experts(expert_ranks, parameter.shape),
             mp_policy=policy,
             reshard_after_forward=reshard and _gathered(mesh.expert, "expert_shard"),
-            ignored_params=_kept_as_they_are(layer.mlp.experts, mesh.expert["expert_shard"].size()),
+            ignored_params=_kept_as_they_are(layer.mlp.experts, expert_ranks, policy.param_dtype),
         )
         units.append(experts)
     ranks = mesh.dense["shard"].size()
@@ -81,7 +81,7 @@ def _shard_layer(
         ),
         mp_policy=policy,
         reshard_after_forward=reshard and _gathered(mesh.dense, "shard"),
-        ignored_params=_kept_as_they_are(layer, ranks),
+        ignored_params=_kept_as_they_are(layer, ranks, policy.param_dtype),
     )
     return [unit, *units]
 
@@ -95,13 +95,20 @@ def inside_experts(ranks: int, shape: torch.Size) -> Shard:
     return Shard(1 if shape[1] % ranks == 0 else 2)
 
 
-def _kept_as_they_are(module: nn.Module, ranks: int) -> set[nn.Parameter]:
+def _kept_as_they_are(module: nn.Module, ranks: int, compute: torch.dtype | None = None) -> set[nn.Parameter]:
     """The parameters that FSDP2 leaves alone: the frozen ones, if a rank has a whole copy.
 
-    They already have the dtype of the computation. FSDP2 would copy them, from a shard that is the whole
-    parameter.
+    The base of an adapter already has the dtype of the computation. FSDP2 would copy it, from a shard that is
+    the whole parameter. With trainer.train_only frozen weights stay fp32, and FSDP2 casts its copies.
+
+    Args:
+        module: The module.
+        ranks: Number of ranks that share one copy.
+        compute: Dtype of the computation. None: that of each parameter.
     """
-    return {p for p in module.parameters() if not p.requires_grad} if ranks == 1 else set()
+    if ranks > 1:
+        return set()
+    return {p for p in module.parameters() if not p.requires_grad and compute in (None, p.dtype)}
 
 
 def _prefetch(layers: list[list[FSDPModule]], ahead: int) -> None:

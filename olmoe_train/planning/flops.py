@@ -54,7 +54,8 @@ def train_flops_per_token(
     6 R (n + m) for A and B. DoRA's norms are left out.
 
     With data.mask_documents a token attends only to keys of its own document. The last part, and with it
-    perf/mfu, is then an upper bound.
+    perf/mfu, is then an upper bound. So is the sum with trainer.train_only, where frozen weights have no
+    gradient.
 
     Norms, activations, RoPE, softmax, the weighted sum of expert outputs and the optimizer are left out,
     because they are limited by memory bandwidth, not by arithmetic. OLMoE-1B-7B with 4096 tokens, in GFLOP:

@@ -13,6 +13,7 @@ from olmoe_train.checkpoint.saver import Saver
 from olmoe_train.config.balancing import AuxiliaryLossConfig, BalancingConfig
 from olmoe_train.config.choices import DTYPES, BalanceScope, PreferenceKind, Strategy
 from olmoe_train.config.compose import plain_values
+from olmoe_train.config.expert_file import NamedExperts, read_experts
 from olmoe_train.config.model import olmoe_config
 from olmoe_train.config.objective import GrpoConfig, NextTokenConfig, PreferenceConfig
 from olmoe_train.config.train import TrainConfig
@@ -23,6 +24,7 @@ from olmoe_train.data.tokenizer import load_tokenizer
 from olmoe_train.distributed.materialize import materialize
 from olmoe_train.distributed.mesh import Mesh, build_mesh
 from olmoe_train.distributed.parallelize import parallelize
+from olmoe_train.distributed.trained_experts import freeze_all_but, mask_frozen_experts, trained_summary
 from olmoe_train.evaluation.tasks.build import read_tasks
 from olmoe_train.evaluation.tasks.requests import EncodedTask, encode_tasks
 from olmoe_train.model import OlmoeForCausalLM
@@ -83,11 +85,25 @@ def build_model(cfg: TrainConfig, mesh: Mesh) -> OlmoeForCausalLM:
         log.info("adapter=%s: %s", cfg.adapter.name, adapter_counts(model.config, adapter))
     model.set_experts_backend(cfg.model.experts_backend.value)
     model.set_balancer(build_balancer(cfg, model.config))
+    named = trained_experts(cfg)
+    if named is not None:
+        freeze_all_but(model, named)
+        log.info("trainer.train_only=%s: %s", cfg.trainer.train_only, trained_summary(model, named))
     model = parallelize(model, cfg.trainer, cfg.parallel, mesh)
     materialize(model, mesh.device, cfg.seed)
     if cfg.model.init_from is not None:
         fill_model(model, cfg.model)
+    if named is not None:
+        mask_frozen_experts(model, named, mesh)
     return model
+
+
+def trained_experts(cfg: TrainConfig) -> NamedExperts | None:
+    """The experts of trainer.train_only; None: everything is trained."""
+    path, model = cfg.trainer.train_only, cfg.model
+    if path is None:
+        return None
+    return read_experts(Path(path).expanduser(), model.num_hidden_layers, model.num_experts)
 
 
 def build_engine(cfg: TrainConfig, device: torch.device) -> Engine:

@@ -8,6 +8,7 @@ from typing import Any
 from olmoe_train.config.aliases import current_key, current_saved_config
 from olmoe_train.config.choices import BalanceScope
 from olmoe_train.config.choices import Schedule as Kind
+from olmoe_train.config.expert_file import read_experts
 from olmoe_train.data.loader import TrainingData
 from olmoe_train.model.adapters.spec import BaseIdentity
 from olmoe_train.optim.schedule import Schedule
@@ -92,7 +93,7 @@ def resume_fingerprint(
 
     Args:
         config: The configuration as plain values (`plain_values`). Secrets are redacted, and `run_dir` is
-            left out.
+            left out. trainer.train_only gives way to what its file names.
         schedule: The learning-rate schedule.
         data: The training data.
         base: The frozen weights that an adapter is trained on. None: there is no adapter.
@@ -107,6 +108,10 @@ def resume_fingerprint(
     if schedule.cfg.kind is not Kind.constant:
         effect["step at which the decay ends"] = schedule.decay_end
     config = {key: value for key, value in config.items() if key != "run_dir"}
+    if (path := config["trainer"].get("train_only")) is not None:
+        model = config["model"]
+        named = read_experts(Path(path).expanduser(), model["num_hidden_layers"], model["num_experts"])
+        config |= {"trainer": config["trainer"] | {"train_only": named.plain_values()}}
     return {
         "config": redact(config),
         "schedule": effect,
@@ -133,9 +138,11 @@ def check_changes(
 
     Raises:
         UserError: A change affects the result and checkpoint.allow_changes does not name its key. The message
-            lists all such changes. Or the checkpoint holds an adapter of another base.
+            lists all such changes. Or the checkpoint holds an adapter of another base, or was trained with
+            other experts in trainer.train_only.
     """
     _check_base(saved.get("base"), now["base"], checkpoint)
+    _check_trained_experts(saved["config"], now["config"], checkpoint)
     allowed = [current_key(key) for key in allow_changes]
     refused = []
     for change in changes(saved, now):
@@ -159,6 +166,18 @@ def _check_base(saved: dict[str, str] | None, now: dict[str, str] | None, checkp
             f"{checkpoint} holds an adapter of other weights than those of model.init_from ({now['path']}): "
             f"their hash is {now['xxh3_128']}, and that of the adapter's base {saved['xxh3_128']}; set "
             f"model.init_from to the model that was at {saved['path']}"
+        )
+
+
+def _check_trained_experts(saved: dict[str, Any], now: dict[str, Any], checkpoint: Path) -> None:
+    """Refuse other experts in trainer.train_only; no key allows that. The moments of experts that were
+    trained would move them after they are frozen."""
+    before, after = (config.get("trainer", {}).get("train_only") for config in (saved, now))
+    if before != after:
+        raise UserError(
+            f"{checkpoint} was made by a run that trains other weights: trainer.train_only names {before} in "
+            f"the checkpoint, {after} now (null: everything). Restore it; or begin a new run from an export "
+            "of the checkpoint (model.init_from)"
         )
 
 

@@ -156,6 +156,9 @@ class OlmoeExperts(nn.Module):
     Three functions are attributes so that other modules can replace them. Expert parallelism replaces
     `local_experts`, which selects this rank's experts. distributed/compile.py replaces `gated` and
     `gated_backward` by compiled functions.
+
+    frozen_E: bool, on the device of the weights, which of this rank's experts get the gradient 0. None: no
+    expert does.
     """
 
     def __init__(self, config: OlmoeConfig) -> None:
@@ -168,6 +171,7 @@ class OlmoeExperts(nn.Module):
         self.local_experts: Callable[[Tensor], Tensor] = all_experts
         self.gated = gated
         self.gated_backward = gated_backward
+        self.frozen_E: Tensor | None = None
 
     def forward(self, x_ND: Tensor, weights_NJ: Tensor | None, routing: Routing) -> Tensor:
         """For each input, sum weight x expert(input) over the experts of the input.
@@ -247,6 +251,9 @@ class _Experts(torch.autograd.Function):
             x_RD = x_ND.index_select(0, routing.token_R)
             d_gate_up_EHD = grouped_weight_grad(d_gate_up_RH, x_RD, groups)
             del x_RD
+            if experts.frozen_E is not None:
+                for d_weight in (d_down_EDF, d_gate_up_EHD):
+                    d_weight.masked_fill_(experts.frozen_E[:, None, None], 0)
         del d_out_RD, weighted_RF
         d_x_ND = sum_rows(grouped_matmul(d_gate_up_RH, gate_up_EHD, groups), routing)
         d_weights_NJ = None

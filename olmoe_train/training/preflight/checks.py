@@ -21,6 +21,7 @@ from olmoe_train.training.preflight.router_analysis import (
 )
 from olmoe_train.training.preflight.schedule import schedule_errors, schedule_warnings
 from olmoe_train.training.preflight.sinks import sink_errors, sink_warnings
+from olmoe_train.training.preflight.train_only import train_only_errors, train_only_warnings
 from olmoe_train.training.preflight.unused_keys import gathering_without_effect, keys_without_effect
 from olmoe_train.utils.errors import configuration_error
 
@@ -54,6 +55,7 @@ def validate(cfg: TrainConfig, world_size: int) -> list[str]:
         *schedule_warnings(cfg),
         *branch_warnings(cfg),
         *adapter_warnings(cfg),
+        *train_only_warnings(cfg),
         *preference_warnings(cfg, manifests),
         *router_analysis_warnings(cfg, manifests),
         *gathering_without_effect(cfg.parallel, world_size),
@@ -75,6 +77,7 @@ def _configuration_errors(cfg: TrainConfig, world_size: int, of_model: list[str]
         *variant_errors(cfg),
         *backend_errors(cfg),
         *adapter_errors(cfg, world_size),
+        *train_only_errors(cfg),
         *preference_errors(cfg),
         *sink_errors(cfg),
     ]
