@@ -15,6 +15,7 @@ VERBS = {
     "explain": "documents of one optimizer step, with their shares of loss and gradient",
     "analyze": "router analyses: saturation, co-activation, domains, vocabulary, importance",
     "experts": "select the experts that matter for a task, to train only these",
+    "prune": "keep some experts of each layer, and remove the others",
     "upcycle": "make an OLMoE from a dense model",
     "merge": "average checkpoints or models",
     "export": "write a run's checkpoint as a Hugging Face directory",

@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 
 from omegaconf import MISSING
 
-from olmoe_train.config.choices import DataSplit, Precision, Relevance, StripPrefix
+from olmoe_train.config.choices import DataSplit, Precision, PruneBy, Relevance, StripPrefix
 from olmoe_train.config.data import DataConfig
 
 
@@ -48,3 +48,25 @@ class ExpertsConfig(SampledRoutingConfig):
     precision: Precision | None = None
     """Data type of the weights and of the computation; null: as stored, which is fp32 in a run. Routers
     compute in fp32 in any case."""
+
+
+@dataclass(frozen=True)
+class PruneConfig(SampledRoutingConfig):
+    """Keep some experts of each layer, chosen on a sample of data, and remove the others. The result is a
+    Hugging Face directory."""
+
+    keep: int = MISSING
+    """Experts to keep in each layer (N), at least num_experts_per_tok of the model."""
+    by: PruneBy = PruneBy.reap
+    """What keeps an expert. reap: mean of routing weight x 2-norm of the expert's output over the tokens that
+    it processes (REAP, arXiv 2510.13999). frequency: number of these tokens."""
+    out: str = MISSING
+    """HF directory to write."""
+    validation_sequences: int | None = 128
+    """Compare the losses of both models on at most this many sequences of each validation split; null: on
+    all, 0: no comparison."""
+    precision: Precision | None = None
+    """Data type of the weights written; null: as stored, which is fp32 in a run. The sample is computed in
+    the stored one."""
+    max_shard_size: str = "5GB"
+    """Size limit of a safetensors file, such as 5GB or 200MB."""

@@ -7,7 +7,7 @@ from omegaconf import MISSING
 
 from olmoe_train.config.choices import Device, ExportFormat, MergeDecay, Precision, StripPrefix, XAxis
 from olmoe_train.config.data import DataConfig, TokenizerConfig
-from olmoe_train.config.surgery import ExpertsConfig
+from olmoe_train.config.surgery import ExpertsConfig, PruneConfig
 from olmoe_train.config.train import EvaluationConfig, ParallelConfig, TrainConfig
 
 
@@ -358,5 +358,6 @@ VERBS: dict[str, type] = {
     "explain": ExplainConfig,
     "analyze": AnalyzeConfig,
     "experts": ExpertsConfig,
+    "prune": PruneConfig,
 }
 """The config dataclass of each verb."""

@@ -50,6 +50,8 @@ class RoutingCounts:
     """fp64 [L, E]: sum of the routing weights of the tokens that activate the expert."""
     weighted_norms_LE: Tensor
     """fp64 [L, E]: sum of routing weight x 2-norm of the expert's output."""
+    probabilities_LE: Tensor
+    """fp64 [L, E]: sum over all tokens of the probability that the router gives the expert."""
     occurrences: dict[str, Tensor] = field(default_factory=dict)
     """Kind of token -> int64 [V]: positions with this token id. Empty without vocabulary counts."""
     by_token: dict[tuple[str, int], Tensor] = field(default_factory=dict)
@@ -97,6 +99,7 @@ def zero_counts(
         neighbors_LEE=zeros(layers, experts, experts),
         gates_LE=zeros(layers, experts, dtype=torch.float64),
         weighted_norms_LE=zeros(layers, experts, dtype=torch.float64),
+        probabilities_LE=zeros(layers, experts, dtype=torch.float64),
         occurrences={kind: zeros(config.vocab_size) for kind, _ in tables},
         by_token={table: zeros(layers, config.vocab_size, experts, dtype=torch.int32) for table in tables},
         shared={k: zeros(layers) for k in sizes} if reference else {},
@@ -174,12 +177,14 @@ def count_routing(
     for domain, batches in enumerate(batches_N):
         for batch in batches:
             inputs = {name: tensor.to(device) for name, tensor in batch.items()}
-            sums_2LE = torch.zeros(2, *counts.gates_LE.shape, dtype=torch.float64)
+            sums_3LE = torch.zeros(3, *counts.gates_LE.shape, dtype=torch.float64)
             if bool(inputs["attention_mask"].any()):  # not a batch that only fills up the last round
-                sums_2LE = add_batch(counts, domain, model, inputs, reference)
-            for gates_LE, norms_LE in in_rank_order(sums_2LE):
-                counts.gates_LE += gates_LE.to(device)
-                counts.weighted_norms_LE += norms_LE.to(device)
+                sums_3LE = add_batch(counts, domain, model, inputs, reference)
+            for of_rank_3LE in in_rank_order(sums_3LE):
+                gates_LE, norms_LE, probabilities_LE = of_rank_3LE.to(device)
+                counts.gates_LE += gates_LE
+                counts.weighted_norms_LE += norms_LE
+                counts.probabilities_LE += probabilities_LE
             after_batch()
     return sum_over_ranks(counts)
 
@@ -201,16 +206,16 @@ def add_batch(
         reference: The model to compare with, if any.
 
     Returns:
-        The batch's part of (gates_LE, weighted_norms_LE), fp64 [2, L, E] on the CPU.
+        The batch's part of (gates_LE, weighted_norms_LE, probabilities_LE), fp64 [3, L, E] on the CPU.
     """
     is_token_T = batch["attention_mask"].flatten().bool()
     sums: list[Tensor] = []
 
-    def add_sums(layer: int, x_TD: Tensor, weights_TK: Tensor, indices_TK: Tensor) -> None:
+    def add_sums(layer: int, x_TD: Tensor, *routed: Tensor) -> None:
         experts = model.decoder_layers[layer].mlp.experts
-        sums.append(
-            importance_sums(experts, x_TD[is_token_T], weights_TK[is_token_T], indices_TK[is_token_T])
-        )
+        probs_TE, weights_TK, indices_TK = (tensor[is_token_T] for tensor in routed)
+        sums_2E = importance_sums(experts, x_TD[is_token_T], weights_TK, indices_TK)
+        sums.append(torch.cat([sums_2E, probs_TE.double().sum(0, keepdim=True)]))
 
     indices_LTK, hidden_TD = route(model, batch, add_sums)
     indices_LTK, hidden_TD = indices_LTK[:, is_token_T], hidden_TD[is_token_T]
@@ -234,8 +239,8 @@ def add_batch(
     return torch.stack(sums, 1).cpu()
 
 
-SeeRouter = Callable[[int, Tensor, Tensor, Tensor], None]
-"""Called with (layer, x_TD, weights_TK, indices_TK) while a layer computes."""
+SeeRouter = Callable[[int, Tensor, Tensor, Tensor, Tensor], None]
+"""Called with (layer, x_TD, probs_TE, weights_TK, indices_TK) while a layer computes."""
 
 
 def route(
@@ -256,7 +261,7 @@ def route(
     def see(layer: int, module: nn.Module, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         indices.append(output[3])
         if see_router is not None:
-            see_router(layer, inputs[0], output[2], output[3])
+            see_router(layer, inputs[0], *output[1:])
 
     with observed_routers(model, see):
         decoded = model.model.run_layers(
@@ -376,8 +381,7 @@ def in_rank_order(tensor: Tensor) -> list[Tensor]:
 
 
 def sum_over_ranks(counts: RoutingCounts) -> RoutingCounts:
-    """Sum the integer counts over ranks, and bring all to the CPU. gates_LE and weighted_norms_LE are sums
-    already."""
+    """Sum the integer counts over ranks, and bring all to the CPU. The counts in fp64 are sums already."""
 
     def total(tensor: Tensor) -> Tensor:
         if dist.is_initialized() and dist.get_world_size() > 1:
@@ -391,6 +395,7 @@ def sum_over_ranks(counts: RoutingCounts) -> RoutingCounts:
         total(counts.neighbors_LEE),
         counts.gates_LE.cpu(),
         counts.weighted_norms_LE.cpu(),
+        counts.probabilities_LE.cpu(),
         {kind: total(tensor) for kind, tensor in counts.occurrences.items()},
         {table: total(tensor) for table, tensor in counts.by_token.items()},
         {k: total(tensor) for k, tensor in counts.shared.items()},

@@ -82,6 +82,25 @@ The weighted mean of these models, in fp64 and rounded once, by olmoe-train. {wh
 {rows}
 """
 
+_PRUNED = """---
+library_name: transformers
+pipeline_tag: text-generation
+tags: [olmoe, moe]
+---
+# Pruned to {experts} experts
+
+{what}
+
+{how_to_load}
+
+## How it was made
+
+Experts of {source} were removed by olmoe-train. The other weights are unchanged. kept_experts.yaml names the
+experts that were kept.
+
+{notes}
+"""
+
 _HOW_TO_LOAD = """```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -197,6 +216,33 @@ def merged_card(
     )
     if first_card is not None:
         card += f"\n## The first source\n\n{_without_metadata(first_card).strip()}\n"
+    return redact_text(card)
+
+
+def pruned_card(
+    config: OlmoeConfig, source: str, notes: list[str], source_card: str | None, tokenizer: Path
+) -> str:
+    """The README.md for a pruned model.
+
+    Args:
+        config: Architecture of the pruned model.
+        source: Name of the model that was pruned.
+        notes: One line each: by what the experts were chosen, and what was taken away.
+        source_card: README.md of that model, which is appended without its metadata block.
+        tokenizer: The tokenizer files of the model, a directory or a tokenizer.json.
+
+    Returns:
+        Markdown with secrets redacted.
+    """
+    card = _PRUNED.format(
+        experts=config.num_experts,
+        what=_what(config),
+        how_to_load=_how_to_load(tokenizer),
+        source=source,
+        notes="\n".join(f"- {note}" for note in notes),
+    )
+    if source_card is not None:
+        card += f"\n## The model that was pruned\n\n{_without_metadata(source_card).strip()}\n"
     return redact_text(card)
 
 
