@@ -10,6 +10,8 @@ from collections.abc import Iterable
 from functools import partial
 
 from olmoe_train.cli.app import run_verb
+from olmoe_train.cli.multirun import HELP as MULTIRUN_HELP
+from olmoe_train.cli.multirun import is_multirun, multirun
 from olmoe_train.cli.ranks import HELP, on_ranks
 from olmoe_train.config.compose import plain_values
 from olmoe_train.config.train import TrainConfig
@@ -118,7 +120,9 @@ def main(cfg: TrainConfig) -> int:
 
 
 def run() -> int:
-    description = f"Pretrain or fine-tune OLMoE.\n{HELP}"
+    if is_multirun(sys.argv[1:]):
+        return multirun(sys.argv[1:])
+    description = f"Pretrain or fine-tune OLMoE.\n{HELP}\n{MULTIRUN_HELP}"
     return on_ranks("olmoe_train.train", partial(run_verb, "train", TrainConfig, main, description))
 
 
