@@ -22,6 +22,7 @@ from olmoe_train.checkpoint.sharded import load_checkpoint, saved_state
 from olmoe_train.cli.app import run_verb
 from olmoe_train.cli.ranks import HELP, on_ranks
 from olmoe_train.config.verbs import ExplainConfig
+from olmoe_train.data.fingerprint import stream_changes
 from olmoe_train.data.loader import RankMicroBatches, TrainingData
 from olmoe_train.distributed.collectives import on_rank_0
 from olmoe_train.distributed.mesh import build_mesh, init_distributed
@@ -114,9 +115,9 @@ def explain(cfg: ExplainConfig, device: torch.device) -> dict[str, Any]:
 def check_data(run_dir: Path, data: TrainingData) -> None:
     """Refuse data that is not the run's, by the fingerprint in a checkpoint of the run, if it has any."""
     checkpoints = complete_checkpoints(run_dir)
-    saved = saved_state(checkpoints[0]).get("fingerprint", {}) if checkpoints else {}
-    now = data.fingerprint()
-    changed = [key for key in saved if saved[key] != now.get(key)]
+    saved = saved_state(checkpoints[0]) if checkpoints else {}
+    before = saved.get("fingerprint")
+    changed = stream_changes(before, data.fingerprint(), saved["samples"]) if before else {}
     if changed:
         raise UserError(
             f"data.dir={data.cfg.dir} is not what the run was trained on: {', '.join(changed)} differ from "

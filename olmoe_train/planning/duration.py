@@ -15,6 +15,11 @@ def tokens_per_step(trainer: TrainerConfig, sequence_length: int) -> int:
     return trainer.global_batch_size * sequence_length
 
 
+def run_samples(trainer: TrainerConfig, sequence_length: int, steps: int) -> int:
+    """Sequences of the first `steps` optimizer steps of a run."""
+    return steps * trainer.global_batch_size
+
+
 def total_steps(trainer: TrainerConfig, sequence_length: int, samples_per_epoch: int | None = None) -> int:
     """Optimizer steps of the whole run: trainer.max_steps, max_tokens or max_epochs, whichever ends it first.
 

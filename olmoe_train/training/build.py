@@ -45,6 +45,7 @@ from olmoe_train.training.callbacks.exports import Exports
 from olmoe_train.training.callbacks.logging import EndOfLog, Logging
 from olmoe_train.training.callbacks.router_analysis import RouterAnalysis
 from olmoe_train.training.callbacks.spikes import Spikes
+from olmoe_train.training.callbacks.stages import Stages
 from olmoe_train.training.callbacks.stragglers import Stragglers
 from olmoe_train.training.details import StepDetails
 from olmoe_train.training.engine.base import Engine
@@ -349,4 +350,5 @@ def build_callbacks(
         metrics,
         lambda now: saved_state(now, guard, [*callbacks, *extra], fingerprint),
     )
-    return [*callbacks, checkpoints, EndOfLog(run, metrics), *extra]
+    stages: list[Callback] = [Stages(data)] if cfg.data.stages else []
+    return [*callbacks, *stages, checkpoints, EndOfLog(run, metrics), *extra]

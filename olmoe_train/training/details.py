@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from olmoe_train.data.loader import TrainingData
-from olmoe_train.data.mixture import mixture_components
+from olmoe_train.data.mixture import has_sources, mixture_components
 from olmoe_train.model import OlmoeForCausalLM
 from olmoe_train.model.cross_entropy import IGNORE_INDEX
 from olmoe_train.model.loss_record import POSITION_PARTS, mean_losses, record_target_losses, sums_by_position
@@ -61,7 +61,9 @@ class StepDetails:
         config = model.config
         self._pairs, self._experts = config.num_hidden_layers - 1, config.num_experts
         self._with_flow = with_flow and self._experts > 1 and self._pairs > 0
-        self._sources = [source.name for source in mixture_components(data.cfg)] if data.cfg.mixture else []
+        self._sources = (
+            [source.name for source in mixture_components(data.cfg)] if has_sources(data.cfg) else []
+        )
         self._parts = min(POSITION_PARTS, data.cfg.sequence_length)
         self._observing = False
         self._passes = self._first_sample = 0

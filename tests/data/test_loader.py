@@ -15,6 +15,7 @@ from olmoe_train.config.choices import Packing
 from olmoe_train.config.data import DataConfig, MixtureSource
 from olmoe_train.data.loader import TrainingData, TrainSamples, build_eval_batches, build_train_loader
 from olmoe_train.data.sample_order import sample_for
+from olmoe_train.data.shares import source_shares
 from olmoe_train.data.tokens import open_split
 from olmoe_train.model.cross_entropy import IGNORE_INDEX
 from olmoe_train.utils.errors import UserError
@@ -142,7 +143,7 @@ def test_sources_keep_their_shares_and_their_own_epochs(everything: DataConfig) 
         name = "abc"[int(real[real != EOS][0]) // 300]
         tokens[name] += len(real)
         rows[name].append(sample["input_ids"].tobytes())
-    shares = samples.shares(200)
+    shares = source_shares(samples, 200)
     for name, weight in (("a", 5), ("b", 2), ("c", 1)):
         assert shares[name]["requested_share"] == weight / 8
         assert shares[name]["share"] == pytest.approx(weight / 8, abs=0.02)
@@ -164,7 +165,7 @@ def test_shares_are_of_tokens_even_where_sequences_differ_in_padding(tmp_path: P
     data = DataConfig(dir=str(tmp_path), mixture=mixture, sequence_length=S, packing=Packing.best_fit)
     samples = TrainSamples(data, SEED)
     assert samples.schedule.samples_per_source(700) == [300, 400]
-    assert {name: share["share"] for name, share in samples.shares(700).items()} == {
+    assert {name: share["share"] for name, share in source_shares(samples, 700).items()} == {
         "full": 0.5,
         "slack": 0.5,
     }

@@ -312,6 +312,8 @@ def _data(data: dict[str, Any]) -> str:
     if "dir" not in data:
         return "Not recorded."
     root, lines = Path(data["dir"]).expanduser(), []
+    if data.get("stages"):
+        return _stages(data)
     parts = data.get("mixture") or [{"dir": "", "weight": 1.0}]
     weights = [float(part.get("weight") or part.get("tokens") or 0) for part in parts]
     for part, weight in zip(parts, weights, strict=True):
@@ -322,3 +324,16 @@ def _data(data: dict[str, Any]) -> str:
         what = f"{weight / sum(weights):.1%} {manifest.source}: {manifest.train.tokens:,} tokens"
         lines.append(f"- {what} in {manifest.train.documents:,} documents")
     return "\n".join([*lines, "", f"Sequences of {data['sequence_length']:,} tokens."])
+
+
+def _stages(data: dict[str, Any]) -> str:
+    """The data of each stage, as `_data` describes it, under the tokens of the stage."""
+    parts, begin = [], 0
+    for number, stage in enumerate(data["stages"], start=1):
+        alone = [{"dir": stage["dir"], "weight": 1.0}] if stage.get("dir") is not None else stage["mixture"]
+        of_stage = _data(data | {"stages": [], "mixture": alone})
+        end = stage.get("until_tokens")
+        until = "to the end" if end is None else f"to {end:,}"
+        parts.append(f"Stage {number}, tokens {begin:,} {until}:\n\n{of_stage}")
+        begin = end
+    return "\n\n".join(parts)

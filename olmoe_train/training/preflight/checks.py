@@ -21,6 +21,7 @@ from olmoe_train.training.preflight.router_analysis import (
 )
 from olmoe_train.training.preflight.schedule import schedule_errors, schedule_warnings
 from olmoe_train.training.preflight.sinks import sink_errors, sink_warnings
+from olmoe_train.training.preflight.stages import stages_errors, stages_warnings
 from olmoe_train.training.preflight.unused_keys import gathering_without_effect, keys_without_effect
 from olmoe_train.utils.errors import configuration_error
 
@@ -52,6 +53,7 @@ def validate(cfg: TrainConfig, world_size: int) -> list[str]:
     return [
         *keys_without_effect(cfg, manifests),
         *schedule_warnings(cfg),
+        *stages_warnings(cfg),
         *branch_warnings(cfg),
         *adapter_warnings(cfg),
         *preference_warnings(cfg, manifests),
@@ -76,6 +78,7 @@ def _configuration_errors(cfg: TrainConfig, world_size: int, of_model: list[str]
         *backend_errors(cfg),
         *adapter_errors(cfg, world_size),
         *preference_errors(cfg),
+        *stages_errors(cfg),
         *sink_errors(cfg),
     ]
 
