@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from olmoe_train.config.choices import Packing
 from olmoe_train.config.data import DataConfig
+from olmoe_train.data.batch_sizes import BatchSizes
 from olmoe_train.data.fingerprint import sources_fingerprint
 from olmoe_train.data.manifest import Manifest
 from olmoe_train.data.mixture import has_sources, mixture_components, read_manifests, source_seed
@@ -97,7 +98,7 @@ class TrainingData:
 def build_train_loader(
     data: TrainingData,
     start_sample: int,
-    global_batch_size: int,
+    sizes: BatchSizes,
     rank: int,
     world_size: int,
     micro_batch_size: int,
@@ -105,14 +106,14 @@ def build_train_loader(
     """Build an endless loader of this rank's micro-batches, starting at sample index `start_sample`.
 
     A sample is a sequence; of preferences it is a pair, or a single completion.
-    Step j, counted from 0, consists of the samples start_sample + [j * global_batch_size,
-    (j + 1) * global_batch_size) of the global order. Rank r gets the r-th contiguous share of these samples.
-    After j steps the state to save is `start_sample + j * global_batch_size`.
+    Step j, counted from 0, consists of the samples [sizes.samples_after(j, start_sample),
+    sizes.samples_after(j + 1, start_sample)) of the global order. Rank r gets the r-th contiguous share of
+    these samples. After j steps the state to save is `sizes.samples_after(j, start_sample)`.
 
     Args:
         data: The training data of the run.
         start_sample: Global index of the first sample.
-        global_batch_size: Sequences per step over all ranks. A multiple of world_size * micro_batch_size.
+        sizes: Sequences per step over all ranks. Multiples of world_size * micro_batch_size.
         rank: This rank.
         world_size: Number of ranks.
         micro_batch_size: Sequences per micro-batch (B).
@@ -123,8 +124,7 @@ def build_train_loader(
     Raises:
         UserError: Data is missing or damaged, or a training split is shorter than one sequence.
     """
-    assert global_batch_size % (world_size * micro_batch_size) == 0, "preflight refuses this"
-    batches = RankMicroBatches(start_sample, global_batch_size, rank, world_size, micro_batch_size)
+    batches = RankMicroBatches(start_sample, sizes, rank, world_size, micro_batch_size)
     return _loader(
         data.samples,
         batches,
@@ -299,16 +299,26 @@ class RankMicroBatches:
     """
 
     start_sample: int
-    global_batch_size: int
+    sizes: BatchSizes
     rank: int
     world_size: int
     micro_batch_size: int
 
     def __iter__(self) -> Iterator[list[int]]:
-        share = self.global_batch_size // self.world_size
-        for first in itertools.count(self.start_sample + self.rank * share, self.global_batch_size):
+        step = self.start_sample
+        while True:
+            size = self.sizes.after(step)
+            assert size % (self.world_size * self.micro_batch_size) == 0, "preflight refuses this"
+            share = size // self.world_size
+            first = step + self.rank * share
             for start in range(first, first + share, self.micro_batch_size):
                 yield list(range(start, start + self.micro_batch_size))
+            step += size
+
+    def of_one_step(self) -> list[list[int]]:
+        """Return the micro-batches of the first step."""
+        micro_batches = self.sizes.after(self.start_sample) // (self.world_size * self.micro_batch_size)
+        return list(itertools.islice(self, micro_batches))
 
 
 def collate(samples: list[Sample]) -> dict[str, torch.Tensor]:

@@ -213,10 +213,11 @@ def _bare(key: str) -> str:
 
 
 def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Values by dotted key; those of the second element of a list of objects are list[1].key."""
+    """Values by dotted key; those of the second element of a list of objects are list[1].key. An empty list
+    is left out, as if the key were absent."""
     flat: dict[str, Any] = {}
     for key, value in values.items():
-        if isinstance(value, list) and any(isinstance(one, dict) for one in value):
+        if isinstance(value, list) and all(isinstance(one, dict) for one in value):
             flat |= _flat({f"{key}[{index}]": one for index, one in enumerate(value)}, prefix)
         else:
             flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from olmoe_train.config.data import DataConfig, DataStage, MixtureSource
+from olmoe_train.data.batch_sizes import BatchSizes
 from olmoe_train.data.fingerprint import stream_changes
 from olmoe_train.data.loader import RankMicroBatches, TrainingData, TrainSamples
 from olmoe_train.data.mixture import mixture_components, source_seed
@@ -54,7 +55,9 @@ def test_one_stream_on_every_layout_from_every_step(data: DataConfig, start: int
     stream = [samples.place(index) for index in range(start, start + 3 * size)]
     for world, micro in ((1, 4), (1, 1), (2, 2), (2, 1), (4, 1)):
         ranks = [
-            itertools.islice(RankMicroBatches(start, size, rank, world, micro), 3 * size // (world * micro))
+            itertools.islice(
+                RankMicroBatches(start, BatchSizes(size), rank, world, micro), 3 * size // (world * micro)
+            )
             for rank in range(world)
         ]
         steps: list[list[tuple[int, int]]] = [[], [], []]

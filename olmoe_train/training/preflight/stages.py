@@ -2,7 +2,7 @@
 
 from olmoe_train.config.objective import NextTokenConfig
 from olmoe_train.config.train import TrainConfig
-from olmoe_train.planning.duration import run_samples
+from olmoe_train.data.batch_sizes import BatchSizes
 from olmoe_train.training.preflight.schedule import known_last_step
 
 
@@ -53,7 +53,7 @@ def _end_errors(cfg: TrainConfig) -> list[str]:
     until, last_step = cfg.data.stages[-1].until_tokens, known_last_step(cfg)
     if until is None or last_step is None or cfg.data.sequence_length <= 0:
         return []
-    tokens = run_samples(cfg.trainer, cfg.data.sequence_length, last_step - 1) * cfg.data.sequence_length
+    tokens = BatchSizes.of(cfg.trainer, cfg.data.sequence_length).tokens_after(last_step - 1)
     if tokens < until:
         return []
     key = f"data.stages[{len(cfg.data.stages) - 1}].until_tokens={until}"
@@ -64,10 +64,10 @@ def _end_errors(cfg: TrainConfig) -> list[str]:
 
 def stages_warnings(cfg: TrainConfig) -> list[str]:
     """Warnings about stages that the run does not reach."""
-    last_step, length = known_last_step(cfg), cfg.data.sequence_length
+    last_step = known_last_step(cfg)
     if last_step is None:
         return []
-    tokens = run_samples(cfg.trainer, length, last_step) * length
+    tokens = BatchSizes.of(cfg.trainer, cfg.data.sequence_length).tokens_after(last_step)
     return [
         f"data.stages[{index}] has no effect: it begins at token {stage.until_tokens}, and the run ends at "
         f"token {tokens}"
