@@ -90,7 +90,7 @@ def train(
             terms = forward_backward(engine, objective, micro_batches, totals)
             outcome = engine.step(partial(guard.judge, step, terms.loss))
             objective.end_step(engine.model, totals, outcome.skipped)
-            state = state.advance(totals.num_tokens_host, cfg.trainer.global_batch_size)
+            state = state.advance(totals.num_tokens_host, steps.size)
             for hook in hooks:
                 hook.on_step(state, StepReport(totals, terms, outcome, is_logged, is_last))
         for hook in hooks:

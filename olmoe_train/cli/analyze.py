@@ -29,7 +29,8 @@ from olmoe_train.cli.ranks import HELP, on_ranks
 from olmoe_train.cli.sources import collect_sources
 from olmoe_train.config.choices import DTYPES
 from olmoe_train.config.verbs import AnalyzeConfig
-from olmoe_train.data.mixture import mixture_errors, verify
+from olmoe_train.data.mixture import verify
+from olmoe_train.data.source_errors import mixture_errors
 from olmoe_train.distributed.collectives import on_rank_0
 from olmoe_train.distributed.mesh import init_distributed
 from olmoe_train.distributed.rendezvous import leave_distributed

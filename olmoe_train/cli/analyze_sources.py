@@ -69,7 +69,7 @@ def model_and_data_errors(sources: dict[str, StoredModel], cfg: AnalyzeConfig) -
 def count_errors(validation_tokens: int, cfg: AnalyzeConfig) -> list[str]:
     """Whether there are more tokens than the counts by token id can hold."""
     if cfg.max_sequences is not None:
-        longest = cfg.max_sequences * cfg.data.sequence_length * max(1, len(cfg.data.mixture))
+        longest = cfg.max_sequences * cfg.data.sequence_length * len(mixture_components(cfg.data))
         validation_tokens = min(validation_tokens, longest)
     if not cfg.vocabulary or validation_tokens <= MOST_TOKENS:
         return []

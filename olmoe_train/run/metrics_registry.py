@@ -306,7 +306,28 @@ METRICS: tuple[Metric, ...] = (
         "data/NAME/share", "fraction, 0 to 1", "share of a mixture's source in the tokens so far", Group.data
     ),
     Metric(
-        "data/NAME/requested_share", "fraction, 0 to 1", "the share that `data.mixture` requests", Group.data
+        "data/NAME/requested_share",
+        "fraction, 0 to 1",
+        "the share that `data.mixture` requests, or `data.stages` over the stages so far",
+        Group.data,
+    ),
+    Metric(
+        "data/NAME/stage_share",
+        "fraction, 0 to 1",
+        "share of a source in the tokens of the current stage so far; with `data.stages`",
+        Group.data,
+    ),
+    Metric(
+        "data/NAME/requested_stage_share",
+        "fraction, 0 to 1",
+        "the share that `data.stages` requests in the current stage",
+        Group.data,
+    ),
+    Metric(
+        "data/stage",
+        "stages, from 1",
+        "stage of the last sequence of the step; with `data.stages`",
+        Group.data,
     ),
     Metric("data/NAME/epochs", "passes", "how often the source has been seen", Group.data),
 )

@@ -16,6 +16,7 @@ from olmoe_train.config.compose import plain_values
 from olmoe_train.config.model import olmoe_config
 from olmoe_train.config.objective import GrpoConfig, NextTokenConfig, PreferenceConfig
 from olmoe_train.config.train import TrainConfig
+from olmoe_train.data.batch_sizes import BatchSizes
 from olmoe_train.data.loader import SampleForm, TrainingData, build_train_loader
 from olmoe_train.data.manifest import TOKENIZER
 from olmoe_train.data.mixture import mixture_components
@@ -33,7 +34,7 @@ from olmoe_train.optim.roles import groups_table, parameter_groups
 from olmoe_train.optim.schedule import Schedule
 from olmoe_train.optim.skip_step import SkipGuard
 from olmoe_train.planning.adapter import adapter_counts, adapter_plan, meta_model
-from olmoe_train.planning.duration import tokens_per_step, total_steps, warmup_and_decay_steps
+from olmoe_train.planning.duration import total_steps, warmup_and_decay_steps
 from olmoe_train.run.directory import Run
 from olmoe_train.run.loggers import MetricsLog, close_metrics, draws_pictures
 from olmoe_train.run.stragglers import StragglerDetector
@@ -45,6 +46,7 @@ from olmoe_train.training.callbacks.exports import Exports
 from olmoe_train.training.callbacks.logging import EndOfLog, Logging
 from olmoe_train.training.callbacks.router_analysis import RouterAnalysis
 from olmoe_train.training.callbacks.spikes import Spikes
+from olmoe_train.training.callbacks.stages import Stages
 from olmoe_train.training.callbacks.stragglers import Stragglers
 from olmoe_train.training.details import StepDetails
 from olmoe_train.training.engine.base import Engine
@@ -157,8 +159,8 @@ def count_steps(cfg: TrainConfig, data: TrainingData) -> int:
 
 def build_schedule(cfg: TrainConfig, last_step: int) -> Schedule:
     """The learning rate's schedule of a run of `last_step` steps."""
-    tokens = tokens_per_step(cfg.trainer, cfg.data.sequence_length)
-    return Schedule(cfg.scheduler, *warmup_and_decay_steps(cfg.scheduler, tokens, last_step))
+    sizes = BatchSizes.of(cfg.trainer, cfg.data.sequence_length)
+    return Schedule(cfg.scheduler, *warmup_and_decay_steps(cfg.scheduler, sizes, last_step), sizes)
 
 
 def train_batches(
@@ -168,7 +170,7 @@ def train_batches(
     return build_train_loader(
         data,
         start_sample=start_sample,
-        global_batch_size=cfg.trainer.global_batch_size,
+        sizes=BatchSizes.of(cfg.trainer, cfg.data.sequence_length),
         rank=dist.get_rank(),
         world_size=dist.get_world_size(),
         micro_batch_size=cfg.trainer.micro_batch_size,
@@ -194,8 +196,9 @@ def build_step_batches(
     if batches is not None and dist.get_rank() == 0:
         note_own_batches(Path(cfg.run_dir), start_sample)
     source = batches if batches is not None else train_batches(cfg, data, start_sample)
+    sizes = BatchSizes.of(cfg.trainer, cfg.data.sequence_length)
     sequences = cfg.trainer.micro_batch_size * dist.get_world_size()
-    return StepBatches(source, cfg.trainer.global_batch_size // sequences, columns, batches is None)
+    return StepBatches(source, sizes, sequences, columns, start_sample, batches is None)
 
 
 def build_spikes(
@@ -212,7 +215,7 @@ def build_spikes(
         return []
     spikes = Spikes(
         *(Path(cfg.run_dir), guard, engine.model, data, batches, throughput, run.watchdog),
-        global_batch_size=cfg.trainer.global_batch_size,
+        sizes=BatchSizes.of(cfg.trainer, cfg.data.sequence_length),
         micro_batch_size=cfg.trainer.micro_batch_size,
         with_routing=not cfg.trainer.compile,
         device=engine.device,
@@ -239,7 +242,7 @@ def build_details(
         every=cfg.logging.details_every,
         log_every=cfg.trainer.log_every,
         last_step=last_step,
-        global_batch_size=cfg.trainer.global_batch_size,
+        sizes=BatchSizes.of(cfg.trainer, cfg.data.sequence_length),
         micro_batch_size=cfg.trainer.micro_batch_size,
         with_flow=draws_pictures(cfg.logging),
         device=device,
@@ -349,4 +352,5 @@ def build_callbacks(
         metrics,
         lambda now: saved_state(now, guard, [*callbacks, *extra], fingerprint),
     )
-    return [*callbacks, checkpoints, EndOfLog(run, metrics), *extra]
+    stages: list[Callback] = [Stages(data)] if cfg.data.stages else []
+    return [*callbacks, *stages, checkpoints, EndOfLog(run, metrics), *extra]

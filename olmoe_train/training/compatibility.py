@@ -8,6 +8,7 @@ from typing import Any
 from olmoe_train.config.aliases import current_key, current_saved_config
 from olmoe_train.config.choices import BalanceScope
 from olmoe_train.config.choices import Schedule as Kind
+from olmoe_train.data.fingerprint import stream_changes
 from olmoe_train.data.loader import TrainingData
 from olmoe_train.model.adapters.spec import BaseIdentity
 from olmoe_train.optim.schedule import Schedule
@@ -28,6 +29,7 @@ SAFE_TO_CHANGE = (
     "model.experts_backend",
     "data.dir",  # content and shares of the data are compared by fingerprint
     "data.mixture",
+    "data.stages",
     "data.verify_hashes",
     "data.num_workers",
     "data.source",
@@ -146,7 +148,7 @@ def check_changes(
         else:
             refused.append(change)
     if refused:
-        keys = ",".join(sorted({change.key.split(" ")[0] for change in refused}))
+        keys = ",".join(sorted({_bare(change.key) for change in refused}))
         what = f"{checkpoint} was made by a run that computes something else:"
         fix = f"restore these values, or accept the changes: checkpoint.allow_changes=[{keys}]"
         raise UserError("\n  ".join([what, *map(str, refused), fix]))
@@ -170,11 +172,14 @@ def changes(saved: dict[str, Any], now: dict[str, Any]) -> list[Change]:
     before, after = (
         _flat(current_saved_config(of["config"]))
         | {f"scheduler ({key})": value for key, value in of["schedule"].items()}
-        | {f"data ({key})": value for key, value in of["fingerprint"].items() if key not in ALSO_CONFIG}
         for of in (saved, now)
     )
     keys = [key for key in before | after if before.get(key) != after.get(key)]
-    return [Change(key, before.get(key), after.get(key)) for key in keys]
+    # The samples that were drawn are the same; what stages later in the data have may change.
+    of_data = stream_changes(saved["fingerprint"], now["fingerprint"], saved.get("samples"))
+    return [Change(key, before.get(key), after.get(key)) for key in keys] + [
+        Change(f"data ({key})", *values) for key, values in of_data.items() if key not in ALSO_CONFIG
+    ]
 
 
 def changes_the_result(key: str, config: dict[str, Any]) -> bool:
@@ -198,12 +203,22 @@ def _within(key: str, names: tuple[str, ...] | list[str]) -> bool:
 
     Text in parentheses after the key is an explanation and is ignored.
     """
-    bare = key.split(" ")[0]
+    bare = _bare(key)
     return any(bare == name or bare.startswith(f"{name}.") for name in names)
 
 
+def _bare(key: str) -> str:
+    """The key without an explanation, and of an element of a list the list's key."""
+    return key.split(" ")[0].split("[")[0]
+
+
 def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Values by dotted key; those of the second element of a list of objects are list[1].key. An empty list
+    is left out, as if the key were absent."""
     flat: dict[str, Any] = {}
     for key, value in values.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+        if isinstance(value, list) and all(isinstance(one, dict) for one in value):
+            flat |= _flat({f"{key}[{index}]": one for index, one in enumerate(value)}, prefix)
+        else:
+            flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
     return flat

@@ -13,6 +13,7 @@ from torch import Tensor
 from olmoe_train.checkpoint.convert.stored_model import open_stored_model, split_step
 from olmoe_train.config.train import LoggingConfig
 from olmoe_train.data.loader import TrainingData
+from olmoe_train.data.mixture import has_sources
 from olmoe_train.model import OlmoeForCausalLM
 from olmoe_train.model.hf.pretrained import load_model
 from olmoe_train.model.moe.routing_record import record_routing
@@ -98,7 +99,7 @@ class RouterAnalysis(Callback):
                 values |= {f"router/layer_{layer:02d}/{name}": share for layer, share in enumerate(shares)}
                 parts = f"layers {', '.join(f'{share:.3f}' for share in shares)}"
                 log.info("step %d | router %s: %s", state.step, name.replace("_", " "), parts)
-        if self.data.cfg.mixture:
+        if has_sources(self.data.cfg):
             values |= self._domain_shares(routing)
         self.previous = routing
         if len(values) > 2:  # before the first step there may be nothing to compare with
