@@ -37,7 +37,8 @@ def current_key(key: str) -> str:
 
 
 def current_overrides(overrides: list[str]) -> list[str]:
-    """Command-line overrides with older spellings replaced.
+    """Command-line overrides with older spellings replaced, and +ablation=NAME by ablation=NAME: the group is
+    there, and empty by default, which Hydra would call two values.
 
     An override of either spelling also clears the older one, since it takes precedence over YAML files that
     still use that.
@@ -48,6 +49,8 @@ def current_overrides(overrides: list[str]) -> list[str]:
     given: dict[str, str] = {}
     result, cleared = [], []
     for override in overrides:
+        if override.startswith("+ablation="):
+            override = override.removeprefix("+")
         written, equals, value = override.partition("=")
         key = written.lstrip("+")
         new = current_key(key)

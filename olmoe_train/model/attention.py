@@ -1,8 +1,8 @@
 """Causal self-attention of OLMoE (arXiv 2409.02060; Transformers' `models/olmoe/modeling_olmoe.py`).
 
 The order is: project, RMSNorm of queries and keys (q_norm, k_norm; none with qk_norm=false), clip (clip_qkv),
-split into heads, rotate (RoPE), attend, project. Grouped-query attention is supported: several query heads may
-share a key/value head.
+split into heads, rotate (RoPE), attend, project. Grouped-query attention is supported: several query heads
+may share a key/value head.
 
 Shapes: B batch, S new positions, C cached and new positions, T tokens (B S), D hidden size, N query heads,
 M key/value heads, H head width.
