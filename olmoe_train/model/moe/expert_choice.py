@@ -25,6 +25,10 @@ from olmoe_train.model.moe.block import OlmoeSparseMoeBlock, OlmoeTopKRouter
 from olmoe_train.model.moe.experts import exclusive_sum
 from olmoe_train.model.moe.router_stats import RouterStats, router_stats
 
+EARLIER_FIRST = 0.01
+"""Of two tokens whose scores differ by less than this fraction, an expert may take the earlier one. In a
+sequence of 4096 tokens, neighbors then differ by 2.4e-6 or more, which is above the rounding of fp32."""
+
 
 def choose_tokens(scores_BSE: Tensor, tokens: int) -> Tensor:
     """Choose the `tokens` positions of each sequence that score highest for an expert.
@@ -33,6 +37,21 @@ def choose_tokens(scores_BSE: Tensor, tokens: int) -> Tensor:
         positions_BCE, int64, in descending order of score.
     """
     return scores_BSE.topk(tokens, dim=1).indices
+
+
+def earlier_first(scores_BSE: Tensor, mask_BS: Tensor) -> Tensor:
+    """Lower the scores by up to EARLIER_FIRST, the later a token stands in its sequence; at padding to -inf.
+
+    Equal tokens at the beginning of a sequence have equal hidden states, because attention averages equal
+    values. Their scores differ by rounding only, and which of them an expert takes would depend on the layout.
+
+    Args:
+        scores_BSE: Not negative.
+        mask_BS: 1 at tokens and 0 at padding, fp32.
+    """
+    share_BS = (mask_BS.cumsum(1) - 1) / mask_BS.sum(1, keepdim=True).clamp(min=1)
+    lowered_BSE = scores_BSE * (1 - EARLIER_FIRST * share_BS[:, :, None])
+    return lowered_BSE.masked_fill(mask_BS[:, :, None] == 0, -torch.inf)
 
 
 def tokens_per_expert(length: int, config: OlmoeConfig) -> int:
@@ -66,9 +85,10 @@ class ExpertChoiceRouter(OlmoeTopKRouter):
         probs_BSE = probs_TE.view(sequences, -1, probs_TE.shape[-1])
         scores_BSE = self.scores(probs_TE.detach()).view_as(probs_BSE)
         length = probs_BSE.shape[1]
-        if token_mask_T is not None:
-            mask_BS = token_mask_T.view(sequences, length) > 0
-            scores_BSE = scores_BSE.masked_fill(~mask_BS[:, :, None], -torch.inf)
+        mask_BS = (
+            torch.ones_like(scores_BSE[:, :, 0]) if token_mask_T is None else token_mask_T.view(-1, length)
+        )
+        scores_BSE = earlier_first(scores_BSE, mask_BS)
         positions_BCE = self.select_experts(scores_BSE, tokens_per_expert(length, self.config))
         weights_BCE = probs_BSE.gather(1, positions_BCE)
         if token_mask_T is not None:
@@ -77,7 +97,7 @@ class ExpertChoiceRouter(OlmoeTopKRouter):
 
     def _is_within_capacity(self, mask_BS: Tensor, most: int) -> Tensor:
         """Which of the C = `most` choices of each expert a sequence of its unpadded length has, [B, C, 1]."""
-        tokens_B = mask_BS.sum(1)
+        tokens_B = (mask_BS > 0).sum(1)
         capacity_B = (tokens_B.double() * self.config.experts_per_token / self.config.num_experts).long()
         chosen_B = capacity_B.clamp(min=1).minimum(tokens_B)
         return (torch.arange(most, device=mask_BS.device) < chosen_B[:, None])[:, :, None]
