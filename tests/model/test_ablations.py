@@ -47,7 +47,7 @@ def test_gradients_of_shared_experts_are_finite_differences() -> None:
     names = [name for name, _ in shared.named_parameters()]
 
     def output(x_TD: torch.Tensor, *values: torch.Tensor) -> torch.Tensor:
-        return torch.func.functional_call(shared, dict(zip(names, values, strict=True)), (x_TD,))  # type: ignore[no-any-return]
+        return torch.func.functional_call(shared, dict(zip(names, values, strict=True)), (x_TD,))
 
     x_TD = torch.randn(4, 8, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(output, (x_TD, *weights))
@@ -78,7 +78,7 @@ def test_without_qk_norm_queries_and_keys_are_not_normalized() -> None:
 
 
 def test_a_normal_distribution_is_not_cut() -> None:
-    """Beyond 3 standard deviations are 0.27% of a normal distribution: 2,831 of 2^20 values, give or take 53."""
+    """0.27% of a normal distribution is beyond 3 standard deviations: 2,831 of 2^20 values, give or take 53."""
     values = initial_value("w", (1024, 1024), 1, 0.5, distribution="normal")
     assert values.std().item() == pytest.approx(0.5, rel=0.005)
     assert 2831 - 5 * 53 < (values.abs() > 1.5).sum().item() < 2831 + 5 * 53

@@ -43,7 +43,8 @@ def earlier_first(scores_BSE: Tensor, mask_BS: Tensor) -> Tensor:
     """Lower the scores by up to EARLIER_FIRST, the later a token stands in its sequence; at padding to -inf.
 
     Equal tokens at the beginning of a sequence have equal hidden states, because attention averages equal
-    values. Their scores differ by rounding only, and which of them an expert takes would depend on the layout.
+    values. Their scores differ by rounding only, and without a rule rounding would choose, in each layout
+    differently.
 
     Args:
         scores_BSE: Not negative.
