@@ -78,7 +78,7 @@ def test_without_qk_norm_queries_and_keys_are_not_normalized() -> None:
 
 
 def test_a_normal_distribution_is_not_cut() -> None:
-    """0.27% of a normal distribution is beyond 3 standard deviations: 2,831 of 2^20 values, give or take 53."""
+    """Beyond 3 deviations are 0.27% of a normal distribution: 2,831 of 2^20 values, give or take 53."""
     values = initial_value("w", (1024, 1024), 1, 0.5, distribution="normal")
     assert values.std().item() == pytest.approx(0.5, rel=0.005)
     assert 2831 - 5 * 53 < (values.abs() > 1.5).sum().item() < 2831 + 5 * 53

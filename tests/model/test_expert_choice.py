@@ -1,11 +1,15 @@
 """Expert choice against numbers worked by hand, a slow loop and finite differences; cuts and padding."""
 
+import itertools
+from collections.abc import Iterator
 from functools import partial
 
 import pytest
 import torch
 from torch import Tensor
 
+from olmoe_train.config.choices import ActivationCheckpointing
+from olmoe_train.distributed.activation_checkpointing import checkpoint_activations
 from olmoe_train.model import OlmoeConfig, OlmoeForCausalLM
 from olmoe_train.model.moe.expert_choice import ExpertChoiceBlock
 from olmoe_train.utils.errors import UserError
@@ -102,7 +106,7 @@ def test_gradients_are_finite_differences() -> None:
         return out_BSD
 
     weights = (block.gate.weight, block.experts.gate_up_proj, block.experts.down_proj)
-    assert torch.autograd.gradcheck(output, (x_BSD, *weights))
+    assert torch.autograd.gradcheck(output, (x_BSD, *weights), fast_mode=True)
 
 
 def tiny(**changes: object) -> OlmoeForCausalLM:
@@ -122,6 +126,25 @@ def test_a_sequence_is_the_same_in_every_batch() -> None:
         positions = (torch.arange(16 + before + after) - before).clamp(min=0)[None]
         found = model(padded, attention_mask=mask, position_ids=positions).logits[0, before : before + 16]
         torch.testing.assert_close(found, together, rtol=1e-6, atol=1e-6)
+
+
+def test_recomputation_keeps_the_choice() -> None:
+    """Even where a second choice would be another one: each layer's experts choose once, at random."""
+    model, ids, gradients = tiny(), torch.randint(2, 90, (2, 16)), []
+    for mode in (ActivationCheckpointing.none, ActivationCheckpointing.full):
+        calls = itertools.count()
+
+        def choose(scores_BSE: Tensor, tokens: int, calls: Iterator[int] = calls) -> Tensor:
+            generator = torch.Generator().manual_seed(next(calls))
+            return torch.rand(scores_BSE.shape, generator=generator).topk(tokens, dim=1).indices
+
+        for layer in model.decoder_layers:
+            layer.mlp.gate.select_experts = choose
+        checkpoint_activations(model, mode)
+        loss = model.training_forward(ids, ids).ce_sum
+        gradients.append(torch.autograd.grad(loss, list(model.parameters())))
+        assert next(calls) == 3
+    torch.testing.assert_close(*gradients)
 
 
 def test_it_looks_ahead_and_refuses_to_generate() -> None:
