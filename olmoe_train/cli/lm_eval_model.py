@@ -31,7 +31,7 @@ from olmoe_train.evaluation.tasks.prefix_packs import PrefixPack
 from olmoe_train.evaluation.tasks.requests import Request, encode_pairs
 from olmoe_train.model import OlmoeForCausalLM
 from olmoe_train.model.cross_entropy import HEAD_CHUNK_ROWS
-from olmoe_train.model.generation import stop_tokens, stream_tokens
+from olmoe_train.model.generation import refuse_expert_choice, stop_tokens, stream_tokens
 from olmoe_train.model.hf.pretrained import load_model
 from olmoe_train.utils.errors import UserError
 from olmoe_train.utils.exit_codes import BAD_INPUT
@@ -104,6 +104,7 @@ class OlmoeLM(LM):
         super().__init__()
         name, step = split_step(str(source))
         stored = open_stored_model(name, step or "latest", trust_pickle)
+        refuse_expert_choice(stored.config)
         if precision is not None:
             stored.config.dtype = DTYPES[_precision(precision)]
         self._device = _device(device)

@@ -189,6 +189,21 @@ class ExpertsBackend(Enum):
     sonicmoe = "sonicmoe"
 
 
+class RoutingKind(Enum):
+    token_choice = "token_choice"
+    expert_choice = "expert_choice"
+
+
+class Norm(Enum):
+    rms = "rms"
+    nonparametric = "nonparametric"
+
+
+class Initialization(Enum):
+    truncated_normal = "truncated_normal"
+    normal = "normal"
+
+
 class AdapterTarget(Enum):
     attention = "attention"
     experts = "experts"

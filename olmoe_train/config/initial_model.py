@@ -166,7 +166,7 @@ def _take_from(model: DictConfig, stored: OlmoeConfig, init_from: str) -> None:
             if theirs != stored.num_attention_heads:
                 contradictions.append(f"model.{name}=null, and {theirs} there")
             model[name] = theirs
-        elif model[name] not in accepted and name not in _FREE:
+        elif _plain_value(model[name]) not in accepted and name not in _FREE:
             contradictions.append(f"model.{name}={as_yaml(model[name])}, and {as_yaml(theirs)} there")
     if contradictions:
         what = f"model.init_from={init_from}: its configuration decides the architecture; these keys differ:"
@@ -193,6 +193,11 @@ def _given_rope(model: DictConfig) -> dict[str, Any]:
     rope = OmegaConf.to_container(model.rope_parameters)
     assert isinstance(rope, dict)
     return {str(key): value for key, value in rope.items() if value != MISSING}
+
+
+def _plain_value(value: Any) -> Any:
+    """A choice as OlmoeConfig has it; any other value as it is."""
+    return value.value if isinstance(value, Enum) else value
 
 
 def as_yaml(value: object) -> str:

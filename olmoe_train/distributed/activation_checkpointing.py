@@ -85,27 +85,32 @@ def _contexts(
 
 @contextmanager
 def _record(block: OlmoeSparseMoeBlock, first: list[tuple[Tensor, Routing]]) -> Iterator[None]:
-    dispatch = block.dispatch
+    dispatch, choose = block.dispatch, block.gate.select_experts
+    choices: list[Tensor] = []
+
+    def recorded_choice(scores: Tensor, number: int) -> Tensor:
+        choices.append(choose(scores, number))
+        return choices[-1]
 
     def recorded(
         x_TD: Tensor, weights_TK: Tensor, indices_TK: Tensor, num_experts: int
     ) -> tuple[Tensor, Tensor | None, Routing]:
         x_ND, weights_NJ, routing = dispatch(x_TD, weights_TK, indices_TK, num_experts)
-        first.append((indices_TK, routing))
+        first.append((choices.pop(), routing))
         return x_ND, weights_NJ, routing
 
-    block.dispatch = recorded
+    block.dispatch, block.gate.select_experts = recorded, recorded_choice
     try:
         yield
     finally:
-        block.dispatch = dispatch
+        block.dispatch, block.gate.select_experts = dispatch, choose
 
 
 @contextmanager
 def _replay(block: OlmoeSparseMoeBlock, first: list[tuple[Tensor, Routing]]) -> Iterator[None]:
     dispatch, choose = block.dispatch, block.gate.select_experts
-    ((indices_TK, routing),) = first
-    block.gate.select_experts = lambda probs_TE, top_k: indices_TK
+    ((choice, routing),) = first
+    block.gate.select_experts = lambda scores, number: choice
     block.dispatch = partial(dispatch, routing=routing)
     try:
         yield

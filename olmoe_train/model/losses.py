@@ -134,7 +134,7 @@ def router_losses(
 
 def router_losses_from_stats(
     stats: RouterStats,
-    top_k: int,
+    top_k: float,
     convention: str | Enum = "olmoe",
     total_tokens: Tensor | None = None,
     total_counts_LE: Tensor | None = None,

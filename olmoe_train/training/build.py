@@ -107,9 +107,11 @@ def build_engine(cfg: TrainConfig, device: torch.device) -> Engine:
 
 def build_auxiliary_losses(cfg: TrainConfig, config: OlmoeConfig) -> Balancer:
     assert isinstance(cfg.balancing, AuxiliaryLossConfig)
+    # With expert choice the load is even by construction, and the loss is only reported.
+    weighted = config.routing == "token_choice"
     return AuxiliaryLosses(
-        config.num_experts_per_tok,
-        cfg.loss.router_aux_loss_coef,
+        config.experts_per_token,
+        cfg.loss.router_aux_loss_coef if weighted else 0.0,
         cfg.loss.router_z_loss_coef,
         cfg.loss.convention,
         over_global_batch=cfg.balancing.scope is BalanceScope.global_batch,

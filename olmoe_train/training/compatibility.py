@@ -24,6 +24,7 @@ SAFE_TO_CHANGE = (
     "model.adapter_from",  # sets only the initial values of the adapter
     "model.bos_token_id",  # only written to exports; before, a run had null where init_from has a token
     "model.initializer_range",  # only of initial weights
+    "model.initialization",
     "model.trust_pickle",  # how model.init_from is read
     "model.strip_prefix",
     "model.experts_backend",

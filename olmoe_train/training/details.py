@@ -61,7 +61,9 @@ class StepDetails:
         self._sizes, self._micro_batch = sizes, micro_batch_size
         config = model.config
         self._pairs, self._experts = config.num_hidden_layers - 1, config.num_experts
-        self._with_flow = with_flow and self._experts > 1 and self._pairs > 0
+        # With expert choice a token has no first choice.
+        has_flow = config.routing == "token_choice" and self._experts > 1 and self._pairs > 0
+        self._with_flow = with_flow and has_flow
         self._sources = (
             [source.name for source in mixture_components(data.cfg)] if has_sources(data.cfg) else []
         )

@@ -149,6 +149,16 @@ CASES = [
     Case("fsdp 4, experts 2, muon", Layout(4, 4, experts=2, muon=True)),
     Case("hsdp 2x2, muon", Layout(4, 4, copies=2, muon=True)),
     Case("zero-3 4, experts 1, lora", zero(4, stage=3, adapter="lora")),
+    Case("1 rank, padded, ablated", Layout(1, 16, padded=True, ablated=True)),
+    Case("zero-3 2, experts 2, padded, ablated", zero(2, stage=3, experts=2, padded=True, ablated=True)),
+    Case(
+        "fsdp 4, experts 2, padded, full, ablated",
+        Layout(4, 2, experts=2, padded=True, checkpointing="full", ablated=True),
+    ),
+    Case(
+        "hsdp 2x2, experts 2, padded, bf16, ablated",
+        Layout(4, 4, experts=2, copies=2, padded=True, precision="bf16", ablated=True),
+    ),
 ]
 LAYOUTS = {case.name: case.layout for case in CASES}
 
@@ -276,6 +286,8 @@ def reference_of(name: str) -> str:
         return f"1 rank, {adapter}"
     if LAYOUTS[name].muon:
         return "1 rank, muon"
+    if LAYOUTS[name].ablated:
+        return "1 rank, padded, ablated"
     if LAYOUTS[name].documents:
         return "1 rank, documents"
     return "1 rank, padded" if LAYOUTS[name].padded else "1 rank"
@@ -316,7 +328,8 @@ def test_final_weights_are_the_same(trained: Callable[[str], Result], name: str)
 
 @pytest.mark.parametrize("name", [name for name in LAYOUTS if name != reference_of(name)])
 def test_every_layout_starts_from_the_same_weights(trained: Callable[[str], Result], name: str) -> None:
-    reference = trained(reference_of(name) if LAYOUTS[name].adapter else "1 rank").initial
+    has_own_weights = LAYOUTS[name].adapter or LAYOUTS[name].ablated
+    reference = trained(reference_of(name) if has_own_weights else "1 rank").initial
     for parameter, expected in reference.items():
         assert torch.equal(trained(name).initial[parameter], expected), parameter
 

@@ -66,7 +66,7 @@ class AuxiliaryLosses:
 
     def __init__(
         self,
-        top_k: int,
+        top_k: float,
         load_balancing_coef: float,
         z_coef: float,
         convention: str | Enum = "olmoe",
@@ -74,7 +74,7 @@ class AuxiliaryLosses:
     ) -> None:
         """
         Args:
-            top_k: K, experts per token.
+            top_k: K, experts per token; a mean with expert choice.
             load_balancing_coef: Weight of the load-balancing loss.
             z_coef: Weight of the router z-loss.
             convention: How both losses are normalized; see model/losses.py.

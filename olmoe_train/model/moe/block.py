@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx, once_differentiable
 
+from olmoe_train.model.activations import ACTIVATIONS
 from olmoe_train.model.configuration import OlmoeConfig
 from olmoe_train.model.moe.experts import OlmoeExperts, Routing, sort_by_expert
 from olmoe_train.model.moe.router_stats import RouterStats, router_stats
@@ -104,6 +105,11 @@ class OlmoeTopKRouter(nn.Module):
         self.select_experts: Choose = choose_top_k
         self.weight = nn.Parameter(torch.empty(config.num_experts, config.hidden_size))
 
+    def probabilities(self, x_TD: Tensor) -> tuple[Tensor, Tensor]:
+        """The router's logits_TE and their softmax over the experts, both fp32."""
+        logits_TE = _RouterLogits.apply(x_TD, self.weight)
+        return logits_TE, logits_TE.softmax(-1)
+
     def forward(self, x_TD: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Route T tokens.
 
@@ -113,8 +119,7 @@ class OlmoeTopKRouter(nn.Module):
         Returns:
             (logits_TE fp32, probs_TE fp32, weights_TK fp32, expert_indices_TK int64).
         """
-        logits_TE = _RouterLogits.apply(x_TD, self.weight)
-        probs_TE = logits_TE.softmax(-1)
+        logits_TE, probs_TE = self.probabilities(x_TD)
         indices_TK = self.select_experts(self.scores(probs_TE.detach()), self.top_k)
         weights_TK = probs_TE.gather(1, indices_TK)
         if self.norm_topk_prob:
@@ -122,8 +127,28 @@ class OlmoeTopKRouter(nn.Module):
         return logits_TE, probs_TE, weights_TK, indices_TK
 
 
+class SharedExperts(nn.Module):
+    """Experts that process every token, without a routing weight: down(act(gate(x)) * up(x)).
+
+    The sum of several gated MLPs is one whose width is the sum of theirs, so they are one MLP.
+    """
+
+    def __init__(self, config: OlmoeConfig) -> None:
+        super().__init__()
+        hidden, width = config.hidden_size, config.shared_width
+        self.gate_proj = nn.Linear(hidden, width, bias=False)
+        self.up_proj = nn.Linear(hidden, width, bias=False)
+        self.down_proj = nn.Linear(width, hidden, bias=False)
+        self.activation = ACTIVATIONS[config.hidden_act]
+
+    def forward(self, x_TD: Tensor) -> Tensor:
+        """x_TD of any floating-point dtype; the result has the same shape."""
+        out_TD: Tensor = self.down_proj(self.activation(self.gate_proj(x_TD)) * self.up_proj(x_TD))
+        return out_TD
+
+
 class OlmoeSparseMoeBlock(nn.Module):
-    """Router and experts.
+    """Router and experts, and shared experts if `num_shared_experts` asks for them.
 
     `dispatch` and `combine` are attributes so that distributed/expert_parallel.py can replace them by the
     functions that exchange tokens between ranks.
@@ -134,6 +159,7 @@ class OlmoeSparseMoeBlock(nn.Module):
         self.num_experts = config.num_experts
         self.gate = OlmoeTopKRouter(config)
         self.experts = OlmoeExperts(config)
+        self.shared_experts = SharedExperts(config) if config.num_shared_experts else None
         self.dispatch: Dispatch = dispatch_local
         self.combine: Combine = combine_local
 
@@ -161,4 +187,6 @@ class OlmoeSparseMoeBlock(nn.Module):
         x_ND, weights_NJ, routing = self.dispatch(x_TD, weights_TK, indices_TK, self.num_experts)
         out_ND = self.experts(x_ND, weights_NJ, routing)
         out_TD = self.combine(out_ND, weights_TK, routing)
+        if self.shared_experts is not None:
+            out_TD = out_TD + self.shared_experts(x_TD)
         return out_TD.view_as(x_BSD), stats, logits_TE if output_router_logits else None

@@ -174,9 +174,11 @@ def step_losses(
         step: This rank's sequences. Every rank has equally many micro-batches.
         device: The device of this rank.
         with_heartbeat: Wraps the micro-batches.
-        with_routing: Whether to record which experts the tokens went to.
+        with_routing: Whether to record which experts the tokens went to. With expert choice it is not
+            recorded.
     """
     config, count = model.config, len(step.keys)
+    with_routing = with_routing and config.routing == "token_choice"
     sums = torch.zeros(3, count, dtype=torch.float64)  # tokens, targets, loss
     layers, experts = config.num_hidden_layers, config.num_experts
     routed_LNE = torch.zeros(layers, count * experts)

@@ -4,6 +4,7 @@ from olmoe_train.config.train import TrainConfig
 from olmoe_train.config.variants import variant_errors
 from olmoe_train.distributed.rendezvous import launcher_warnings
 from olmoe_train.evaluation.tasks.build import task_errors
+from olmoe_train.training.preflight.ablations import ablation_errors, ablation_warnings
 from olmoe_train.training.preflight.adapter import adapter_errors, adapter_warnings
 from olmoe_train.training.preflight.backend import backend_errors, machine_errors
 from olmoe_train.training.preflight.batch_sizes import batch_size_errors, batch_size_warnings
@@ -57,6 +58,7 @@ def validate(cfg: TrainConfig, world_size: int) -> list[str]:
         *stages_warnings(cfg),
         *batch_size_warnings(cfg),
         *branch_warnings(cfg),
+        *ablation_warnings(cfg),
         *adapter_warnings(cfg),
         *preference_warnings(cfg, manifests),
         *router_analysis_warnings(cfg, manifests),
@@ -78,6 +80,7 @@ def _configuration_errors(cfg: TrainConfig, world_size: int, of_model: list[str]
         *of_model,
         *variant_errors(cfg),
         *backend_errors(cfg),
+        *ablation_errors(cfg),
         *adapter_errors(cfg, world_size),
         *preference_errors(cfg),
         *stages_errors(cfg),
