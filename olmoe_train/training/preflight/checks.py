@@ -6,6 +6,7 @@ from olmoe_train.distributed.rendezvous import launcher_warnings
 from olmoe_train.evaluation.tasks.build import task_errors
 from olmoe_train.training.preflight.adapter import adapter_errors, adapter_warnings
 from olmoe_train.training.preflight.backend import backend_errors, machine_errors
+from olmoe_train.training.preflight.balancing import balancing_errors, balancing_without_effect
 from olmoe_train.training.preflight.branch import branch_errors, branch_warnings
 from olmoe_train.training.preflight.evaluation import sampling_errors, set_errors
 from olmoe_train.training.preflight.model_and_data import data_errors, model_errors
@@ -51,6 +52,7 @@ def validate(cfg: TrainConfig, world_size: int) -> list[str]:
         raise configuration_error(errors)
     return [
         *keys_without_effect(cfg, manifests),
+        *balancing_without_effect(cfg),
         *schedule_warnings(cfg),
         *branch_warnings(cfg),
         *adapter_warnings(cfg),
@@ -75,6 +77,7 @@ def _configuration_errors(cfg: TrainConfig, world_size: int, of_model: list[str]
         *variant_errors(cfg),
         *backend_errors(cfg),
         *adapter_errors(cfg, world_size),
+        *balancing_errors(cfg),
         *preference_errors(cfg),
         *sink_errors(cfg),
     ]
