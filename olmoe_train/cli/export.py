@@ -73,10 +73,11 @@ def without_bias(stored: StoredModel) -> StoredModel:
     except (UserError, OSError) as error:
         print(f"warning: the effect of fold=drop was not measured: {error}")
         return dropped
-    difference, data = without.loss - with_bias.loss, f"{without.tokens:,} tokens of data.dir={run.data.dir}"
+    difference = without.loss - with_bias.loss
+    data = f"{without.tokens:,} tokens of data.dir={run.data.dir}"
     print(
-        f"fold=drop: the validation loss is {without.loss:.4f} without the bias and {with_bias.loss:.4f} with "
-        f"it ({difference:+.4f}), over {data}"
+        f"fold=drop: the validation loss is {without.loss:.4f} without the bias and "
+        f"{with_bias.loss:.4f} with it ({difference:+.4f}), over {data}"
     )
     return dropped
 

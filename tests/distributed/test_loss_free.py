@@ -3,6 +3,7 @@ reads the run; and scopes that depend on the layout."""
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -29,6 +30,7 @@ from tests.support.faults import (
     saved_weights,
     write_data,
 )
+from tests.support.ranks import run_ranks
 
 RATE = 0.05
 CPU = torch.device("cpu")
@@ -54,7 +56,8 @@ def test_a_bias_is_resumed_in_any_layout(tmp_path: Path, capsys: pytest.CaptureF
     data = write_data(tmp_path / "data")
     loss_free = LossFreeConfig(bias_update_rate=RATE, router_temperature=2.0)
     zero = ParallelConfig(strategy=Strategy.deepspeed, zero_stage=2, expert_parallel_size=2)
-    whole = config(data, tmp_path / "whole", balancing=loss_free, trainer={"max_steps": 4})
+    steps: dict[str, Any] = {"trainer": {"max_steps": 4}, "checkpoint": {"every": 2}}
+    whole = config(data, tmp_path / "whole", balancing=loss_free, **steps)
     stopped = replace(whole, run_dir=str(tmp_path / "parts"), trainer=replace(whole.trainer, stop_at_step=2))
     elastic = replace(stopped, run_dir=str(tmp_path / "elastic"))
     running = config(

@@ -21,6 +21,10 @@ def balancing_errors(cfg: TrainConfig) -> list[str]:
                 f"{key} with objective={cfg.objective.name}: this objective packs its samples into rows by "
                 "micro-batch, so the loss would depend on trainer.micro_batch_size; set balancing=aux"
             )
+    if isinstance(balancing, LossFreeConfig) and cfg.model.num_experts == 1:
+        errors.append(
+            "balancing=loss_free with model.num_experts=1: a dense model has no router; set balancing=none"
+        )
     if isinstance(balancing, LossFreeConfig) and cfg.checkpoint.export_every:
         errors.append(
             f"checkpoint.export_every={cfg.checkpoint.export_every} with balancing=loss_free: the format has "
