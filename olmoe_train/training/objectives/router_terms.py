@@ -17,6 +17,9 @@ from olmoe_train.model.moe.router_stats import RouterStats
 from olmoe_train.training.batch import Batch, Totals, decoder_inputs
 from olmoe_train.training.objectives.base import RouterSums
 
+COUNTED_OVER_RANKS = ("all_ranks", "running", "global_batch")
+"""Scopes for which the ranks add up the counts of a micro-batch; of the last one, if it is the whole step."""
+
 
 class RouterTerms:
     """Adds what the balancer of a model computes to an objective's loss.
@@ -41,7 +44,7 @@ class RouterTerms:
         self._probabilities_LE = torch.zeros_like(self.sums.counts_LE)
         self._scoped_counts_LE = torch.zeros_like(self.sums.counts_LE)
         self._step_counts_LE: Tensor | None = None
-        self._count_all_ranks = self._logged = False
+        self._count_all_ranks, self._logged = self.scope in COUNTED_OVER_RANKS, False
         self._micro_batches_left = 0
 
     def begin_step(
@@ -67,7 +70,7 @@ class RouterTerms:
         self._scoped_counts_LE = torch.zeros_like(self._probabilities_LE)
         self._step_counts_LE, self._logged = None, logged
         self._micro_batches_left = len(micro_batches)
-        self._count_all_ranks = self.scope in ("all_ranks", "running", "global_batch")
+        self._count_all_ranks = self.scope in COUNTED_OVER_RANKS
         if self.scope == "global_batch" and len(micro_batches) > 1:
             self._count_all_ranks = False
             with torch.no_grad():
