@@ -118,10 +118,8 @@ def whole(tensor: Tensor) -> Tensor:
 
 def report(rounds: list[dict[str, Round]]) -> None:
     """Print a table. Medians over the rounds; a ratio is the median of the rounds' ratios."""
-    print(
-        "| scope | step, ms | CPU, ms | step / micro_batch | loss | loss - global | gradient's error | cosine |"
-    )
-    print("|---|---|---|---|---|---|---|---|")
+    titles = ("scope", "step, ms", "CPU, ms", "CPU / micro_batch", "loss", "loss - global", "error", "cosine")
+    print(f"| {' | '.join(titles)} |\n{'|---' * len(titles)}|")
     for scope in SCOPES:
         mine = [of_round[scope] for of_round in rounds]
         first = [of_round[SCOPES[0]] for of_round in rounds]
@@ -159,8 +157,8 @@ def main() -> None:
         f"{RANKS} ranks x {MICRO_BATCHES} micro-batches of {options.micro_batch} x {cfg.data.sequence_length}"
     )
     print(
-        f"torch {torch.__version__}, {shape} tokens, {options.rounds} rounds after {options.train} steps, load "
-        f"average {os.getloadavg()[0]:.1f}"
+        f"torch {torch.__version__}, {shape} tokens, {options.rounds} rounds after {options.train} steps, "
+        f"load average {os.getloadavg()[0]:.1f}"
     )
     report(rounds)
 
