@@ -11,7 +11,7 @@ from olmoe_train.config.balancing import AuxiliaryLossConfig
 from olmoe_train.config.model import ModelConfig
 from olmoe_train.config.objective import NextTokenConfig
 from olmoe_train.config.optimizer import AdamWConfig
-from olmoe_train.config.variants import VARIANTS, VariantConfig
+from olmoe_train.config.variants import OLDER_NAMES, VARIANTS, VariantConfig
 from olmoe_train.utils.errors import UserError
 
 ALIASES = {
@@ -123,6 +123,8 @@ def current_saved_config(saved: dict[str, Any]) -> dict[str, Any]:
     config = copy.deepcopy(saved)
     for group, variant in FIRST_VARIANTS.items():
         section = config.get(group, {})
+        if (name := section.get("name")) in OLDER_NAMES.get(group, {}):
+            section["name"] = OLDER_NAMES[group][name]
         schema = VARIANTS[group].get(section["name"]) if "name" in section else variant
         if schema is not None:
             defaults = OmegaConf.to_container(OmegaConf.structured(schema), enum_to_str=True)

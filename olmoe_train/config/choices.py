@@ -20,6 +20,11 @@ class ExportFormat(Enum):
     olmo = "olmo"
 
 
+class BiasExport(Enum):
+    refuse = "refuse"
+    drop = "drop"
+
+
 class StripPrefix(Enum):
     none = "none"
     auto = "auto"
@@ -58,6 +63,8 @@ class Convention(Enum):
 
 class BalanceScope(Enum):
     micro_batch = "micro_batch"
+    all_ranks = "all_ranks"
+    running = "running"
     global_batch = "global_batch"
 
 

@@ -127,6 +127,12 @@ def run_config(run_dir: Path, key: str = "source") -> OlmoeConfig:
         raise UserError(f"{path}: not the configuration of a run: {error}") from error
 
 
+def run_router_temperature(run_dir: Path) -> float:
+    """The divisor of the routers' logits in a run, balancing.router_temperature."""
+    balancing = _plain(run_dir / RUN_CONFIG).get("balancing") or {}
+    return float(balancing.get("router_temperature", 1.0))
+
+
 def _revision_of_run(run_dir: str, init_from: str) -> str | None:
     """The commit from which the run in run_dir started, so that it resumes with the same. None: a new run."""
     path = Path(run_dir) / RUN_CONFIG

@@ -126,7 +126,8 @@ class ParallelConfig:
 @dataclass(frozen=True)
 class LossConfig:
     router_aux_loss_coef: float = 0.01
-    """Weight of the load-balancing loss in the total loss. A dense model (model.num_experts=1) has none."""
+    """Weight of the load-balancing loss in the total loss; with balancing=sequence, of the sequence-wise
+    loss. A dense model (model.num_experts=1) has none, nor have balancing=loss_free and none."""
     router_z_loss_coef: float = 0.001
     """Weight of the router z-loss in the total loss. A dense model has none."""
     convention: Convention = Convention.olmoe

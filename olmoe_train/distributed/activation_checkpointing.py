@@ -51,9 +51,10 @@ def checkpoint_activations(model: OlmoeForCausalLM, mode: ActivationCheckpointin
         model: The model, before FSDP2 is applied.
         mode: none, selective or full; see the module docstring.
     """
-    # Only dropout draws random numbers, of attention and of an adapter's inputs.
-    dropout = model.config.attention_dropout + (model.adapter.dropout if model.adapter is not None else 0.0)
-    recompute = partial(checkpoint, use_reentrant=False, preserve_rng_state=dropout > 0)
+    # Random numbers are drawn by dropout, of attention and of an adapter's inputs, and by a router's jitter.
+    noise = model.config.attention_dropout + (model.adapter.dropout if model.adapter is not None else 0.0)
+    noise += model.decoder_layers[0].mlp.gate.jitter
+    recompute = partial(checkpoint, use_reentrant=False, preserve_rng_state=noise > 0)
     for layer in model.decoder_layers:
         if mode is ActivationCheckpointing.full:
             layer.forward = partial(  # type: ignore[method-assign]

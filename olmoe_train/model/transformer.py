@@ -264,6 +264,7 @@ class OlmoeForCausalLM(OlmoePreTrainedModel):
         self.balancer = balancer
         for index, layer in enumerate(self.decoder_layers):
             layer.mlp.gate.scores = partial(balancer.scores, index)
+            layer.mlp.per_sequence = balancer.per_sequence
 
     def set_experts_backend(self, backend: str) -> None:
         """Set the implementation of the experts' matrix products.

@@ -164,10 +164,18 @@ METRICS: tuple[Metric, ...] = (
         "train/load_balancing_loss",
         "none",
         "load-balancing loss, unweighted, in the chosen "
-        "[convention](../concepts/load-balancing.md#conventions)",
+        "[convention](../concepts/load-balancing.md#conventions); over the whole step where it has no weight",
         Group.loss,
         LOWER,
         "balance {:.3f}",
+    ),
+    Metric(
+        "train/sequence_balancing_loss",
+        "none",
+        "[sequence-wise balancing loss](../concepts/load-balancing.md#the-sequence-wise-loss), unweighted",
+        Group.loss,
+        LOWER,
+        "balance of sequences {:.3f}",
     ),
     Metric("train/router_z_loss", "nats²", "router z-loss, unweighted", Group.loss, LOWER, "z {:.3f}"),
     Metric(

@@ -10,8 +10,14 @@ import torch
 import torch.distributed as dist
 
 from olmoe_train.checkpoint.saver import Saver
-from olmoe_train.config.balancing import AuxiliaryLossConfig, BalancingConfig
-from olmoe_train.config.choices import DTYPES, BalanceScope, PreferenceKind, Strategy
+from olmoe_train.config.balancing import (
+    AuxiliaryLossConfig,
+    BalancingConfig,
+    LossFreeConfig,
+    NoBalancingConfig,
+    SequenceLossConfig,
+)
+from olmoe_train.config.choices import DTYPES, PreferenceKind, Strategy
 from olmoe_train.config.compose import plain_values
 from olmoe_train.config.model import olmoe_config
 from olmoe_train.config.objective import GrpoConfig, NextTokenConfig, PreferenceConfig
@@ -28,7 +34,8 @@ from olmoe_train.evaluation.tasks.build import read_tasks
 from olmoe_train.evaluation.tasks.requests import EncodedTask, encode_tasks
 from olmoe_train.model import OlmoeForCausalLM
 from olmoe_train.model.configuration import OlmoeConfig
-from olmoe_train.model.moe.balancing import AuxiliaryLosses, Balancer
+from olmoe_train.model.moe.balancing import AuxiliaryLosses, Balancer, set_router_options
+from olmoe_train.model.moe.loss_free import LossFreeBias
 from olmoe_train.optim.build import build_optimizer
 from olmoe_train.optim.roles import groups_table, parameter_groups
 from olmoe_train.optim.schedule import Schedule
@@ -85,6 +92,8 @@ def build_model(cfg: TrainConfig, mesh: Mesh) -> OlmoeForCausalLM:
         log.info("adapter=%s: %s", cfg.adapter.name, adapter_counts(model.config, adapter))
     model.set_experts_backend(cfg.model.experts_backend.value)
     model.set_balancer(build_balancer(cfg, model.config))
+    blocks = (layer.mlp for layer in model.decoder_layers)
+    set_router_options(blocks, cfg.balancing.router_temperature, cfg.balancing.router_jitter)
     model = parallelize(model, cfg.trainer, cfg.parallel, mesh)
     materialize(model, mesh.device, cfg.seed)
     if cfg.model.init_from is not None:
@@ -114,12 +123,35 @@ def build_auxiliary_losses(cfg: TrainConfig, config: OlmoeConfig) -> Balancer:
         cfg.loss.router_aux_loss_coef if weighted else 0.0,
         cfg.loss.router_z_loss_coef,
         cfg.loss.convention,
-        over_global_batch=cfg.balancing.scope is BalanceScope.global_batch,
+        cfg.balancing.scope,
     )
 
 
+def build_loss_free(cfg: TrainConfig, config: OlmoeConfig) -> Balancer:
+    assert isinstance(cfg.balancing, LossFreeConfig)
+    losses = build_sequence_loss(cfg, config, cfg.balancing.sequence_coef)
+    rate = cfg.balancing.bias_update_rate
+    return LossFreeBias(config.num_hidden_layers, config.num_experts, rate, losses)
+
+
+def build_sequence_loss(cfg: TrainConfig, config: OlmoeConfig, coef: float | None = None) -> AuxiliaryLosses:
+    """coef: weight of the sequence-wise loss; None: loss.router_aux_loss_coef."""
+    coef = cfg.loss.router_aux_loss_coef if coef is None else coef
+    z_coef, convention = cfg.loss.router_z_loss_coef, cfg.loss.convention
+    return AuxiliaryLosses(config.num_experts_per_tok, 0.0, z_coef, convention, sequence_coef=coef)
+
+
+def build_no_balancing(cfg: TrainConfig, config: OlmoeConfig) -> Balancer:
+    return build_sequence_loss(cfg, config, coef=0.0)
+
+
 BuildBalancer = Callable[[TrainConfig, OlmoeConfig], Balancer]
-BALANCERS: dict[type[BalancingConfig], BuildBalancer] = {AuxiliaryLossConfig: build_auxiliary_losses}
+BALANCERS: dict[type[BalancingConfig], BuildBalancer] = {
+    AuxiliaryLossConfig: build_auxiliary_losses,
+    LossFreeConfig: build_loss_free,
+    SequenceLossConfig: build_sequence_loss,
+    NoBalancingConfig: build_no_balancing,
+}
 """Variant of `balancing` -> its builder. A new balancer is one configuration class and one entry here."""
 
 

@@ -5,6 +5,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import torch.distributed as dist
+
 from olmoe_train.config.aliases import current_key, current_saved_config
 from olmoe_train.config.choices import BalanceScope
 from olmoe_train.config.choices import Schedule as Kind
@@ -72,6 +74,9 @@ SCHEDULE_KEYS = (
     "scheduler.decay_fraction",
     "scheduler.decay_shape",
 )
+# Scopes of the load-balancing loss for which it matters which sequences go through the model at the same
+# time.
+SCOPES_OF_A_PASS = (BalanceScope.all_ranks.name, BalanceScope.running.name)
 # Parts of the data's fingerprint that are also configuration keys.
 ALSO_CONFIG = ("seed", "sequence_length")
 
@@ -101,7 +106,7 @@ def resume_fingerprint(
         base: The frozen weights that an adapter is trained on. None: there is no adapter.
 
     Returns:
-        JSON values with the keys `config`, `schedule`, `fingerprint` and `base`.
+        JSON values with the keys `config`, `schedule`, `balancing`, `fingerprint` and `base`.
     """
     effect: dict[str, Any] = {"step at which the warm-up ends": schedule.warmup_end}
     if schedule.cfg.kind is Kind.wsd:
@@ -113,9 +118,22 @@ def resume_fingerprint(
     return {
         "config": redact(config),
         "schedule": effect,
+        "balancing": _counted_together(config),
         "fingerprint": data.fingerprint(),
         "base": None if base is None else asdict(base),
     }
+
+
+def _counted_together(config: dict[str, Any]) -> dict[str, Any]:
+    """Return what a loss with a scope of SCOPES_OF_A_PASS depends on besides the configuration.
+    Empty: there is no such loss, or one pass is the whole step."""
+    trainer, ranks = config["trainer"], dist.get_world_size()
+    sequences = trainer["micro_batch_size"]
+    if config["balancing"].get("scope") not in SCOPES_OF_A_PASS or not config["loss"]["router_aux_loss_coef"]:
+        return {}
+    if sequences * ranks == trainer["global_batch_size"]:
+        return {}
+    return {"sequences of one pass": f"{sequences} on each of {ranks} ranks"}
 
 
 def check_changes(
@@ -173,6 +191,7 @@ def changes(saved: dict[str, Any], now: dict[str, Any]) -> list[Change]:
     before, after = (
         _flat(current_saved_config(of["config"]))
         | {f"scheduler ({key})": value for key, value in of["schedule"].items()}
+        | {f"balancing ({key})": value for key, value in of.get("balancing", {}).items()}
         for of in (saved, now)
     )
     keys = [key for key in before | after if before.get(key) != after.get(key)]
@@ -187,7 +206,9 @@ def changes_the_result(key: str, config: dict[str, Any]) -> bool:
     """Return whether a change of this key of a run's configuration affects the weights.
 
     The micro-batch size affects the weights only if the load-balancing loss has a weight and is computed per
-    micro-batch. The keys of the schedule count as no change, because the schedule itself is compared.
+    micro-batch. Where it is computed over the micro-batches of all ranks, their size and number are compared
+    by `_counted_together`. The keys of the schedule count as no change, because the schedule itself is
+    compared.
     """
     if (
         key == "trainer.micro_batch_size"

@@ -65,6 +65,7 @@ def runs(directory: Path) -> Iterator[dict[str, Any]]:
     texts = prepare_texts(directory / "texts")
     card = write_task(directory, "toy", [{"query": "def", "choices": ["main", "done"], "gold": 0}])
     yield TINY | {
+        "balancing": "sequence",
         "data.dir": texts,
         "evaluation.sets": f"[{{name: web, dir: {texts}}}]",
         "evaluation.tasks": f"[{card}]",

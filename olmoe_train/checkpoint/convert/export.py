@@ -9,7 +9,7 @@ import torch
 
 from olmoe_train.checkpoint.convert.model_card import model_card
 from olmoe_train.checkpoint.convert.olmo import holds_olmo_model, write_olmo_directory
-from olmoe_train.checkpoint.convert.stored_model import StoredModel, open_stored_model
+from olmoe_train.checkpoint.convert.stored_model import StoredModel, bias_error, open_stored_model
 from olmoe_train.checkpoint.directory import step_of
 from olmoe_train.config.choices import ExportFormat
 from olmoe_train.config.verbs import ExportConfig
@@ -70,9 +70,11 @@ def write_export(
         True if `out` was written, False if it already holds this export.
 
     Raises:
-        UserError: `out` holds anything else, the format cannot represent the model, or the tokenizer files
-            name other special tokens than the model's configuration.
+        UserError: `out` holds anything else, the format cannot represent the model or the bias in its choice
+            of experts, or the tokenizer files name other special tokens than the model's configuration.
     """
+    if stored.bias_LE is not None:
+        raise UserError(bias_error(stored, f"format={format.value} has no parameter for it: keep the run"))
     config, read = stored.config, stored.read
     refuse_export(config.ablations)
     if errors := special_token_errors(config, stored.tokenizer):

@@ -94,7 +94,9 @@ class OlmoeTopKRouter(nn.Module):
 
     `scores` is an attribute so that a balancer can replace what top-k sees (balancing.py); the weights stay
     the probabilities. `select_experts` is an attribute so that activation checkpointing can replace the
-    function and replay the choice of the first pass.
+    function and replay the choice of the first pass. `temperature` divides the logits. `jitter` is the
+    largest relative change of the router's input by noise, in training mode only (Switch Transformer, arXiv
+    2101.03961): every feature is multiplied by a number from [1 - jitter, 1 + jitter].
     """
 
     def __init__(self, config: OlmoeConfig) -> None:
@@ -103,11 +105,14 @@ class OlmoeTopKRouter(nn.Module):
         self.norm_topk_prob = config.norm_topk_prob
         self.scores: Scores = probabilities
         self.select_experts: Choose = choose_top_k
+        self.temperature, self.jitter = 1.0, 0.0
         self.weight = nn.Parameter(torch.empty(config.num_experts, config.hidden_size))
 
     def probabilities(self, x_TD: Tensor) -> tuple[Tensor, Tensor]:
         """The router's logits_TE and their softmax over the experts, both fp32."""
-        logits_TE = _RouterLogits.apply(x_TD, self.weight)
+        logits_TE = _RouterLogits.apply(self._with_noise(x_TD), self.weight)
+        if self.temperature != 1.0:
+            logits_TE = logits_TE / self.temperature
         return logits_TE, logits_TE.softmax(-1)
 
     def forward(self, x_TD: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -125,6 +130,13 @@ class OlmoeTopKRouter(nn.Module):
         if self.norm_topk_prob:
             weights_TK = weights_TK / weights_TK.sum(-1, keepdim=True)
         return logits_TE, probs_TE, weights_TK, indices_TK
+
+    def _with_noise(self, x_TD: Tensor) -> Tensor:
+        """The router's input of a training pass. The noise is fp32: bf16 has steps of 0.8% at 1."""
+        if not (self.training and self.jitter):
+            return x_TD
+        noise_TD = torch.empty_like(x_TD, dtype=torch.promote_types(x_TD.dtype, torch.float32))
+        return x_TD * noise_TD.uniform_(1 - self.jitter, 1 + self.jitter)
 
 
 class SharedExperts(nn.Module):
@@ -151,7 +163,8 @@ class OlmoeSparseMoeBlock(nn.Module):
     """Router and experts, and shared experts if `num_shared_experts` asks for them.
 
     `dispatch` and `combine` are attributes so that distributed/expert_parallel.py can replace them by the
-    functions that exchange tokens between ranks.
+    functions that exchange tokens between ranks. `per_sequence`: whether the router's sums have those of each
+    sequence, which a balancer asks for.
     """
 
     def __init__(self, config: OlmoeConfig) -> None:
@@ -162,6 +175,7 @@ class OlmoeSparseMoeBlock(nn.Module):
         self.shared_experts = SharedExperts(config) if config.num_shared_experts else None
         self.dispatch: Dispatch = dispatch_local
         self.combine: Combine = combine_local
+        self.per_sequence = False
 
     def forward(
         self,
@@ -183,7 +197,10 @@ class OlmoeSparseMoeBlock(nn.Module):
         """
         x_TD = x_BSD.reshape(-1, x_BSD.shape[-1])
         logits_TE, probs_TE, weights_TK, indices_TK = self.gate(x_TD)
-        stats = router_stats(logits_TE, probs_TE, indices_TK, token_mask_T) if output_router_stats else None
+        stats = None
+        if output_router_stats:
+            sequences = len(x_BSD) if self.per_sequence else None
+            stats = router_stats(logits_TE, probs_TE, indices_TK, token_mask_T, sequences)
         x_ND, weights_NJ, routing = self.dispatch(x_TD, weights_TK, indices_TK, self.num_experts)
         out_ND = self.experts(x_ND, weights_NJ, routing)
         out_TD = self.combine(out_ND, weights_TK, routing)

@@ -199,13 +199,14 @@ def step_losses(
 
 
 def as_in_training(model: OlmoeForCausalLM) -> AbstractContextManager[None]:
-    """Keep the model in its mode, in which it computes what training computes, unless dropout is on.
+    """Keep the model in its mode, in which it computes what training computes, unless there is noise.
 
     In eval mode the experts choose among matrix products by speed (experts.py), and in bf16 these round
     differently.
     """
-    dropout = max(model.config.attention_dropout, model.adapter.dropout if model.adapter else 0.0)
-    return without_dropout(model) if dropout > 0 else nullcontext()
+    noise = max(model.config.attention_dropout, model.adapter.dropout if model.adapter else 0.0)
+    noise = max(noise, model.decoder_layers[0].mlp.gate.jitter)
+    return without_dropout(model) if noise > 0 else nullcontext()
 
 
 def target_losses(model: OlmoeForCausalLM, batch: Batch) -> Tensor:

@@ -7,6 +7,7 @@ from olmoe_train.evaluation.tasks.build import task_errors
 from olmoe_train.training.preflight.ablations import ablation_errors, ablation_warnings
 from olmoe_train.training.preflight.adapter import adapter_errors, adapter_warnings
 from olmoe_train.training.preflight.backend import backend_errors, machine_errors
+from olmoe_train.training.preflight.balancing import balancing_errors, balancing_without_effect
 from olmoe_train.training.preflight.batch_sizes import batch_size_errors, batch_size_warnings
 from olmoe_train.training.preflight.branch import branch_errors, branch_warnings
 from olmoe_train.training.preflight.evaluation import sampling_errors, set_errors
@@ -54,6 +55,7 @@ def validate(cfg: TrainConfig, world_size: int) -> list[str]:
         raise configuration_error(errors)
     return [
         *keys_without_effect(cfg, manifests),
+        *balancing_without_effect(cfg),
         *schedule_warnings(cfg),
         *stages_warnings(cfg),
         *batch_size_warnings(cfg),
@@ -82,6 +84,7 @@ def _configuration_errors(cfg: TrainConfig, world_size: int, of_model: list[str]
         *backend_errors(cfg),
         *ablation_errors(cfg),
         *adapter_errors(cfg, world_size),
+        *balancing_errors(cfg),
         *preference_errors(cfg),
         *stages_errors(cfg),
         *sink_errors(cfg),

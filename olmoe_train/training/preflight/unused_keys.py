@@ -45,7 +45,7 @@ def keys_without_effect(cfg: TrainConfig, manifests: dict[str, Manifest]) -> lis
             for name in ("router_aux_loss_coef", "router_z_loss_coef")
             if getattr(cfg.loss, name) != 0
         ]
-    elif scope is BalanceScope.micro_batch and cfg.loss.router_aux_loss_coef == 0:
+    elif scope not in (None, BalanceScope.global_batch) and cfg.loss.router_aux_loss_coef == 0:
         warnings.append("balancing.scope has no effect: loss.router_aux_loss_coef=0")
     if cfg.checkpoint.keep_every and not cfg.checkpoint.keep:
         warnings.append("checkpoint.keep_every has no effect: checkpoint.keep=0 keeps every checkpoint")
