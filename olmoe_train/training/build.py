@@ -138,7 +138,7 @@ def build_sequence_loss(cfg: TrainConfig, config: OlmoeConfig, coef: float | Non
     """coef: weight of the sequence-wise loss; None: loss.router_aux_loss_coef."""
     coef = cfg.loss.router_aux_loss_coef if coef is None else coef
     z_coef, convention = cfg.loss.router_z_loss_coef, cfg.loss.convention
-    return AuxiliaryLosses(config.num_experts_per_tok, 0.0, z_coef, convention, sequence_coef=coef)
+    return AuxiliaryLosses(config.experts_per_token, 0.0, z_coef, convention, sequence_coef=coef)
 
 
 def build_no_balancing(cfg: TrainConfig, config: OlmoeConfig) -> Balancer:
