@@ -52,8 +52,8 @@ def main() -> None:
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     config = OlmoeConfig(hidden_size=options.hidden, num_attention_heads=max(1, options.hidden // 128))
     layer = OlmoeAttention(config, 0).to(device, dtype)
-    torch.nn.init.ones_(layer.q_norm.weight)
-    torch.nn.init.ones_(layer.k_norm.weight)
+    torch.nn.init.ones_(layer.q_norm.get_parameter("weight"))
+    torch.nn.init.ones_(layer.k_norm.get_parameter("weight"))
     x_BSD = torch.randn(options.sequences, options.length, options.hidden, device=device, dtype=dtype)
     offsets = document_offsets(options.sequences, options.length).to(device)
     documents_BS, positions_BS = documents_and_positions(offsets, options.sequences, options.length)

@@ -20,6 +20,7 @@ import numpy as np
 from benchmarks.common import EOS, write_prepared
 from olmoe_train.config.choices import Packing
 from olmoe_train.config.data import DataConfig, MixtureSource
+from olmoe_train.data.batch_sizes import BatchSizes
 from olmoe_train.data.loader import TrainingData, build_train_loader
 from olmoe_train.data.packing import open_packs
 from olmoe_train.data.tokens import open_split
@@ -71,7 +72,9 @@ def cases(root: Path, workers: int) -> dict[str, DataConfig]:
 
 def tokens_per_second(data: DataConfig, batches: int, start: int) -> float:
     """Of one rank that takes every sample, from `start` on; the first batch is not timed."""
-    loader = iter(build_train_loader(TrainingData(data, 0), start, MICRO_BATCH, 0, 1, MICRO_BATCH))
+    loader = iter(
+        build_train_loader(TrainingData(data, 0), start, BatchSizes(MICRO_BATCH), 0, 1, MICRO_BATCH)
+    )
     next(loader)
     began = time.perf_counter()
     for _ in itertools.islice(loader, batches):

@@ -119,7 +119,7 @@ def build_ours(setting: Setting, weights: dict[str, Tensor]) -> OlmoeForCausalLM
     config = OlmoeConfig(**fields(setting))
     model = OlmoeForCausalLM(config).to(DTYPES[setting.dtype])
     model.load_state_dict(weights)
-    model.set_balancer(AuxiliaryLosses(config.num_experts_per_tok, 0.0, 0.0, over_global_batch=True))
+    model.set_balancer(AuxiliaryLosses(config.num_experts_per_tok, 0.0, 0.0))
     return model
 
 

@@ -10,6 +10,8 @@ from collections.abc import Iterable
 from functools import partial
 
 from olmoe_train.cli.app import run_verb
+from olmoe_train.cli.multirun import HELP as MULTIRUN_HELP
+from olmoe_train.cli.multirun import is_multirun, multirun
 from olmoe_train.cli.ranks import HELP, on_ranks
 from olmoe_train.config.compose import plain_values
 from olmoe_train.config.train import TrainConfig
@@ -88,7 +90,7 @@ def train(
             terms = forward_backward(engine, objective, micro_batches, totals)
             outcome = engine.step(partial(guard.judge, step, terms.loss))
             objective.end_step(engine.model, totals, outcome.skipped)
-            state = state.advance(totals.num_tokens_host, cfg.trainer.global_batch_size)
+            state = state.advance(totals.num_tokens_host, steps.size)
             for hook in hooks:
                 hook.on_step(state, StepReport(totals, terms, outcome, is_logged, is_last))
         for hook in hooks:
@@ -118,7 +120,9 @@ def main(cfg: TrainConfig) -> int:
 
 
 def run() -> int:
-    description = f"Pretrain or fine-tune OLMoE.\n{HELP}"
+    if is_multirun(sys.argv[1:]):
+        return multirun(sys.argv[1:])
+    description = f"Pretrain or fine-tune OLMoE.\n{HELP}\n{MULTIRUN_HELP}"
     return on_ranks("olmoe_train.train", partial(run_verb, "train", TrainConfig, main, description))
 
 

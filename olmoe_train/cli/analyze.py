@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import Progress
 
-from olmoe_train.checkpoint.convert.stored_model import StoredModel
+from olmoe_train.checkpoint.convert.stored_model import StoredModel, load_whole
 from olmoe_train.cli.analyze_sources import (
     data_tokenizer,
     model_and_data_errors,
@@ -29,12 +29,12 @@ from olmoe_train.cli.ranks import HELP, on_ranks
 from olmoe_train.cli.sources import collect_sources
 from olmoe_train.config.choices import DTYPES
 from olmoe_train.config.verbs import AnalyzeConfig
-from olmoe_train.data.mixture import mixture_errors, verify
+from olmoe_train.data.mixture import verify
+from olmoe_train.data.source_errors import mixture_errors
 from olmoe_train.distributed.collectives import on_rank_0
 from olmoe_train.distributed.mesh import init_distributed
 from olmoe_train.distributed.rendezvous import leave_distributed
 from olmoe_train.model import OlmoeForCausalLM
-from olmoe_train.model.hf.pretrained import load_model
 from olmoe_train.reporting.analysis_files import check_out, write_analysis
 from olmoe_train.reporting.analysis_pictures import drawn_layers
 from olmoe_train.reporting.analysis_record import FORMAT, Decode, Record, describe_source
@@ -182,7 +182,7 @@ def load(stored: StoredModel, cfg: AnalyzeConfig, device: torch.device) -> Olmoe
     config = stored.config
     if cfg.precision is not None:
         config.dtype = DTYPES[cfg.precision]
-    return load_model(OlmoeForCausalLM, config, stored.read, device)
+    return load_whole(stored, device)
 
 
 @contextmanager

@@ -51,6 +51,11 @@ def model_and_data_errors(sources: dict[str, StoredModel], cfg: AnalyzeConfig) -
     for name, stored in sources.items():
         if stored.config.num_experts == 1:
             errors.append(f"source={name}: is a dense model, which has no router")
+        if stored.config.routing == "expert_choice":
+            errors.append(
+                f"source={name}: has model.routing=expert_choice, and the analyses are of the experts that "
+                "tokens choose"
+            )
         for field in ("num_hidden_layers", "num_experts", "num_experts_per_tok"):
             mine, theirs = getattr(stored.config, field), getattr(first.config, field)
             if mine != theirs:
@@ -69,7 +74,7 @@ def model_and_data_errors(sources: dict[str, StoredModel], cfg: AnalyzeConfig) -
 def count_errors(validation_tokens: int, cfg: AnalyzeConfig) -> list[str]:
     """Whether there are more tokens than the counts by token id can hold."""
     if cfg.max_sequences is not None:
-        longest = cfg.max_sequences * cfg.data.sequence_length * max(1, len(cfg.data.mixture))
+        longest = cfg.max_sequences * cfg.data.sequence_length * len(mixture_components(cfg.data))
         validation_tokens = min(validation_tokens, longest)
     if not cfg.vocabulary or validation_tokens <= MOST_TOKENS:
         return []

@@ -39,6 +39,7 @@ from olmoe_train.evaluation.tasks.requests import encode_tasks
 from olmoe_train.evaluation.tasks.score import TaskResult, evaluate_tasks
 from olmoe_train.evaluation.tasks.task import Task
 from olmoe_train.model import OlmoeConfig
+from olmoe_train.training.preflight.ablations import evaluation_errors
 from olmoe_train.training.preflight.evaluated_model import (
     layout_errors,
     layout_warnings,
@@ -113,6 +114,8 @@ def source_errors(cfg: EvaluateConfig, data: DataConfig | None, sources: dict[st
     errors = [] if data is None else set_errors(cfg.evaluation.sets, data, manifests)
     for name, stored in sources.items():
         of_source = layout_errors(cfg.parallel, stored.config, dist.get_world_size())
+        if stored.config.routing == "expert_choice":
+            of_source += evaluation_errors(cfg.evaluation)
         if data is not None:
             try:
                 check_data(stored.config, next(iter(manifests.values())), data)

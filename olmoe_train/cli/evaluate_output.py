@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from olmoe_train.config.data import DataConfig
-from olmoe_train.data.mixture import VALIDATION, read_manifests
+from olmoe_train.data.mixture import VALIDATION, has_sources, read_manifests
 from olmoe_train.evaluation.comparison import (
     LEFT,
     METHOD,
@@ -68,7 +68,7 @@ def show_data(of_data: dict[str, Evaluation], data: DataConfig) -> None:
         print(f"bits per byte    {total.bits_per_byte:.4f}")
     print(f"tokens           {total.tokens:,}")
     manifest = next(iter(read_manifests(data).values()))
-    if not data.mixture and manifest.unigram_entropy is not None:
+    if not has_sources(data) and manifest.unigram_entropy is not None:
         entropy = f"{manifest.unigram_entropy:.4f} nats per token"
         print(f"unigram entropy  {entropy} (the loss of predictions from token frequencies only)")
 

@@ -10,6 +10,7 @@ from functools import partial
 from math import prod
 from pathlib import Path
 
+from olmoe_train.checkpoint.convert.stored_model import load_whole
 from olmoe_train.cli.app import run_verb
 from olmoe_train.cli.ranks import HELP, on_ranks
 from olmoe_train.cli.routing_sample import all_ranks, count_sample, open_checked, sample_facts, source_facts
@@ -19,7 +20,6 @@ from olmoe_train.config.surgery import ExpertsConfig
 from olmoe_train.distributed.collectives import on_rank_0
 from olmoe_train.model import OlmoeConfig, OlmoeForCausalLM
 from olmoe_train.model.hf.directory import parameter_shapes
-from olmoe_train.model.hf.pretrained import load_model
 from olmoe_train.model.roles import ParameterRole, role_of
 from olmoe_train.reporting.expert_choice import relevance, smallest_sets
 from olmoe_train.reporting.router_analysis import Array
@@ -43,8 +43,7 @@ def main(cfg: ExpertsConfig) -> None:
         config = stored.config
         if cfg.precision is not None:
             config.dtype = DTYPES[cfg.precision]
-        model = load_model(OlmoeForCausalLM, config, stored.read, device)
-        counts = count_sample(model, cfg, device)
+        counts = count_sample(load_whole(stored, device), cfg, device)
         relevance_LE = relevance(counts, cfg.select)
         sets = smallest_sets(relevance_LE, cfg.p)
 

@@ -7,7 +7,6 @@ weights are those of the newest checkpoint before the step, or the initial weigh
 import sys
 from collections.abc import Iterable, Iterator
 from functools import partial
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +21,8 @@ from olmoe_train.checkpoint.sharded import load_checkpoint, saved_state
 from olmoe_train.cli.app import run_verb
 from olmoe_train.cli.ranks import HELP, on_ranks
 from olmoe_train.config.verbs import ExplainConfig
+from olmoe_train.data.batch_sizes import BatchSizes
+from olmoe_train.data.fingerprint import stream_changes
 from olmoe_train.data.loader import RankMicroBatches, TrainingData
 from olmoe_train.distributed.collectives import on_rank_0
 from olmoe_train.distributed.mesh import build_mesh, init_distributed
@@ -74,16 +75,16 @@ def explain(cfg: ExplainConfig, device: torch.device) -> dict[str, Any]:
         raise UserError(f"step={cfg.step}: the run in {run_dir} has {last} steps")
     state = {"step": 0, "samples": 0} if checkpoint is None else saved_state(checkpoint)
     check_data(run_dir, data)
-    size = run.trainer.global_batch_size
-    first = state["samples"] + (cfg.step - 1 - state["step"]) * size
+    sizes = BatchSizes.of(run.trainer, run.data.sequence_length)
+    first = sizes.samples_after(cfg.step - 1 - state["step"], state["samples"])
     if has_own_batches(run_dir, first):
         raise UserError(
             f"source={run_dir}: its batches were given to train(batches=...), not read from data.dir, so the "
             "documents of its steps are not known"
         )
     micro_batch, world = run.trainer.micro_batch_size, dist.get_world_size()
-    order = RankMicroBatches(first, size, dist.get_rank(), world, micro_batch)
-    step = StepDocuments(data.samples, list(islice(order, size // (world * micro_batch))))
+    order = RankMicroBatches(first, sizes, dist.get_rank(), world, micro_batch)
+    step = StepDocuments(data.samples, order.of_one_step())
 
     model = build_model(run, build_mesh(run.parallel, device))
     if checkpoint is not None:
@@ -103,7 +104,7 @@ def explain(cfg: ExplainConfig, device: torch.device) -> dict[str, Any]:
             "after_step": state["step"],
             "exact": state["step"] == cfg.step - 1,
         },
-        "samples": [first, first + size],
+        "samples": [first, first + sizes.after(first)],
         **step_values(losses, gradient),
         "recorded": recorded_values(run_dir, cfg.step),
         "documents": document_records(data.samples, losses, closely, routing, gradient),
@@ -114,9 +115,9 @@ def explain(cfg: ExplainConfig, device: torch.device) -> dict[str, Any]:
 def check_data(run_dir: Path, data: TrainingData) -> None:
     """Refuse data that is not the run's, by the fingerprint in a checkpoint of the run, if it has any."""
     checkpoints = complete_checkpoints(run_dir)
-    saved = saved_state(checkpoints[0]).get("fingerprint", {}) if checkpoints else {}
-    now = data.fingerprint()
-    changed = [key for key in saved if saved[key] != now.get(key)]
+    saved = saved_state(checkpoints[0]) if checkpoints else {}
+    before = saved.get("fingerprint")
+    changed = stream_changes(before, data.fingerprint(), saved["samples"]) if before else {}
     if changed:
         raise UserError(
             f"data.dir={data.cfg.dir} is not what the run was trained on: {', '.join(changed)} differ from "

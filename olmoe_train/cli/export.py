@@ -4,17 +4,26 @@ of the weights.
 """
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
 from olmoe_train.checkpoint.convert.export import with_overrides, write_adapter, write_export
-from olmoe_train.checkpoint.convert.stored_model import StoredModel, open_stored_model
+from olmoe_train.checkpoint.convert.stored_model import StoredModel, load_whole, open_stored_model
 from olmoe_train.cli.app import run_verb
-from olmoe_train.config.choices import DTYPES, ExportFormat, StripPrefix
+from olmoe_train.config.choices import DTYPES, BiasExport, ExportFormat, StripPrefix
+from olmoe_train.config.objective import NextTokenConfig
+from olmoe_train.config.saved_run import saved_train_config
+from olmoe_train.config.train import EvaluationConfig
 from olmoe_train.config.verbs import ExportConfig
+from olmoe_train.data.mixture import VALIDATION
+from olmoe_train.distributed.mesh import resolve_device
+from olmoe_train.evaluation.perplexity import evaluate_data
 from olmoe_train.utils.errors import UserError
 
+SEQUENCES_COMPARED = 32
+"""Validation sequences of each source on which fold=drop compares the model with and without its bias."""
 _WITHOUT_EFFECT_ON_ADAPTERS = ("max_shard_size", "precision", "tokenizer", "eos_token_id", "pad_token_id")
 
 
@@ -29,6 +38,8 @@ def main(cfg: ExportConfig) -> None:
     stored = open_stored_model(cfg.source, cfg.step, cfg.trust_pickle, cfg.strip_prefix is StripPrefix.auto)
     dtype = stored.config.dtype if cfg.precision is None else DTYPES[cfg.precision]
     assert dtype is not None
+    if cfg.fold is BiasExport.drop:
+        stored = without_bias(stored)
     out = output_directory(cfg, stored)
     if cfg.format is ExportFormat.peft:
         dtype = torch.float32
@@ -41,6 +52,34 @@ def main(cfg: ExportConfig) -> None:
         return
     size = sum(path.stat().st_size for path in out.iterdir())
     print(f"exported {stored.name} to {out} ({size / 10**6:,.1f} MB, {str(dtype).removeprefix('torch.')})")
+
+
+def without_bias(stored: StoredModel) -> StoredModel:
+    """The model without its bias in the choice of experts. Print what that changes on the data of its run."""
+    if stored.bias_LE is None:
+        print(f"warning: fold=drop has no effect: {stored.name} has no bias in the choice of experts")
+        return stored
+    dropped = replace(stored, bias_LE=None)
+    assert stored.checkpoint is not None, "only checkpoints of runs have a bias"
+    try:
+        run = saved_train_config(stored.checkpoint.parent.parent)
+        if not isinstance(run.objective, NextTokenConfig):
+            raise UserError(f"the run has objective={run.objective.name}, which is not a loss of texts")
+        cfg, device = EvaluationConfig(max_sequences=SEQUENCES_COMPARED), resolve_device()
+        with_bias, without = (
+            evaluate_data(load_whole(one, device), run.data, cfg, device)[VALIDATION]
+            for one in (stored, dropped)
+        )
+    except (UserError, OSError) as error:
+        print(f"warning: the effect of fold=drop was not measured: {error}")
+        return dropped
+    difference = without.loss - with_bias.loss
+    data = f"{without.tokens:,} tokens of data.dir={run.data.dir}"
+    print(
+        f"fold=drop: the validation loss is {without.loss:.4f} without the bias and "
+        f"{with_bias.loss:.4f} with it ({difference:+.4f}), over {data}"
+    )
+    return dropped
 
 
 def output_directory(cfg: ExportConfig, stored: StoredModel) -> Path:

@@ -20,7 +20,7 @@ from olmoe_train.config.verbs import GenerateConfig
 from olmoe_train.data.tokenizer import check_vocabulary, load_tokenizer
 from olmoe_train.distributed.mesh import resolve_device
 from olmoe_train.model import OlmoeForCausalLM
-from olmoe_train.model.generation import stream_tokens, warn_of_length
+from olmoe_train.model.generation import refuse_expert_choice, stream_tokens, warn_of_length
 from olmoe_train.utils.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -40,6 +40,7 @@ def main(cfg: GenerateConfig) -> None:
     model, directory = load_stored_model(
         cfg.source, device, cfg.trust_pickle, cfg.strip_prefix is StripPrefix.auto
     )
+    refuse_expert_choice(model.config)
     if cfg.chat:
         converse(open_session(model, device, directory, cfg), cfg.prompt)
     else:

@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from olmoe_train.checkpoint.convert.stored_model import open_stored_model, split_step
+from olmoe_train.checkpoint.convert.stored_model import load_whole, open_stored_model, split_step
 from olmoe_train.config.choices import DTYPES, Precision
 from olmoe_train.config.train import EvaluationConfig
 from olmoe_train.data.chat_template import TemplateError, open_template
@@ -31,8 +31,7 @@ from olmoe_train.evaluation.tasks.prefix_packs import PrefixPack
 from olmoe_train.evaluation.tasks.requests import Request, encode_pairs
 from olmoe_train.model import OlmoeForCausalLM
 from olmoe_train.model.cross_entropy import HEAD_CHUNK_ROWS
-from olmoe_train.model.generation import stop_tokens, stream_tokens
-from olmoe_train.model.hf.pretrained import load_model
+from olmoe_train.model.generation import refuse_expert_choice, stop_tokens, stream_tokens
 from olmoe_train.utils.errors import UserError
 from olmoe_train.utils.exit_codes import BAD_INPUT
 
@@ -104,11 +103,11 @@ class OlmoeLM(LM):
         super().__init__()
         name, step = split_step(str(source))
         stored = open_stored_model(name, step or "latest", trust_pickle)
+        refuse_expert_choice(stored.config)
         if precision is not None:
             stored.config.dtype = DTYPES[_precision(precision)]
         self._device = _device(device)
-        self.model = load_model(OlmoeForCausalLM, stored.config, stored.read, self._device)
-        self.model.generation_config = stored.generation
+        self.model = load_whole(stored, self._device)
         self.tokenizer = load_tokenizer(stored.tokenizer)
         self.tokens_per_pass = tokens_per_pass
         self.batch_size = AUTO_BATCH_SIZE if str(batch_size).startswith("auto") else int(batch_size)

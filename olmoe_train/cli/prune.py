@@ -13,7 +13,7 @@ import torch
 from olmoe_train.checkpoint.convert.export import model_card_of, write_export
 from olmoe_train.checkpoint.convert.model_card import pruned_card
 from olmoe_train.checkpoint.convert.prune import pruned_model
-from olmoe_train.checkpoint.convert.stored_model import StoredModel, open_stored_model
+from olmoe_train.checkpoint.convert.stored_model import StoredModel, bias_error, load_whole, open_stored_model
 from olmoe_train.cli.app import run_verb
 from olmoe_train.cli.ranks import HELP, on_ranks
 from olmoe_train.cli.routing_sample import all_ranks, count_sample, open_checked, sample_facts, source_facts
@@ -25,7 +25,7 @@ from olmoe_train.data.mixture import VALIDATION, read_manifests
 from olmoe_train.distributed.collectives import on_rank_0
 from olmoe_train.evaluation.perplexity import Evaluation, evaluate_data
 from olmoe_train.model import OlmoeForCausalLM
-from olmoe_train.model.hf.pretrained import load_model
+from olmoe_train.model.ablations import refuse_export
 from olmoe_train.planning.flops import parameter_counts
 from olmoe_train.reporting.expert_choice import best_experts, removed_shares, saliency
 from olmoe_train.reporting.router_analysis import Array
@@ -48,21 +48,23 @@ def main(cfg: PruneConfig) -> None:
     with all_ranks() as device:
         stored = open_checked(cfg)
         check_options(cfg, stored, out)
-        model = load_model(OlmoeForCausalLM, stored.config, stored.read, device)
+        model = load_whole(stored, device)
         counts = count_sample(model, cfg, device)
         before = validation(model, cfg, device)
         del model
         kept_LN = best_experts(saliency(counts, cfg.by), cfg.keep)
         shares = removed_shares(counts, kept_LN)
         on_rank_0(lambda: write(cfg, stored, kept_LN, shares[1], out))
-        written = open_stored_model(out)
-        after = validation(load_model(OlmoeForCausalLM, written.config, written.read, device), cfg, device)
+        after = validation(load_whole(open_stored_model(out), device), cfg, device)
         on_rank_0(lambda: record(cfg, stored, counts, kept_LN, shares, (before, after), out))
 
 
 def check_options(cfg: PruneConfig, stored: StoredModel, out: Path) -> None:
     """Check the options against the model, before anything is computed."""
     config = stored.config
+    refuse_export(config.ablations)
+    if stored.bias_LE is not None:
+        raise UserError(bias_error(stored, "the pruned model has no parameter for it: keep the run"))
     if not config.num_experts_per_tok <= cfg.keep < config.num_experts:
         raise UserError(
             f"keep={cfg.keep}: the model has {config.num_experts} experts per layer and sends a token to "

@@ -37,7 +37,7 @@ def on_ranks(module: str, train: Callable[[], int]) -> int:
     """
     try:
         wanted, sys.argv[1:] = _split(sys.argv[1:])
-        shows = any(argument.split("=")[0] in SHOW_ONLY for argument in sys.argv[1:])
+        shows = only_shows(sys.argv[1:])
         on_cpu = any(key in sys.argv[1:] for key in ON_CPU)
         ranks = None if wanted is None or shows else _count(wanted, on_cpu)
     except UserError as error:
@@ -74,6 +74,11 @@ def end_process(code: int) -> NoReturn:
         with suppress(OSError, ValueError):  # nobody reads the stream, or it is closed
             stream.flush()
     os._exit(code)
+
+
+def only_shows(arguments: list[str]) -> bool:
+    """Whether the command line asks for help or for the configuration."""
+    return any(argument.split("=")[0] in SHOW_ONLY for argument in arguments)
 
 
 def _split(arguments: list[str]) -> tuple[str | None, list[str]]:

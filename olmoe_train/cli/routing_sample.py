@@ -16,7 +16,8 @@ from olmoe_train.cli.analyze_sources import tokenizer_errors
 from olmoe_train.cli.model_sources import check_data, open_source
 from olmoe_train.config.choices import DataSplit
 from olmoe_train.config.surgery import SampledRoutingConfig
-from olmoe_train.data.mixture import mixture_errors, read_manifests, verify
+from olmoe_train.data.mixture import read_manifests, verify
+from olmoe_train.data.source_errors import mixture_errors
 from olmoe_train.distributed.mesh import init_distributed
 from olmoe_train.distributed.rendezvous import leave_distributed
 from olmoe_train.model import OlmoeForCausalLM
@@ -55,6 +56,11 @@ def open_checked(cfg: SampledRoutingConfig) -> StoredModel:
     stored = open_source(cfg.source, cfg.trust_pickle, cfg.strip_prefix)
     if stored.config.num_experts == 1:
         raise UserError(f"source={cfg.source}: is a dense model, which has no experts to choose from")
+    if stored.config.routing == "expert_choice":
+        raise UserError(
+            f"source={cfg.source}: has model.routing=expert_choice, and here experts are judged by the tokens "
+            "that choose them"
+        )
     check_data(stored.config, next(iter(read_manifests(cfg.data).values())), cfg.data)
     if errors := tokenizer_errors(cfg.source, stored.tokenizer, cfg.data):
         raise UserError("\n  ".join(errors))

@@ -8,9 +8,10 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 
 from olmoe_train.config.adapter import NoAdapterConfig
 from olmoe_train.config.balancing import AuxiliaryLossConfig
+from olmoe_train.config.model import ModelConfig
 from olmoe_train.config.objective import NextTokenConfig
 from olmoe_train.config.optimizer import AdamWConfig
-from olmoe_train.config.variants import VARIANTS, VariantConfig
+from olmoe_train.config.variants import OLDER_NAMES, VARIANTS, VariantConfig
 from olmoe_train.utils.errors import UserError
 
 ALIASES = {
@@ -26,6 +27,9 @@ FIRST_VARIANTS: dict[str, type[VariantConfig]] = {
 }
 """What a run did whose config names no variant, because it was made before there were variants."""
 
+LATER_MODEL_KEYS = ("num_shared_experts", "routing", "expert_capacity", "qk_norm", "norm", "initialization")
+"""Keys of `model` that older runs do not have. These runs did what the defaults do."""
+
 
 def current_key(key: str) -> str:
     """Today's spelling of a key."""
@@ -33,7 +37,8 @@ def current_key(key: str) -> str:
 
 
 def current_overrides(overrides: list[str]) -> list[str]:
-    """Command-line overrides with older spellings replaced.
+    """Command-line overrides with older spellings replaced, and +ablation=NAME by ablation=NAME: the group is
+    there, and empty by default, which Hydra would call two values.
 
     An override of either spelling also clears the older one, since it takes precedence over YAML files that
     still use that.
@@ -44,6 +49,8 @@ def current_overrides(overrides: list[str]) -> list[str]:
     given: dict[str, str] = {}
     result, cleared = [], []
     for override in overrides:
+        if override.startswith("+ablation="):
+            override = override.removeprefix("+")
         written, equals, value = override.partition("=")
         key = written.lstrip("+")
         new = current_key(key)
@@ -116,11 +123,17 @@ def current_saved_config(saved: dict[str, Any]) -> dict[str, Any]:
     config = copy.deepcopy(saved)
     for group, variant in FIRST_VARIANTS.items():
         section = config.get(group, {})
+        if (name := section.get("name")) in OLDER_NAMES.get(group, {}):
+            section["name"] = OLDER_NAMES[group][name]
         schema = VARIANTS[group].get(section["name"]) if "name" in section else variant
         if schema is not None:
             defaults = OmegaConf.to_container(OmegaConf.structured(schema), enum_to_str=True)
             assert isinstance(defaults, dict)
             config[group] = defaults | section
+    if "model" in config:
+        defaults = OmegaConf.to_container(OmegaConf.structured(ModelConfig), enum_to_str=True)
+        assert isinstance(defaults, dict)
+        config["model"] = {key: defaults[key] for key in LATER_MODEL_KEYS} | config["model"]
     for old, new in ALIASES.items():
         (section, name), (new_section, new_name) = old.split("."), new.split(".")
         if name in config.get(section, {}):

@@ -20,6 +20,11 @@ class ExportFormat(Enum):
     olmo = "olmo"
 
 
+class BiasExport(Enum):
+    refuse = "refuse"
+    drop = "drop"
+
+
 class StripPrefix(Enum):
     none = "none"
     auto = "auto"
@@ -58,6 +63,8 @@ class Convention(Enum):
 
 class BalanceScope(Enum):
     micro_batch = "micro_batch"
+    all_ranks = "all_ranks"
+    running = "running"
     global_batch = "global_batch"
 
 
@@ -187,6 +194,21 @@ class ExpertsBackend(Enum):
     loop = "loop"
     grouped_mm = "grouped_mm"
     sonicmoe = "sonicmoe"
+
+
+class RoutingKind(Enum):
+    token_choice = "token_choice"
+    expert_choice = "expert_choice"
+
+
+class Norm(Enum):
+    rms = "rms"
+    nonparametric = "nonparametric"
+
+
+class Initialization(Enum):
+    truncated_normal = "truncated_normal"
+    normal = "normal"
 
 
 class AdapterTarget(Enum):

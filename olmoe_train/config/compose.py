@@ -4,6 +4,7 @@ import copy
 import difflib
 import re
 from dataclasses import FrozenInstanceError, fields, is_dataclass
+from enum import Enum
 from typing import Any
 
 import hydra
@@ -43,10 +44,18 @@ def compose(*overrides: str) -> TrainConfig:
 
 
 def plain_values(cfg: Any) -> dict[str, Any]:
-    """Return a configuration as plain values, with enums by name."""
-    values = OmegaConf.to_container(OmegaConf.structured(cfg), enum_to_str=True)
-    assert isinstance(values, dict)
-    return {str(key): value for key, value in values.items()}
+    """Return a configuration, an instance of a config dataclass, as plain values, with enums by name."""
+    return {field.name: _plain(getattr(cfg, field.name)) for field in fields(cfg)}
+
+
+def _plain(value: Any) -> Any:
+    if is_dataclass(value) and not isinstance(value, type):
+        return plain_values(value)
+    if isinstance(value, dict):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    return value.name if isinstance(value, Enum) else value
 
 
 def register_schema(verb: str, schema: type) -> None:

@@ -155,7 +155,20 @@ class MixtureSource:
     weight: float | None = None
     """Share of the training tokens, relative to the weights of the other sources."""
     tokens: int | None = None
-    """Number of training tokens, instead of weight. A source with fewer tokens is repeated."""
+    """Number of training tokens, instead of weight. A source with fewer tokens is repeated. Not in
+    data.stages."""
+
+
+@dataclass  # not frozen, for the same reason as MixtureSource
+class DataStage:
+    until_tokens: int | None = None
+    """Training tokens, counted from the start of the run and with padding, at which this stage ends and the
+    next one begins: a multiple of data.sequence_length. null: the end of the run; only for the last stage."""
+    dir: str | None = None
+    """Prepared directory to train on in this stage, relative to data.dir; its last part is the name of the
+    source. Set dir or mixture."""
+    mixture: list[MixtureSource] = field(default_factory=list)
+    """Several prepared directories with weights, as in data.mixture."""
 
 
 @dataclass(frozen=True)
@@ -172,6 +185,10 @@ class DataConfig:
     """Several prepared directories to train on together, with weights ([{dir: web, weight: 7}, {dir: code,
     weight: 3}]) or with numbers of tokens ([{dir: web, tokens: 700000000}, ...]). []: train on data.dir
     itself."""
+    stages: list[DataStage] = field(default_factory=list)
+    """Other data in later parts of the run: [{until_tokens: 512000000, dir: web}, {mixture: [{dir: web,
+    weight: 1}, {dir: math, weight: 1}]}]. A source of several stages continues in each of them where the one
+    before left off. Only for objective=next_token. []: the same data in the whole run."""
     sequence_length: int = 512
     """Tokens per training sequence."""
     packing: Packing = Packing.concat

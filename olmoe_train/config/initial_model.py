@@ -127,6 +127,12 @@ def run_config(run_dir: Path, key: str = "source") -> OlmoeConfig:
         raise UserError(f"{path}: not the configuration of a run: {error}") from error
 
 
+def run_router_temperature(run_dir: Path) -> float:
+    """The divisor of the routers' logits in a run, balancing.router_temperature."""
+    balancing = _plain(run_dir / RUN_CONFIG).get("balancing") or {}
+    return float(balancing.get("router_temperature", 1.0))
+
+
 def _revision_of_run(run_dir: str, init_from: str) -> str | None:
     """The commit from which the run in run_dir started, so that it resumes with the same. None: a new run."""
     path = Path(run_dir) / RUN_CONFIG
@@ -166,7 +172,7 @@ def _take_from(model: DictConfig, stored: OlmoeConfig, init_from: str) -> None:
             if theirs != stored.num_attention_heads:
                 contradictions.append(f"model.{name}=null, and {theirs} there")
             model[name] = theirs
-        elif model[name] not in accepted and name not in _FREE:
+        elif _plain_value(model[name]) not in accepted and name not in _FREE:
             contradictions.append(f"model.{name}={as_yaml(model[name])}, and {as_yaml(theirs)} there")
     if contradictions:
         what = f"model.init_from={init_from}: its configuration decides the architecture; these keys differ:"
@@ -193,6 +199,11 @@ def _given_rope(model: DictConfig) -> dict[str, Any]:
     rope = OmegaConf.to_container(model.rope_parameters)
     assert isinstance(rope, dict)
     return {str(key): value for key, value in rope.items() if value != MISSING}
+
+
+def _plain_value(value: Any) -> Any:
+    """A choice as OlmoeConfig has it; any other value as it is."""
+    return value.value if isinstance(value, Enum) else value
 
 
 def as_yaml(value: object) -> str:

@@ -54,7 +54,7 @@ def preset_groups(schema: type) -> dict[str, list[Path]]:
     """The presets that a verb accepts: group -> YAML files."""
     groups = {item.name for item in fields(schema) if is_dataclass(item.type)}
     if "trainer" in groups:
-        groups.add("experiment")
+        groups |= {"experiment", "ablation"}
     directories = sorted(path for path in config_directory().iterdir() if path.name in groups)
     return {directory.name: sorted(directory.glob("*.yaml")) for directory in directories}
 

@@ -1,9 +1,10 @@
 """The options of `model`: the architecture, and the source of the initial weights."""
 
 from dataclasses import dataclass, field
+from enum import Enum
 from typing import Any
 
-from olmoe_train.config.choices import ExpertsBackend, StripPrefix
+from olmoe_train.config.choices import ExpertsBackend, Initialization, Norm, RoutingKind, StripPrefix
 from olmoe_train.model.configuration import OlmoeConfig
 
 
@@ -50,7 +51,7 @@ class ModelConfig:
     max_position_embeddings: int = 4096
     """Longest sequence that the exported model supports, in tokens."""
     initializer_range: float = 0.02
-    """Standard deviation of the initial weights (truncated normal, cut at 3 standard deviations)."""
+    """Standard deviation of the initial weights (initialization)."""
     rms_norm_eps: float = 1e-5
     """Added to the mean square in RMSNorm."""
     rope_parameters: dict[str, Any] = field(
@@ -71,6 +72,23 @@ class ModelConfig:
     """Beginning-of-sequence token in the exported config."""
     eos_token_id: int | None = 50279
     """End-of-document token. Must be that of the prepared data."""
+    num_shared_experts: int = 0
+    """Experts beside the routed ones that process every token, without a routing weight, each of width
+    intermediate_size. Not exportable."""
+    routing: RoutingKind = RoutingKind.token_choice
+    """token_choice: each token goes to its most probable experts. expert_choice (arXiv 2202.09368): each
+    expert takes its most probable tokens of a sequence. Which experts a token has then depends on later
+    tokens, so the model can be trained and compared, but it cannot generate. Not exportable."""
+    expert_capacity: float | None = None
+    """With expert_choice: mean number of experts per token; an expert takes expert_capacity x tokens of the
+    sequence / num_experts. null: num_experts_per_tok."""
+    qk_norm: bool = True
+    """Normalize queries and keys. false is not exportable."""
+    norm: Norm = Norm.rms
+    """rms: RMSNorm with a weight. nonparametric: LayerNorm without weight and bias; not exportable."""
+    initialization: Initialization = Initialization.truncated_normal
+    """Distribution of the initial weights. truncated_normal: cut at 3 standard deviations. normal: not
+    cut."""
     experts_backend: ExpertsBackend = ExpertsBackend.auto
     """How the matrix products of the experts are computed. loop: one per expert. grouped_mm: torch's grouped
     GEMM. auto: grouped_mm on CUDA; on a CPU the loop, except for decoding several sequences. sonicmoe: the
@@ -94,5 +112,9 @@ def olmoe_config(model: ModelConfig) -> OlmoeConfig:
     Raises:
         UserError: lists the values that do not fit together.
     """
-    fields = {name: value for name, value in vars(model).items() if name not in NOT_ARCHITECTURE}
+    fields = {
+        name: value.value if isinstance(value, Enum) else value
+        for name, value in vars(model).items()
+        if name not in NOT_ARCHITECTURE
+    }
     return OlmoeConfig(**fields)

@@ -29,6 +29,15 @@ from olmoe_train.config.objective import NextTokenConfig, ObjectiveConfig
 from olmoe_train.config.optimizer import AdamWConfig, OptimizerConfig
 
 
+@dataclass  # not frozen, for the same reason as MixtureSource
+class BatchSizeStage:
+    until_tokens: int = MISSING
+    """Training tokens, counted from the start of the run and with padding. The first step that begins there
+    or later has the next size."""
+    global_batch_size: int = MISSING
+    """Sequences per optimizer step until then."""
+
+
 @dataclass(frozen=True)
 class TrainerConfig:
     max_steps: int | None = None
@@ -45,6 +54,10 @@ class TrainerConfig:
     global_batch_size: int = 16
     """Sequences per optimizer step, over all ranks and micro-batches. objective=preference counts pairs, or
     completions for kto, and objective=grpo prompts."""
+    batch_size_warmup: list[BatchSizeStage] = field(default_factory=list)
+    """Other batch sizes at the start of the run, before global_batch_size: [{until_tokens: 67108864,
+    global_batch_size: 256}, {until_tokens: 268435456, global_batch_size: 512}]. Only for
+    objective=next_token. []: none."""
     micro_batch_size: int = 8
     """Sequences per forward pass of one rank; pairs, completions or prompts as for global_batch_size."""
     precision: Precision = Precision.bf16
@@ -74,6 +87,11 @@ class TrainerConfig:
     activation_checkpointing: ActivationCheckpointing = ActivationCheckpointing.none
     """Which activations are recomputed in the backward pass. none: none of them. selective: all but the
     outputs of matrix products. full: all but the input of each layer."""
+
+    @property
+    def largest_batch_size(self) -> int:
+        """The most sequences that an optimizer step has."""
+        return max([self.global_batch_size, *(stage.global_batch_size for stage in self.batch_size_warmup)])
 
 
 @dataclass(frozen=True)
@@ -111,7 +129,8 @@ class ParallelConfig:
 @dataclass(frozen=True)
 class LossConfig:
     router_aux_loss_coef: float = 0.01
-    """Weight of the load-balancing loss in the total loss. A dense model (model.num_experts=1) has none."""
+    """Weight of the load-balancing loss in the total loss; with balancing=sequence, of the sequence-wise
+    loss. A dense model (model.num_experts=1) has none, nor have balancing=loss_free and none."""
     router_z_loss_coef: float = 0.001
     """Weight of the router z-loss in the total loss. A dense model has none."""
     convention: Convention = Convention.olmoe

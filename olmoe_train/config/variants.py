@@ -33,10 +33,15 @@ class VariantConfig:
 
 VARIANTS: dict[str, dict[str, type[VariantConfig]]] = {}
 """Group -> name -> dataclass, in the order of registration."""
+OLDER_NAMES: dict[str, dict[str, str]] = {}
+"""Group -> older name of a variant -> today's name."""
 
 
 def register_variant(
-    group: str, schema: type[VariantConfig], not_given: tuple[str, ...] = ()
+    group: str,
+    schema: type[VariantConfig],
+    not_given: tuple[str, ...] = (),
+    older_names: tuple[str, ...] = (),
 ) -> type[VariantConfig]:
     """Make a variant known to Hydra (as <group>/<name>_schema), to --help and to the preflight checks.
 
@@ -46,6 +51,8 @@ def register_variant(
             name of the variant.
         not_given: Fields that have no value in the group's presets, so that what has one was given by the
             user. `config.compose.resolve` must fill them.
+        older_names: Names that the variant had in earlier versions. The schema and the configs of old runs
+            are found by them, too; a preset of that name must exist for the command line.
 
     Returns:
         The schema, unchanged.
@@ -62,7 +69,9 @@ def register_variant(
     node = writable(OmegaConf.structured(schema))
     for field in not_given:
         node[field] = MISSING
-    ConfigStore.instance().store(group=group, name=f"{name}_schema", node=node)
+    for known in (name, *older_names):
+        ConfigStore.instance().store(group=group, name=f"{known}_schema", node=node)
+    OLDER_NAMES.setdefault(group, {}).update(dict.fromkeys(older_names, name))
     return schema
 
 

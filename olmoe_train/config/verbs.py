@@ -5,7 +5,15 @@ from typing import Any
 
 from omegaconf import MISSING
 
-from olmoe_train.config.choices import Device, ExportFormat, MergeDecay, Precision, StripPrefix, XAxis
+from olmoe_train.config.choices import (
+    BiasExport,
+    Device,
+    ExportFormat,
+    MergeDecay,
+    Precision,
+    StripPrefix,
+    XAxis,
+)
 from olmoe_train.config.data import DataConfig, TokenizerConfig
 from olmoe_train.config.surgery import ExpertsConfig, PruneConfig
 from olmoe_train.config.train import EvaluationConfig, ParallelConfig, TrainConfig
@@ -43,6 +51,10 @@ class ExportConfig:
     """hf: the format of Transformers; an adapter is added to its base in fp32 and rounded once. peft: only
     the adapter of a run, in the format of PEFT. olmo: the layout of the original OLMo MoE branch (megablocks
     experts), in one file."""
+    fold: BiasExport = BiasExport.refuse
+    """What to do with the bias of a run with balancing=loss_free, for which no format has a parameter.
+    refuse: export nothing. drop: leave the bias out, and print the validation loss with and without it on at
+    most 32 sequences of each source of the run's data."""
     trust_pickle: bool = False
     """Read weights from a pickle (pytorch_model.bin, or OLMo's model.pt) with
     torch.load(weights_only=True)."""

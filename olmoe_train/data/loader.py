@@ -5,7 +5,6 @@ seed, the mixture and one integer, the index of the next sample. This integer is
 checkpoint must keep. The module sequences.py defines what a sample is.
 """
 
-import hashlib
 import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator
@@ -19,13 +18,16 @@ from torch.utils.data import DataLoader, Dataset
 
 from olmoe_train.config.choices import Packing
 from olmoe_train.config.data import DataConfig
-from olmoe_train.data.manifest import Manifest, sample_files
-from olmoe_train.data.mixture import SCHEDULE, SourceSchedule, mixture_components, read_manifests, source_seed
+from olmoe_train.data.batch_sizes import BatchSizes
+from olmoe_train.data.fingerprint import sources_fingerprint
+from olmoe_train.data.manifest import Manifest
+from olmoe_train.data.mixture import has_sources, mixture_components, read_manifests, source_seed
 from olmoe_train.data.packing import ALGORITHM
 from olmoe_train.data.preferences import COMPLETIONS, PAIRS, CollatePreferences, PreferenceSequences
 from olmoe_train.data.prompts import PROMPTS, CollatePrompts, PromptSequences
 from olmoe_train.data.sample_order import ORDER, sample_for
 from olmoe_train.data.sequences import Sequences, mask_repetition
+from olmoe_train.data.stages import StagedSchedule, data_stages
 from olmoe_train.data.tokens import TokenSplit, open_split
 from olmoe_train.utils.errors import UserError
 
@@ -90,20 +92,13 @@ class TrainingData:
             "packing": packing,
             "tokenizer_sha256": next(iter(manifests.values())).tokenizer_sha256,
         }
-        if not self.cfg.mixture:
-            return common | _contents(*manifests.values())
-        common["mixture"] = f"{SCHEDULE}: {', '.join(manifests)}"
-        weights = {source.name: source.weight for source in mixture_components(self.cfg)}
-        for name, manifest in manifests.items():
-            contents = _contents(manifest) | {"share": weights[name] / sum(weights.values())}
-            common |= {f"mixture.{name}.{key}": value for key, value in contents.items()}
-        return common
+        return common | sources_fingerprint(self.cfg, manifests)
 
 
 def build_train_loader(
     data: TrainingData,
     start_sample: int,
-    global_batch_size: int,
+    sizes: BatchSizes,
     rank: int,
     world_size: int,
     micro_batch_size: int,
@@ -111,14 +106,14 @@ def build_train_loader(
     """Build an endless loader of this rank's micro-batches, starting at sample index `start_sample`.
 
     A sample is a sequence; of preferences it is a pair, or a single completion.
-    Step j, counted from 0, consists of the samples start_sample + [j * global_batch_size,
-    (j + 1) * global_batch_size) of the global order. Rank r gets the r-th contiguous share of these samples.
-    After j steps the state to save is `start_sample + j * global_batch_size`.
+    Step j, counted from 0, consists of the samples [sizes.samples_after(j, start_sample),
+    sizes.samples_after(j + 1, start_sample)) of the global order. Rank r gets the r-th contiguous share of
+    these samples. After j steps the state to save is `sizes.samples_after(j, start_sample)`.
 
     Args:
         data: The training data of the run.
         start_sample: Global index of the first sample.
-        global_batch_size: Sequences per step over all ranks. A multiple of world_size * micro_batch_size.
+        sizes: Sequences per step over all ranks. Multiples of world_size * micro_batch_size.
         rank: This rank.
         world_size: Number of ranks.
         micro_batch_size: Sequences per micro-batch (B).
@@ -129,8 +124,7 @@ def build_train_loader(
     Raises:
         UserError: Data is missing or damaged, or a training split is shorter than one sequence.
     """
-    assert global_batch_size % (world_size * micro_batch_size) == 0, "preflight refuses this"
-    batches = RankMicroBatches(start_sample, global_batch_size, rank, world_size, micro_batch_size)
+    batches = RankMicroBatches(start_sample, sizes, rank, world_size, micro_batch_size)
     return _loader(
         data.samples,
         batches,
@@ -208,14 +202,6 @@ def _collate(data: DataConfig, manifests: dict[str, Manifest], form: SampleForm)
     return CollatePreferences(data, manifest.padding)
 
 
-def _contents(manifest: Manifest) -> dict[str, Any]:
-    hashes = "".join(digest for shard in manifest.train.shards for _, digest in sample_files(shard))
-    return {
-        "train_tokens": manifest.train.tokens,
-        "train_sha256": hashlib.sha256(hashes.encode()).hexdigest(),
-    }
-
-
 class TrainSamples(Dataset[Sample]):
     """Maps a global sample index to a sample, over all sources of the mixture.
 
@@ -235,19 +221,21 @@ class TrainSamples(Dataset[Sample]):
             first_document += split.documents
         for source, sequences in zip(self.sources, self.sequences, strict=True):
             if len(sequences) == 0:
-                where = f"the training split of {source.name}" if data.mixture else "the whole training split"
+                where = (
+                    f"the training split of {source.name}"
+                    if has_sources(data)
+                    else "the whole training split"
+                )
                 raise UserError(
                     f"data.sequence_length={data.sequence_length} is longer than {where} "
                     f"({len(sequences.split):,} tokens).\n  Shorten it, set data.packing=best_fit, which "
                     "pads sequences, or prepare more data."
                 )
-        # Weights are shares of tokens, but sequences of one source may be packed fuller than another's.
-        densities = [sequences.tokens_per_sequence for sequences in self.sequences]
-        self.schedule = SourceSchedule(
-            [s.weight / density for s, density in zip(self.sources, densities, strict=True)]
-        )
-        several = len(data.mixture) > 0
-        self.seeds = [source_seed(seed, i) if several else seed for i in range(len(self.sources))]
+        self.stages = data_stages(data)
+        self.schedule = self._schedule()
+        self.seeds = [source_seed(seed, i) for i in range(len(self.sources))]
+        if not data.mixture and (not data.stages or data.stages[0].dir is not None):
+            self.seeds[0] = seed  # so that stages may be added to a run that began without
         self.repetition_filter = data.repetition_filter
 
     def __getitem__(self, global_index: int) -> Sample:
@@ -271,24 +259,17 @@ class TrainSamples(Dataset[Sample]):
         pairs = zip(self.sources, self.sequences, strict=True)
         return math.ceil(sum((source.budget or 0) / s.tokens_per_sequence for source, s in pairs))
 
-    def shares(self, samples: int) -> dict[str, dict[str, float]]:
-        """Return statistics per source over the first `samples` samples.
-
-        Returns:
-            By source name: `share`, the source's fraction of the tokens; `requested_share`, the fraction in
-            the configuration; and `epochs`, the number of passes over the source's sequences.
-        """
-        drawn = self.schedule.samples_per_source(samples)
-        tokens = [n * s.tokens_per_sequence for n, s in zip(drawn, self.sequences, strict=True)]
-        whole = sum(source.weight for source in self.sources)
-        return {
-            source.name: {
-                "share": tokens[i] / max(1, sum(tokens)),
-                "requested_share": source.weight / whole,
-                "epochs": drawn[i] / len(self.sequences[i]),
+    def _schedule(self) -> StagedSchedule:
+        # Weights are shares of tokens, but sequences of one source may be packed fuller than another's.
+        numbers = {source.name: number for number, source in enumerate(self.sources)}
+        shares = [
+            {
+                numbers[one.name]: one.weight / self.sequences[numbers[one.name]].tokens_per_sequence
+                for one in stage.components
             }
-            for i, source in enumerate(self.sources)
-        }
+            for stage in self.stages
+        ]
+        return StagedSchedule(len(self.sources), [stage.first for stage in self.stages], shares)
 
 
 class EvalSequences(Dataset[Sample]):
@@ -318,16 +299,26 @@ class RankMicroBatches:
     """
 
     start_sample: int
-    global_batch_size: int
+    sizes: BatchSizes
     rank: int
     world_size: int
     micro_batch_size: int
 
     def __iter__(self) -> Iterator[list[int]]:
-        share = self.global_batch_size // self.world_size
-        for first in itertools.count(self.start_sample + self.rank * share, self.global_batch_size):
+        step = self.start_sample
+        while True:
+            size = self.sizes.after(step)
+            assert size % (self.world_size * self.micro_batch_size) == 0, "preflight refuses this"
+            share = size // self.world_size
+            first = step + self.rank * share
             for start in range(first, first + share, self.micro_batch_size):
                 yield list(range(start, start + self.micro_batch_size))
+            step += size
+
+    def of_one_step(self) -> list[list[int]]:
+        """Return the micro-batches of the first step."""
+        micro_batches = self.sizes.after(self.start_sample) // (self.world_size * self.micro_batch_size)
+        return list(itertools.islice(self, micro_batches))
 
 
 def collate(samples: list[Sample]) -> dict[str, torch.Tensor]:

@@ -1,4 +1,5 @@
 """Mixtures: several prepared directories (sources) in given shares, as one endless stream of samples.
+The shares may change from stage to stage (stages.py).
 
 The source of sample i, and how many samples that source had before it, are a function of i and the shares,
 in constant memory. The sources are interleaved so evenly that after any number of samples each source has
@@ -14,7 +15,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from olmoe_train.config.choices import DataFormat
-from olmoe_train.config.data import DataConfig
+from olmoe_train.config.data import DataConfig, DataStage, MixtureSource
 from olmoe_train.data.manifest import Manifest, read_manifest
 from olmoe_train.data.tokens import verify_hashes
 from olmoe_train.utils.errors import UserError
@@ -74,56 +75,54 @@ class MixtureComponent:
     name: str
     directory: Path
     weight: float
-    """Share relative to the other sources' weights: `weight` or `tokens` of data.mixture."""
+    """Share relative to the weights of the other sources of the mixture, or of the stage: `weight` or
+    `tokens`."""
     budget: int | None
     """Training tokens: `tokens` of data.mixture. None: the mixture has weights."""
 
 
+def has_sources(data: DataConfig) -> bool:
+    """Whether the data has named sources, those of data.mixture or data.stages. Otherwise it is data.dir."""
+    return bool(data.mixture or data.stages)
+
+
+def sources_key(data: DataConfig) -> str:
+    """The key that names the sources, for messages."""
+    return "data.stages" if data.stages else "data.mixture"
+
+
 def mixture_components(data: DataConfig) -> list[MixtureComponent]:
-    """List the sources of data.mixture. Without a mixture, data.dir is the only one, named "validation"."""
-    root = Path(data.dir).expanduser()
-    if not data.mixture:
-        return [MixtureComponent(VALIDATION, root, 1.0, None)]
-    found = []
-    for source in data.mixture:
+    """List the sources of the data, each once. Without named sources, data.dir is the only one, named
+    "validation". A source of several stages has the weight of its first stage."""
+    if data.stages:
+        found: dict[str, MixtureComponent] = {}
+        for one in (one for stage in data.stages for one in stage_components(data, stage)):
+            found.setdefault(one.name, one)
+        return list(found.values())
+    if data.mixture:
+        return mixture_of(data, data.mixture)
+    return [MixtureComponent(VALIDATION, Path(data.dir).expanduser(), 1.0, None)]
+
+
+def stage_components(data: DataConfig, stage: DataStage) -> list[MixtureComponent]:
+    """List the sources of one stage."""
+    return mixture_of(data, [MixtureSource(stage.dir, weight=1.0)] if stage.dir else stage.mixture)
+
+
+def mixture_of(data: DataConfig, mixture: list[MixtureSource]) -> list[MixtureComponent]:
+    """List the sources of one mixture."""
+    root, found = Path(data.dir).expanduser(), []
+    for source in mixture:
         directory = root / Path(source.dir).expanduser()
         weight = source.weight if source.weight is not None else source.tokens
-        name = source.name or directory.name
+        name = source.name or directory.name or directory.resolve().name
         found.append(MixtureComponent(name, directory, float(weight or 0), source.tokens))
     return found
 
 
 def only_directory(data: DataConfig, directory: Path) -> DataConfig:
-    """The same section `data` for one prepared directory in place of data.dir and data.mixture."""
-    return replace(data, dir=str(directory), mixture=[])
-
-
-def mixture_errors(data: DataConfig) -> list[str]:
-    """Return what is wrong with data.mixture, one message per problem. The directories are not read."""
-    errors = []
-    for index, part in enumerate(data.mixture):
-        key = f"data.mixture[{index}]"
-        if (part.weight is None) == (part.tokens is None):
-            errors.append(
-                f"{key}: give either weight or tokens; it has weight={part.weight}, tokens={part.tokens}"
-            )
-        for name in ("weight", "tokens"):
-            value = getattr(part, name)
-            if value is not None and value <= 0:
-                errors.append(f"{key}.{name}={value}: must be positive; leave the source out instead")
-    by_weight = [part.weight is not None for part in data.mixture]
-    if not errors and any(by_weight) and not all(by_weight):
-        errors.append("data.mixture: some sources have weights and others tokens; use the same for all")
-    names = [source.name for source in mixture_components(data)] if data.mixture else []
-    for name in sorted({name for name in names if names.count(name) > 1}):
-        errors.append(
-            f"data.mixture: {names.count(name)} sources are named {name}; give each a different name"
-        )
-    if VALIDATION in names:
-        errors.append(
-            f"data.mixture: a source may not be named {VALIDATION}, the name of all of them together"
-        )
-    return errors
+    """The same section `data` for one prepared directory in place of all sources."""
+    return replace(data, dir=str(directory), mixture=[], stages=[])
 
 
 def read_manifests(data: DataConfig) -> dict[str, Manifest]:
@@ -139,7 +138,7 @@ def read_manifests(data: DataConfig) -> dict[str, Manifest]:
             mine, theirs = getattr(manifest, key), getattr(first, key)
             if mine != theirs:
                 raise UserError(
-                    f"data.mixture: {name} and {first_name} were prepared with different tokenizers "
+                    f"{sources_key(data)}: {name} and {first_name} were prepared with different tokenizers "
                     f"({key}: {mine} and {theirs}).\n  Prepare both with the same tokenizer.path."
                 )
     return manifests

@@ -51,9 +51,10 @@ def checkpoint_activations(model: OlmoeForCausalLM, mode: ActivationCheckpointin
         model: The model, before FSDP2 is applied.
         mode: none, selective or full; see the module docstring.
     """
-    # Only dropout draws random numbers, of attention and of an adapter's inputs.
-    dropout = model.config.attention_dropout + (model.adapter.dropout if model.adapter is not None else 0.0)
-    recompute = partial(checkpoint, use_reentrant=False, preserve_rng_state=dropout > 0)
+    # Random numbers are drawn by dropout, of attention and of an adapter's inputs, and by a router's jitter.
+    noise = model.config.attention_dropout + (model.adapter.dropout if model.adapter is not None else 0.0)
+    noise += model.decoder_layers[0].mlp.gate.jitter
+    recompute = partial(checkpoint, use_reentrant=False, preserve_rng_state=noise > 0)
     for layer in model.decoder_layers:
         if mode is ActivationCheckpointing.full:
             layer.forward = partial(  # type: ignore[method-assign]
@@ -85,27 +86,32 @@ def _contexts(
 
 @contextmanager
 def _record(block: OlmoeSparseMoeBlock, first: list[tuple[Tensor, Routing]]) -> Iterator[None]:
-    dispatch = block.dispatch
+    dispatch, choose = block.dispatch, block.gate.select_experts
+    choices: list[Tensor] = []
+
+    def recorded_choice(scores: Tensor, number: int) -> Tensor:
+        choices.append(choose(scores, number))
+        return choices[-1]
 
     def recorded(
         x_TD: Tensor, weights_TK: Tensor, indices_TK: Tensor, num_experts: int
     ) -> tuple[Tensor, Tensor | None, Routing]:
         x_ND, weights_NJ, routing = dispatch(x_TD, weights_TK, indices_TK, num_experts)
-        first.append((indices_TK, routing))
+        first.append((choices.pop(), routing))
         return x_ND, weights_NJ, routing
 
-    block.dispatch = recorded
+    block.dispatch, block.gate.select_experts = recorded, recorded_choice
     try:
         yield
     finally:
-        block.dispatch = dispatch
+        block.dispatch, block.gate.select_experts = dispatch, choose
 
 
 @contextmanager
 def _replay(block: OlmoeSparseMoeBlock, first: list[tuple[Tensor, Routing]]) -> Iterator[None]:
     dispatch, choose = block.dispatch, block.gate.select_experts
-    ((indices_TK, routing),) = first
-    block.gate.select_experts = lambda probs_TE, top_k: indices_TK
+    ((choice, routing),) = first
+    block.gate.select_experts = lambda scores, number: choice
     block.dispatch = partial(dispatch, routing=routing)
     try:
         yield

@@ -52,9 +52,10 @@ def _decided(
     if parallel.offload is Offload.parameters:
         zero["offload_param"] = {"device": "cpu", "pin_memory": cuda}
     return {
-        "train_batch_size": trainer.global_batch_size,
+        # A step of the batch-size warm-up has fewer micro-batches; the training loop says where it ends.
+        "train_batch_size": trainer.largest_batch_size,
         "train_micro_batch_size_per_gpu": trainer.micro_batch_size,
-        "gradient_accumulation_steps": trainer.global_batch_size // (trainer.micro_batch_size * world_size),
+        "gradient_accumulation_steps": trainer.largest_batch_size // (trainer.micro_batch_size * world_size),
         "managed_gradient_accumulation": False,  # the training loop marks the last micro-batch
         # Stage 0 averages the norms of the ranks. With expert parallelism that average is not the norm of
         # the gradient, so olmoe-train clips the gradients in stage 0.

@@ -36,7 +36,8 @@ def materialize(model: OlmoeForCausalLM, device: torch.device, seed: int) -> Non
         if of_adapter:
             value = adapter_initial_value(name, parameter.shape, seed, experts)
         else:
-            value = initial_value(name, parameter.shape, seed, model.config.initializer_range, experts)
+            std, distribution = model.config.initializer_range, model.config.initialization
+            value = initial_value(name, parameter.shape, seed, std, experts, distribution)
         rest = (slice(None), *index[1:]) if experts is not None else index
         local_tensor(parameter).copy_(value[rest])
 

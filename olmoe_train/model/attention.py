@@ -1,7 +1,8 @@
 """Causal self-attention of OLMoE (arXiv 2409.02060; Transformers' `models/olmoe/modeling_olmoe.py`).
 
-The order is: project, RMSNorm of queries and keys (q_norm, k_norm), clip (clip_qkv), split into heads, rotate
-(RoPE), attend, project. Grouped-query attention is supported: several query heads may share a key/value head.
+The order is: project, RMSNorm of queries and keys (q_norm, k_norm; none with qk_norm=false), clip (clip_qkv),
+split into heads, rotate (RoPE), attend, project. Grouped-query attention is supported: several query heads
+may share a key/value head.
 
 Shapes: B batch, S new positions, C cached and new positions, T tokens (B S), D hidden size, N query heads,
 M key/value heads, H head width.
@@ -14,7 +15,7 @@ from torch.nn.attention.varlen import varlen_attn
 
 from olmoe_train.model.configuration import OlmoeConfig
 from olmoe_train.model.kv_cache import KVCache
-from olmoe_train.model.norm import OlmoeRMSNorm
+from olmoe_train.model.norm import build_norm
 from olmoe_train.model.rope import apply_rotary
 
 
@@ -39,8 +40,8 @@ class OlmoeAttention(nn.Module):
         self.v_proj = nn.Linear(hidden, key_value_width, bias=bias)
         self.o_proj = nn.Linear(query_width, hidden, bias=bias)
         # Over the whole projected width, before the split into heads.
-        self.q_norm = OlmoeRMSNorm(query_width, config.rms_norm_eps)
-        self.k_norm = OlmoeRMSNorm(key_value_width, config.rms_norm_eps)
+        self.q_norm = build_norm(config, query_width) if config.qk_norm else nn.Identity()
+        self.k_norm = build_norm(config, key_value_width) if config.qk_norm else nn.Identity()
 
     def forward(
         self,

@@ -5,6 +5,9 @@ that occur on the hub are read, too. Fields that this package does not know are 
 
 Sizes: vocab_size V, hidden_size D, intermediate_size F (of one expert), num_hidden_layers L, num_experts E,
 num_experts_per_tok K, num_attention_heads N, num_key_value_heads M, head_dim H = D / N.
+
+Six more fields are design choices that Transformers' OLMoE does not have (ablations.py). An exported
+config.json has none of them.
 """
 
 import copy
@@ -16,6 +19,7 @@ from typing import Any, ClassVar, Self
 
 import torch
 
+from olmoe_train.model.ablations import ABLATIONS, ablation_problems, refuse_export, routing_problems
 from olmoe_train.model.activations import ACTIVATIONS
 from olmoe_train.model.rope_parameters import ROPE_TYPES, ROPE_TYPES_WITH_ORIGINAL_LENGTH, rope_problems
 from olmoe_train.utils.errors import UserError
@@ -44,6 +48,7 @@ _FLAGS = (
     "output_hidden_states",
     "output_attentions",
     "return_dict",
+    "qk_norm",
 )
 
 
@@ -90,6 +95,13 @@ class OlmoeConfig:
     output_router_logits: bool = False
     router_aux_loss_coef: float = 0.01
     norm_topk_prob: bool = False
+    # Fields that Transformers does not have:
+    num_shared_experts: int = 0
+    routing: str = "token_choice"
+    expert_capacity: float | None = None
+    qk_norm: bool = True
+    norm: str = "rms"
+    initialization: str = "truncated_normal"
     # Fields that every configuration of Transformers has:
     architectures: list[str] | None = None
     dtype: torch.dtype | None = None
@@ -140,6 +152,24 @@ class OlmoeConfig:
     def num_local_experts(self, value: int) -> None:
         self.num_experts = value
 
+    @property
+    def experts_per_token(self) -> float:
+        """Routed experts that process a token: K; with expert choice the capacity, which is a mean."""
+        if self.routing == "token_choice":
+            return self.num_experts_per_tok
+        return self.num_experts_per_tok if self.expert_capacity is None else self.expert_capacity
+
+    @property
+    def shared_width(self) -> int:
+        """Hidden width of the shared experts together; 0: there are none."""
+        return self.num_shared_experts * self.intermediate_size
+
+    @property
+    def ablations(self) -> dict[str, Any]:
+        """The fields of ABLATIONS in which the model is not as released, with their values."""
+        defaults = {item.name: item.default for item in fields(self)}
+        return {name: getattr(self, name) for name in ABLATIONS if getattr(self, name) != defaults[name]}
+
     @classmethod
     def from_dict(cls, values: dict[str, Any], **overrides: Any) -> Self:
         """Build a configuration from the content of a config.json.
@@ -178,8 +208,13 @@ class OlmoeConfig:
             raise UserError(f"{path}: {error}") from None
 
     def to_dict(self) -> dict[str, Any]:
-        """The content of config.json, in JSON types: names of Transformers 5, unknown fields included."""
-        known = {item.name: getattr(self, item.name) for item in fields(self) if item.name != "extra"}
+        """The content of config.json, in JSON types: names of Transformers 5, unknown fields included.
+
+        Of the fields that Transformers does not have, `ablations`. Trained weights do not depend on their
+        initialization, so it is left out.
+        """
+        left_out = {"extra", "initialization", *ABLATIONS} - self.ablations.keys()
+        known = {item.name: getattr(self, item.name) for item in fields(self) if item.name not in left_out}
         known["dtype"] = None if self.dtype is None else str(self.dtype).removeprefix("torch.")
         return copy.deepcopy({**self.extra, **known, "model_type": self.model_type})
 
@@ -191,7 +226,11 @@ class OlmoeConfig:
 
         Args:
             directory: The directory to write to, which is created if it does not exist.
+
+        Raises:
+            UserError: Transformers cannot represent the model.
         """
+        refuse_export(self.ablations)
         path = Path(directory)
         path.mkdir(parents=True, exist_ok=True)
         values = self.to_dict()
@@ -277,6 +316,7 @@ def _field_problems(config: OlmoeConfig) -> list[str]:
     for name in _FLAGS:
         if type(getattr(config, name)) is not bool:
             problems.append(f"{name}={getattr(config, name)!r} must be true or false")
+    problems += ablation_problems(vars(config))
     if config.hidden_act not in ACTIVATIONS:
         problems.append(f"hidden_act={config.hidden_act!r} is unknown; choose from {', '.join(ACTIVATIONS)}")
     clip = config.clip_qkv
@@ -315,6 +355,7 @@ def _relation_problems(config: OlmoeConfig) -> list[str]:
         problems.append(
             f"num_experts_per_tok={top_k} is more than num_experts={config.num_experts}; lower it"
         )
+    problems += routing_problems(vars(config))
     if config.attention_dropout >= 1:
         problems.append(f"attention_dropout={config.attention_dropout} must be below 1")
     pad = config.pad_token_id

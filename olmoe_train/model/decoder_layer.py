@@ -9,8 +9,9 @@ from olmoe_train.model.attention import OlmoeAttention
 from olmoe_train.model.configuration import OlmoeConfig
 from olmoe_train.model.kv_cache import KVCache
 from olmoe_train.model.moe.block import OlmoeSparseMoeBlock
+from olmoe_train.model.moe.expert_choice import ExpertChoiceBlock
 from olmoe_train.model.moe.router_stats import RouterStats
-from olmoe_train.model.norm import OlmoeRMSNorm
+from olmoe_train.model.norm import build_norm
 
 
 class OlmoeDecoderLayer(nn.Module):
@@ -18,10 +19,11 @@ class OlmoeDecoderLayer(nn.Module):
 
     def __init__(self, config: OlmoeConfig, layer_idx: int) -> None:
         super().__init__()
-        self.input_layernorm = OlmoeRMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.input_layernorm = build_norm(config, config.hidden_size)
         self.self_attn = OlmoeAttention(config, layer_idx)
-        self.post_attention_layernorm = OlmoeRMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.mlp = OlmoeSparseMoeBlock(config)
+        self.post_attention_layernorm = build_norm(config, config.hidden_size)
+        block = ExpertChoiceBlock if config.routing == "expert_choice" else OlmoeSparseMoeBlock
+        self.mlp = block(config)
 
     def forward(
         self,

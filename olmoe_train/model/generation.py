@@ -142,6 +142,7 @@ def stream_tokens(
     Raises:
         UserError: As `generate`.
     """
+    refuse_expert_choice(model.config)
     _check_arguments(input_ids, max_new_tokens, temperature, top_k, top_p)
     stops, pad = _special_tokens(model, eos_token_id, pad_token_id)
     mask_BC = _padding_mask(input_ids, attention_mask, pad, stops)
@@ -214,6 +215,20 @@ def sample_token(
         dropped_BV = probability_BV.cumsum(-1) - probability_BV >= top_p
         logits_BV = logits_BV.masked_fill(dropped_BV.scatter(-1, order_BV, dropped_BV), -torch.inf)
     return torch.multinomial(logits_BV.softmax(-1), 1, generator=generator).squeeze(-1)
+
+
+def refuse_expert_choice(config: OlmoeConfig) -> None:
+    """Refuse to decode with a model whose experts choose tokens.
+
+    Raises:
+        UserError: They do.
+    """
+    if config.routing == "expert_choice":
+        raise UserError(
+            "model.routing=expert_choice: the model cannot generate text, because its experts choose among "
+            "all tokens of a sequence, and those after a token are not known yet; train with "
+            "model.routing=token_choice"
+        )
 
 
 def _check_arguments(

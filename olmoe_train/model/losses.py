@@ -14,6 +14,10 @@ load-balancing loss and Z the z-loss:
               function pools the layers. LB is K at balance, but LB is also K if every layer collapses onto
               a different set of experts. Z as in olmoe.
   megatron    LB and Z as in olmoe, but summed over the layers instead of averaged.
+
+The sequence-wise loss (arXiv 2412.19437, section 2.1.2, equations 17 to 20) is LB of each sequence by itself,
+averaged over the sequences with their tokens as weights. The layers are averaged or summed as for LB; hf
+pools them, and has no such loss.
 """
 
 from collections.abc import Sequence
@@ -31,6 +35,7 @@ __all__ = [
     "router_losses",
     "router_losses_from_stats",
     "router_z_loss",
+    "sequence_balancing_loss",
 ]
 
 CONVENTIONS = ("olmoe", "olmoe_0924", "hf", "megatron")
@@ -134,7 +139,7 @@ def router_losses(
 
 def router_losses_from_stats(
     stats: RouterStats,
-    top_k: int,
+    top_k: float,
     convention: str | Enum = "olmoe",
     total_tokens: Tensor | None = None,
     total_counts_LE: Tensor | None = None,
@@ -147,9 +152,9 @@ def router_losses_from_stats(
         convention: See the module docstring.
         total_tokens: Unpadded tokens of the whole batch, a scalar; None if the T tokens are the whole batch.
             The shares of all parts sum to the losses of the batch.
-        total_counts_LE: Tokens per layer and expert in the whole batch; no gradient flows through counts.
-            None uses the counts of the T tokens; the load-balancing loss of the batch is then the
-            token-weighted mean of the losses of its parts.
+        total_counts_LE: Tokens per layer and expert among the tokens whose load counts, for example those of
+            the whole batch; no gradient flows through counts. None uses the counts of the T tokens; the
+            load-balancing loss of the batch is then the token-weighted mean of the losses of its parts.
 
     Returns:
         (load-balancing loss, z-loss), fp32 scalars without their weights (fp64 for fp64 logits).
@@ -157,18 +162,15 @@ def router_losses_from_stats(
     Raises:
         ValueError: Unknown convention.
     """
-    name = convention.value if isinstance(convention, Enum) else convention
-    if name not in CONVENTIONS:
-        raise ValueError(f"convention={name!r}: must be one of {', '.join(CONVENTIONS)}")
+    name = _name_of(convention)
     layers, num_experts = stats.counts_LE.shape
-    # Every token is counted once per chosen expert.
-    own_tokens = (stats.counts_LE[0].sum() / top_k).clamp(min=1)
-    tokens = own_tokens if total_tokens is None else total_tokens.float()
+    tokens = counted_tokens(stats.counts_LE, top_k) if total_tokens is None else total_tokens.float()
     probs_LE = stats.probabilities_LE / tokens
     z_loss = stats.squared_logsumexp_L.sum() / (layers * tokens)
 
     # Fraction of the counted tokens that each expert receives. The fractions sum to K over the experts.
-    load_LE = stats.counts_LE / own_tokens if total_counts_LE is None else total_counts_LE / tokens
+    counts_LE = stats.counts_LE if total_counts_LE is None else total_counts_LE
+    load_LE = counts_LE / counted_tokens(counts_LE, top_k)
 
     if name == "hf":
         return num_experts * (load_LE.mean(0) * probs_LE).sum() / layers, z_loss
@@ -176,3 +178,42 @@ def router_losses_from_stats(
     if name == "megatron":
         return balance * layers, z_loss * layers
     return balance, z_loss / top_k if name == "olmoe_0924" else z_loss
+
+
+def sequence_balancing_loss(
+    stats: RouterStats, top_k: float, convention: str | Enum = "olmoe", total_tokens: Tensor | None = None
+) -> Tensor:
+    """Sequence-wise load-balancing loss of T tokens, or their share in the loss of a larger batch.
+
+    Args:
+        stats: Sums over the T tokens, of every layer, with `sequence_products_L`.
+        top_k: K, experts per token.
+        convention: See the module docstring.
+        total_tokens: Unpadded tokens of the whole batch, a scalar; None if the T tokens are the whole batch.
+
+    Returns:
+        An fp32 scalar without its weight (fp64 for fp64 logits); 1.0 if every sequence is balanced.
+
+    Raises:
+        ValueError: Unknown convention, or hf.
+    """
+    name = _name_of(convention)
+    if name == "hf":
+        raise ValueError("convention='hf' pools the layers, and the sequence-wise loss is one per layer")
+    assert stats.sequence_products_L is not None, "the routers were not asked for it"
+    layers, num_experts = stats.counts_LE.shape
+    tokens = counted_tokens(stats.counts_LE, top_k) if total_tokens is None else total_tokens.float()
+    loss = num_experts / (top_k * tokens) * stats.sequence_products_L.sum()
+    return loss if name == "megatron" else loss / layers
+
+
+def counted_tokens(counts_LE: Tensor, top_k: float) -> Tensor:
+    """Tokens behind the counts of a layer, at least 1: every token is counted once per chosen expert."""
+    return (counts_LE[0].sum() / top_k).clamp(min=1)
+
+
+def _name_of(convention: str | Enum) -> str:
+    name = convention.value if isinstance(convention, Enum) else convention
+    if name not in CONVENTIONS:
+        raise ValueError(f"convention={name!r}: must be one of {', '.join(CONVENTIONS)}")
+    return str(name)

@@ -18,7 +18,7 @@ class ParameterRole(Enum):
 
 
 ROLE_NAMES = {
-    ParameterRole.matrix: r"\.self_attn\.[qkvo]_proj\.weight$",
+    ParameterRole.matrix: r"\.(self_attn\.[qkvo]|shared_experts\.(gate|up|down))_proj\.weight$",
     ParameterRole.expert_matrix: r"\.mlp\.experts\.(gate_up|down)_proj$",
     ParameterRole.router: r"\.mlp\.gate\.weight$",
     ParameterRole.embedding: r"(^|\.)embed_tokens\.weight$",

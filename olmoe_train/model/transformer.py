@@ -24,7 +24,7 @@ from olmoe_train.model.attention import (
 from olmoe_train.model.configuration import OlmoeConfig
 from olmoe_train.model.cross_entropy import IGNORE_INDEX, shift_labels
 from olmoe_train.model.decoder_layer import OlmoeDecoderLayer
-from olmoe_train.model.generation import generate
+from olmoe_train.model.generation import generate, refuse_expert_choice
 from olmoe_train.model.head import OlmoeHead
 from olmoe_train.model.hf.pretrained import OlmoePreTrainedModel
 from olmoe_train.model.initialization import init_unless_meta
@@ -33,7 +33,7 @@ from olmoe_train.model.losses import load_balancing_loss
 from olmoe_train.model.moe.balancing import Balancer
 from olmoe_train.model.moe.experts import OlmoeExperts
 from olmoe_train.model.moe.router_stats import stack_layers
-from olmoe_train.model.norm import OlmoeRMSNorm
+from olmoe_train.model.norm import build_norm
 from olmoe_train.model.outputs import (
     DecoderOutput,
     MoeCausalLMOutputWithPast,
@@ -60,9 +60,9 @@ class OlmoeModel(OlmoePreTrainedModel):
             _weight=torch.empty(config.vocab_size, config.hidden_size),
         )
         self.layers = nn.ModuleList(OlmoeDecoderLayer(config, i) for i in range(config.num_hidden_layers))
-        self.norm = OlmoeRMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.norm = build_norm(config, config.hidden_size)
         if init:
-            init_unless_meta(self, config.initializer_range)
+            init_unless_meta(self, config.initializer_range, config.initialization)
 
     def forward(
         self,
@@ -160,6 +160,7 @@ class OlmoeModel(OlmoePreTrainedModel):
 
         Raises:
             ValueError: Not exactly one of `input_ids` and `inputs_embeds` is given.
+            UserError: With expert choice, `cache` has earlier positions.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("You must specify exactly one of input_ids or inputs_embeds")
@@ -167,8 +168,8 @@ class OlmoeModel(OlmoePreTrainedModel):
         rotary, mask_B1SC, document_offsets = self._positions(
             x_BSD, padding_mask, position_ids, cache, cache_position, document_offsets
         )
-        token_mask_T = None
-        if output_router_stats and padding_mask is not None and padding_mask.dim() == 2:
+        token_mask_T, needed = None, output_router_stats or self.config.routing == "expert_choice"
+        if needed and padding_mask is not None and padding_mask.dim() == 2:
             token_mask_T = padding_mask.reshape(-1).to(torch.float32)
         hidden_states, attentions, router_logits, router_stats = [], [], [], []
         for layer in self.layers:
@@ -211,6 +212,8 @@ class OlmoeModel(OlmoePreTrainedModel):
         Attention accepts a mask or offsets, so at least one of the two is None.
         """
         cached, new = cache.get_seq_length() if cache is not None else 0, x_BSD.shape[1]
+        if cached:
+            refuse_expert_choice(self.config)
         if position_ids is None:
             arange = torch.arange(cached, cached + new, device=x_BSD.device)
             position_ids = (cache_position if cache_position is not None else arange).unsqueeze(0)
@@ -236,7 +239,7 @@ class OlmoeForCausalLM(OlmoePreTrainedModel):
         self.adapter: AdapterSpec | None = None
         self.base: BaseIdentity | None = None
         self.tie_weights()
-        init_unless_meta(self, config.initializer_range)
+        init_unless_meta(self, config.initializer_range, config.initialization)
 
     def tie_weights(self) -> None:
         """Share the embedding's parameter with the head if config.tie_word_embeddings is set.
@@ -261,6 +264,7 @@ class OlmoeForCausalLM(OlmoePreTrainedModel):
         self.balancer = balancer
         for index, layer in enumerate(self.decoder_layers):
             layer.mlp.gate.scores = partial(balancer.scores, index)
+            layer.mlp.per_sequence = balancer.per_sequence
 
     def set_experts_backend(self, backend: str) -> None:
         """Set the implementation of the experts' matrix products.
@@ -325,7 +329,7 @@ class OlmoeForCausalLM(OlmoePreTrainedModel):
         logits = self.lm_head(outputs.last_hidden_state[:, keep])
 
         aux_loss = None
-        if output_router_logits:
+        if output_router_logits and self.config.routing == "token_choice":
             sizes = self.config.num_experts, self.config.num_experts_per_tok
             aux_loss = load_balancing_loss(outputs.router_logits, *sizes, attention_mask, "hf")
         loss = None if labels is None else self._mean_loss(logits, labels, aux_loss)

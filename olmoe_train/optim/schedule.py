@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from olmoe_train.config.choices import DecayShape
 from olmoe_train.config.choices import Schedule as Kind
 from olmoe_train.config.train import SchedulerConfig
+from olmoe_train.data.batch_sizes import BatchSizes
 
 
 @dataclass(frozen=True)
@@ -26,19 +27,31 @@ class Schedule:
     """Step at which the decay begins, the last one at the peak; fractional where it is given in tokens."""
     decay_end: float
     """Step at which the decay ends; fractional where it is given in tokens."""
+    sizes: BatchSizes | None = None
+    """Sequences of every step. A phase whose length is given in tokens proceeds with the tokens, and one in
+    steps with the steps. None: every step has the same, so that there is no difference."""
 
     def multiplier(self, step: int) -> float:
         """The factor of optimizer step `step`, counted from 1, so that the decay's last step gets the final
         value."""
         cfg, warmup_end = self.cfg, self.warmup_end
         if step < warmup_end:
-            return cfg.warmup_start_factor + (1 - cfg.warmup_start_factor) * step / warmup_end
+            passed = self._passed(step, 0.0, warmup_end, cfg.warmup_tokens is not None)
+            return cfg.warmup_start_factor + (1 - cfg.warmup_start_factor) * passed
         if cfg.kind is Kind.constant or step < self.decay_start:
             return 1.0
         progress = 1.0
         if self.decay_end > self.decay_start:
-            progress = min(1.0, (step - self.decay_start) / (self.decay_end - self.decay_start))
+            by_tokens = cfg.decay_tokens is not None or cfg.decay_length_tokens is not None
+            progress = min(1.0, self._passed(step, self.decay_start, self.decay_end, by_tokens))
         return cfg.final_factor + (1 - cfg.final_factor) * _remaining(self.shape, progress)
+
+    def _passed(self, step: int, start: float, end: float, by_tokens: bool) -> float:
+        """The part of a phase from step `start` to step `end` that has passed after step `step`."""
+        if by_tokens and self.sizes is not None and self.sizes.warmup:
+            begin, now, until = (self.sizes.tokens_after(one) for one in (start, step, end))
+            return (now - begin) / (until - begin)
+        return (step - start) / (end - start)
 
     @property
     def shape(self) -> DecayShape:

@@ -21,6 +21,7 @@ class FlopsPerToken:
     """Floating-point operations of forward and backward per token. A multiply-add counts as two."""
 
     experts: float
+    """Routed and shared."""
     attention_projections: float
     head: float
     router: float
@@ -42,7 +43,8 @@ def train_flops_per_token(
     A matmul of x [1, n] with W [n, m] has n*m multiply-adds: 2*n*m FLOPs in forward, and the same in backward
     for each of the gradients of x and W. So a weight costs 6 FLOPs per token that it is applied to:
 
-    - experts                6 * L * K * 3*D*F: gate, up and down of the K chosen experts
+    - experts                6 * L * K * 3*D*F: gate, up and down of the K chosen experts, and of the shared
+                             ones. With expert choice K is the capacity, a mean.
     - attention projections  6 * L * (2*D*H + 2*D*G): q and o, k and v
     - head                   6 * D*V, tied or not. The embedding is a look-up and costs nothing.
     - router                 6 * L * D*E
@@ -71,8 +73,9 @@ def train_flops_per_token(
     layers, hidden = config.num_hidden_layers, config.hidden_size
     query_width, key_value_width = config.query_width, config.key_value_width
     projections = 2 * hidden * query_width + 2 * hidden * key_value_width
+    active_experts = config.experts_per_token + config.num_shared_experts
     return FlopsPerToken(
-        experts=frozen * layers * config.num_experts_per_tok * 3 * hidden * config.intermediate_size,
+        experts=frozen * layers * active_experts * 3 * hidden * config.intermediate_size,
         attention_projections=frozen * layers * projections,
         head=frozen * hidden * config.vocab_size,
         router=(6 if adapter is None or adapter.trains_router else 4) * layers * hidden * config.num_experts,
@@ -100,7 +103,8 @@ class ParameterCounts:
 
     total: int
     active: int
-    """Parameters that act on a token: all except those of the experts that the token is not sent to."""
+    """Parameters that act on a token: all except those of the experts that the token is not sent to. With
+    expert choice a mean, rounded down."""
 
 
 def parameter_counts(config: OlmoeConfig) -> ParameterCounts:
@@ -111,12 +115,17 @@ def parameter_counts(config: OlmoeConfig) -> ParameterCounts:
     attention = 2 * hidden * query_width + 2 * hidden * key_value_width
     if config.attention_bias:
         attention += query_width + 2 * key_value_width + hidden
-    norms = 2 * hidden + query_width + key_value_width  # before attention, before the experts, q_norm, k_norm
-    layer = attention + norms + hidden * config.num_experts + config.num_experts * expert
+    norms, final_norm = 2 * hidden, hidden  # before attention and before the experts; before the head
+    if config.qk_norm:
+        norms += query_width + key_value_width
+    if config.norm == "nonparametric":
+        norms = final_norm = 0
+    shared = config.num_shared_experts * expert
+    layer = attention + norms + hidden * config.num_experts + config.num_experts * expert + shared
     embeddings = config.vocab_size * hidden * (1 if config.tie_word_embeddings else 2)
-    total = embeddings + config.num_hidden_layers * layer + hidden
-    unused_experts = config.num_experts - config.num_experts_per_tok
-    return ParameterCounts(total, total - config.num_hidden_layers * unused_experts * expert)
+    total = embeddings + config.num_hidden_layers * layer + final_norm
+    unused_experts = config.num_experts - config.experts_per_token
+    return ParameterCounts(total, int(total - config.num_hidden_layers * unused_experts * expert))
 
 
 # Dense peak of one device in TFLOP/s, by a part of the name that the driver reports: (part of the name, bf16

@@ -15,6 +15,7 @@ from olmoe_train.config.optimizer import MUON_ELEMENTS, AdamWConfig, MuonConfig,
 from olmoe_train.model import OlmoeConfig
 from olmoe_train.model.adapters.spec import ATTENTION, EMBEDDINGS, EXPERTS, LM_HEAD, AdapterSpec
 from olmoe_train.model.cross_entropy import HEAD_CHUNK_ROWS
+from olmoe_train.model.moe.expert_choice import tokens_per_expert
 from olmoe_train.planning.adapter import AdapterPlan
 from olmoe_train.planning.layout import ParallelLayout, Units, count_units
 
@@ -139,9 +140,11 @@ def update_bytes(config: OlmoeConfig, layout: ParallelLayout, optimizer: Optimiz
     matrices = -(-4 * config.num_hidden_layers // layout.shard_size)
     expert = 2 * config.intermediate_size * config.hidden_size  # gate and up
     experts = -(-config.num_experts // (layout.expert_parallel_size * layout.expert_shard_size))
+    shared = max(1, config.shared_width * config.hidden_size)  # gate and up, of all layers
+    shared_matrices = -(-2 * config.num_hidden_layers // layout.shard_size)
     at_once = (
         elements * min(number, max(1, MUON_ELEMENTS // elements))
-        for elements, number in ((dense, matrices), (expert, experts))
+        for elements, number in ((dense, matrices), (expert, experts), (shared, shared_matrices))
     )
     return 6 * FP32 * max(at_once)
 
@@ -180,12 +183,11 @@ def _reduction(units: Units, element: int) -> int:
 def saved_activations(config: OlmoeConfig, batch: MicroBatch, adapter: AdapterPlan | None = None) -> int:
     """Bytes that autograd keeps from forward to backward for all layers, the losses and the head.
 
-    Besides the layers these are: the final norm (fp32 input, 1/rms, normalized value); the gradients of the
-    head's input and weight, which the chunked cross-entropy computes in forward; token ids, labels, cosines
-    and sines.
+    Besides the layers these are: the final norm; the gradients of the head's input and weight, which the
+    chunked cross-entropy computes in forward; token ids, labels, cosines and sines.
     """
     tokens, element, hidden = batch.tokens, batch.element, config.hidden_size
-    norm = tokens * ((FP32 + element) * hidden + FP32)
+    norm = tokens * _norms_saved(config, batch, [hidden])
     head = element * (tokens + config.vocab_size) * hidden
     if adapter is not None:
         # A frozen norm keeps no normalized value, and a frozen head no gradient of its weight.
@@ -243,8 +245,8 @@ def _head_adapter_saved(config: OlmoeConfig, batch: MicroBatch, spec: AdapterSpe
 def recomputed_activations(config: OlmoeConfig, batch: MicroBatch) -> int:
     """Bytes that backward recomputes at a time.
 
-    full: a whole layer. selective: for queries and keys, the fp32 input of the norm, its value and the
-    rotated value (b per element each).
+    full: a whole layer. selective: for queries and keys, what their norms keep, and the rotated values, b per
+    element.
     """
     match batch.checkpointing:
         case ActivationCheckpointing.none:
@@ -253,13 +255,32 @@ def recomputed_activations(config: OlmoeConfig, batch: MicroBatch) -> int:
             return _layer_saved(config, batch)
         case ActivationCheckpointing.selective:
             query, key = config.query_width, config.key_value_width
-            return batch.tokens * (FP32 + 2 * batch.element) * (query + key)
+            norms = batch.tokens * _norms_saved(config, batch, _query_key_norms(config))
+            return norms + batch.tokens * batch.element * (query + key)
 
 
 def _rows(config: OlmoeConfig, batch: MicroBatch) -> tuple[int, int]:
     """Number of rows that the rank's tokens make, and number of rows that the rank's experts receive."""
     rows = batch.tokens * config.num_experts_per_tok
+    if config.routing == "expert_choice":
+        rows = batch.sequences * config.num_experts * tokens_per_expert(batch.sequence_length, config)
     return rows, round(batch.load_factor * rows)
+
+
+def _query_key_norms(config: OlmoeConfig) -> list[int]:
+    """Widths of the norms of queries and keys."""
+    return [config.query_width, config.key_value_width] if config.qk_norm else []
+
+
+def _norms_saved(config: OlmoeConfig, batch: MicroBatch, widths: list[int]) -> int:
+    """Bytes per token that norms over these widths keep.
+
+    rms: the fp32 input (4 bytes per element), the normalized value (b per element) and 1/rms in fp32. On CUDA
+    it is less: a single kernel keeps the input in b. nonparametric: input, mean and 1/std in b.
+    """
+    if config.norm == "nonparametric":
+        return sum(batch.element * (width + 2) for width in widths)
+    return sum((FP32 + batch.element) * width + FP32 for width in widths)
 
 
 def _layer_saved(config: OlmoeConfig, batch: MicroBatch) -> int:
@@ -267,19 +288,19 @@ def _layer_saved(config: OlmoeConfig, batch: MicroBatch) -> int:
     (test_memory.py) compares them with the tensors of a real model.
 
     Per token:
-    - four norms, over D, H, G and D elements: the fp32 input (4 bytes per element), the normalized value (b
-      per element) and 1/rms in fp32. On CUDA it is less: a single kernel keeps the input in b.
+    - four norms, over D, H, G and D elements: see `_norms_saved`
     - b D for the result of the first norm, the input of q, k and v; b D for that of the second norm, the
       input of the router and the experts
     - b (2H + 2G): rotated queries and keys, values, and attention's result, the input of o
     - 4 bytes per query head: attention's logsumexp
     - router: 4 E for fp32 probabilities, and 4 for logsumexp
     - 36 bytes per chosen expert: its int64 index, three int64 of the sort by expert, and the fp32 weight
+    - shared experts: 4 b times their width, for gate, its activation, up and their product
     Per row: b 2F for gate and up (model/moe/experts.py).
     """
     tokens, b, hidden = batch.tokens, batch.element, config.hidden_size
     query, key = config.query_width, config.key_value_width
-    norms = tokens * ((FP32 + b) * (2 * hidden + query + key) + 4 * FP32)
+    norms = tokens * _norms_saved(config, batch, [hidden, hidden, *_query_key_norms(config)])
     attention = tokens * (b * (hidden + 2 * query + 2 * key) + FP32 * config.num_attention_heads)
     if config.clip_qkv is not None:
         attention += tokens * b * (query + 2 * key)  # autograd keeps the input of clamp
@@ -295,12 +316,19 @@ def _rows_saved(config: OlmoeConfig, batch: MicroBatch) -> int:
 
 
 def _routing_saved(config: OlmoeConfig, batch: MicroBatch) -> int:
-    """The router's part of `_layer_saved`, including its input, which the experts share."""
-    tokens, b, top_k = batch.tokens, batch.element, config.num_experts_per_tok
-    router = tokens * (b * config.hidden_size + FP32 * (config.num_experts + 1) + (4 * INT64 + FP32) * top_k)
+    """The part of router and shared experts in `_layer_saved`, including their input, which experts share.
+
+    With expert choice a row is a chosen pair of token and expert. Experts read copies of the tokens, b D per
+    row, unless these are sent. Two int64 per row and one per token sort the pairs by token.
+    """
+    tokens, b, rows = batch.tokens, batch.element, _rows(config, batch)[0]
+    router = tokens * (b * config.hidden_size + FP32 * (config.num_experts + 1)) + (4 * INT64 + FP32) * rows
     if config.norm_topk_prob:
-        router += tokens * FP32 * (top_k + 1)  # the weights before normalization, and their sum
-    return router
+        # The weights before normalization, and their sum.
+        router += tokens * FP32 * (config.num_experts_per_tok + 1)
+    if config.routing == "expert_choice":
+        router += INT64 * (2 * rows + tokens) + (0 if batch.exchanged else b * config.hidden_size * rows)
+    return router + 4 * b * tokens * config.shared_width
 
 
 def _layer_kept(config: OlmoeConfig, batch: MicroBatch) -> int:
@@ -312,7 +340,7 @@ def _layer_kept(config: OlmoeConfig, batch: MicroBatch) -> int:
     """
     tokens, b, hidden = batch.tokens, batch.element, config.hidden_size
     if batch.checkpointing is ActivationCheckpointing.full:
-        routing = 4 * INT64 * tokens * config.num_experts_per_tok
+        routing = 4 * INT64 * _rows(config, batch)[0]
         return tokens * b * hidden + routing
     query, key = config.query_width, config.key_value_width
     attention = tokens * (b * (4 * hidden + 2 * query + 2 * key) + FP32 * config.num_attention_heads)

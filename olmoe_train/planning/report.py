@@ -5,6 +5,7 @@ The arithmetic is in memory.py and memory_deepspeed.py (bytes held), traffic.py 
 benchmarks/plan_memory.py compares the memory with real runs.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 
@@ -14,8 +15,10 @@ from olmoe_train.config.model import olmoe_config
 from olmoe_train.config.objective import PreferenceConfig
 from olmoe_train.config.train import ParallelConfig
 from olmoe_train.config.verbs import PlanConfig
+from olmoe_train.data.batch_sizes import BatchSizes
+from olmoe_train.data.stages import data_stages
 from olmoe_train.planning.adapter import adapter_counts, adapter_plan
-from olmoe_train.planning.duration import schedule_in_words, tokens_per_step, total_steps
+from olmoe_train.planning.duration import schedule_in_words, total_steps
 from olmoe_train.planning.flops import FlopsPerToken, parameter_counts, peak_flops, train_flops_per_token
 from olmoe_train.planning.layout import ParallelLayout
 from olmoe_train.planning.memory import FP32, MicroBatch, RankMemory, rank_memory
@@ -37,11 +40,13 @@ class Speed:
     peak_flops: float
     """Peak FLOP/s of one GPU."""
     tokens_per_step: int
-    """Tokens per optimizer step over all GPUs."""
+    """Tokens per optimizer step over all GPUs, after the batch-size warm-up."""
     micro_batches: int
     """Micro-batches per step and rank."""
     steps: int
     """Optimizer steps of the run."""
+    tokens: int
+    """Tokens of the run, padding included."""
     tokens_per_second: float
     """Tokens per second over all GPUs."""
 
@@ -53,7 +58,7 @@ class Speed:
     @property
     def days(self) -> float:
         """Duration of the run in days."""
-        return self.steps * self.seconds_per_step / SECONDS_PER_DAY
+        return self.tokens / self.tokens_per_second / SECONDS_PER_DAY
 
 
 def plan_speed(cfg: PlanConfig) -> Speed:
@@ -61,13 +66,15 @@ def plan_speed(cfg: PlanConfig) -> Speed:
     config, adapter = olmoe_config(cfg.model), adapter_spec(cfg.adapter)
     flops = train_flops_per_token(config, cfg.data.sequence_length, adapter)
     length = cfg.objective.sequences_per_sample * cfg.data.sequence_length
-    peak = gpu_peak_flops(cfg)
+    peak, steps = gpu_peak_flops(cfg), total_steps(cfg.trainer, cfg.data.sequence_length)
+    sizes = BatchSizes.of(cfg.trainer, cfg.data.sequence_length)
     return Speed(
         flops,
         peak,
-        tokens_per_step(cfg.trainer, length),
+        cfg.trainer.global_batch_size * length,
         cfg.trainer.global_batch_size // (cfg.trainer.micro_batch_size * cfg.gpus),
-        total_steps(cfg.trainer, cfg.data.sequence_length),
+        steps,
+        int(sizes.tokens_after(steps)) * cfg.objective.sequences_per_sample,
         cfg.gpus * peak * cfg.mfu / flops.total,
     )
 
@@ -173,7 +180,8 @@ def largest_micro_batch(cfg: PlanConfig, layout: ParallelLayout, batch: MicroBat
     """The most sequences per micro-batch that fit at load factor 1, a power of two that divides the batch; 0:
     a single sequence does not fit."""
     most, sequences = 0, 1
-    while cfg.trainer.global_batch_size % (sequences * cfg.gpus) == 0:
+    common = math.gcd(*BatchSizes.of(cfg.trainer, cfg.data.sequence_length).all)
+    while common % (sequences * cfg.gpus) == 0:
         if not fits(cfg, plan_memory(cfg, layout, replace(batch, sequences=sequences))[0]):
             break
         most, sequences = sequences, 2 * sequences
@@ -194,6 +202,7 @@ def run_lines(cfg: PlanConfig) -> list[str]:
         for name, value in vars(flops).items()
         if name != "adapter" or value
     )
+    sizes = BatchSizes.of(cfg.trainer, cfg.data.sequence_length)
     length, tokens, rate = cfg.data.sequence_length, speed.tokens_per_step, speed.tokens_per_second
     time = f"{speed.days:,.1f} days" if speed.days >= 1 else f"{24 * speed.days:.2f} hours"
     rows = {
@@ -205,13 +214,28 @@ def run_lines(cfg: PlanConfig) -> list[str]:
         "speed": f"{rate:,.0f} tokens/s ({rate / cfg.gpus:,.0f} per GPU), "
         f"{speed.seconds_per_step:.2f} s per step, at mfu {cfg.mfu:.1%} of "
         f"{speed.peak_flops / 1e12:,.1f} TFLOP/s per GPU",
-        "run": f"{speed.steps:,} steps, {speed.steps * tokens:,} tokens: {time}",
-        "schedule": schedule_in_words(cfg.scheduler, tokens_per_step(cfg.trainer, length), speed.steps),
+        "run": f"{speed.steps:,} steps, {speed.tokens:,} tokens: {time}",
+        "schedule": schedule_in_words(cfg.scheduler, sizes, speed.steps),
     }
+    if sizes.warmup:
+        rows["batch size"] = f"in sequences: {sizes.in_words()}"
+    if cfg.data.stages:
+        rows["stages"] = _stages_in_words(cfg, sizes)
     if (adapter := adapter_plan(cfg.adapter)) is not None:
         of_adapter = adapter_counts(olmoe_config(cfg.model), adapter)
         rows = {"parameters": rows.pop("parameters"), "adapter": f"{cfg.adapter.name}: {of_adapter}"} | rows
     return [f"{name:<12}{text}" for name, text in rows.items()]
+
+
+def _stages_in_words(cfg: PlanConfig, sizes: BatchSizes) -> str:
+    """The sources of data.stages, with the steps at which each stage ends."""
+    parts = []
+    for stage in data_stages(cfg.data):
+        shares = stage.requested_shares()
+        names = ", ".join(name if len(shares) == 1 else f"{name} {part:.1%}" for name, part in shares.items())
+        end = "" if stage.until is None else sizes.step_of_tokens(stage.until * cfg.data.sequence_length)
+        parts.append(f"{names} to step {end:,.10g}" if end else names)
+    return ", then ".join(parts)
 
 
 def memory_lines(cfg: PlanConfig) -> list[str]:

@@ -198,7 +198,7 @@ def step_traffic(
     dense_shard = units.root.trained + units.layers * units.dense.trained
     copies = ring(FP32 * dense_shard, dense_copies, links)
     copies += ring(FP32 * units.layers * units.experts.trained, expert_copies, links)
-    rows = batch.tokens * config.num_experts_per_tok * config.hidden_size * b
+    rows = round(batch.tokens * config.experts_per_token) * config.hidden_size * b
     exchanges = 6 if batch.checkpointing is ActivationCheckpointing.full else 4
     tokens = exchange(rows, rank_group(1, ep, links), links).times(exchanges * units.layers)
     return StepTraffic(

@@ -37,6 +37,7 @@ TITLES = {
     "router/layer_NN/z": "Router z-loss",
     "router/layer_NN/saturation": "Router saturation",
     "data/NAME/share": "Mixture: achieved and requested shares",
+    "data/NAME/stage_share": "Stages: achieved and requested shares in each",
     "data/NAME/loss": "Loss of each source",
     "task/NAME/acc": "Tasks: accuracy",
     "task/NAME/acc_per_token": "Tasks: accuracy, per token",
@@ -47,6 +48,12 @@ TITLES = {
     "kl": "KL divergence",
     "reward_std": "Standard deviation of rewards",
 }
+
+REQUESTED = {
+    "data/NAME/share": "data/NAME/requested_share",
+    "data/NAME/stage_share": "data/NAME/requested_stage_share",
+}
+"""Achieved share -> requested share, a dashed line in its chart."""
 
 
 @dataclass
@@ -94,7 +101,7 @@ def charts_of(scalars: set[str], matrices: set[str]) -> list[dict[str, Any]]:
     for name in sorted(scalars - used, key=_order):
         metric = find_metric(name)
         template = metric.name if metric is not None else name
-        if template == "data/NAME/requested_share":
+        if template in REQUESTED.values():
             continue  # drawn with the achieved share
         found = next((chart for chart in charts if chart.id == template), None)
         if found is None:
@@ -179,10 +186,10 @@ def _matrix(name: str) -> Chart:
 
 
 def _add_requested(chart: Chart, scalars: set[str]) -> None:
-    if chart.id != "data/NAME/share":
+    if chart.id not in REQUESTED:
         return
     for line in list(chart.lines):
-        requested = line.metric.removesuffix("share") + "requested_share"
+        requested = f"{line.metric.rpartition('/')[0]}/{REQUESTED[chart.id].rpartition('/')[2]}"
         if requested in scalars:
             chart.lines.append(Line(requested, f"{line.label}, requested", dashed=True))
 

@@ -64,6 +64,7 @@ COMBINED = (
         ("train/ce_loss", "train/preference_loss", "train/policy_loss", "eval/NAME/loss"),
     ),
     Combined("Data", "Shares of the sources", ("data/NAME/share", "data/NAME/requested_share")),
+    Combined("Data", "Shares in the stage", ("data/NAME/stage_share", "data/NAME/requested_stage_share")),
     Combined("Fine-tuning", "Rewards", ("rewards/chosen", "rewards/rejected")),
     Combined("Fine-tuning", "Rewards per token", ("rewards_per_token/chosen", "rewards_per_token/rejected")),
     Combined("Fine-tuning", "Log-probabilities", ("logps/chosen", "logps/rejected")),

@@ -19,7 +19,13 @@ from torch.utils.data import DataLoader
 
 from olmoe_train.config.data import DataConfig
 from olmoe_train.data.loader import build_eval_batches
-from olmoe_train.data.mixture import MixtureComponent, mixture_components, only_directory, read_manifests
+from olmoe_train.data.mixture import (
+    MixtureComponent,
+    has_sources,
+    mixture_components,
+    only_directory,
+    read_manifests,
+)
 from olmoe_train.model import OlmoeForCausalLM
 from olmoe_train.model.cross_entropy import IGNORE_INDEX
 from olmoe_train.model.moe.experts import OlmoeExperts, sort_by_expert
@@ -121,7 +127,7 @@ def validated_components(data: DataConfig) -> list[MixtureComponent]:
             f"data.dir={data.dir}: has no validation split, and routing is analyzed on validation tokens.\n"
             "  Prepare it again, elsewhere, with data.source.validation_fraction above 0."
         )
-    if data.mixture:
+    if has_sources(data):
         return found
     return [replace(found[0], name=found[0].directory.resolve().name)]
 

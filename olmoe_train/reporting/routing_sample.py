@@ -8,6 +8,7 @@ from itertools import islice
 import torch
 
 from olmoe_train.config.data import DataConfig
+from olmoe_train.data.batch_sizes import BatchSizes
 from olmoe_train.data.loader import TrainingData, build_train_loader
 from olmoe_train.reporting.routing_counts import Batch
 
@@ -30,8 +31,9 @@ class TrainingSample:
     def __iter__(self) -> Iterator[Batch]:
         """Batches with an attention_mask, which is 0 in sequences that only fill up the last batches."""
         size = self.micro_batch_size
+        sizes = BatchSizes(size * self.world_size)
         loader = build_train_loader(
-            TrainingData(self.data, seed=0), 0, size * self.world_size, self.rank, self.world_size, size
+            TrainingData(self.data, seed=0), 0, sizes, self.rank, self.world_size, size
         )
         for index, batch in enumerate(islice(loader, len(self))):
             first = (index * self.world_size + self.rank) * size
@@ -48,6 +50,6 @@ def training_sample(
     Raises:
         UserError: Data is missing or damaged, or a training split is shorter than one sequence.
     """
-    if not data.mixture:
+    if not data.mixture and not data.stages:
         max_sequences = min(max_sequences, TrainingData(data, seed=0).samples.epoch)
     return TrainingSample(data, max_sequences, micro_batch_size, rank, world_size)

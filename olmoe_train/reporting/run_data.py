@@ -234,13 +234,13 @@ def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def unigram_entropy(config: dict[str, Any]) -> float | None:
-    """The unigram entropy of the run's data, in nats per token; None: unknown, or the data is a mixture.
+    """The unigram entropy of the run's data, in nats per token; None: unknown, or there are several sources.
 
     Args:
         config: config.yaml with dotted keys. The manifest of `data.dir` is read if it is still there.
     """
     directory = config.get("data.dir")
-    if not isinstance(directory, str) or config.get("data.mixture"):
+    if not isinstance(directory, str) or config.get("data.mixture") or config.get("data.stages"):
         return None
     value = read_object(Path(directory).expanduser() / MANIFEST).get("unigram_entropy")
     return float(value) if isinstance(value, int | float) else None

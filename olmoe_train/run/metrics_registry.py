@@ -164,10 +164,18 @@ METRICS: tuple[Metric, ...] = (
         "train/load_balancing_loss",
         "none",
         "load-balancing loss, unweighted, in the chosen "
-        "[convention](../concepts/load-balancing.md#conventions)",
+        "[convention](../concepts/load-balancing.md#conventions); over the whole step where it has no weight",
         Group.loss,
         LOWER,
         "balance {:.3f}",
+    ),
+    Metric(
+        "train/sequence_balancing_loss",
+        "none",
+        "[sequence-wise balancing loss](../concepts/load-balancing.md#the-sequence-wise-loss), unweighted",
+        Group.loss,
+        LOWER,
+        "balance of sequences {:.3f}",
     ),
     Metric("train/router_z_loss", "nats²", "router z-loss, unweighted", Group.loss, LOWER, "z {:.3f}"),
     Metric(
@@ -306,7 +314,28 @@ METRICS: tuple[Metric, ...] = (
         "data/NAME/share", "fraction, 0 to 1", "share of a mixture's source in the tokens so far", Group.data
     ),
     Metric(
-        "data/NAME/requested_share", "fraction, 0 to 1", "the share that `data.mixture` requests", Group.data
+        "data/NAME/requested_share",
+        "fraction, 0 to 1",
+        "the share that `data.mixture` requests, or `data.stages` over the stages so far",
+        Group.data,
+    ),
+    Metric(
+        "data/NAME/stage_share",
+        "fraction, 0 to 1",
+        "share of a source in the tokens of the current stage so far; with `data.stages`",
+        Group.data,
+    ),
+    Metric(
+        "data/NAME/requested_stage_share",
+        "fraction, 0 to 1",
+        "the share that `data.stages` requests in the current stage",
+        Group.data,
+    ),
+    Metric(
+        "data/stage",
+        "stages, from 1",
+        "stage of the last sequence of the step; with `data.stages`",
+        Group.data,
     ),
     Metric("data/NAME/epochs", "passes", "how often the source has been seen", Group.data),
 )

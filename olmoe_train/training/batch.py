@@ -4,6 +4,7 @@ Shapes: B sequences of a micro-batch, S sequence length.
 """
 
 import itertools
+import logging
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -12,9 +13,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from olmoe_train.data.batch_sizes import BatchSizes
 from olmoe_train.model.cross_entropy import IGNORE_INDEX, shift_labels
 from olmoe_train.utils.errors import UserError
 
+log = logging.getLogger(__name__)
 Batch = dict[str, Tensor]
 """A micro-batch: the columns of `collate` in data/loader.py, input_ids and targets [B, S] among them."""
 
@@ -37,29 +40,45 @@ class StepBatches(Iterator[list[Batch]]):
     def __init__(
         self,
         micro_batches: Iterable[Batch],
-        micro_batches_per_step: int,
+        sizes: BatchSizes,
+        sequences_per_pass: int,
         columns: tuple[str, ...],
+        start_sample: int = 0,
         from_data: bool = True,
     ) -> None:
-        """columns: what the objective reads of each micro-batch. from_data: the batches are the prepared
-        data's, in its order."""
+        """
+        Args:
+            micro_batches: This rank's, without an end.
+            sizes: Sequences of each step, over all ranks.
+            sequences_per_pass: Sequences of one micro-batch, over all ranks.
+            columns: What the objective reads of each micro-batch.
+            start_sample: Sequences drawn before the first step.
+            from_data: The batches are the prepared data's, in its order.
+        """
         self._stream = iter(micro_batches)
-        self._per_step = micro_batches_per_step
+        self._sizes, self._per_pass, self._drawn = sizes, sequences_per_pass, start_sample
         self._columns = columns
         self.from_data = from_data
+        self.size = 0
+        """Sequences of the last step, over all ranks."""
         self.seconds_waited = 0.0
         """Total over all steps so far."""
 
     def __next__(self) -> list[Batch]:
-        started = time.monotonic()
-        step = list(itertools.islice(self._stream, self._per_step))
+        size = self._sizes.after(self._drawn)
+        if self._sizes.warmup and size != self.size:
+            log.info("%d sequences per step from sequence %d on", size, self._drawn)
+        self.size, started = size, time.monotonic()
+        step = list(itertools.islice(self._stream, size // self._per_pass))
         self.seconds_waited += time.monotonic() - started
-        if len(step) < self._per_step:
+        if len(step) < size // self._per_pass:
             raise UserError(
                 "the batches ended before the run did: give an iterable with "
                 "trainer.global_batch_size / (trainer.micro_batch_size x ranks) micro-batches for every "
-                "step, or lower trainer.max_steps"
+                "step (in the batch-size warm-up, its size in place of global_batch_size), or lower "
+                "trainer.max_steps"
             )
+        self._drawn += size
         return [self._with_targets(batch) for batch in step]
 
     def _with_targets(self, batch: Batch) -> Batch:

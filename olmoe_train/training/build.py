@@ -10,13 +10,20 @@ import torch
 import torch.distributed as dist
 
 from olmoe_train.checkpoint.saver import Saver
-from olmoe_train.config.balancing import AuxiliaryLossConfig, BalancingConfig
-from olmoe_train.config.choices import DTYPES, BalanceScope, PreferenceKind, Strategy
+from olmoe_train.config.balancing import (
+    AuxiliaryLossConfig,
+    BalancingConfig,
+    LossFreeConfig,
+    NoBalancingConfig,
+    SequenceLossConfig,
+)
+from olmoe_train.config.choices import DTYPES, PreferenceKind, Strategy
 from olmoe_train.config.compose import plain_values
 from olmoe_train.config.expert_file import NamedExperts, read_experts
 from olmoe_train.config.model import olmoe_config
 from olmoe_train.config.objective import GrpoConfig, NextTokenConfig, PreferenceConfig
 from olmoe_train.config.train import TrainConfig
+from olmoe_train.data.batch_sizes import BatchSizes
 from olmoe_train.data.loader import SampleForm, TrainingData, build_train_loader
 from olmoe_train.data.manifest import TOKENIZER
 from olmoe_train.data.mixture import mixture_components
@@ -29,13 +36,14 @@ from olmoe_train.evaluation.tasks.build import read_tasks
 from olmoe_train.evaluation.tasks.requests import EncodedTask, encode_tasks
 from olmoe_train.model import OlmoeForCausalLM
 from olmoe_train.model.configuration import OlmoeConfig
-from olmoe_train.model.moe.balancing import AuxiliaryLosses, Balancer
+from olmoe_train.model.moe.balancing import AuxiliaryLosses, Balancer, set_router_options
+from olmoe_train.model.moe.loss_free import LossFreeBias
 from olmoe_train.optim.build import build_optimizer
 from olmoe_train.optim.roles import groups_table, parameter_groups
 from olmoe_train.optim.schedule import Schedule
 from olmoe_train.optim.skip_step import SkipGuard
 from olmoe_train.planning.adapter import adapter_counts, adapter_plan, meta_model
-from olmoe_train.planning.duration import tokens_per_step, total_steps, warmup_and_decay_steps
+from olmoe_train.planning.duration import total_steps, warmup_and_decay_steps
 from olmoe_train.run.directory import Run
 from olmoe_train.run.loggers import MetricsLog, close_metrics, draws_pictures
 from olmoe_train.run.stragglers import StragglerDetector
@@ -47,6 +55,7 @@ from olmoe_train.training.callbacks.exports import Exports
 from olmoe_train.training.callbacks.logging import EndOfLog, Logging
 from olmoe_train.training.callbacks.router_analysis import RouterAnalysis
 from olmoe_train.training.callbacks.spikes import Spikes
+from olmoe_train.training.callbacks.stages import Stages
 from olmoe_train.training.callbacks.stragglers import Stragglers
 from olmoe_train.training.details import StepDetails
 from olmoe_train.training.engine.base import Engine
@@ -89,6 +98,8 @@ def build_model(cfg: TrainConfig, mesh: Mesh) -> OlmoeForCausalLM:
     if named is not None:
         freeze_all_but(model, named)
         log.info("trainer.train_only=%s: %s", cfg.trainer.train_only, trained_summary(model, named))
+    blocks = (layer.mlp for layer in model.decoder_layers)
+    set_router_options(blocks, cfg.balancing.router_temperature, cfg.balancing.router_jitter)
     model = parallelize(model, cfg.trainer, cfg.parallel, mesh)
     materialize(model, mesh.device, cfg.seed)
     if cfg.model.init_from is not None:
@@ -121,17 +132,42 @@ def build_engine(cfg: TrainConfig, device: torch.device) -> Engine:
 
 def build_auxiliary_losses(cfg: TrainConfig, config: OlmoeConfig) -> Balancer:
     assert isinstance(cfg.balancing, AuxiliaryLossConfig)
+    # With expert choice the load is even by construction, and the loss is only reported.
+    weighted = config.routing == "token_choice"
     return AuxiliaryLosses(
-        config.num_experts_per_tok,
-        cfg.loss.router_aux_loss_coef,
+        config.experts_per_token,
+        cfg.loss.router_aux_loss_coef if weighted else 0.0,
         cfg.loss.router_z_loss_coef,
         cfg.loss.convention,
-        over_global_batch=cfg.balancing.scope is BalanceScope.global_batch,
+        cfg.balancing.scope,
     )
 
 
+def build_loss_free(cfg: TrainConfig, config: OlmoeConfig) -> Balancer:
+    assert isinstance(cfg.balancing, LossFreeConfig)
+    losses = build_sequence_loss(cfg, config, cfg.balancing.sequence_coef)
+    rate = cfg.balancing.bias_update_rate
+    return LossFreeBias(config.num_hidden_layers, config.num_experts, rate, losses)
+
+
+def build_sequence_loss(cfg: TrainConfig, config: OlmoeConfig, coef: float | None = None) -> AuxiliaryLosses:
+    """coef: weight of the sequence-wise loss; None: loss.router_aux_loss_coef."""
+    coef = cfg.loss.router_aux_loss_coef if coef is None else coef
+    z_coef, convention = cfg.loss.router_z_loss_coef, cfg.loss.convention
+    return AuxiliaryLosses(config.experts_per_token, 0.0, z_coef, convention, sequence_coef=coef)
+
+
+def build_no_balancing(cfg: TrainConfig, config: OlmoeConfig) -> Balancer:
+    return build_sequence_loss(cfg, config, coef=0.0)
+
+
 BuildBalancer = Callable[[TrainConfig, OlmoeConfig], Balancer]
-BALANCERS: dict[type[BalancingConfig], BuildBalancer] = {AuxiliaryLossConfig: build_auxiliary_losses}
+BALANCERS: dict[type[BalancingConfig], BuildBalancer] = {
+    AuxiliaryLossConfig: build_auxiliary_losses,
+    LossFreeConfig: build_loss_free,
+    SequenceLossConfig: build_sequence_loss,
+    NoBalancingConfig: build_no_balancing,
+}
 """Variant of `balancing` -> its builder. A new balancer is one configuration class and one entry here."""
 
 
@@ -173,8 +209,8 @@ def count_steps(cfg: TrainConfig, data: TrainingData) -> int:
 
 def build_schedule(cfg: TrainConfig, last_step: int) -> Schedule:
     """The learning rate's schedule of a run of `last_step` steps."""
-    tokens = tokens_per_step(cfg.trainer, cfg.data.sequence_length)
-    return Schedule(cfg.scheduler, *warmup_and_decay_steps(cfg.scheduler, tokens, last_step))
+    sizes = BatchSizes.of(cfg.trainer, cfg.data.sequence_length)
+    return Schedule(cfg.scheduler, *warmup_and_decay_steps(cfg.scheduler, sizes, last_step), sizes)
 
 
 def train_batches(
@@ -184,7 +220,7 @@ def train_batches(
     return build_train_loader(
         data,
         start_sample=start_sample,
-        global_batch_size=cfg.trainer.global_batch_size,
+        sizes=BatchSizes.of(cfg.trainer, cfg.data.sequence_length),
         rank=dist.get_rank(),
         world_size=dist.get_world_size(),
         micro_batch_size=cfg.trainer.micro_batch_size,
@@ -210,8 +246,9 @@ def build_step_batches(
     if batches is not None and dist.get_rank() == 0:
         note_own_batches(Path(cfg.run_dir), start_sample)
     source = batches if batches is not None else train_batches(cfg, data, start_sample)
+    sizes = BatchSizes.of(cfg.trainer, cfg.data.sequence_length)
     sequences = cfg.trainer.micro_batch_size * dist.get_world_size()
-    return StepBatches(source, cfg.trainer.global_batch_size // sequences, columns, batches is None)
+    return StepBatches(source, sizes, sequences, columns, start_sample, batches is None)
 
 
 def build_spikes(
@@ -228,7 +265,7 @@ def build_spikes(
         return []
     spikes = Spikes(
         *(Path(cfg.run_dir), guard, engine.model, data, batches, throughput, run.watchdog),
-        global_batch_size=cfg.trainer.global_batch_size,
+        sizes=BatchSizes.of(cfg.trainer, cfg.data.sequence_length),
         micro_batch_size=cfg.trainer.micro_batch_size,
         with_routing=not cfg.trainer.compile,
         device=engine.device,
@@ -255,7 +292,7 @@ def build_details(
         every=cfg.logging.details_every,
         log_every=cfg.trainer.log_every,
         last_step=last_step,
-        global_batch_size=cfg.trainer.global_batch_size,
+        sizes=BatchSizes.of(cfg.trainer, cfg.data.sequence_length),
         micro_batch_size=cfg.trainer.micro_batch_size,
         with_flow=draws_pictures(cfg.logging),
         device=device,
@@ -365,4 +402,5 @@ def build_callbacks(
         metrics,
         lambda now: saved_state(now, guard, [*callbacks, *extra], fingerprint),
     )
-    return [*callbacks, checkpoints, EndOfLog(run, metrics), *extra]
+    stages: list[Callback] = [Stages(data)] if cfg.data.stages else []
+    return [*callbacks, *stages, checkpoints, EndOfLog(run, metrics), *extra]

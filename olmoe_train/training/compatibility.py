@@ -5,10 +5,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import torch.distributed as dist
+
 from olmoe_train.config.aliases import current_key, current_saved_config
 from olmoe_train.config.choices import BalanceScope
 from olmoe_train.config.choices import Schedule as Kind
 from olmoe_train.config.expert_file import read_experts
+from olmoe_train.data.fingerprint import stream_changes
 from olmoe_train.data.loader import TrainingData
 from olmoe_train.model.adapters.spec import BaseIdentity
 from olmoe_train.optim.schedule import Schedule
@@ -24,11 +27,13 @@ SAFE_TO_CHANGE = (
     "model.adapter_from",  # sets only the initial values of the adapter
     "model.bos_token_id",  # only written to exports; before, a run had null where init_from has a token
     "model.initializer_range",  # only of initial weights
+    "model.initialization",
     "model.trust_pickle",  # how model.init_from is read
     "model.strip_prefix",
     "model.experts_backend",
     "data.dir",  # content and shares of the data are compared by fingerprint
     "data.mixture",
+    "data.stages",
     "data.verify_hashes",
     "data.num_workers",
     "data.source",
@@ -70,6 +75,9 @@ SCHEDULE_KEYS = (
     "scheduler.decay_fraction",
     "scheduler.decay_shape",
 )
+# Scopes of the load-balancing loss for which it matters which sequences go through the model at the same
+# time.
+SCOPES_OF_A_PASS = (BalanceScope.all_ranks.name, BalanceScope.running.name)
 # Parts of the data's fingerprint that are also configuration keys.
 ALSO_CONFIG = ("seed", "sequence_length")
 
@@ -99,7 +107,7 @@ def resume_fingerprint(
         base: The frozen weights that an adapter is trained on. None: there is no adapter.
 
     Returns:
-        JSON values with the keys `config`, `schedule`, `fingerprint` and `base`.
+        JSON values with the keys `config`, `schedule`, `balancing`, `fingerprint` and `base`.
     """
     effect: dict[str, Any] = {"step at which the warm-up ends": schedule.warmup_end}
     if schedule.cfg.kind is Kind.wsd:
@@ -115,9 +123,22 @@ def resume_fingerprint(
     return {
         "config": redact(config),
         "schedule": effect,
+        "balancing": _counted_together(config),
         "fingerprint": data.fingerprint(),
         "base": None if base is None else asdict(base),
     }
+
+
+def _counted_together(config: dict[str, Any]) -> dict[str, Any]:
+    """Return what a loss with a scope of SCOPES_OF_A_PASS depends on besides the configuration.
+    Empty: there is no such loss, or one pass is the whole step."""
+    trainer, ranks = config["trainer"], dist.get_world_size()
+    sequences = trainer["micro_batch_size"]
+    if config["balancing"].get("scope") not in SCOPES_OF_A_PASS or not config["loss"]["router_aux_loss_coef"]:
+        return {}
+    if sequences * ranks == trainer["global_batch_size"]:
+        return {}
+    return {"sequences of one pass": f"{sequences} on each of {ranks} ranks"}
 
 
 def check_changes(
@@ -153,7 +174,7 @@ def check_changes(
         else:
             refused.append(change)
     if refused:
-        keys = ",".join(sorted({change.key.split(" ")[0] for change in refused}))
+        keys = ",".join(sorted({_bare(change.key) for change in refused}))
         what = f"{checkpoint} was made by a run that computes something else:"
         fix = f"restore these values, or accept the changes: checkpoint.allow_changes=[{keys}]"
         raise UserError("\n  ".join([what, *map(str, refused), fix]))
@@ -189,18 +210,24 @@ def changes(saved: dict[str, Any], now: dict[str, Any]) -> list[Change]:
     before, after = (
         _flat(current_saved_config(of["config"]))
         | {f"scheduler ({key})": value for key, value in of["schedule"].items()}
-        | {f"data ({key})": value for key, value in of["fingerprint"].items() if key not in ALSO_CONFIG}
+        | {f"balancing ({key})": value for key, value in of.get("balancing", {}).items()}
         for of in (saved, now)
     )
     keys = [key for key in before | after if before.get(key) != after.get(key)]
-    return [Change(key, before.get(key), after.get(key)) for key in keys]
+    # The samples that were drawn are the same; what stages later in the data have may change.
+    of_data = stream_changes(saved["fingerprint"], now["fingerprint"], saved.get("samples"))
+    return [Change(key, before.get(key), after.get(key)) for key in keys] + [
+        Change(f"data ({key})", *values) for key, values in of_data.items() if key not in ALSO_CONFIG
+    ]
 
 
 def changes_the_result(key: str, config: dict[str, Any]) -> bool:
     """Return whether a change of this key of a run's configuration affects the weights.
 
     The micro-batch size affects the weights only if the load-balancing loss has a weight and is computed per
-    micro-batch. The keys of the schedule count as no change, because the schedule itself is compared.
+    micro-batch. Where it is computed over the micro-batches of all ranks, their size and number are compared
+    by `_counted_together`. The keys of the schedule count as no change, because the schedule itself is
+    compared.
     """
     if (
         key == "trainer.micro_batch_size"
@@ -217,12 +244,22 @@ def _within(key: str, names: tuple[str, ...] | list[str]) -> bool:
 
     Text in parentheses after the key is an explanation and is ignored.
     """
-    bare = key.split(" ")[0]
+    bare = _bare(key)
     return any(bare == name or bare.startswith(f"{name}.") for name in names)
 
 
+def _bare(key: str) -> str:
+    """The key without an explanation, and of an element of a list the list's key."""
+    return key.split(" ")[0].split("[")[0]
+
+
 def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Values by dotted key; those of the second element of a list of objects are list[1].key. An empty list
+    is left out, as if the key were absent."""
     flat: dict[str, Any] = {}
     for key, value in values.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+        if isinstance(value, list) and all(isinstance(one, dict) for one in value):
+            flat |= _flat({f"{key}[{index}]": one for index, one in enumerate(value)}, prefix)
+        else:
+            flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
     return flat

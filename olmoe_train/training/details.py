@@ -10,8 +10,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from olmoe_train.data.batch_sizes import BatchSizes
 from olmoe_train.data.loader import TrainingData
-from olmoe_train.data.mixture import mixture_components
+from olmoe_train.data.mixture import has_sources, mixture_components
 from olmoe_train.model import OlmoeForCausalLM
 from olmoe_train.model.cross_entropy import IGNORE_INDEX
 from olmoe_train.model.loss_record import POSITION_PARTS, mean_losses, record_target_losses, sums_by_position
@@ -38,7 +39,7 @@ class StepDetails:
         every: int,
         log_every: int,
         last_step: int,
-        global_batch_size: int,
+        sizes: BatchSizes,
         micro_batch_size: int,
         with_flow: bool,
         device: torch.device,
@@ -50,18 +51,22 @@ class StepDetails:
             every: logging.details_every.
             log_every: trainer.log_every.
             last_step: Of the whole run.
-            global_batch_size: Sequences per step, over all ranks.
+            sizes: Sequences per step, over all ranks.
             micro_batch_size: Sequences per pass of one rank.
             with_flow: Whether to count the routing flow, which only pictures show.
             device: The device of this rank.
         """
         self._model, self._data, self._device = model, data, device
         self._every, self._log_every, self._last_step = every, log_every, last_step
-        self._share, self._micro_batch = global_batch_size // dist.get_world_size(), micro_batch_size
+        self._sizes, self._micro_batch = sizes, micro_batch_size
         config = model.config
         self._pairs, self._experts = config.num_hidden_layers - 1, config.num_experts
-        self._with_flow = with_flow and self._experts > 1 and self._pairs > 0
-        self._sources = [source.name for source in mixture_components(data.cfg)] if data.cfg.mixture else []
+        # With expert choice a token has no first choice.
+        has_flow = config.routing == "token_choice" and self._experts > 1 and self._pairs > 0
+        self._with_flow = with_flow and has_flow
+        self._sources = (
+            [source.name for source in mixture_components(data.cfg)] if has_sources(data.cfg) else []
+        )
         self._parts = min(POSITION_PARTS, data.cfg.sequence_length)
         self._observing = False
         self._passes = self._first_sample = 0
@@ -91,7 +96,8 @@ class StepDetails:
             samples: Sequences drawn before it, over all ranks.
         """
         self._observing = self.is_due(step)
-        self._passes, self._first_sample = 0, samples + dist.get_rank() * self._share
+        share = self._sizes.after(samples) // dist.get_world_size()
+        self._passes, self._first_sample = 0, samples + dist.get_rank() * share
 
     def _observed(self, *args: Any, **inputs: Any) -> TrainingOutput:
         # Passes without gradients are no training: validation, references, expert counts of the whole batch.

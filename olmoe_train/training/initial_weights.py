@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 
 from olmoe_train.checkpoint.convert.adapter_base import load_base
-from olmoe_train.checkpoint.convert.stored_model import load_into, open_stored_model
+from olmoe_train.checkpoint.convert.stored_model import bias_error, load_into, open_stored_model
 from olmoe_train.config.choices import StripPrefix
 from olmoe_train.config.initial_model import initial_directory
 from olmoe_train.config.model import ModelConfig
@@ -53,6 +53,8 @@ def fill_model(model: OlmoeForCausalLM, cfg: ModelConfig) -> None:
         load_into(model, directory, cfg.trust_pickle, strip_prefix)
         return
     stored = open_stored_model(directory, trust_pickle=cfg.trust_pickle, strip_prefix=strip_prefix)
+    if stored.bias_LE is not None:
+        raise UserError(bias_error(stored, "an adapter's base cannot have one: set adapter=none"))
     check_same_architecture(model.config, stored.config, stored.name)
     model.base = load_base(model, stored.read, directory)
     if cfg.adapter_from is not None:

@@ -14,6 +14,7 @@ from olmoe_train.config.choices import Strategy
 from olmoe_train.config.train import ParallelConfig
 from olmoe_train.data.loader import TrainingData
 from olmoe_train.data.mixture import mixture_components
+from olmoe_train.data.stages import data_stages
 from olmoe_train.model.configuration import OlmoeConfig
 from olmoe_train.planning.flops import parameter_counts
 
@@ -23,15 +24,18 @@ GIT_TIMEOUT_S = 5.0
 def run_facts(parallel: ParallelConfig, model: OlmoeConfig, data: TrainingData) -> dict[str, Any]:
     """JSON values that the sinks show beside the configuration. The command may still hold secrets."""
     counts = parameter_counts(model)
-    components = mixture_components(data.cfg)
-    whole = sum(source.weight for source in components)
+    components, stages = mixture_components(data.cfg), data_stages(data.cfg)
+    shares = [stage.requested_shares() for stage in stages]
     return {
         "code": code_version(),
         "command": shlex.join(sys.argv),
         "layout": layout(parallel, dist.get_world_size()),
         "data": {
             source.name: {
-                "share": source.weight / whole,
+                # With stages: in each of them.
+                "share": [share.get(source.name, 0.0) for share in shares]
+                if data.cfg.stages
+                else shares[0][source.name],
                 "tokens": data.manifests[source.name].train.tokens,
             }
             for source in components

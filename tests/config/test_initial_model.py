@@ -2,6 +2,7 @@
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,15 @@ STORED: dict[str, Any] = {
     "attention_bias": True, "attention_dropout": 0.25, "clip_qkv": 8.0, "tie_word_embeddings": True,
     "pad_token_id": 2, "bos_token_id": 3, "eos_token_id": 4,
 }  # fmt: skip
+# What no HF directory has, as released; and with no value of that.
+RELEASED: dict[str, Any] = {
+    "num_shared_experts": 0, "routing": "token_choice", "expert_capacity": None, "qk_norm": True,
+    "norm": "rms", "initialization": "truncated_normal",
+}  # fmt: skip
+OTHERS: dict[str, Any] = {
+    "num_shared_experts": 2, "routing": "expert_choice", "expert_capacity": 1.5, "qk_norm": False,
+    "norm": "nonparametric", "initialization": "normal",
+}  # fmt: skip
 
 
 @pytest.fixture
@@ -42,20 +52,26 @@ def model_of(directory: Path, *overrides: str) -> ModelConfig:
 
 
 def architecture(model: ModelConfig) -> dict[str, Any]:
-    return {name: getattr(model, name) for name in ARCHITECTURE}
+    return {name: plain_values(model)[name] for name in ARCHITECTURE}
 
 
 def test_the_directory_alone_is_enough(stored: Path) -> None:
-    assert STORED.keys() == set(ARCHITECTURE)
+    assert STORED.keys() | RELEASED.keys() == set(ARCHITECTURE)
     for more in ([], ["experiment=olmoe_sft"], ["experiment=quickstart"], ["model.experts_backend=loop"]):
-        assert architecture(model_of(stored, *more)) == STORED
+        assert architecture(model_of(stored, *more)) == STORED | RELEASED
 
 
 def test_a_run_and_an_olmo_checkpoint_are_enough(stored: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     run.mkdir()
     OmegaConf.save(plain_values(compose(f"model.init_from={stored}", "data.dir=x")), run / "config.yaml")
-    assert architecture(model_of(run)) == STORED
+    assert architecture(model_of(run)) == STORED | RELEASED
+    choices = STORED | {"norm_topk_prob": False} | OTHERS
+    model = replace(compose("data.dir=x").model, **choices)
+    OmegaConf.save(plain_values(compose("data.dir=x")) | {"model": plain_values(model)}, run / "config.yaml")
+    assert architecture(model_of(run, "model.norm=nonparametric")) == choices
+    with pytest.raises(UserError, match=r"model\.norm=rms, and nonparametric there"):
+        model_of(run, "model.norm=rms")
 
     theirs = {
         "block_type": "moe", "layer_norm_type": "rms", "attention_layer_norm": True, "rope": True,
@@ -88,7 +104,7 @@ def test_a_type_of_rope_may_have_parameters_that_the_default_has_not() -> None:
 def test_what_agrees_is_silent(stored: Path) -> None:
     given = ["model.hidden_size=48", "model.clip_qkv=8", "model.rope_parameters.rope_theta=500"]
     given += ["model.norm_topk_prob=true", "model.rope_parameters={rope_type: linear, factor: 2}"]
-    assert architecture(model_of(stored, *given)) == STORED
+    assert architecture(model_of(stored, *given)) == STORED | RELEASED
 
 
 @pytest.mark.parametrize("name", [name for name in STORED if name != "attention_dropout"])
@@ -153,7 +169,7 @@ def test_cfg_job_prints_what_the_run_gets(
         monkeypatch.setattr(sys, "argv", ["train", *flag, f"model.init_from={stored}"])
         assert run_verb("train", TrainConfig, lambda cfg: pytest.fail("only printed")) == 0
         printed = OmegaConf.create(capsys.readouterr().out)
-        assert {name: printed.model[name] for name in ARCHITECTURE} == STORED
+        assert {name: printed.model[name] for name in ARCHITECTURE} == STORED | RELEASED
         assert OmegaConf.is_missing(printed.data, "dir")
 
 

@@ -26,6 +26,7 @@ from olmoe_train.config.optimizer import AdamWConfig, RMSpropConfig
 from olmoe_train.config.reference import config_directory
 from olmoe_train.config.train import TrainConfig
 from olmoe_train.data.manifest import Manifest, Split
+from olmoe_train.data.stages import data_stages
 from olmoe_train.model import OlmoeConfig, OlmoeForCausalLM
 from olmoe_train.optim.schedule import Schedule as LearningRate
 from olmoe_train.planning.duration import total_steps
@@ -96,6 +97,27 @@ def test_annealing_as_released() -> None:
     rates = [cfg.optimizer.lr * schedule.multiplier(step) for step in (0, 23_842)]
     assert rates == pytest.approx([4e-5, 0.0])
     assert cfg.seed != recipe("olmoe_1b_7b_0924").seed, "the mix is reshuffled for annealing"
+
+
+def test_the_anneal_of_0125_is_a_stage_and_a_branch() -> None:
+    # Released anneal configs: from step 1,200,000, 4e-5 to 0 over 100e9 tokens. Shares: table 15, appendix I.
+    stable, anneal = recipe("olmoe_1b_7b_0125"), recipe("olmoe_1b_7b_0125_anneal")
+    assert stable.data == anneal.data
+    first, second = data_stages(stable.data)
+    assert first.until == second.first == 1_200_000 * 1024
+    shares = [round(100 * share, 1) for share in second.requested_shares().values()]
+    assert shares == [50.2, 16.7, 9.5, 3.6, 2.5, 17.5]
+    cosine, linear = schedule_of(stable), schedule_of(anneal)
+    assert stable.trainer.stop_at_step == 1_200_000
+    for step, rate in ((2500, 4e-4), (1_200_000, 4e-5)):
+        assert stable.optimizer.lr * cosine.multiplier(step) == pytest.approx(rate)
+    assert linear.decay_start == 1_200_000
+    rates = [anneal.optimizer.lr * linear.multiplier(step) for step in (1_200_000, 1_211_921, 1_223_842)]
+    assert rates == pytest.approx([4e-5, 2e-5, 0.0], rel=1e-4)
+    changed = {
+        key for key, value in vars(anneal.optimizer).items() if value != getattr(stable.optimizer, key)
+    }
+    assert [f"optimizer.{key}" for key in changed] == anneal.checkpoint.allow_changes
 
 
 @pytest.mark.parametrize(

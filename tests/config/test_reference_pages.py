@@ -43,8 +43,8 @@ def test_types_choices_and_defaults() -> None:
         "[0.9, 0.95]",
     )
     scope = keys["balancing.scope"]
-    assert (scope.type, scope.default) == ("micro_batch|global_batch", "global_batch")
-    assert scope.default_or_choices == "global_batch|micro_batch"
+    assert (scope.type, scope.default) == ("micro_batch|all_ranks|running|global_batch", "global_batch")
+    assert scope.default_or_choices == "global_batch|micro_batch|all_ranks|running"
     assert Key("k", "hf|olmo|null", "null", "").default_or_choices == "null|hf|olmo"
     assert ("trainer.precision", "bf16|fp32") in [row[:2] for row in documented_keys(TrainConfig)]
 

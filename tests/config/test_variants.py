@@ -55,7 +55,7 @@ def test_the_default_variants_are_named_in_the_config() -> None:
     cfg = compose("data.dir=x", "optimizer=adamw", "optimizer.lr=1e-3")
     assert cfg.optimizer == replace(AdamWConfig(), lr=1e-3, betas=[0.9, 0.95])  # type: ignore[arg-type]
     names = [section.name for section in (cfg.optimizer, cfg.objective, cfg.balancing, cfg.adapter)]
-    assert names == ["adamw", "next_token", "auxiliary_loss", "none"]
+    assert names == ["adamw", "next_token", "aux", "none"]
     assert variant_errors(cfg) == []
 
 
@@ -189,11 +189,24 @@ def test_the_config_of_an_older_run_is_that_of_the_first_variants() -> None:
     old = {"seed": 1, "loss": {"balance_scope": "micro_batch", "convention": "hf"}, "optimizer": {"lr": 0.5}}
     now = current_saved_config(old)
     assert now["loss"] == {"convention": "hf"}
-    assert now["balancing"] == {"name": "auxiliary_loss", "scope": "micro_batch"}
+    defaults = {"router_jitter": 0.0, "router_temperature": 1.0}
+    assert now["balancing"] == {"name": "aux", "scope": "micro_batch"} | defaults
     assert (now["optimizer"]["name"], now["optimizer"]["lr"]) == ("adamw", 0.5)
     assert (now["objective"], now["adapter"]) == ({"name": "next_token"}, {"name": "none"})
     assert current_saved_config(now) == now
     assert "balancing" not in old
+
+
+def test_the_older_name_of_a_variant_works(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "balancing").mkdir()
+    old_preset = "defaults: [auxiliary_loss_schema, _self_]\nscope: micro_batch\n"
+    (tmp_path / "balancing" / "mine.yaml").write_text(old_preset)
+    for choice in ("mine", "auxiliary_loss"):
+        _, [cfg] = command_line(monkeypatch, tmp_path, f"balancing={choice}", "balancing.scope=micro_batch")
+        assert cfg.balancing == AuxiliaryLossConfig(scope=BalanceScope.micro_batch)
+        assert cfg.balancing.name == "aux"
+    old = {"balancing": {"name": "auxiliary_loss", "scope": "micro_batch"}}
+    assert current_saved_config(old)["balancing"]["name"] == "aux"
 
 
 def test_a_key_that_an_older_run_did_not_have_has_its_default() -> None:

@@ -13,8 +13,10 @@ import torch
 
 from olmoe_train.config.choices import Packing
 from olmoe_train.config.data import DataConfig, MixtureSource
+from olmoe_train.data.batch_sizes import BatchSizes
 from olmoe_train.data.loader import TrainingData, TrainSamples, build_eval_batches, build_train_loader
 from olmoe_train.data.sample_order import sample_for
+from olmoe_train.data.shares import source_shares
 from olmoe_train.data.tokens import open_split
 from olmoe_train.model.cross_entropy import IGNORE_INDEX
 from olmoe_train.utils.errors import UserError
@@ -41,7 +43,7 @@ def rank_steps(
     data: DataConfig, start: int, steps: int, rank: int, world: int, micro: int
 ) -> list[torch.Tensor]:
     """The rows of each step of one rank: [G / world, S] each."""
-    batches = iter(build_train_loader(TrainingData(data, SEED), start, G, rank, world, micro))
+    batches = iter(build_train_loader(TrainingData(data, SEED), start, BatchSizes(G), rank, world, micro))
     per_step = G // (world * micro)
     result = []
     for _ in range(steps):
@@ -71,7 +73,7 @@ def columns_of_steps(
     data: DataConfig, start: int, steps: int, rank: int, world: int, micro: int
 ) -> list[list[dict[str, torch.Tensor]]]:
     """The rows of each step of one rank, a dict of columns each; document_offsets as the row's own starts."""
-    batches = iter(build_train_loader(TrainingData(data, SEED), start, G, rank, world, micro))
+    batches = iter(build_train_loader(TrainingData(data, SEED), start, BatchSizes(G), rank, world, micro))
     result = []
     for _ in range(steps):
         rows = []
@@ -142,7 +144,7 @@ def test_sources_keep_their_shares_and_their_own_epochs(everything: DataConfig) 
         name = "abc"[int(real[real != EOS][0]) // 300]
         tokens[name] += len(real)
         rows[name].append(sample["input_ids"].tobytes())
-    shares = samples.shares(200)
+    shares = source_shares(samples, 200)
     for name, weight in (("a", 5), ("b", 2), ("c", 1)):
         assert shares[name]["requested_share"] == weight / 8
         assert shares[name]["share"] == pytest.approx(weight / 8, abs=0.02)
@@ -164,7 +166,7 @@ def test_shares_are_of_tokens_even_where_sequences_differ_in_padding(tmp_path: P
     data = DataConfig(dir=str(tmp_path), mixture=mixture, sequence_length=S, packing=Packing.best_fit)
     samples = TrainSamples(data, SEED)
     assert samples.schedule.samples_per_source(700) == [300, 400]
-    assert {name: share["share"] for name, share in samples.shares(700).items()} == {
+    assert {name: share["share"] for name, share in source_shares(samples, 700).items()} == {
         "full": 0.5,
         "slack": 0.5,
     }
@@ -195,7 +197,9 @@ def test_an_epoch_is_all_samples_or_the_budgets(data: DataConfig, tmp_path: Path
 
 
 def test_an_epoch_has_every_sample_once(data: DataConfig) -> None:
-    loader = build_train_loader(TrainingData(data, SEED), 0, 1, rank=0, world_size=1, micro_batch_size=1)
+    loader = build_train_loader(
+        TrainingData(data, SEED), 0, BatchSizes(1), rank=0, world_size=1, micro_batch_size=1
+    )
     tokens = open_split(data.dir, "train")
     expected = sorted(tokens.read(i * S, i * S + S).tolist() for i in range(SAMPLES))
     assert sorted(batch["input_ids"][0].tolist() for batch in itertools.islice(loader, SAMPLES)) == expected
@@ -203,19 +207,19 @@ def test_an_epoch_has_every_sample_once(data: DataConfig) -> None:
 
 def test_another_batch_size_goes_on_where_the_last_one_stopped(data: DataConfig) -> None:
     """Elastic restart: the state is a sample index, not a step."""
-    first = build_train_loader(TrainingData(data, SEED), 0, 8, 0, 1, 8)
-    then = build_train_loader(TrainingData(data, SEED), 8, 3, 0, 1, 3)
-    whole = build_train_loader(TrainingData(data, SEED), 0, 11, 0, 1, 11)
+    first = build_train_loader(TrainingData(data, SEED), 0, BatchSizes(8), 0, 1, 8)
+    then = build_train_loader(TrainingData(data, SEED), 8, BatchSizes(3), 0, 1, 3)
+    whole = build_train_loader(TrainingData(data, SEED), 0, BatchSizes(11), 0, 1, 11)
     parts = [next(iter(first))["input_ids"], next(iter(then))["input_ids"]]
     assert torch.equal(torch.cat(parts), next(iter(whole))["input_ids"])
 
 
 def test_targets_are_the_next_inputs_and_the_seed_decides_the_order(data: DataConfig) -> None:
-    batch = next(iter(build_train_loader(TrainingData(data, 1), 0, 8, 0, 1, 8)))
+    batch = next(iter(build_train_loader(TrainingData(data, 1), 0, BatchSizes(8), 0, 1, 8)))
     assert set(batch) == {"input_ids", "targets"}
     assert torch.equal(batch["input_ids"][:, 1:], batch["targets"][:, :-1])
     assert (batch["targets"][:, -1] == IGNORE_INDEX).all()
-    other = next(iter(build_train_loader(TrainingData(data, 2), 0, 8, 0, 1, 8)))
+    other = next(iter(build_train_loader(TrainingData(data, 2), 0, BatchSizes(8), 0, 1, 8)))
     assert not torch.equal(batch["input_ids"], other["input_ids"])
 
 
@@ -223,7 +227,11 @@ def test_loading_leaves_the_global_random_state_alone(data: DataConfig) -> None:
     torch.manual_seed(0)
     before = torch.get_rng_state()
     next(
-        iter(build_train_loader(TrainingData(dataclasses.replace(data, num_workers=1), SEED), 0, 8, 0, 1, 8))
+        iter(
+            build_train_loader(
+                TrainingData(dataclasses.replace(data, num_workers=1), SEED), 0, BatchSizes(8), 0, 1, 8
+            )
+        )
     )
     assert torch.equal(torch.get_rng_state(), before)
 
@@ -232,14 +240,16 @@ def test_split_shorter_than_a_sequence(data: DataConfig) -> None:
     with pytest.raises(
         UserError, match=r"data\.sequence_length=88 is longer than the whole training split \(87 tokens\)"
     ):
-        build_train_loader(TrainingData(dataclasses.replace(data, sequence_length=88), SEED), 0, 8, 0, 1, 8)
+        build_train_loader(
+            TrainingData(dataclasses.replace(data, sequence_length=88), SEED), 0, BatchSizes(8), 0, 1, 8
+        )
 
 
 @pytest.mark.parametrize("workers", [0, 1])
 def test_damage_found_while_loading_is_a_user_error(tmp_path: Path, workers: int) -> None:
     directory = write_prepared(tmp_path / "data", [[2, 3, 99]], vocab_size=99)
     config = DataConfig(dir=str(directory), sequence_length=4, num_workers=workers)
-    batches = iter(build_train_loader(TrainingData(config, SEED), 0, 1, 0, 1, 1))
+    batches = iter(build_train_loader(TrainingData(config, SEED), 0, BatchSizes(1), 0, 1, 1))
     with pytest.raises(UserError, match=r"npy: token 2 is 99, beyond the vocabulary of 99") as caught:
         next(batches)
     # The traceback keeps the iterator alive; collected late, torch takes 5 s to end its workers.

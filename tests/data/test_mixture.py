@@ -11,10 +11,10 @@ from olmoe_train.config.data import DataConfig, MixtureSource
 from olmoe_train.data.mixture import (
     SourceSchedule,
     mixture_components,
-    mixture_errors,
     read_manifests,
     source_seed,
 )
+from olmoe_train.data.source_errors import mixture_errors
 from olmoe_train.utils.errors import UserError
 from tests.support.data import write_prepared
 

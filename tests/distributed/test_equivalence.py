@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from olmoe_train.checkpoint.sharded import persistent_buffers
 from olmoe_train.config.model import olmoe_config
 from olmoe_train.config.train import TrainConfig
 from olmoe_train.distributed.mesh import build_mesh, init_distributed
@@ -148,7 +149,26 @@ CASES = [
     Case("ddp 2, experts 2, muon", Layout(2, 8, "ddp", experts=2, muon=True)),
     Case("fsdp 4, experts 2, muon", Layout(4, 4, experts=2, muon=True)),
     Case("hsdp 2x2, muon", Layout(4, 4, copies=2, muon=True)),
+    # With one micro-batch per step, these scopes are that of the global batch.
+    Case("ddp 2, experts 2, all ranks", Layout(2, 8, "ddp", experts=2, balancing="all_ranks")),
+    Case("fsdp 4, experts 2, running", Layout(4, 4, experts=2, balancing="running")),
+    Case("1 rank, loss_free", Layout(1, 16, balancing="loss_free")),
+    Case("zero-3 2, experts 2, loss_free", zero(2, stage=3, experts=2, balancing="loss_free")),
+    Case(
+        "hsdp 2x2, experts 2, full, loss_free",
+        Layout(4, 2, experts=2, copies=2, checkpointing="full", balancing="loss_free"),
+    ),
     Case("zero-3 4, experts 1, lora", zero(4, stage=3, adapter="lora")),
+    Case("1 rank, padded, ablated", Layout(1, 16, padded=True, ablated=True)),
+    Case("zero-3 2, experts 2, padded, ablated", zero(2, stage=3, experts=2, padded=True, ablated=True)),
+    Case(
+        "fsdp 4, experts 2, padded, full, ablated",
+        Layout(4, 2, experts=2, padded=True, checkpointing="full", ablated=True),
+    ),
+    Case(
+        "hsdp 2x2, experts 2, padded, bf16, ablated",
+        Layout(4, 4, experts=2, copies=2, padded=True, precision="bf16", ablated=True),
+    ),
 ]
 LAYOUTS = {case.name: case.layout for case in CASES}
 
@@ -204,7 +224,8 @@ def train_layouts(tiny: TrainConfig, layouts: dict[str, Layout], directory: Path
 
 def initial_weights(cfg: TrainConfig) -> dict[str, Tensor]:
     model = build_model(cfg, build_mesh(cfg.parallel, init_distributed("cpu")))
-    return {name: whole(parameter) for name, parameter in model.named_parameters() if parameter.requires_grad}
+    trained = {n: whole(parameter) for n, parameter in model.named_parameters() if parameter.requires_grad}
+    return trained | {name: buffer.clone() for name, buffer in persistent_buffers(model).items()}
 
 
 def selected_layouts(items: list[pytest.Item]) -> set[str]:
@@ -276,6 +297,10 @@ def reference_of(name: str) -> str:
         return f"1 rank, {adapter}"
     if LAYOUTS[name].muon:
         return "1 rank, muon"
+    if LAYOUTS[name].ablated:
+        return "1 rank, padded, ablated"
+    if LAYOUTS[name].balancing == "loss_free":
+        return "1 rank, loss_free"
     if LAYOUTS[name].documents:
         return "1 rank, documents"
     return "1 rank, padded" if LAYOUTS[name].padded else "1 rank"
@@ -299,6 +324,8 @@ def test_losses_and_gradient_norms_are_the_same(trained: Callable[[str], Result]
         assert step["tokens"] == expected["tokens"]
         for loss in LOSSES:
             assert relative(step[loss], expected[loss]) < 2e-5, (step["step"], loss)
+        if of_sequences := expected.get("train/sequence_balancing_loss"):
+            assert relative(step["train/sequence_balancing_loss"], of_sequences) < 2e-5, step["step"]
         assert relative(step["train/grad_norm"], expected["train/grad_norm"]) < 1e-4, step["step"]
         assert expected["train/grad_norm"] > 2 * TINY["optimizer.max_grad_norm"]  # clipping is at work
 
@@ -316,7 +343,8 @@ def test_final_weights_are_the_same(trained: Callable[[str], Result], name: str)
 
 @pytest.mark.parametrize("name", [name for name in LAYOUTS if name != reference_of(name)])
 def test_every_layout_starts_from_the_same_weights(trained: Callable[[str], Result], name: str) -> None:
-    reference = trained(reference_of(name) if LAYOUTS[name].adapter else "1 rank").initial
+    has_own_weights = LAYOUTS[name].adapter or LAYOUTS[name].ablated
+    reference = trained(reference_of(name) if has_own_weights else "1 rank").initial
     for parameter, expected in reference.items():
         assert torch.equal(trained(name).initial[parameter], expected), parameter
 

@@ -1,4 +1,4 @@
-"""A whole run on a mixture: what metrics say of it, where it ends, and what a resumed one refuses."""
+"""A whole run on a mixture, and on stages: what metrics say, where it ends, what a resumed one refuses."""
 
 import math
 from dataclasses import replace
@@ -9,9 +9,16 @@ import numpy as np
 import pytest
 
 from olmoe_train.config.choices import Device, Packing, Precision, WandbMode
-from olmoe_train.config.data import DataConfig, MixtureSource
+from olmoe_train.config.data import DataConfig, DataStage, MixtureSource
 from olmoe_train.config.model import ModelConfig
-from olmoe_train.config.train import EvaluationConfig, LoggingConfig, TrainConfig, TrainerConfig, WandbConfig
+from olmoe_train.config.train import (
+    BatchSizeStage,
+    EvaluationConfig,
+    LoggingConfig,
+    TrainConfig,
+    TrainerConfig,
+    WandbConfig,
+)
 from olmoe_train.data.loader import TrainSamples
 from olmoe_train.train import train
 from olmoe_train.utils.errors import UserError
@@ -106,20 +113,59 @@ def test_a_run_on_a_mixture(tmp_path: Path) -> None:
 
 
 def test_resumed_in_the_middle_it_is_the_same_run_and_another_mixture_is_refused(tmp_path: Path) -> None:
+    """The second stage begins in the middle of step 3, inside of a micro-batch, after the resume on two
+    ranks. It was another stage when the run began, which had not reached it. From step 3 on, a step has 20
+    sequences in place of 10."""
     cfg = config(tmp_path)
+    weights = [replace(one, weight=one.tokens, tokens=None) for one in cfg.data.mixture]
+    first = DataStage(until_tokens=23 * S, mixture=weights)
+    data = replace(cfg.data, mixture=[], stages=[first, DataStage(mixture=weights[1:])])
+    warmup = [BatchSizeStage(until_tokens=15 * S, global_batch_size=10)]
+    trainer = replace(
+        cfg.trainer, max_epochs=None, max_tokens=60 * S, global_batch_size=20, batch_size_warmup=warmup
+    )
+    cfg = replace(cfg, data=data, trainer=trainer)
     (straight,) = run_ranks(1, run, cfg)
-    stopped = replace(cfg, run_dir=str(tmp_path / "again"), trainer=replace(cfg.trainer, stop_at_step=2))
+    *_, second, third, fourth, _ = straight
+    assert [row["tokens"] for row in (second, third, fourth)] == [20 * S, 40 * S, 60 * S]
+    assert fourth["step"] == 4
+    samples = TrainSamples(data, cfg.seed)
+    of_bee = [samples.place(index)[0] == 1 for index in range(60)]
+    assert all(of_bee[23:])
+    assert not all(of_bee[:23])
+    assert [row["data/stage"] for row in (second, third, fourth)] == [1, 2, 2]
+    assert third["data/bee/share"] == pytest.approx(sum(of_bee[:40]) / 40)
+    assert third["data/bee/requested_share"] == pytest.approx((23 * 0.375 + 17) / 40)
+    assert (third["data/bee/stage_share"], third["data/a/stage_share"]) == (1, 0)
+    log = (tmp_path / "run/log.txt").read_text()
+    achieved = sum(of_bee[:23]) / 23
+    assert (
+        f"step 3 | ended: stage 1 of 2, tokens 0 to {23 * S}: a {1 - achieved:.2%} (62.50% requested)" in log
+    )
+
+    unknown = replace(data, stages=[first, DataStage(dir="a")])
+    stopped = replace(
+        cfg,
+        run_dir=str(tmp_path / "again"),
+        trainer=replace(trainer, stop_at_step=2),
+        data=unknown,
+    )
     run_ranks(1, run, stopped)
-    a, b = cfg.data.mixture
-    heavier = replace(cfg.data, mixture=[a, replace(b, tokens=100 * S)])
+    stopped = replace(stopped, data=data)
+    a, b = weights
+    heavier = replace(data, stages=[replace(first, mixture=[a, replace(b, weight=100 * S)]), data.stages[1]])
     (message,) = run_ranks(1, refusal, replace(stopped, data=heavier))
     assert "step-00000002 was made by a run that computes something else" in message
-    assert "data (mixture.bee.share): 0.375 in the checkpoint, 0.5 now" in message
+    assert "data (stages.1.mixture.bee.share): 0.375 in the checkpoint, 0.5 now" in message
     assert "train_sha256" not in message
-    packed = replace(cfg.data, packing=Packing.best_fit)
+    assert "stages.2" not in message
+    (message,) = run_ranks(1, refusal, replace(stopped, trainer=replace(trainer, batch_size_warmup=[])))
+    assert "trainer.batch_size_warmup[0].global_batch_size: 10 in the checkpoint, None now" in message
+    assert message.endswith("checkpoint.allow_changes=[scheduler,trainer.batch_size_warmup]")
+    packed = replace(data, packing=Packing.best_fit)
     (message,) = run_ranks(1, refusal, replace(stopped, data=packed))
     assert "data (packing): concat in the checkpoint, best_fit-v1 now" in message
-    (resumed,) = run_ranks(2, run, replace(stopped, trainer=replace(cfg.trainer, stop_at_step=None)))[:1]
+    (resumed,) = run_ranks(2, run, replace(stopped, trainer=trainer))[:1]
     for found, expected in zip(resumed, straight, strict=True):
         assert found.keys() == expected.keys()
         for key in found:

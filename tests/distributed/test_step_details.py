@@ -14,6 +14,7 @@ from tokenizers import Tokenizer
 
 from olmoe_train.config.choices import WandbMode
 from olmoe_train.config.train import EvaluationConfig, LoggingConfig, TrainConfig, WandbConfig
+from olmoe_train.data.batch_sizes import BatchSizes
 from olmoe_train.data.loader import TrainSamples, collate
 from olmoe_train.data.manifest import TOKENIZER
 from olmoe_train.distributed.mesh import build_mesh, init_distributed
@@ -130,9 +131,17 @@ def test_training_is_bit_for_bit_the_same_with_and_without(tiny: TrainConfig, tm
 def flow_of_two_micro_batches(cfg: TrainConfig) -> tuple[torch.Tensor, torch.Tensor]:
     """(The flow that StepDetails counts, the same from the router logits by a slow loop)."""
     model, data = initial_model(cfg), build_data(cfg)
-    sizes = {"global_batch_size": 4, "micro_batch_size": 2}
-    cpu = torch.device("cpu")
-    details = StepDetails(model, data, every=1, log_every=1, last_step=9, with_flow=True, device=cpu, **sizes)
+    cpu, sizes = torch.device("cpu"), BatchSizes(4)
+    details = StepDetails(
+        *(model, data),
+        every=1,
+        log_every=1,
+        last_step=9,
+        sizes=sizes,
+        micro_batch_size=2,
+        with_flow=True,
+        device=cpu,
+    )
     details.prepare(1, 0)
     experts = cfg.model.num_experts
     expected = torch.zeros(cfg.model.num_hidden_layers - 1, experts, experts)

@@ -99,12 +99,23 @@ def test_a_refused_configuration_has_the_last_word(data_dir: Path, tmp_path: Pat
     assert not (tmp_path / "run").exists()
 
 
-def test_one_rank_trains_to_the_end(data_dir: Path, tmp_path: Path) -> None:
-    """auto is one rank, on a machine without GPUs."""
-    short = [f"data.dir={data_dir}", "trainer.max_steps=2", "run_dir=run"]
-    result = olmoe("train", *RUN, "--nproc=auto", *short, cwd=tmp_path)
-    assert result.returncode == 0, result.stderr
-    assert status(tmp_path / "run")["state"] == "done"
+def test_one_rank_trains_a_sweep_to_the_end(data_dir: Path, tmp_path: Path) -> None:
+    """auto is one rank, on a machine without GPUs. The wrong run stops no other, and is tried again."""
+    short = [f"data.dir={data_dir}", "trainer.max_steps=2", "run_dir=sweep"]
+    sweep = ["train", "--multirun", *RUN, "--nproc=auto", *short, "trainer.micro_batch_size=3,4"]
+    result = olmoe(*sweep, cwd=tmp_path)
+    assert result.returncode == 2, result.stderr
+    assert "run 1 of 2 ended with exit code 2: trainer.micro_batch_size-3" in result.stderr
+    directory = tmp_path / "sweep"
+    assert status(directory / "trainer.micro_batch_size-4")["state"] == "done"
+    table = (directory / "sweep.md").read_text()
+    assert table in result.stdout
+    assert re.search(r"^\| 4 \| 1 \| [0-9.]+ \| [0-9.]+ \| [0-9.]+ \|$", table, re.MULTILINE)
+    assert "Not done: trainer.micro_batch_size-3" in table
+    before = (directory / "trainer.micro_batch_size-4" / "status.json").read_text()
+    again = olmoe(*sweep, cwd=tmp_path)
+    assert "run 2 of 2: trainer.micro_batch_size-4 is done" in again.stdout
+    assert (directory / "trainer.micro_batch_size-4" / "status.json").read_text() == before
 
 
 def refused(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *arguments: str) -> str:

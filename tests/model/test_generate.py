@@ -83,7 +83,7 @@ class Counter(OlmoeForCausalLM):
         with torch.no_grad():
             for parameter in self.parameters():
                 parameter.zero_()
-            self.model.norm.weight.fill_(1)
+            self.model.norm.get_parameter("weight").fill_(1)
             self.model.embed_tokens.weight[:, :20] = torch.eye(20)
             self.lm_head.weight[:, :20] = torch.eye(20).roll(1, 0)
 

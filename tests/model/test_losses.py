@@ -154,7 +154,8 @@ def test_global_scope_gradient_by_finite_differences() -> None:
 
     def balance(x: Tensor) -> Tensor:
         total_tokens = torch.tensor(6.0)
-        return router_losses([x], [top], 4, total_tokens=total_tokens, total_counts_LE=counts)[0]
+        balance, z_loss = router_losses([x], [top], 4, total_tokens=total_tokens, total_counts_LE=counts)
+        return balance + z_loss
 
     x = logits.clone().requires_grad_()
     balance(x).backward()

@@ -10,6 +10,7 @@ from transformers.optimization import _get_wsd_scheduler_lambda
 from olmoe_train.config.choices import DecayShape, Packing, Schedule
 from olmoe_train.config.data import DataConfig
 from olmoe_train.config.train import SchedulerConfig, TrainConfig, TrainerConfig
+from olmoe_train.data.batch_sizes import BatchSizes
 from olmoe_train.data.loader import TrainingData
 from olmoe_train.optim.schedule import Schedule as LearningRate
 from olmoe_train.planning.duration import schedule_in_words, total_steps, warmup_and_decay_steps
@@ -121,7 +122,7 @@ def test_epochs_are_rounded_up_to_whole_steps(
 )
 def test_horizons_in_every_unit(scheduler: dict[str, Any], expected: tuple[float, float, float]) -> None:
     cfg = config(**scheduler)
-    found = warmup_and_decay_steps(cfg.scheduler, tokens_per_step=200, last_step=21)
+    found = warmup_and_decay_steps(cfg.scheduler, BatchSizes(2, sequence_length=100), last_step=21)
     assert found == pytest.approx(expected)
 
 
@@ -137,4 +138,7 @@ def test_horizons_in_every_unit(scheduler: dict[str, Any], expected: tuple[float
     ],
 )
 def test_a_plan_tells_the_schedule(scheduler: dict[str, Any], words: str) -> None:
-    assert schedule_in_words(config(**scheduler).scheduler, tokens_per_step=200, last_step=21) == words
+    assert (
+        schedule_in_words(config(**scheduler).scheduler, BatchSizes(2, sequence_length=100), last_step=21)
+        == words
+    )

@@ -27,6 +27,10 @@ VARIANTS = [
     pytest.param({"num_key_value_heads": 2}, id="grouped_query"),
     pytest.param({"num_key_value_heads": 1, "attention_bias": True}, id="one_kv_head_with_biases"),
     pytest.param({"tie_word_embeddings": True}, id="tied_head"),
+    pytest.param({"num_shared_experts": 2, "qk_norm": False}, id="shared_experts_without_qk_norm"),
+    pytest.param(
+        {"routing": "expert_choice", "expert_capacity": 1.5, "norm": "nonparametric"}, id="expert_choice"
+    ),
 ]
 
 

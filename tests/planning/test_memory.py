@@ -138,8 +138,15 @@ def test_activations_of_the_released_model() -> None:
 @pytest.mark.parametrize("precision", Precision)
 @pytest.mark.parametrize(
     "variant",
-    [{}, {"num_key_value_heads": 2}, {"clip_qkv": 1.0}, {"norm_topk_prob": True}],
-    ids=["released", "grouped_query", "clip_qkv", "norm_topk_prob"],
+    [
+        {},
+        {"num_key_value_heads": 2},
+        {"clip_qkv": 1.0},
+        {"norm_topk_prob": True},
+        {"num_shared_experts": 2, "qk_norm": False},
+        {"routing": "expert_choice", "norm": "nonparametric"},
+    ],
+    ids=["released", "grouped_query", "clip_qkv", "norm_topk_prob", "shared_experts", "expert_choice"],
 )
 def test_saved_activations_are_autograds(
     variant: dict[str, Any], precision: Precision, mode: ActivationCheckpointing

@@ -7,14 +7,19 @@ from typing import Any
 
 from olmoe_train import config
 from olmoe_train.config.adapter import DoraConfig, LoraConfig
+from olmoe_train.config.balancing import AuxiliaryLossConfig, BalancingConfig, LossFreeConfig
 from olmoe_train.config.choices import (
     ActivationCheckpointing,
     AdapterTarget,
+    BalanceScope,
+    Initialization,
+    Norm,
     Offload,
     Packing,
     Precision,
     QuantizeBase,
     RouterTraining,
+    RoutingKind,
     Strategy,
 )
 from olmoe_train.config.data import MixtureSource
@@ -59,6 +64,20 @@ ADAPTERS: dict[str, LoraConfig] = {
     "dora": DoraConfig(rank=4, alpha=10.0),
     "nf4": LoraConfig(rank=4, alpha=10.0, quantize_base=QuantizeBase.nf4),
 }
+# The design choices that only training has, together.
+ABLATED: dict[str, Any] = {
+    "num_shared_experts": 1,
+    "routing": RoutingKind.expert_choice,
+    "qk_norm": False,
+    "norm": Norm.nonparametric,
+    "initialization": Initialization.normal,
+}
+BALANCING: dict[str, BalancingConfig] = {
+    "all_ranks": AuxiliaryLossConfig(scope=BalanceScope.all_ranks),
+    "running": AuxiliaryLossConfig(scope=BalanceScope.running),
+    # Both the bias and the sequence-wise loss are large enough to matter within six steps.
+    "loss_free": LossFreeConfig(bias_update_rate=0.02, sequence_coef=0.1),
+}
 # By default ZeRO-3 does not partition parameters of up to 100,000 elements. Here that is every parameter.
 PARTITION_ALL = Path(__file__).with_name("partition_all.json")
 
@@ -85,6 +104,10 @@ class Layout:
     prefetch: int = 1
     muon: bool = False
     """Use optimizer=muon in place of AdamW."""
+    ablated: bool = False
+    """Use the model of ABLATED."""
+    balancing: str = ""
+    """A key of BALANCING; by default balancing=aux with the counts of the global batch."""
 
     def config(self, tiny: TrainConfig, run_dir: Path, base: Path | None = None) -> TrainConfig:
         """The configuration of a run. base: the model that an adapter adapts."""
@@ -107,6 +130,10 @@ class Layout:
         )
         data = replace(tiny.data, **DOCUMENTS) if self.documents else tiny.data
         cfg = replace(tiny, run_dir=str(run_dir), trainer=trainer, parallel=parallel, data=data)
+        if self.ablated:
+            return replace(cfg, model=replace(cfg.model, **ABLATED))
+        if self.balancing:
+            cfg = replace(cfg, balancing=BALANCING[self.balancing])
         if self.muon:
             clipping = cfg.optimizer.max_grad_norm
             return replace(cfg, optimizer=MuonConfig(lr=cfg.optimizer.lr, max_grad_norm=clipping))

@@ -27,7 +27,7 @@ def write_reciter(directory: Path, template: str, answer: str, **config: Any) ->
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.zero_()
-        model.model.norm.weight.fill_(1)
+        model.model.norm.get_parameter("weight").fill_(1)
         model.model.embed_tokens.weight.copy_(torch.eye(VOCABULARY))
         model.lm_head.weight[ids[1:], ids[:-1]] = 1
     model.save_pretrained(directory)

@@ -45,7 +45,8 @@ def runs(directory: Path) -> Iterator[dict[str, Any]]:
     for name in ("one", "two"):
         write_prepared(directory / name, documents, documents[:1], vocab_size=258)
     mixture = "[{dir: one, weight: 1}, {dir: two, weight: 2}]"
-    filtered = {"data.mixture": mixture, "data.repetition_filter": True, "data.packing": "best_fit"}
+    stages = f"[{{mixture: {mixture}}}]"
+    filtered = {"data.stages": stages, "data.repetition_filter": True, "data.packing": "best_fit"}
     model = OlmoeForCausalLM(olmoe_config(compose(TINY | {"data.dir": directory}).model))
     model.save_pretrained(directory / "hf")
     analyzed = {"logging.router_analysis_every": 1, "logging.router_reference": directory / "hf"}
@@ -64,6 +65,7 @@ def runs(directory: Path) -> Iterator[dict[str, Any]]:
     texts = prepare_texts(directory / "texts")
     card = write_task(directory, "toy", [{"query": "def", "choices": ["main", "done"], "gold": 0}])
     yield TINY | {
+        "balancing": "sequence",
         "data.dir": texts,
         "evaluation.sets": f"[{{name: web, dir: {texts}}}]",
         "evaluation.tasks": f"[{card}]",

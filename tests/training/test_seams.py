@@ -25,7 +25,7 @@ from olmoe_train.config.train import EvaluationConfig, ParallelConfig, TrainConf
 from olmoe_train.data.loader import TrainingData
 from olmoe_train.model import OlmoeForCausalLM
 from olmoe_train.model.configuration import OlmoeConfig
-from olmoe_train.model.losses import router_losses_from_stats
+from olmoe_train.model.moe.balancing import AFTER_STEP
 from olmoe_train.model.moe.router_stats import RouterStats
 from olmoe_train.optim import build as optim_build
 from olmoe_train.run.lock import RunLock
@@ -33,12 +33,10 @@ from olmoe_train.train import train
 from olmoe_train.training import build, build_objective
 from olmoe_train.training.batch import Batch, Totals
 from olmoe_train.training.callbacks.base import Callback, StepReport
-from olmoe_train.training.engine.base import Engine
 from olmoe_train.training.objectives.base import Heartbeat, RouterSums, Validation
 from olmoe_train.training.state import TrainState
 from tests.support.faults import (
     BeforeStep,
-    change_engine,
     config,
     metrics,
     records,
@@ -49,7 +47,6 @@ from tests.support.faults import (
     status,
     write_data,
 )
-from tests.support.ranks import run_ranks
 
 ONE_RANK = {"parallel": ParallelConfig(), "trainer": {"max_steps": 4}}
 
@@ -227,31 +224,30 @@ class BiasConfig(BalancingConfig):
 class Bias(nn.Module):
     """Adds a bias to the scores of each expert and, after each step, moves the bias towards even load."""
 
-    over_global_batch, has_state = False, True
+    scope, per_sequence, has_state = AFTER_STEP, False, True
 
     def __init__(self, config: OlmoeConfig, rate: float) -> None:
         super().__init__()
         self.rate, self.top_k = rate, config.num_experts_per_tok
-        self.register_buffer("bias_LE", torch.empty(config.num_hidden_layers, config.num_experts))
+        self.register_buffer("offset_LE", torch.empty(config.num_hidden_layers, config.num_experts))
 
     def reset_buffers(self) -> None:
-        self.get_buffer("bias_LE").zero_()
-
-    def needs_loss(self, logged: bool) -> bool:
-        return False
+        self.get_buffer("offset_LE").zero_()
 
     def scores(self, layer: int, probs_TE: Tensor) -> Tensor:
-        return probs_TE + self.get_buffer("bias_LE")[layer]
+        return probs_TE + self.get_buffer("offset_LE")[layer]
 
     def loss(
         self, stats: RouterStats, total_tokens: Tensor, total_counts_LE: Tensor | None
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        balance, _ = router_losses_from_stats(stats, self.top_k, total_tokens=total_tokens)
-        return torch.zeros_like(balance), {"load_balancing_loss": balance.detach()}
+        return torch.zeros(()), {}
+
+    def measure(self, stats: RouterStats, total_tokens: Tensor, total_counts_LE: Tensor) -> dict[str, Tensor]:
+        return {"busiest": stats.counts_LE.max() / total_tokens}
 
     def update(self, counts_LE: Tensor) -> None:
         mean_L1 = counts_LE.mean(-1, keepdim=True)
-        self.get_buffer("bias_LE").add_(self.rate * (mean_L1 - counts_LE).sign())
+        self.get_buffer("offset_LE").add_(self.rate * (mean_L1 - counts_LE).sign())
 
 
 def use_bias(patch: pytest.MonkeyPatch) -> BiasConfig:
@@ -263,42 +259,9 @@ def use_bias(patch: pytest.MonkeyPatch) -> BiasConfig:
     return BiasConfig()
 
 
-def train_with_bias(cfgs: list[TrainConfig]) -> list[Tensor]:
-    """On a rank: the bias after each run."""
-    use_bias(pytest.MonkeyPatch())
-    engines: list[Engine] = []
-    change_engine(engines.append)
-    found = []
-    for cfg in cfgs:
-        train(cfg)
-        found.append(engines[-1].model.get_buffer("balancer.bias_LE").clone())
-    return found
-
-
-@pytest.mark.ranks
-def test_a_balancer_with_a_buffer(data: Path, tmp_path: Path) -> None:
-    """Two ranks with one whole run and one that is stopped and resumed; exports refuse the buffer by name."""
-    stops = [("whole", 4), ("parts", 2), ("parts", 4)]
-    cfgs = [
-        config(data, tmp_path / run, balancing=BiasConfig(), trainer={"max_steps": 4, "stop_at_step": end})
-        for run, end in stops
-    ]
-    (whole, half, resumed), of_rank_1 = run_ranks(2, train_with_bias, cfgs)
-    assert all(torch.equal(*pair) for pair in zip((whole, half, resumed), of_rank_1, strict=True))
-    assert 0 < half.abs().max() <= 2 * 0.01  # each step adds -rate, 0 or rate to each bias
-    assert torch.equal(whole, resumed)
-    assert not torch.equal(whole, half)
-    assert same(saved_tensors(tmp_path / "whole", 4), saved_tensors(tmp_path / "parts", 4))
-    values = metrics(tmp_path / "whole")[-1]
-    assert values["train/loss"] == pytest.approx(values["train/ce_loss"])
-    assert "train/router_z_loss" not in values
-    with pytest.raises(ValueError, match=r"step-00000004 .*balancer\.bias_LE"):
-        open_stored_model(tmp_path / "whole")
-
-
 def saved_bias(run_dir: Path, step: int) -> Tensor:
     tensors = saved_tensors(run_dir, step)
-    return next(tensors[name] for name in tensors if name.endswith("balancer.bias_LE"))
+    return next(tensors[name] for name in tensors if name.endswith("balancer.offset_LE"))
 
 
 def test_a_bias_decides_where_tokens_go(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -313,6 +276,12 @@ def test_a_bias_decides_where_tokens_go(data: Path, tmp_path: Path, monkeypatch:
     assert torch.equal(saved_bias(tmp_path, 1), 10 * (even - first_LE).sign())
     assert (first_LE < even).sum(1).min() >= 2, "a token needs two experts"
     assert (second_LE[first_LE > even] == 0).all()
+    last = metrics(tmp_path)[-1]
+    assert last["train/loss"] == pytest.approx(last["train/ce_loss"])
+    loads = [last[f"router/layer_{n:02d}/load"] for n in (0, 1)]
+    assert last["train/busiest"] == pytest.approx(2 * torch.tensor(loads).max().item())
+    with pytest.raises(ValueError, match=r"step-00000004 .*balancer\.offset_LE"):
+        open_stored_model(tmp_path)
 
 
 def test_a_skipped_step_does_not_move_the_bias(

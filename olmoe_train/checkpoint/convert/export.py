@@ -9,11 +9,12 @@ import torch
 
 from olmoe_train.checkpoint.convert.model_card import model_card
 from olmoe_train.checkpoint.convert.olmo import holds_olmo_model, write_olmo_directory
-from olmoe_train.checkpoint.convert.stored_model import StoredModel, open_stored_model
+from olmoe_train.checkpoint.convert.stored_model import StoredModel, bias_error, open_stored_model
 from olmoe_train.checkpoint.directory import step_of
 from olmoe_train.config.choices import ExportFormat
 from olmoe_train.config.verbs import ExportConfig
 from olmoe_train.model import OlmoeConfig
+from olmoe_train.model.ablations import refuse_export
 from olmoe_train.model.adapters.peft_read import read_peft
 from olmoe_train.model.adapters.peft_write import write_peft
 from olmoe_train.model.hf.directory import holds_model, write_directory
@@ -69,10 +70,13 @@ def write_export(
         True if `out` was written, False if it already holds this export.
 
     Raises:
-        UserError: `out` holds anything else, or the tokenizer files name other special tokens than the
-            model's configuration.
+        UserError: `out` holds anything else, the format cannot represent the model or the bias in its choice
+            of experts, or the tokenizer files name other special tokens than the model's configuration.
     """
+    if stored.bias_LE is not None:
+        raise UserError(bias_error(stored, f"format={format.value} has no parameter for it: keep the run"))
     config, read = stored.config, stored.read
+    refuse_export(config.ablations)
     if errors := special_token_errors(config, stored.tokenizer):
         fix = (
             "set the right token with eos_token_id=... or pad_token_id=..., or give the model's own "

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from olmoe_train.checkpoint.convert.stored_model import StoredModel
+from olmoe_train.checkpoint.convert.stored_model import StoredModel, bias_error
 from olmoe_train.checkpoint.directory import step_of
 from olmoe_train.config.choices import MergeDecay
 from olmoe_train.model.hf.directory import check_same_architecture
@@ -95,14 +95,16 @@ def check_sources(models: list[StoredModel]) -> None:
     """Check that a mean of these models makes sense.
 
     Raises:
-        UserError: There are fewer than two, one is there twice, or they differ in the architecture or in the
-            tokenizer; the message names the field.
+        UserError: There are fewer than two, one is there twice or has a bias in the choice of experts, or
+            they differ in the architecture or in the tokenizer; the message names the field.
     """
     if len(models) < 2:
         raise UserError(f"sources names one model, {models[0].name}: a mean needs at least two")
     first, seen = models[0], set()
     tokenizer = _tokenizer(first)
     for model in models:
+        if model.bias_LE is not None:
+            raise UserError(bias_error(model, "a mean of models has no place for it: leave the model out"))
         place = (model.checkpoint or model.tokenizer).resolve()
         if place in seen:
             raise UserError(f"sources has {model.name} twice: give it once, with a greater weight")

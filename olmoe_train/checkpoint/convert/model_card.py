@@ -354,17 +354,35 @@ def _shown(value: float | None) -> str:
 
 
 def _data(data: dict[str, Any]) -> str:
-    """One line per source: its share of the training tokens, and its number of tokens and documents."""
+    """One line per source, of each stage if there are stages, and the length of sequences."""
     if "dir" not in data:
         return "Not recorded."
-    root, lines = Path(data["dir"]).expanduser(), []
     parts = data.get("mixture") or [{"dir": "", "weight": 1.0}]
+    try:
+        text = _stages(data) if data.get("stages") else _sources(data["dir"], parts)
+    except UserError:
+        return "Not recorded."
+    return f"{text}\n\nSequences of {data['sequence_length']:,} tokens."
+
+
+def _sources(root: str, parts: list[dict[str, Any]]) -> str:
+    """One line per source: its share of the training tokens, and its number of tokens and documents."""
     weights = [float(part.get("weight") or part.get("tokens") or 0) for part in parts]
+    lines = []
     for part, weight in zip(parts, weights, strict=True):
-        try:
-            manifest = read_manifest(root / part["dir"])
-        except UserError:
-            return "Not recorded."
+        manifest = read_manifest(Path(root).expanduser() / part["dir"])
         what = f"{weight / sum(weights):.1%} {manifest.source}: {manifest.train.tokens:,} tokens"
         lines.append(f"- {what} in {manifest.train.documents:,} documents")
-    return "\n".join([*lines, "", f"Sequences of {data['sequence_length']:,} tokens."])
+    return "\n".join(lines)
+
+
+def _stages(data: dict[str, Any]) -> str:
+    """The sources of each stage under its tokens."""
+    parts, begin = [], 0
+    for number, stage in enumerate(data["stages"], start=1):
+        alone = [{"dir": stage["dir"], "weight": 1.0}] if stage.get("dir") is not None else stage["mixture"]
+        end = stage.get("until_tokens")
+        until = "to the end" if end is None else f"to {end:,}"
+        parts.append(f"Stage {number}, tokens {begin:,} {until}:\n\n{_sources(data['dir'], alone)}")
+        begin = end
+    return "\n\n".join(parts)

@@ -22,11 +22,12 @@ from olmoe_train.checkpoint.directory import (
 )
 from olmoe_train.checkpoint.sharded import model_tensor_names, open_model_tensors
 from olmoe_train.config.choices import StripPrefix
-from olmoe_train.config.initial_model import RUN_CONFIG, run_config
+from olmoe_train.config.initial_model import RUN_CONFIG, run_config, run_router_temperature
 from olmoe_train.model import OlmoeConfig, OlmoeForCausalLM
 from olmoe_train.model.hf.directory import assign, check_same_architecture, open_pretrained, parameter_shapes
 from olmoe_train.model.hf.pretrained import load_model
 from olmoe_train.model.hf.special_tokens import read_generation_config
+from olmoe_train.model.moe.loss_free import BIAS, LossFreeBias, fixed_bias
 from olmoe_train.model.olmo_config import is_olmo_directory
 from olmoe_train.utils.errors import UserError
 from olmoe_train.utils.tensor_files import first_few
@@ -44,7 +45,8 @@ class StoredModel:
     """The architecture; `dtype` is the one that the model is loaded and exported in."""
     read: Callable[[str], Tensor]
     """Returns one whole parameter by its in-memory name, on the CPU, in its stored dtype. It raises a
-    UserError if a value is not finite; a run saves no such values."""
+    UserError if a value is not finite; a run saves no such values. A router's weight is divided by the run's
+    balancing.router_temperature, so the model needs none."""
     tokenizer: Path
     """Directory of the tokenizer files. It may have none."""
     generation: dict[str, Any] | None = None
@@ -53,6 +55,8 @@ class StoredModel:
     """The training checkpoint that the weights are in. None: the model is not from a run directory."""
     adapter: SavedAdapter | None = None
     """The adapter that `read` adds to its base. None: the checkpoint holds a whole model."""
+    bias_LE: Tensor | None = None
+    """Bias in the choice of experts (balancing=loss_free), fp32. None: there is none."""
 
 
 def split_step(name: str) -> tuple[str, str | None]:
@@ -96,13 +100,27 @@ def open_stored_model(
     adapter = open_adapter(checkpoint)
     if adapter is not None:
         return _open_adapted(directory, name, config, checkpoint, adapter)
-    read = open_model_tensors(checkpoint)
-    if extra := sorted(model_tensor_names(checkpoint) - parameter_shapes(OlmoeForCausalLM, config).keys()):
+    read, names = open_model_tensors(checkpoint), model_tensor_names(checkpoint)
+    if extra := sorted(names - {BIAS} - parameter_shapes(OlmoeForCausalLM, config).keys()):
         raise UserError(
             f"{name} holds tensors that an OLMoE model does not have, so its outputs cannot be reproduced: "
             f"{first_few(extra)}"
         )
-    return StoredModel(name, config, read, directory / RUN_TOKENIZER, checkpoint=checkpoint)
+    return StoredModel(
+        *(name, config, _with_temperature(read, run_router_temperature(directory))),
+        directory / RUN_TOKENIZER,
+        checkpoint=checkpoint,
+        bias_LE=read(BIAS) if BIAS in names else None,
+    )
+
+
+def _with_temperature(read: Callable[[str], Tensor], temperature: float) -> Callable[[str], Tensor]:
+    """Divide the weights of the routers by the temperature: the logits are then those of training."""
+
+    def read_folded(name: str) -> Tensor:
+        return read(name) / temperature if name.endswith(".mlp.gate.weight") else read(name)
+
+    return read if temperature == 1 else read_folded
 
 
 def _open_adapted(
@@ -149,9 +167,25 @@ def load_stored_model(
         UserError: As `open_stored_model`, or a weight is not finite.
     """
     stored = open_stored_model(source, trust_pickle=trust_pickle, strip_prefix=strip_prefix)
+    return load_whole(stored, device), stored.tokenizer
+
+
+def load_whole(stored: StoredModel, device: torch.device) -> OlmoeForCausalLM:
+    """Load a stored model onto a device, in eval mode.
+
+    Raises:
+        UserError: A weight is not finite.
+    """
     model = load_model(OlmoeForCausalLM, stored.config, stored.read, device)
     model.generation_config = stored.generation
-    return model, stored.tokenizer
+    use_bias(model, stored, device)
+    return model
+
+
+def use_bias(model: OlmoeForCausalLM, stored: StoredModel, device: torch.device) -> None:
+    """Make a model choose experts with the bias of the stored model, if it has one."""
+    if stored.bias_LE is not None:
+        model.set_balancer(fixed_bias(stored.bias_LE, model.config.num_experts_per_tok).to(device))
 
 
 def load_into(
@@ -167,14 +201,26 @@ def load_into(
         trust_pickle, strip_prefix: As for `open_stored_model`.
 
     Raises:
-        UserError: As `open_stored_model`, a weight is not finite, or the architectures differ; the message
-            names every such field.
+        UserError: As `open_stored_model`, a weight is not finite, the architectures differ (the message
+            names every such field), or `source` has a bias that `model` has not.
     """
     stored = open_stored_model(source, trust_pickle=trust_pickle, strip_prefix=strip_prefix)
     check_same_architecture(model.config, stored.config, stored.name)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             assign(parameter, stored.read(name).to(parameter.dtype))
+    if stored.bias_LE is not None:
+        if not isinstance(model.balancer, LossFreeBias):
+            raise UserError(bias_error(stored, "this run has no such bias: set balancing=loss_free"))
+        model.balancer.bias.copy_(stored.bias_LE)
+
+
+def bias_error(stored: StoredModel, why: str) -> str:
+    """The message about a stored model whose bias has no place."""
+    return (
+        f"{stored.name} chooses experts with the bias of balancing=loss_free, and {why}, or leave the bias "
+        "out with olmoe export fold=drop, which says what that changes, and use the export"
+    )
 
 
 def tokenizer_directory(source: str | Path) -> Path:

@@ -29,6 +29,7 @@ from olmoe_train.config.verbs import UpcycleConfig
 from olmoe_train.data.manifest import read_manifest
 from olmoe_train.data.tokens import open_split
 from olmoe_train.model import OlmoeConfig, OlmoeForCausalLM
+from olmoe_train.model.ablations import ABLATIONS, refuse_export
 from olmoe_train.model.initialization import generator_of
 from olmoe_train.utils.errors import UserError
 from olmoe_train.utils.files import read_json_object
@@ -77,6 +78,7 @@ def open_dense(cfg: UpcycleConfig) -> tuple[StoredModel, bool]:
         raise UserError(
             f"source={directory} is not a dense model: it has {dense.config.num_experts} experts per layer"
         )
+    refuse_export(dense.config.ablations)  # the new model would have the same fields
     return dense, False
 
 
@@ -281,7 +283,11 @@ def model_overrides(config: OlmoeConfig) -> list[str]:
         "model.KEY=VALUE" for every field that differs from its default, and for every integer, because the
         presets set those.
     """
-    described = {name: value for name, value in vars(ModelConfig()).items() if hasattr(config, name)}
+    described = {
+        name: value
+        for name, value in vars(ModelConfig()).items()
+        if hasattr(config, name) and name not in (*ABLATIONS, "initialization")
+    }
     return [
         f"model.{name}={_in_hydra(value)}"
         for name, default in described.items()

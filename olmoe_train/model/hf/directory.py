@@ -22,6 +22,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from olmoe_train.model.ablations import refuse_export
 from olmoe_train.model.configuration import OlmoeConfig
 from olmoe_train.model.hf.special_tokens import (
     copy_tokenizer,
@@ -43,6 +44,7 @@ _NOT_COMPARED = {
     "dtype",
     "eos_token_id",
     "extra",
+    "initialization",
     "initializer_range",
     "max_position_embeddings",
     "output_attentions",
@@ -115,9 +117,10 @@ def write_directory(
         verify: Read the files back and compare them with `read` before they are moved into place.
 
     Raises:
-        UserError: `directory` already holds weights.
+        UserError: `directory` already holds weights, or Transformers cannot represent the model.
         RuntimeError: `verify` is true, and what was read back is not what was written.
     """
+    refuse_export(config.ablations)
     directory = Path(directory)
     if any(directory.glob("*.safetensors*")):
         raise UserError(f"{directory} already holds a model: choose another directory, or delete it")

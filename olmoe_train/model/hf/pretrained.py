@@ -77,9 +77,14 @@ class OlmoePreTrainedModel(nn.Module):
             dtype: Data type of the weights in the files. None: that of the parameters.
 
         Raises:
-            UserError: `directory` already holds weights, or the parameters have several dtypes and `dtype`
-                is None.
+            UserError: `directory` already holds weights, the parameters have several dtypes and `dtype` is
+                None, or the model's balancer has a state, for which the format has no place.
         """
+        if state := [name for name, _ in self.named_buffers() if name.startswith("balancer.")]:
+            raise UserError(
+                f"the format has no place for {', '.join(state)}: save a checkpoint, and export it with "
+                "fold=drop"
+            )
         parameters = dict(self.named_parameters())
         assert not any(isinstance(p, DTensor) for p in parameters.values()), (
             "save_pretrained needs whole parameters: save a sharded model as a checkpoint, and export that"

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx, once_differentiable
 
+from olmoe_train.model.activations import ACTIVATIONS
 from olmoe_train.model.configuration import OlmoeConfig
 from olmoe_train.model.moe.experts import OlmoeExperts, Routing, sort_by_expert
 from olmoe_train.model.moe.router_stats import RouterStats, router_stats
@@ -93,7 +94,9 @@ class OlmoeTopKRouter(nn.Module):
 
     `scores` is an attribute so that a balancer can replace what top-k sees (balancing.py); the weights stay
     the probabilities. `select_experts` is an attribute so that activation checkpointing can replace the
-    function and replay the choice of the first pass.
+    function and replay the choice of the first pass. `temperature` divides the logits. `jitter` is the
+    largest relative change of the router's input by noise, in training mode only (Switch Transformer, arXiv
+    2101.03961): every feature is multiplied by a number from [1 - jitter, 1 + jitter].
     """
 
     def __init__(self, config: OlmoeConfig) -> None:
@@ -102,7 +105,15 @@ class OlmoeTopKRouter(nn.Module):
         self.norm_topk_prob = config.norm_topk_prob
         self.scores: Scores = probabilities
         self.select_experts: Choose = choose_top_k
+        self.temperature, self.jitter = 1.0, 0.0
         self.weight = nn.Parameter(torch.empty(config.num_experts, config.hidden_size))
+
+    def probabilities(self, x_TD: Tensor) -> tuple[Tensor, Tensor]:
+        """The router's logits_TE and their softmax over the experts, both fp32."""
+        logits_TE = _RouterLogits.apply(self._with_noise(x_TD), self.weight)
+        if self.temperature != 1.0:
+            logits_TE = logits_TE / self.temperature
+        return logits_TE, logits_TE.softmax(-1)
 
     def forward(self, x_TD: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Route T tokens.
@@ -113,20 +124,47 @@ class OlmoeTopKRouter(nn.Module):
         Returns:
             (logits_TE fp32, probs_TE fp32, weights_TK fp32, expert_indices_TK int64).
         """
-        logits_TE = _RouterLogits.apply(x_TD, self.weight)
-        probs_TE = logits_TE.softmax(-1)
+        logits_TE, probs_TE = self.probabilities(x_TD)
         indices_TK = self.select_experts(self.scores(probs_TE.detach()), self.top_k)
         weights_TK = probs_TE.gather(1, indices_TK)
         if self.norm_topk_prob:
             weights_TK = weights_TK / weights_TK.sum(-1, keepdim=True)
         return logits_TE, probs_TE, weights_TK, indices_TK
 
+    def _with_noise(self, x_TD: Tensor) -> Tensor:
+        """The router's input of a training pass. The noise is fp32: bf16 has steps of 0.8% at 1."""
+        if not (self.training and self.jitter):
+            return x_TD
+        noise_TD = torch.empty_like(x_TD, dtype=torch.promote_types(x_TD.dtype, torch.float32))
+        return x_TD * noise_TD.uniform_(1 - self.jitter, 1 + self.jitter)
+
+
+class SharedExperts(nn.Module):
+    """Experts that process every token, without a routing weight: down(act(gate(x)) * up(x)).
+
+    The sum of several gated MLPs is one whose width is the sum of theirs, so they are one MLP.
+    """
+
+    def __init__(self, config: OlmoeConfig) -> None:
+        super().__init__()
+        hidden, width = config.hidden_size, config.shared_width
+        self.gate_proj = nn.Linear(hidden, width, bias=False)
+        self.up_proj = nn.Linear(hidden, width, bias=False)
+        self.down_proj = nn.Linear(width, hidden, bias=False)
+        self.activation = ACTIVATIONS[config.hidden_act]
+
+    def forward(self, x_TD: Tensor) -> Tensor:
+        """x_TD of any floating-point dtype; the result has the same shape."""
+        out_TD: Tensor = self.down_proj(self.activation(self.gate_proj(x_TD)) * self.up_proj(x_TD))
+        return out_TD
+
 
 class OlmoeSparseMoeBlock(nn.Module):
-    """Router and experts.
+    """Router and experts, and shared experts if `num_shared_experts` asks for them.
 
     `dispatch` and `combine` are attributes so that distributed/expert_parallel.py can replace them by the
-    functions that exchange tokens between ranks.
+    functions that exchange tokens between ranks. `per_sequence`: whether the router's sums have those of each
+    sequence, which a balancer asks for.
     """
 
     def __init__(self, config: OlmoeConfig) -> None:
@@ -134,8 +172,10 @@ class OlmoeSparseMoeBlock(nn.Module):
         self.num_experts = config.num_experts
         self.gate = OlmoeTopKRouter(config)
         self.experts = OlmoeExperts(config)
+        self.shared_experts = SharedExperts(config) if config.num_shared_experts else None
         self.dispatch: Dispatch = dispatch_local
         self.combine: Combine = combine_local
+        self.per_sequence = False
 
     def forward(
         self,
@@ -157,8 +197,13 @@ class OlmoeSparseMoeBlock(nn.Module):
         """
         x_TD = x_BSD.reshape(-1, x_BSD.shape[-1])
         logits_TE, probs_TE, weights_TK, indices_TK = self.gate(x_TD)
-        stats = router_stats(logits_TE, probs_TE, indices_TK, token_mask_T) if output_router_stats else None
+        stats = None
+        if output_router_stats:
+            sequences = len(x_BSD) if self.per_sequence else None
+            stats = router_stats(logits_TE, probs_TE, indices_TK, token_mask_T, sequences)
         x_ND, weights_NJ, routing = self.dispatch(x_TD, weights_TK, indices_TK, self.num_experts)
         out_ND = self.experts(x_ND, weights_NJ, routing)
         out_TD = self.combine(out_ND, weights_TK, routing)
+        if self.shared_experts is not None:
+            out_TD = out_TD + self.shared_experts(x_TD)
         return out_TD.view_as(x_BSD), stats, logits_TE if output_router_logits else None

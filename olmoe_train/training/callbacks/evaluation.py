@@ -9,7 +9,8 @@ import torch
 from olmoe_train.config.train import EvaluationConfig
 from olmoe_train.data.loader import TrainingData
 from olmoe_train.data.manifest import TOKENIZER
-from olmoe_train.data.mixture import mixture_components
+from olmoe_train.data.mixture import has_sources, mixture_components
+from olmoe_train.data.shares import source_shares
 from olmoe_train.data.token_bytes import token_bytes_or_reason
 from olmoe_train.data.tokenizer import load_tokenizer
 from olmoe_train.evaluation.comparison import task_table
@@ -123,7 +124,7 @@ class Evaluate(Callback):
         for sample in samples.get("eval/samples", []):
             log.info("step %d | %r continues as %r", state.step, sample["prompt"], sample["completion"])
         self.metrics.write(values)
-        shares = self.data.samples.shares(state.samples) if self.data.cfg.mixture else {}
+        shares = source_shares(self.data.samples, state.samples) if has_sources(self.data.cfg) else {}
         for name, share in shares.items():
             log.info(
                 f"step {state.step} | {name}: {share['share']:.2%} of the tokens so far, "

@@ -5,9 +5,10 @@ from typing import Any
 
 import torch
 
-from olmoe_train.config.data import DataConfig
 from olmoe_train.config.train import AlarmsConfig
 from olmoe_train.data.loader import TrainingData
+from olmoe_train.data.mixture import has_sources
+from olmoe_train.data.shares import source_shares, stage_shares
 from olmoe_train.model.configuration import OlmoeConfig
 from olmoe_train.optim.skip_step import SkipGuard
 from olmoe_train.run.alarms import MetricAlarms
@@ -128,7 +129,15 @@ def console_line(values: dict[str, Any], terms: list[str], last_step: int) -> st
 
 
 def mixture_shares(data: TrainingData, samples: int) -> dict[str, float]:
-    """data/NAME/* of the first `samples` samples; empty where the data is no mixture."""
-    cfg: DataConfig = data.cfg
-    shares = data.samples.shares(samples) if cfg.mixture else {}
-    return {f"data/{name}/{key}": value for name, share in shares.items() for key, value in share.items()}
+    """data/* of the first `samples` samples about sources and stages; empty where the data has no sources."""
+    if not has_sources(data.cfg):
+        return {}
+    of_all, values = data.samples, {}
+    shares = source_shares(of_all, samples)
+    if data.cfg.stages:
+        number = of_all.schedule.stage_of(samples - 1)
+        values["data/stage"] = float(number + 1)
+        of_stage = stage_shares(of_all, of_all.stages[number], samples)
+        shares = {name: share | of_stage[name] for name, share in shares.items()}
+    values |= {f"data/{name}/{key}": value for name, share in shares.items() for key, value in share.items()}
+    return values

@@ -10,11 +10,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from olmoe_train.checkpoint.convert.stored_model import open_stored_model, split_step
+from olmoe_train.checkpoint.convert.stored_model import load_whole, open_stored_model, split_step
 from olmoe_train.config.train import LoggingConfig
 from olmoe_train.data.loader import TrainingData
+from olmoe_train.data.mixture import has_sources
 from olmoe_train.model import OlmoeForCausalLM
-from olmoe_train.model.hf.pretrained import load_model
 from olmoe_train.model.moe.routing_record import record_routing
 from olmoe_train.reporting.router_analysis import domain_specialization, saturation
 from olmoe_train.reporting.routing_counts import (
@@ -98,7 +98,7 @@ class RouterAnalysis(Callback):
                 values |= {f"router/layer_{layer:02d}/{name}": share for layer, share in enumerate(shares)}
                 parts = f"layers {', '.join(f'{share:.3f}' for share in shares)}"
                 log.info("step %d | router %s: %s", state.step, name.replace("_", " "), parts)
-        if self.data.cfg.mixture:
+        if has_sources(self.data.cfg):
             values |= self._domain_shares(routing)
         self.previous = routing
         if len(values) > 2:  # before the first step there may be nothing to compare with
@@ -166,4 +166,4 @@ def load_reference(name: str, dtype: torch.dtype, device: torch.device) -> Olmoe
     directory, step = split_step(name)
     stored = open_stored_model(directory, step or "latest")
     stored.config.dtype = dtype
-    return load_model(OlmoeForCausalLM, stored.config, stored.read, device)
+    return load_whole(stored, device)

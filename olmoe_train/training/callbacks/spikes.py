@@ -9,7 +9,6 @@ import logging
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from olmoe_train.data.batch_sizes import BatchSizes
 from olmoe_train.data.loader import RankMicroBatches, TrainingData
 from olmoe_train.model import OlmoeForCausalLM
 from olmoe_train.optim.skip_step import ENOUGH, REASONS, WINDOW, SkipGuard
@@ -53,7 +53,7 @@ class Spikes(Callback):
         throughput: Throughput,
         watchdog: Watchdog,
         *,
-        global_batch_size: int,
+        sizes: BatchSizes,
         micro_batch_size: int,
         with_routing: bool,
         device: torch.device,
@@ -61,12 +61,12 @@ class Spikes(Callback):
         """with_routing: whether routers can be recorded; in compiled layers they cannot."""
         self.directory, self.guard, self.model, self.data = run_dir / SPIKES, guard, model, data
         self.batches, self.throughput, self.watchdog = batches, throughput, watchdog
-        self.global_batch_size, self.micro_batch_size = global_batch_size, micro_batch_size
+        self.sizes, self.micro_batch_size = sizes, micro_batch_size
         self.with_routing, self.device = with_routing, device
-        self.judged = self.explained = 0
+        self.judged = self.judged_samples = self.explained = 0
 
     def on_start(self, state: TrainState) -> None:
-        self.judged = state.step
+        self.judged, self.judged_samples = state.step, state.samples
         count = torch.tensor(len(list(self.directory.glob("step-*.json"))) if dist.get_rank() == 0 else 0)
         dist.all_reduce(count)
         self.explained = int(count)
@@ -77,13 +77,13 @@ class Spikes(Callback):
         outcomes = self.guard.outcomes.tolist()
         history = np.array(self.guard.history.tolist())
         spikes = find_spikes(self.judged, state.step, outcomes, history, self.guard.sigmas is not None)
-        self.judged = state.step
         for step, why in list(spikes.items())[: max(0, MOST - self.explained)]:
             skipped_since = all(outcomes[s % WINDOW] in REASONS for s in range(step, state.step + 1))
             self._explain(step, why, state, skipped_since, history[:, step % WINDOW].tolist())
             self.explained += 1
             if self.explained == MOST:
                 log.warning("WARNING: %d steps are explained in %s; no more will be", MOST, self.directory)
+        self.judged, self.judged_samples = state.step, state.samples
         if spikes:
             self.throughput.restart(state.tokens)
 
@@ -107,12 +107,11 @@ class Spikes(Callback):
             content |= {"documents": [], "notes": ["the batches were given to train(batches=...)"]}
             self._write(step, content, "its batch was given to train(batches=...), so no document is known")
             return
-        first = state.samples - (state.step - step + 1) * self.global_batch_size
+        first = self.sizes.samples_after(step - 1 - self.judged, self.judged_samples)
         rank, world = dist.get_rank(), dist.get_world_size()
-        order = RankMicroBatches(first, self.global_batch_size, rank, world, self.micro_batch_size)
-        count = self.global_batch_size // (world * self.micro_batch_size)
+        order = RankMicroBatches(first, self.sizes, rank, world, self.micro_batch_size)
         samples = self.data.samples
-        documents = StepDocuments(samples, list(islice(order, count)))
+        documents = StepDocuments(samples, order.of_one_step())
 
         def with_heartbeat(items: Any) -> Iterator[Any]:
             return self.watchdog.with_heartbeat(items, f"explaining step {step}")
@@ -126,7 +125,7 @@ class Spikes(Callback):
         content |= {
             "ce_loss": finite_or_none(losses.ce_loss),
             "targets": losses.targets,
-            "samples": [first, first + self.global_batch_size],
+            "samples": [first, first + self.sizes.after(first)],
             "documents": records,
             "notes": missing_origins(samples),
         }

@@ -76,7 +76,8 @@ class ZeroEngine:
         """
         self.trainer, self.parallel, self.optimizer_config = trainer, parallel, optimizer
         self.stage, self.device = parallel.zero_stage, device
-        if buffers := persistent_buffers(initial):
+        # The balancer's own are shared with `initial` and with every sharded copy, so they need no copying.
+        if buffers := [name for name in persistent_buffers(initial) if not name.startswith("balancer.")]:
             raise UserError(
                 f"parallel.strategy=deepspeed: this engine does not keep the model's buffers "
                 f"({', '.join(buffers)}); use parallel.strategy=fsdp"
@@ -89,6 +90,9 @@ class ZeroEngine:
         with redirect_stdout(io.StringIO()):  # DeepSpeed prints its progress on every rank
             import_deepspeed(device)
             self._start(initial, config)
+        balancer: object = self.model.balancer
+        if isinstance(balancer, nn.Module):
+            balancer.to(device)
 
     def _start(self, initial: OlmoeForCausalLM, config: dict[str, Any]) -> None:
         self.model = build_zero_model(self.trainer, self.parallel, initial, config, self.device)
@@ -179,6 +183,8 @@ class ZeroEngine:
                 if parameter.requires_grad:  # frozen ones stay on the meta device: checkpoints have none
                     module.register_parameter(name, nn.Parameter(torch.empty_like(parameter, device="cpu")))
         stored.tie_weights()
+        assert self.model.balancer is not None
+        stored.set_balancer(self.model.balancer)  # the same object: its buffers are saved and loaded in place
         adamw = build_optimizer(trained_parameters(stored), self.optimizer_config)
         assert isinstance(adamw, torch.optim.AdamW)
         return stored, adamw

@@ -17,6 +17,7 @@ from olmoe_train.distributed.compile import compile_layers
 from olmoe_train.distributed.expert_parallel import exchange_tokens, keep_quantized_experts
 from olmoe_train.model import OlmoeForCausalLM
 from olmoe_train.model.adapters.add import add_adapter, quantize_base, quantized_weights
+from olmoe_train.model.moe.balancing import set_router_options
 from olmoe_train.model.moe.experts import OlmoeExperts
 from olmoe_train.model.outputs import TrainingOutput
 from olmoe_train.optim.build import trained_parameters
@@ -94,7 +95,8 @@ def build_zero_model(
 
 
 def _meta_copy(stored: OlmoeForCausalLM) -> OlmoeForCausalLM:
-    """A whole model like `stored` on the meta device, with its adapter, kernels and balancer."""
+    """A whole model like `stored` on the meta device, with its adapter, kernels, balancer and router
+    options."""
     with torch.device("meta"):
         model = OlmoeForCausalLM(stored.config)
     if stored.adapter is not None:
@@ -104,6 +106,8 @@ def _meta_copy(stored: OlmoeForCausalLM) -> OlmoeForCausalLM:
     model.set_experts_backend(stored.decoder_layers[0].mlp.experts.backend)
     if stored.balancer is not None:
         model.set_balancer(stored.balancer)
+    router = stored.decoder_layers[0].mlp.gate
+    set_router_options((layer.mlp for layer in model.decoder_layers), router.temperature, router.jitter)
     return model
 
 

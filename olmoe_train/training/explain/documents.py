@@ -174,9 +174,11 @@ def step_losses(
         step: This rank's sequences. Every rank has equally many micro-batches.
         device: The device of this rank.
         with_heartbeat: Wraps the micro-batches.
-        with_routing: Whether to record which experts the tokens went to.
+        with_routing: Whether to record which experts the tokens went to. With expert choice it is not
+            recorded.
     """
     config, count = model.config, len(step.keys)
+    with_routing = with_routing and config.routing == "token_choice"
     sums = torch.zeros(3, count, dtype=torch.float64)  # tokens, targets, loss
     layers, experts = config.num_hidden_layers, config.num_experts
     routed_LNE = torch.zeros(layers, count * experts)
@@ -197,13 +199,14 @@ def step_losses(
 
 
 def as_in_training(model: OlmoeForCausalLM) -> AbstractContextManager[None]:
-    """Keep the model in its mode, in which it computes what training computes, unless dropout is on.
+    """Keep the model in its mode, in which it computes what training computes, unless there is noise.
 
     In eval mode the experts choose among matrix products by speed (experts.py), and in bf16 these round
     differently.
     """
-    dropout = max(model.config.attention_dropout, model.adapter.dropout if model.adapter else 0.0)
-    return without_dropout(model) if dropout > 0 else nullcontext()
+    noise = max(model.config.attention_dropout, model.adapter.dropout if model.adapter else 0.0)
+    noise = max(noise, model.decoder_layers[0].mlp.gate.jitter)
+    return without_dropout(model) if noise > 0 else nullcontext()
 
 
 def target_losses(model: OlmoeForCausalLM, batch: Batch) -> Tensor:

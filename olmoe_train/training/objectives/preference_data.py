@@ -8,6 +8,7 @@ import torch
 import torch.distributed as dist
 
 from olmoe_train.config.train import EvaluationConfig, TrainerConfig
+from olmoe_train.data.batch_sizes import BatchSizes
 from olmoe_train.data.loader import (
     RankMicroBatches,
     TrainingData,
@@ -73,12 +74,13 @@ def first_epochs(data: TrainingData, trainer: TrainerConfig) -> Iterator[tuple[i
 
 
 def _first_epoch(data: TrainingData, trainer: TrainerConfig) -> Iterator[Batch]:
-    sizes = (trainer.global_batch_size, dist.get_rank(), dist.get_world_size(), trainer.micro_batch_size)
+    size = BatchSizes(trainer.global_batch_size)
+    layout = (size, dist.get_rank(), dist.get_world_size(), trainer.micro_batch_size)
     samples = data.samples.epoch
     micro_batches = trainer.global_batch_size // (dist.get_world_size() * trainer.micro_batch_size)
     count = -(-samples // trainer.global_batch_size) * micro_batches
-    loader = build_train_loader(data, 0, *sizes)
-    for _, indices, batch in zip(range(count), RankMicroBatches(0, *sizes), loader, strict=False):
+    loader = build_train_loader(data, 0, *layout)
+    for _, indices, batch in zip(range(count), RankMicroBatches(0, *layout), loader, strict=False):
         repeated = torch.tensor(indices) >= samples
         documents = len(batch["document_ids"]) // len(indices)
         batch["document_ids"][repeated.repeat_interleave(documents)] = REPEATED

@@ -8,7 +8,8 @@ from olmoe_train.checkpoint.directory import latest_checkpoint, step_of
 from olmoe_train.checkpoint.sharded import saved_state
 from olmoe_train.config.choices import Schedule
 from olmoe_train.config.train import TrainConfig
-from olmoe_train.planning.duration import tokens_per_step, warmup_and_decay_steps
+from olmoe_train.data.batch_sizes import BatchSizes
+from olmoe_train.planning.duration import warmup_and_decay_steps
 from olmoe_train.training.preflight.schedule import known_last_step
 from olmoe_train.utils.errors import UserError
 
@@ -50,8 +51,8 @@ def branch_warnings(cfg: TrainConfig) -> list[str]:
     last_step = known_last_step(cfg)
     if last_step is None:
         return warnings
-    tokens = tokens_per_step(cfg.trainer, cfg.data.sequence_length)
-    warmup_end, start, end = warmup_and_decay_steps(cfg.scheduler, tokens, last_step)
+    sizes = BatchSizes.of(cfg.trainer, cfg.data.sequence_length)
+    warmup_end, start, end = warmup_and_decay_steps(cfg.scheduler, sizes, last_step)
     if warmup_end > step:
         warnings.append(
             f"{key}: the warm-up of this run ends at step {warmup_end:,.10g}, after step {step}; to go on at "

@@ -4,8 +4,11 @@ from olmoe_train.config.train import TrainConfig
 from olmoe_train.config.variants import variant_errors
 from olmoe_train.distributed.rendezvous import launcher_warnings
 from olmoe_train.evaluation.tasks.build import task_errors
+from olmoe_train.training.preflight.ablations import ablation_errors, ablation_warnings
 from olmoe_train.training.preflight.adapter import adapter_errors, adapter_warnings
 from olmoe_train.training.preflight.backend import backend_errors, machine_errors
+from olmoe_train.training.preflight.balancing import balancing_errors, balancing_without_effect
+from olmoe_train.training.preflight.batch_sizes import batch_size_errors, batch_size_warnings
 from olmoe_train.training.preflight.branch import branch_errors, branch_warnings
 from olmoe_train.training.preflight.evaluation import sampling_errors, set_errors
 from olmoe_train.training.preflight.model_and_data import data_errors, model_errors
@@ -21,6 +24,7 @@ from olmoe_train.training.preflight.router_analysis import (
 )
 from olmoe_train.training.preflight.schedule import schedule_errors, schedule_warnings
 from olmoe_train.training.preflight.sinks import sink_errors, sink_warnings
+from olmoe_train.training.preflight.stages import stages_errors, stages_warnings
 from olmoe_train.training.preflight.train_only import train_only_errors, train_only_warnings
 from olmoe_train.training.preflight.unused_keys import gathering_without_effect, keys_without_effect
 from olmoe_train.utils.errors import configuration_error
@@ -52,8 +56,12 @@ def validate(cfg: TrainConfig, world_size: int) -> list[str]:
         raise configuration_error(errors)
     return [
         *keys_without_effect(cfg, manifests),
+        *balancing_without_effect(cfg),
         *schedule_warnings(cfg),
+        *stages_warnings(cfg),
+        *batch_size_warnings(cfg),
         *branch_warnings(cfg),
+        *ablation_warnings(cfg),
         *adapter_warnings(cfg),
         *train_only_warnings(cfg),
         *preference_warnings(cfg, manifests),
@@ -76,9 +84,12 @@ def _configuration_errors(cfg: TrainConfig, world_size: int, of_model: list[str]
         *of_model,
         *variant_errors(cfg),
         *backend_errors(cfg),
+        *ablation_errors(cfg),
         *adapter_errors(cfg, world_size),
         *train_only_errors(cfg),
+        *balancing_errors(cfg),
         *preference_errors(cfg),
+        *stages_errors(cfg),
         *sink_errors(cfg),
     ]
 
@@ -98,15 +109,7 @@ def _trainer_errors(cfg: TrainConfig, world_size: int) -> list[str]:
             f"data.sequence_length={cfg.data.sequence_length}: must be at least 2, because the last token of "
             "a sequence has no next token to predict"
         )
-    sequences_per_pass = trainer.micro_batch_size * world_size
-    if sequences_per_pass > 0 and trainer.global_batch_size % sequences_per_pass:
-        nearest = max(1, round(trainer.global_batch_size / sequences_per_pass)) * sequences_per_pass
-        errors.append(
-            f"trainer.global_batch_size={trainer.global_batch_size}: must be a multiple of "
-            f"trainer.micro_batch_size x ranks = {trainer.micro_batch_size} x {world_size} = "
-            f"{sequences_per_pass}; the nearest is {nearest}"
-        )
-    return errors + parallel_errors(cfg, world_size)
+    return errors + batch_size_errors(cfg, world_size) + parallel_errors(cfg, world_size)
 
 
 def _positive(cfg: TrainConfig) -> dict[str, float]:

@@ -7,7 +7,8 @@ from olmoe_train.config.data import DataConfig
 from olmoe_train.config.model import ModelConfig
 from olmoe_train.config.train import ParallelConfig, TrainConfig
 from olmoe_train.config.verbs import EvaluateConfig
-from olmoe_train.data.mixture import mixture_errors, only_directory
+from olmoe_train.data.mixture import only_directory
+from olmoe_train.data.source_errors import mixture_errors
 from olmoe_train.evaluation.tasks.build import task_errors
 from olmoe_train.evaluation.tasks.overlap import open_training_split
 from olmoe_train.model import OlmoeConfig

@@ -50,8 +50,10 @@ def run_to_explain(cfg: ExplainConfig, run_dir: Path, has_checkpoint: bool) -> T
 
 def _check_layout(run_dir: Path, trainer: TrainerConfig, experts: int) -> None:
     """Refuse a number of ranks on which the micro-batches would be others than in the run."""
-    world, size, micro_batch = dist.get_world_size(), trainer.global_batch_size, trainer.micro_batch_size
-    if size % (world * micro_batch):
+    world, micro_batch = dist.get_world_size(), trainer.micro_batch_size
+    sizes = [*(stage.global_batch_size for stage in trainer.batch_size_warmup), trainer.global_batch_size]
+    if odd := [size for size in sizes if size % (world * micro_batch)]:
+        size = odd[0]
         raise UserError(
             f"{world} ranks cannot share the steps of {run_dir}: the {size} sequences of a step are "
             f"{size // micro_batch} micro-batches of {micro_batch}; use a number of ranks that divides "

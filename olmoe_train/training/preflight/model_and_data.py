@@ -10,7 +10,8 @@ from olmoe_train.config.keys import documented_keys
 from olmoe_train.config.model import olmoe_config
 from olmoe_train.config.train import TrainConfig
 from olmoe_train.data.manifest import Manifest
-from olmoe_train.data.mixture import mixture_components, mixture_errors, read_manifests, verify
+from olmoe_train.data.mixture import mixture_components, read_manifests, verify
+from olmoe_train.data.source_errors import mixture_errors
 from olmoe_train.model.hf.special_tokens import special_token_errors
 from olmoe_train.utils.errors import UserError
 

@@ -147,9 +147,9 @@ def _deepspeed_errors(cfg: TrainConfig, world_size: int) -> list[str]:
 
 
 def _micro_batches(cfg: TrainConfig, world_size: int) -> int:
-    """Micro-batches per rank and step; 0 if the batch sizes are invalid, which is reported elsewhere."""
+    """Most micro-batches per rank and step; 0 if the batch sizes are invalid, which is reported elsewhere."""
     sequences_per_pass = cfg.trainer.micro_batch_size * world_size
-    return cfg.trainer.global_batch_size // sequences_per_pass if sequences_per_pass > 0 else 0
+    return cfg.trainer.largest_batch_size // sequences_per_pass if sequences_per_pass > 0 else 0
 
 
 def deepspeed_file_errors(cfg: TrainConfig, world_size: int) -> list[str]:

@@ -7,6 +7,7 @@ from olmoe_train.config.choices import Packing, PreferenceKind, Reference, Route
 from olmoe_train.config.objective import GrpoConfig, PreferenceConfig
 from olmoe_train.config.train import TrainConfig
 from olmoe_train.data.manifest import Manifest
+from olmoe_train.data.mixture import has_sources, sources_key
 
 USED_BY = {
     "gamma": (PreferenceKind.simpo,),
@@ -108,7 +109,7 @@ def preference_data_errors(cfg: TrainConfig, manifests: dict[str, Manifest]) -> 
     """Whether the data is what the objective reads, one message per error."""
     errors = []
     for name, manifest in manifests.items():
-        where = f"data.mixture: {name}" if cfg.data.mixture else f"data.dir={cfg.data.dir}"
+        where = f"{sources_key(cfg.data)}: {name}" if has_sources(cfg.data) else f"data.dir={cfg.data.dir}"
         preferences = manifest.preferences
         if isinstance(cfg.objective, GrpoConfig) and manifest.targets is None:
             errors.append(

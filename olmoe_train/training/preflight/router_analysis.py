@@ -1,6 +1,7 @@
 """Checks of the router analyses during training: their reference, and whether they have an effect."""
 
 from olmoe_train.checkpoint.convert.stored_model import open_stored_model, split_step
+from olmoe_train.config.choices import RoutingKind
 from olmoe_train.config.objective import NextTokenConfig
 from olmoe_train.config.train import LoggingConfig, TrainConfig
 from olmoe_train.data.manifest import Manifest
@@ -47,6 +48,8 @@ def _obstacle(cfg: TrainConfig, manifests: dict[str, Manifest]) -> str | None:
     """Why routing cannot be analyzed in this run; None: it can be."""
     if cfg.model.num_experts == 1:
         return "a dense model (model.num_experts=1) has no router"
+    if cfg.model.routing is RoutingKind.expert_choice:
+        return "with model.routing=expert_choice tokens choose no experts"
     if not isinstance(cfg.objective, NextTokenConfig):
         return f"objective={cfg.objective.name}, and only objective=next_token has validation texts"
     if not any(manifest.validation.tokens for manifest in manifests.values()):

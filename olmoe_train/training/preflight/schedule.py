@@ -4,9 +4,9 @@ from dataclasses import replace
 
 from olmoe_train.config.choices import Schedule
 from olmoe_train.config.train import SchedulerConfig, TrainConfig
+from olmoe_train.data.batch_sizes import BatchSizes
 from olmoe_train.planning.duration import (
     DECAY_LENGTHS,
-    tokens_per_step,
     total_steps,
     warmup_and_decay_steps,
 )
@@ -58,7 +58,8 @@ def _decay_errors(cfg: TrainConfig) -> list[str]:
     if zero or last_step is None:
         return zero
     try:
-        warmup_and_decay_steps(scheduler, tokens_per_step(cfg.trainer, cfg.data.sequence_length), last_step)
+        sizes = BatchSizes.of(cfg.trainer, cfg.data.sequence_length)
+        warmup_and_decay_steps(scheduler, sizes, last_step)
     except UserError as error:
         return [str(error)]
     return []
@@ -72,7 +73,8 @@ def known_last_step(cfg: TrainConfig) -> int | None:
     limits = replace(cfg.trainer, max_epochs=None)
     values = (limits.max_steps, limits.max_tokens)
     given = [value for value in values if value is not None]
-    if not given or min(*given, limits.global_batch_size, cfg.data.sequence_length) <= 0:
+    sizes = [limits.global_batch_size, *(stage.global_batch_size for stage in limits.batch_size_warmup)]
+    if not given or min(*given, *sizes, cfg.data.sequence_length) <= 0:
         return None
     return total_steps(limits, cfg.data.sequence_length)
 

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from olmoe_train.config.balancing import LossFreeConfig
 from olmoe_train.config.choices import ExpertsBackend, Strategy
 from olmoe_train.config.expert_file import read_experts
 from olmoe_train.config.train import TrainConfig
@@ -16,7 +17,12 @@ def train_only_errors(cfg: TrainConfig) -> list[str]:
         return []
     errors = []
     try:
-        read_experts(Path(path).expanduser(), model.num_hidden_layers, model.num_experts)
+        named = read_experts(Path(path).expanduser(), model.num_hidden_layers, model.num_experts)
+        if isinstance(cfg.balancing, LossFreeConfig) and ParameterRole.router not in named.also:
+            errors.append(
+                "balancing=loss_free with trainer.train_only: its bias would go on changing what the frozen "
+                f"routers choose; set balancing=none, or add router to `also` in {path}"
+            )
     except UserError as error:
         errors.append(f"trainer.train_only={error}")
     if cfg.adapter.name != "none":

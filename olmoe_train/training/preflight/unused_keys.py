@@ -7,6 +7,7 @@ from olmoe_train.config.model import ModelConfig
 from olmoe_train.config.objective import NextTokenConfig
 from olmoe_train.config.train import ParallelConfig, TrainConfig
 from olmoe_train.data.manifest import Manifest
+from olmoe_train.data.mixture import has_sources, sources_key
 from olmoe_train.model.hf.hub import is_hub_name
 
 
@@ -27,9 +28,14 @@ def keys_without_effect(cfg: TrainConfig, manifests: dict[str, Manifest]) -> lis
         warnings.append("data.olmo has no effect here: only `olmoe prepare` reads it")
     if len(cfg.data.mixture) == 1:
         warnings.append("data.mixture has only one source, so its weight has no effect")
-    if cfg.data.mixture:
+    warnings += [
+        f"data.stages[{index}].mixture has only one source, so its weight has no effect"
+        for index, stage in enumerate(cfg.data.stages)
+        if len(stage.mixture) == 1
+    ]
+    if has_sources(cfg.data):
         warnings += [
-            f"data.mixture: {name} has no validation split, so it is not evaluated"
+            f"{sources_key(cfg.data)}: {name} has no validation split, so it is not evaluated"
             for name, manifest in manifests.items()
             if manifest.validation.tokens == 0
         ]
@@ -39,7 +45,7 @@ def keys_without_effect(cfg: TrainConfig, manifests: dict[str, Manifest]) -> lis
             for name in ("router_aux_loss_coef", "router_z_loss_coef")
             if getattr(cfg.loss, name) != 0
         ]
-    elif scope is BalanceScope.micro_batch and cfg.loss.router_aux_loss_coef == 0:
+    elif scope not in (None, BalanceScope.global_batch) and cfg.loss.router_aux_loss_coef == 0:
         warnings.append("balancing.scope has no effect: loss.router_aux_loss_coef=0")
     if cfg.checkpoint.keep_every and not cfg.checkpoint.keep:
         warnings.append("checkpoint.keep_every has no effect: checkpoint.keep=0 keeps every checkpoint")

@@ -12,6 +12,7 @@ import torch
 from olmoe_train.config.choices import DataFormat, Packing, TokenDtype
 from olmoe_train.config.data import DataConfig, OlmoFilesConfig, SourceConfig, TokenizerConfig
 from olmoe_train.config.verbs import PrepareConfig
+from olmoe_train.data.batch_sizes import BatchSizes
 from olmoe_train.data.loader import TrainingData, build_eval_batches, build_train_loader
 from olmoe_train.data.manifest import read_manifest
 from olmoe_train.data.mixture import verify
@@ -104,7 +105,7 @@ def test_the_loader_takes_it_as_any_prepared_data(files: Path, tmp_path: Path, p
     batches: list[list[dict[str, torch.Tensor]]] = []
     for name in ("olmo-index", "ours"):
         data = DataConfig(dir=str(tmp_path / name), sequence_length=5, packing=packing)
-        loader = build_train_loader(TrainingData(data, 0), 0, 2, 0, 1, 2)
+        loader = build_train_loader(TrainingData(data, 0), 0, BatchSizes(2), 0, 1, 2)
         batches.append([*itertools.islice(loader, 4), *build_eval_batches(data, 0, 1, 2)])
     for one, other in zip(*batches, strict=True):
         assert one.keys() == other.keys()
