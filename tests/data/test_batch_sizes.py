@@ -14,8 +14,8 @@ from olmoe_train.training.build import build_schedule
 from olmoe_train.training.preflight.batch_sizes import batch_size_errors, batch_size_warnings
 
 S = 10
-WARMUP = [BatchSizeStage(95, 4), BatchSizeStage(250, 8)]
-# 95 tokens are 9.5 sequences: 3 steps of 4 reach them, at 12. 25 sequences: 2 steps of 8 reach them, at 28.
+WARMUP = [BatchSizeStage(115, 4), BatchSizeStage(250, 8)]
+# 115 tokens are 11.5 sequences: 3 steps of 4 reach them, with 12. 2 steps of 8 more reach 25, with 28.
 STEPS = [range(4), range(4, 8), range(8, 12), range(12, 20), range(20, 28), range(28, 44), range(44, 60)]
 SIZES = BatchSizes.of(TrainerConfig(global_batch_size=16, batch_size_warmup=WARMUP), S)
 
@@ -47,6 +47,7 @@ def test_each_step_has_its_samples_on_every_layout_and_from_every_step(
 
 
 def test_positions_by_hand() -> None:
+    assert SIZES.warmup == ((12, 4), (25, 8))
     assert [SIZES.samples_after(step) for step in range(8)] == [0, 4, 8, 12, 20, 28, 44, 60]
     assert [SIZES.samples_after(2, start) for start in (8, 9, 20, 60)] == [20, 21, 44, 92]
     assert [SIZES.steps_for(samples) for samples in (0, 1, 12, 13, 28, 29, 60)] == [0, 1, 3, 4, 5, 6, 7]
