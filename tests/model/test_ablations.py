@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 from olmoe_train.checkpoint.convert.export import write_export
 from olmoe_train.checkpoint.convert.stored_model import StoredModel
+from olmoe_train.config.choices import ExportFormat
 from olmoe_train.model import OlmoeConfig, OlmoeForCausalLM
 from olmoe_train.model.initialization import initial_value
 from olmoe_train.model.moe.block import OlmoeSparseMoeBlock
@@ -106,7 +107,7 @@ def test_exports_name_what_they_cannot_represent(changes: dict[str, Any], named:
     stored = StoredModel("a run", model.config, lambda name: model.get_parameter(name).detach(), tmp_path)
     for export in (
         lambda: model.save_pretrained(tmp_path / "hf"),
-        lambda: write_export(stored, tmp_path / "out", torch.float32),
+        lambda: write_export(stored, tmp_path / "out", torch.float32, format=ExportFormat.olmo),
     ):
         with pytest.raises(UserError, match=named):
             export()

@@ -86,9 +86,9 @@ class ExpertChoiceRouter(OlmoeTopKRouter):
         probs_BSE = probs_TE.view(sequences, -1, probs_TE.shape[-1])
         scores_BSE = self.scores(probs_TE.detach()).view_as(probs_BSE)
         length = probs_BSE.shape[1]
-        mask_BS = (
-            torch.ones_like(scores_BSE[:, :, 0]) if token_mask_T is None else token_mask_T.view(-1, length)
-        )
+        mask_BS = torch.ones_like(scores_BSE[:, :, 0])
+        if token_mask_T is not None:
+            mask_BS = token_mask_T.view(sequences, length)
         scores_BSE = earlier_first(scores_BSE, mask_BS)
         positions_BCE = self.select_experts(scores_BSE, tokens_per_expert(length, self.config))
         weights_BCE = probs_BSE.gather(1, positions_BCE)
