@@ -166,5 +166,8 @@ def _did_you_mean(message: str, schema: type) -> str:
                 f"a preset of `{group}` must start with its variant: defaults: [NAME_schema, _self_], where "
                 f"NAME is one of {', '.join(VARIANTS[group])}"
             )
+    section, _, key = unknown.partition(".")
+    if unknown in known and section in variant_groups(schema):
+        return f"{section}.{key} is a key of another variant of {section}: choose that one, or remove the key"
     near = difflib.get_close_matches(unknown, known, n=1, cutoff=0.6)
     return f"did you mean {near[0]}?" if near else "--help lists every key"
