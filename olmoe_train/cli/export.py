@@ -11,7 +11,7 @@ import torch
 from olmoe_train.checkpoint.convert.export import with_overrides, write_adapter, write_export
 from olmoe_train.checkpoint.convert.stored_model import StoredModel, open_stored_model
 from olmoe_train.cli.app import run_verb
-from olmoe_train.config.choices import DTYPES, ExportFormat, StripPrefix
+from olmoe_train.config.choices import DTYPES, ExportFormat, StripPrefix, Weights
 from olmoe_train.config.verbs import ExportConfig
 from olmoe_train.utils.errors import UserError
 
@@ -26,7 +26,9 @@ def main(cfg: ExportConfig) -> None:
         for name in _WITHOUT_EFFECT_ON_ADAPTERS:
             if getattr(cfg, name) != getattr(ExportConfig, name):
                 print(f"warning: {name} has no effect: format=peft writes only the adapter, in fp32")
-    stored = open_stored_model(cfg.source, cfg.step, cfg.trust_pickle, cfg.strip_prefix is StripPrefix.auto)
+    stored = open_stored_model(
+        cfg.source, cfg.step, cfg.trust_pickle, cfg.strip_prefix is StripPrefix.auto, cfg.which
+    )
     dtype = stored.config.dtype if cfg.precision is None else DTYPES[cfg.precision]
     assert dtype is not None
     out = output_directory(cfg, stored)
@@ -53,7 +55,8 @@ def output_directory(cfg: ExportConfig, stored: StoredModel) -> Path:
         return Path(cfg.out).expanduser()
     if stored.checkpoint is None:
         raise UserError(f"out is required: set out=DIR, where to write the conversion of source={cfg.source}")
-    return Path(cfg.source).expanduser() / cfg.format.value / stored.checkpoint.name
+    ending = "" if cfg.which is Weights.weights else f"-{cfg.which.value}"
+    return Path(cfg.source).expanduser() / cfg.format.value / f"{stored.checkpoint.name}{ending}"
 
 
 def run() -> int:

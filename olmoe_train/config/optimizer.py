@@ -8,6 +8,8 @@ from olmoe_train.model.roles import ParameterRole
 
 MATRICES = (ParameterRole.matrix, ParameterRole.expert_matrix)
 """Roles of the parameters that optimizer=muon orthogonalizes."""
+ADAMW_STATE = ("exp_avg", "exp_avg_sq")
+"""Moments of AdamW by torch's names, which checkpoints have, too."""
 MUON_ELEMENTS = 2**25
 """Most elements that optimizer=muon orthogonalizes at once, unless a single expert has more. It bounds the
 memory of the update: 16 matrices of OLMoE-1B-7B's experts."""
@@ -29,14 +31,10 @@ class OptimizerConfig(VariantConfig):
     max_grad_norm: float = 1.0
     """Gradients are scaled down to this global norm if theirs is larger; 0: no clipping."""
 
-    @property
-    def moments(self) -> int:
-        """Tensors of a trained parameter's shape in the optimizer's state."""
-        return 2
-
-    def moments_of(self, role: ParameterRole) -> int:
-        """`moments` of the parameters of a role."""
-        return self.moments
+    def state_of(self, role: ParameterRole) -> tuple[str, ...]:
+        """Names of the tensors in the optimizer's state of a parameter of a role, each with the shape of the
+        parameter."""
+        return ADAMW_STATE
 
     def rule_of(self, role: ParameterRole) -> str:
         """The name of the rule that updates the parameters of a role."""
@@ -86,9 +84,8 @@ class RMSpropConfig(OptimizerConfig):
     momentum: float = 0.0
     """Decay rate of the sum of updates; 0: no momentum, and one tensor less in the optimizer's state."""
 
-    @property
-    def moments(self) -> int:
-        return 2 if self.momentum > 0 else 1
+    def state_of(self, role: ParameterRole) -> tuple[str, ...]:
+        return ("square_avg", "momentum_buffer") if self.momentum > 0 else ("square_avg",)
 
     def errors(self) -> list[str]:
         errors = super().errors()
@@ -122,8 +119,8 @@ class MuonConfig(OptimizerConfig):
     adamw_eps: float = 1e-8
     """Added to the denominator of AdamW's update."""
 
-    def moments_of(self, role: ParameterRole) -> int:
-        return 1 if role in MATRICES else 2
+    def state_of(self, role: ParameterRole) -> tuple[str, ...]:
+        return ("momentum_buffer",) if role in MATRICES else ADAMW_STATE
 
     def rule_of(self, role: ParameterRole) -> str:
         return self.name if role in MATRICES else AdamWConfig.name

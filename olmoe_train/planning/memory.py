@@ -31,7 +31,8 @@ class RankMemory:
     gradients: int
     """fp32 gradients, summed over the micro-batches so far: this rank's shard."""
     optimizer: int
-    """The fp32 moments of the optimizer, two for AdamW and one for Muon: this rank's shard."""
+    """The fp32 moments of the optimizer, two for AdamW and one for Muon, and the average of the weights: this
+    rank's shard."""
     gathered: int
     """Whole weights that FSDP2 holds for the current units, and for the ones it prefetches."""
     reduction: int
@@ -86,6 +87,7 @@ def rank_memory(
     batch: MicroBatch,
     adapter: AdapterPlan | None = None,
     optimizer: OptimizerConfig = ADAMW,
+    averaged: bool = False,
 ) -> RankMemory:
     """The memory of the fullest rank, with fsdp or ddp.
 
@@ -102,6 +104,7 @@ def rank_memory(
         batch: What one rank computes at a time.
         adapter: The adapter; None: every parameter is trained.
         optimizer: The optimizer, which decides the number of moments.
+        averaged: Whether an average of the trained weights is kept (trainer.ema_decay).
 
     Returns:
         Bytes of each part.
@@ -117,7 +120,9 @@ def rank_memory(
     return RankMemory(
         parameters=units.held_bytes,
         gradients=FP32 * units.trained,
-        optimizer=sum(FP32 * n * optimizer.moments_of(role) for role, n in units.roles.items()),
+        optimizer=sum(
+            FP32 * n * (len(optimizer.state_of(role)) + averaged) for role, n in units.roles.items()
+        ),
         gathered=gathered,
         reduction=reduction,
         activations=activations,

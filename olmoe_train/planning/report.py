@@ -114,7 +114,8 @@ def plan_memory(cfg: PlanConfig, layout: ParallelLayout, batch: MicroBatch) -> l
     adapter, batches = adapter_plan(cfg.adapter), [replace(batch, load_factor=factor) for factor in factors]
     if layout.strategy is Strategy.deepspeed:
         return [deepspeed_memory(config, layout, batch, adapter) for batch in batches]
-    return [rank_memory(config, layout, batch, adapter, cfg.optimizer) for batch in batches]
+    averaged = cfg.trainer.ema_decay is not None
+    return [rank_memory(config, layout, batch, adapter, cfg.optimizer, averaged) for batch in batches]
 
 
 def reference_memory(cfg: PlanConfig, layout: ParallelLayout, batch: MicroBatch) -> int:
@@ -238,7 +239,7 @@ def memory_lines(cfg: PlanConfig) -> list[str]:
     if host := host_memory(config, layout, batch, adapter):
         lines.append(f"  offloaded to the CPU: {host / unit:.2f} {name} per GPU")
     if cfg.checkpoint.async_save and layout.strategy is not Strategy.deepspeed:
-        # Trained weights in fp32, which are as large as their gradients, and the moments.
+        # Trained weights in fp32, which are as large as their gradients, and the optimizer's state.
         copied = memories[0].gradients + memories[0].optimizer
         lines.append(f"  copied to the CPU for checkpoint.async_save: {copied / unit:.2f} {name} per GPU")
     if layout.strategy is Strategy.deepspeed:

@@ -11,11 +11,13 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
 
+from olmoe_train.checkpoint.convert.stored_model import load_stored_model
 from olmoe_train.config.adapter import LoraConfig
-from olmoe_train.config.choices import ActivationCheckpointing, MuonScale, Precision, Strategy
+from olmoe_train.config.choices import ActivationCheckpointing, MuonScale, Precision, Strategy, Weights
 from olmoe_train.config.model import ModelConfig
 from olmoe_train.config.optimizer import AdamWConfig, MuonConfig, OptimizerConfig
 from olmoe_train.config.train import ParallelConfig, TrainConfig, TrainerConfig
+from olmoe_train.evaluation.perplexity import evaluate_data
 from olmoe_train.model import OlmoeConfig, OlmoeForCausalLM
 from olmoe_train.model.adapters.add import add_adapter
 from olmoe_train.model.adapters.spec import TARGETS, AdapterSpec
@@ -31,11 +33,11 @@ from olmoe_train.planning.memory import MicroBatch, rank_memory, update_bytes
 from olmoe_train.training.preflight.adapter import adapter_errors
 from olmoe_train.training.preflight.parallel import parallel_errors
 from olmoe_train.utils.errors import UserError
-from tests.support.faults import config, run, same, saved_tensors, saved_weights, write_data
+from tests.support.faults import config, records, run, same, saved_tensors, saved_weights, write_data
 from tests.support.ranks import run_ranks
 from tests.support.sizes import SIZES
 
-LR, DECAY = 0.01, 0.1
+LR, DECAY, EMA_DECAY = 0.01, 0.1, 0.75
 
 
 def make_steps(optimizer: torch.optim.Optimizer, weights: list[nn.Parameter], seed: int, steps: int) -> None:
@@ -284,10 +286,10 @@ def test_a_plan_knows_what_the_update_allocates(sizes: dict[str, Any]) -> None:
 
 def resume_in_two_layouts(data: Path, directory: Path) -> None:
     """On each rank: a run of four steps, one that stops after two and goes on, and one that goes on in
-    another layout."""
+    another layout. All keep an average of the weights."""
 
     def run_to(step: int, name: str, experts: int) -> None:
-        trainer = {"max_steps": 4, "stop_at_step": step}
+        trainer = {"max_steps": 4, "stop_at_step": step, "ema_decay": EMA_DECAY}
         parallel = ParallelConfig(expert_parallel_size=experts)
         run(config(data, directory / name, optimizer=MuonConfig(lr=1e-2), trainer=trainer, parallel=parallel))
 
@@ -305,9 +307,27 @@ def test_two_ranks_resume_bit_for_bit_and_in_another_layout(tmp_path: Path) -> N
     run_ranks(2, resume_in_two_layouts, write_data(tmp_path / "data"), tmp_path)
     whole, parts = (saved_tensors(tmp_path / name, 4) for name in ("whole", "parts"))
     assert sum("optim.momentum_buffer." in name for name in whole) == 2 * 2 * 6
+    assert sum("optim.ema." in name for name in whole) == sum("s/model." in name for name in whole)
     assert same(whole, parts)
-    expected, found = (saved_weights(tmp_path / name, 4) for name in ("whole", "elsewhere"))
-    before = saved_weights(tmp_path / "parts", 2)
-    for name, weight in expected.items():
-        assert (found[name] - weight).norm() < 1e-5 * weight.norm(), name
-        assert (before[name] - weight).norm() > 1e-3 * weight.norm(), name
+    for which in Weights:
+        expected, found = (saved_weights(tmp_path / name, 4, which) for name in ("whole", "elsewhere"))
+        before = saved_weights(tmp_path / "parts", 2, which)
+        for name, weight in expected.items():
+            assert (found[name] - weight).norm() < 1e-5 * weight.norm(), name
+            assert (before[name] - weight).norm() > 1e-3 * weight.norm(), name
+    assert_averages(tmp_path / "whole", config(tmp_path / "data", tmp_path / "whole"))
+
+
+def assert_averages(run_dir: Path, cfg: TrainConfig) -> None:
+    """The averages of the steps are those of their definition, and the run logged the loss of the last."""
+    for step in (2, 3, 4):
+        average, weights = saved_weights(run_dir, step, Weights.ema), saved_weights(run_dir, step)
+        for name, before in saved_weights(run_dir, step - 1, Weights.ema).items():
+            expected = EMA_DECAY * before + (1 - EMA_DECAY) * weights[name]
+            assert torch.allclose(average[name], expected, rtol=1e-6, atol=1e-7), (step, name)
+    [logged] = records(run_dir, "eval/validation/ema_loss")
+    for which, key in ((Weights.ema, "ema_loss"), (Weights.weights, "loss")):
+        model, _ = load_stored_model(str(run_dir), torch.device("cpu"), which=which)
+        of_model = evaluate_data(model, cfg.data, cfg.evaluation, torch.device("cpu"))
+        assert logged[f"eval/validation/{key}"] == pytest.approx(of_model["validation"].loss, rel=1e-6)
+    assert logged["eval/validation/ema_loss"] != pytest.approx(logged["eval/validation/loss"], rel=1e-3)
