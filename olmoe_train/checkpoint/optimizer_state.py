@@ -8,7 +8,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from olmoe_train.config.optimizer import ROW_MOMENT
 from olmoe_train.optim.average import AVERAGE
+from olmoe_train.optim.muon import zeros_of_rows
 
 log = logging.getLogger(__name__)
 
@@ -51,7 +53,7 @@ def make_optimizer_state(
                 state["step"] = torch.tensor(steps[name], dtype=torch.float32, device=parameter.device)
             if group.get("average"):
                 kept |= there & {AVERAGE}
-            state |= {key: torch.zeros_like(parameter, requires_grad=False) for key in sorted(kept)}
+            state |= {key: _zeros(parameter, key) for key in sorted(kept)}
             optimizer.state.pop(parameter, None)
             if state:
                 optimizer.state[parameter] = state
@@ -66,6 +68,12 @@ def make_optimizer_state(
         log.warning("WARNING: %s has no average of the weights: it begins with its weights", directory)
     if averaged == [{False}, {True}]:
         log.warning("WARNING: %s has an average of the weights, which this run does not continue", directory)
+
+
+def _zeros(parameter: nn.Parameter, key: str) -> torch.Tensor:
+    if key == ROW_MOMENT:
+        return zeros_of_rows(parameter)
+    return torch.zeros_like(parameter, requires_grad=False)
 
 
 def _stored_state(stored: Iterable[str]) -> dict[str, set[str]]:

@@ -7,11 +7,14 @@ from olmoe_train.config.variants import VariantConfig, register_variant
 from olmoe_train.model.roles import ParameterRole
 
 MATRICES = (ParameterRole.matrix, ParameterRole.expert_matrix)
-"""Roles of the parameters that optimizer=muon orthogonalizes."""
+"""Roles of the parameters whose updates Muon and NorMuon orthogonalize."""
 ADAMW_STATE = ("exp_avg", "exp_avg_sq")
 """Moments of AdamW by torch's names, which checkpoints have, too."""
+MOMENTUM = "momentum_buffer"
+ROW_MOMENT = "row_second_moment"
+"""One number per row of a weight: its shape is that of the parameter without the last dimension."""
 MUON_ELEMENTS = 2**25
-"""Most elements that optimizer=muon orthogonalizes at once, unless a single expert has more. It bounds the
+"""Most elements that Muon orthogonalizes at once, unless a single expert has more. It bounds the
 memory of the update: 16 matrices of OLMoE-1B-7B's experts."""
 
 
@@ -32,8 +35,8 @@ class OptimizerConfig(VariantConfig):
     """Gradients are scaled down to this global norm if theirs is larger; 0: no clipping."""
 
     def state_of(self, role: ParameterRole) -> tuple[str, ...]:
-        """Names of the tensors in the optimizer's state of a parameter of a role, each with the shape of the
-        parameter."""
+        """Names of the tensors in the optimizer's state of a parameter of a role. All but ROW_MOMENT have the
+        shape of the parameter."""
         return ADAMW_STATE
 
     def rule_of(self, role: ParameterRole) -> str:
@@ -85,7 +88,7 @@ class RMSpropConfig(OptimizerConfig):
     """Decay rate of the sum of updates; 0: no momentum, and one tensor less in the optimizer's state."""
 
     def state_of(self, role: ParameterRole) -> tuple[str, ...]:
-        return ("square_avg", "momentum_buffer") if self.momentum > 0 else ("square_avg",)
+        return ("square_avg", MOMENTUM) if self.momentum > 0 else ("square_avg",)
 
     def errors(self) -> list[str]:
         errors = super().errors()
@@ -98,18 +101,13 @@ class RMSpropConfig(OptimizerConfig):
 
 
 @dataclass(frozen=True)
-class MuonConfig(OptimizerConfig):
-    """Muon for the matrices of attention and experts, AdamW for all other parameters."""
+class OrthogonalizingConfig(OptimizerConfig):
+    """What Muon and NorMuon have: momentum that is orthogonalized, and AdamW for all other parameters."""
 
-    name: str = "muon"
     momentum: float = 0.95
     """Decay rate of the sum of gradients that is orthogonalized."""
     nesterov: bool = True
     """Whether to orthogonalize the gradient plus `momentum` times that sum, in place of the sum."""
-    scale: MuonScale = MuonScale.match_rms
-    """Factor of the orthogonalized update of a matrix with m rows (outputs) and n columns (inputs).
-    match_rms: 0.2 sqrt(max(m, n)), so that learning rate and weight decay of AdamW fit (arXiv 2502.16982).
-    spectral: sqrt(m / n), so that activations change by as much in every layer (arXiv 2310.17813)."""
     ns_steps: int = 5
     """Newton-Schulz iterations."""
     adamw_lr: float | None = None
@@ -120,7 +118,7 @@ class MuonConfig(OptimizerConfig):
     """Added to the denominator of AdamW's update."""
 
     def state_of(self, role: ParameterRole) -> tuple[str, ...]:
-        return ("momentum_buffer",) if role in MATRICES else ADAMW_STATE
+        return (MOMENTUM,) if role in MATRICES else ADAMW_STATE
 
     def rule_of(self, role: ParameterRole) -> str:
         return self.name if role in MATRICES else AdamWConfig.name
@@ -143,6 +141,41 @@ class MuonConfig(OptimizerConfig):
         return errors
 
 
+@dataclass(frozen=True)
+class MuonConfig(OrthogonalizingConfig):
+    """Muon for the matrices of attention and experts, AdamW for all other parameters."""
+
+    name: str = "muon"
+    scale: MuonScale = MuonScale.match_rms
+    """Factor of the orthogonalized update of a matrix with m rows (outputs) and n columns (inputs).
+    match_rms: 0.2 sqrt(max(m, n)), so that learning rate and weight decay of AdamW fit (arXiv 2502.16982).
+    spectral: sqrt(m / n), so that activations change by as much in every layer (arXiv 2310.17813)."""
+
+
+@dataclass(frozen=True)
+class NorMuonConfig(OrthogonalizingConfig):
+    """Muon whose updates are divided, row by row, by a running root mean square (arXiv 2510.05491)."""
+
+    name: str = "normuon"
+    beta2: float = 0.95
+    """Decay rate of the running mean, for each row of a matrix, of the squared entries of its orthogonalized
+    updates."""
+    eps: float = 1e-8
+    """Added to the root of that mean, by which the row is divided."""
+
+    def state_of(self, role: ParameterRole) -> tuple[str, ...]:
+        return (MOMENTUM, ROW_MOMENT) if role in MATRICES else ADAMW_STATE
+
+    def errors(self) -> list[str]:
+        errors = super().errors()
+        if not 0 <= self.beta2 < 1:
+            errors.append(f"optimizer.beta2={self.beta2}: must be in [0, 1)")
+        if not self.eps > 0:
+            errors.append(f"optimizer.eps={self.eps}: must be positive")
+        return errors
+
+
 register_variant("optimizer", AdamWConfig)
 register_variant("optimizer", MuonConfig)
+register_variant("optimizer", NorMuonConfig)
 register_variant("optimizer", RMSpropConfig)

@@ -6,7 +6,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from olmoe_train.config.optimizer import AdamWConfig, MuonConfig, OptimizerConfig, RMSpropConfig
+from olmoe_train.config.optimizer import (
+    AdamWConfig,
+    MuonConfig,
+    NorMuonConfig,
+    OptimizerConfig,
+    RMSpropConfig,
+)
 from olmoe_train.optim.muon import Muon
 
 Parameters = Iterable[nn.Parameter] | list[dict[str, Any]]
@@ -39,14 +45,15 @@ def build_rmsprop(parameters: Parameters, cfg: RMSpropConfig) -> torch.optim.Opt
     )
 
 
-def build_muon(groups: Any, cfg: MuonConfig) -> torch.optim.Optimizer:
-    """Muon over the groups of `roles.parameter_groups`."""
+def build_muon(groups: Any, cfg: MuonConfig | NorMuonConfig) -> torch.optim.Optimizer:
+    """Muon or NorMuon over the groups of `roles.parameter_groups`."""
     return Muon(groups, cfg)
 
 
 OPTIMIZERS: dict[type[OptimizerConfig], Callable[[Parameters, Any], torch.optim.Optimizer]] = {
     AdamWConfig: build_adamw,
     MuonConfig: build_muon,
+    NorMuonConfig: build_muon,
     RMSpropConfig: build_rmsprop,
 }
 """Variant of `optimizer` -> its builder. A new optimizer is one configuration class and one entry here."""

@@ -17,8 +17,8 @@ from olmoe_train.config.verbs import PlanConfig
 from olmoe_train.planning.adapter import adapter_counts, adapter_plan
 from olmoe_train.planning.duration import schedule_in_words, tokens_per_step, total_steps
 from olmoe_train.planning.flops import FlopsPerToken, parameter_counts, peak_flops, train_flops_per_token
-from olmoe_train.planning.layout import ParallelLayout
-from olmoe_train.planning.memory import FP32, MicroBatch, RankMemory, rank_memory
+from olmoe_train.planning.layout import FP32, ParallelLayout
+from olmoe_train.planning.memory import MicroBatch, RankMemory, rank_memory
 from olmoe_train.planning.memory_deepspeed import deepspeed_memory, host_memory, save_memory
 from olmoe_train.planning.traffic import Links, StepTraffic, step_traffic
 

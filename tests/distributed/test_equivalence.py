@@ -144,10 +144,12 @@ CASES = [
         Layout(4, 4, experts=2, checkpointing="selective", adapter="lora"),
     ),
     Case("hsdp 2x2, experts 2, lora", Layout(4, 2, experts=2, copies=2, adapter="lora")),
-    Case("1 rank, muon", Layout(1, 16, muon=True)),
-    Case("ddp 2, experts 2, muon", Layout(2, 8, "ddp", experts=2, muon=True)),
-    Case("fsdp 4, experts 2, muon", Layout(4, 4, experts=2, muon=True)),
-    Case("hsdp 2x2, muon", Layout(4, 4, copies=2, muon=True)),
+    Case("1 rank, muon", Layout(1, 16, optimizer="muon")),
+    Case("ddp 2, experts 2, muon", Layout(2, 8, "ddp", experts=2, optimizer="muon")),
+    Case("fsdp 4, experts 2, muon", Layout(4, 4, experts=2, optimizer="muon")),
+    Case("hsdp 2x2, muon", Layout(4, 4, copies=2, optimizer="muon")),
+    Case("1 rank, normuon", Layout(1, 16, optimizer="normuon")),
+    Case("fsdp 4, experts 2, normuon", Layout(4, 4, experts=2, optimizer="normuon")),
     Case("zero-3 4, experts 1, lora", zero(4, stage=3, adapter="lora")),
 ]
 LAYOUTS = {case.name: case.layout for case in CASES}
@@ -274,8 +276,8 @@ def trained(
 def reference_of(name: str) -> str:
     if adapter := LAYOUTS[name].adapter:
         return f"1 rank, {adapter}"
-    if LAYOUTS[name].muon:
-        return "1 rank, muon"
+    if LAYOUTS[name].optimizer != "adamw":
+        return f"1 rank, {LAYOUTS[name].optimizer}"
     if LAYOUTS[name].documents:
         return "1 rank, documents"
     return "1 rank, padded" if LAYOUTS[name].padded else "1 rank"

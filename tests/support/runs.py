@@ -18,7 +18,7 @@ from olmoe_train.config.choices import (
     Strategy,
 )
 from olmoe_train.config.data import MixtureSource
-from olmoe_train.config.optimizer import AdamWConfig, MuonConfig
+from olmoe_train.config.optimizer import AdamWConfig, MuonConfig, NorMuonConfig
 from olmoe_train.config.train import ParallelConfig, TrainConfig
 from tests.support.data import write_prepared
 from tests.support.sizes import SIZES, overrides, section
@@ -59,6 +59,7 @@ ADAPTERS: dict[str, LoraConfig] = {
     "dora": DoraConfig(rank=4, alpha=10.0),
     "nf4": LoraConfig(rank=4, alpha=10.0, quantize_base=QuantizeBase.nf4),
 }
+OPTIMIZERS = {"muon": MuonConfig, "normuon": NorMuonConfig}
 # By default ZeRO-3 does not partition parameters of up to 100,000 elements. Here that is every parameter.
 PARTITION_ALL = Path(__file__).with_name("partition_all.json")
 
@@ -83,8 +84,8 @@ class Layout:
     """A key of ADAPTERS; the run then starts from a base model."""
     compiled: bool = False
     prefetch: int = 1
-    muon: bool = False
-    """Use optimizer=muon in place of AdamW."""
+    optimizer: str = "adamw"
+    """A key of OPTIMIZERS, or adamw."""
 
     def config(self, tiny: TrainConfig, run_dir: Path, base: Path | None = None) -> TrainConfig:
         """The configuration of a run. base: the model that an adapter adapts."""
@@ -107,9 +108,9 @@ class Layout:
         )
         data = replace(tiny.data, **DOCUMENTS) if self.documents else tiny.data
         cfg = replace(tiny, run_dir=str(run_dir), trainer=trainer, parallel=parallel, data=data)
-        if self.muon:
-            clipping = cfg.optimizer.max_grad_norm
-            return replace(cfg, optimizer=MuonConfig(lr=cfg.optimizer.lr, max_grad_norm=clipping))
+        if self.optimizer in OPTIMIZERS:
+            lr, clipping = cfg.optimizer.lr, cfg.optimizer.max_grad_norm
+            return replace(cfg, optimizer=OPTIMIZERS[self.optimizer](lr=lr, max_grad_norm=clipping))
         if not self.adapter:
             return cfg
         assert isinstance(cfg.optimizer, AdamWConfig)

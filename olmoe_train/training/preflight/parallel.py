@@ -10,7 +10,7 @@ from olmoe_train.config.choices import (
     Precision,
     Strategy,
 )
-from olmoe_train.config.optimizer import AdamWConfig, MuonConfig
+from olmoe_train.config.optimizer import AdamWConfig, OrthogonalizingConfig
 from olmoe_train.config.train import TrainConfig
 from olmoe_train.distributed.deepspeed_config import deepspeed_config
 from olmoe_train.distributed.mesh import resolve_device
@@ -134,10 +134,10 @@ def _deepspeed_errors(cfg: TrainConfig, world_size: int) -> list[str]:
 def _deepspeed_optimizer_errors(cfg: TrainConfig) -> list[str]:
     """What DeepSpeed cannot do with the optimizer, and with averages of the weights."""
     stage, decay, errors = cfg.parallel.zero_stage, cfg.trainer.ema_decay, []
-    if isinstance(cfg.optimizer, MuonConfig):
+    if isinstance(cfg.optimizer, OrthogonalizingConfig):
         errors.append(
-            f"optimizer=muon with parallel.zero_stage={stage}: {MUON_WITH_ZERO[stage]}; set optimizer=adamw, "
-            "or parallel.strategy=fsdp"
+            f"optimizer={cfg.optimizer.name} with parallel.zero_stage={stage}: {MUON_WITH_ZERO[stage]}; set "
+            "optimizer=adamw, or parallel.strategy=fsdp"
         )
     elif not isinstance(cfg.optimizer, AdamWConfig):
         errors.append(

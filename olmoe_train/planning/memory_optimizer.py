@@ -1,0 +1,53 @@
+"""Memory of the optimizer on one rank, in bytes: its state, and what its update allocates."""
+
+from collections.abc import Mapping
+
+from olmoe_train.config.optimizer import (
+    MUON_ELEMENTS,
+    ROW_MOMENT,
+    OptimizerConfig,
+    OrthogonalizingConfig,
+)
+from olmoe_train.model import OlmoeConfig
+from olmoe_train.model.roles import ParameterRole
+from olmoe_train.planning.layout import FP32, ParallelLayout
+
+
+def state_bytes(config: OlmoeConfig, roles: Mapping[ParameterRole, int], optimizer: OptimizerConfig) -> int:
+    """Bytes of the optimizer's state. roles: trained elements on the rank, by role."""
+    query, key, hidden, width = (
+        config.query_width,
+        config.key_value_width,
+        config.hidden_size,
+        config.intermediate_size,
+    )
+    # Rows and elements of q, k, v and o of a layer; and of gate, up and down of an expert.
+    rows_in = {
+        ParameterRole.matrix: (query + 2 * key + hidden, 2 * hidden * (query + key)),
+        ParameterRole.expert_matrix: (2 * width + hidden, 3 * width * hidden),
+    }
+    total = 0
+    for role, elements in roles.items():
+        for name in optimizer.state_of(role):
+            rows, of_elements = rows_in[role] if name == ROW_MOMENT else (1, 1)
+            total += FP32 * -(-elements * rows // of_elements)
+    return total
+
+
+def update_bytes(config: OlmoeConfig, layout: ParallelLayout, optimizer: OptimizerConfig) -> int:
+    """Most bytes that the update of Muon or NorMuon allocates at a time; 0 for others, which update in place.
+
+    At most six fp32 tensors as large as the matrices that a rank orthogonalizes at once: parts of updates,
+    whole matrices, their normalized values, those of the next iteration, and two square ones in between.
+    """
+    if not isinstance(optimizer, OrthogonalizingConfig):
+        return 0
+    dense = config.query_width * config.hidden_size  # q, k, v and o, of all layers
+    matrices = -(-4 * config.num_hidden_layers // layout.shard_size)
+    expert = 2 * config.intermediate_size * config.hidden_size  # gate and up
+    experts = -(-config.num_experts // (layout.expert_parallel_size * layout.expert_shard_size))
+    at_once = (
+        elements * min(number, max(1, MUON_ELEMENTS // elements))
+        for elements, number in ((dense, matrices), (expert, experts))
+    )
+    return 6 * FP32 * max(at_once)
