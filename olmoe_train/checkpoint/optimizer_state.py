@@ -53,7 +53,7 @@ def make_optimizer_state(
                 state["step"] = torch.tensor(steps[name], dtype=torch.float32, device=parameter.device)
             if group.get("average"):
                 kept |= there & {AVERAGE}
-            state |= {key: _zeros(parameter, key) for key in sorted(kept)}
+            state |= {key: _zeros(parameter, key, group.get("state_dtype")) for key in sorted(kept)}
             optimizer.state.pop(parameter, None)
             if state:
                 optimizer.state[parameter] = state
@@ -70,10 +70,11 @@ def make_optimizer_state(
         log.warning("WARNING: %s has an average of the weights, which this run does not continue", directory)
 
 
-def _zeros(parameter: nn.Parameter, key: str) -> torch.Tensor:
+def _zeros(parameter: nn.Parameter, key: str, dtype: torch.dtype | None) -> torch.Tensor:
+    """Zeros for one tensor of the state. dtype: of moments; None: that of the parameter."""
     if key == ROW_MOMENT:
         return zeros_of_rows(parameter)
-    return torch.zeros_like(parameter, requires_grad=False)
+    return torch.zeros_like(parameter, dtype=None if key == AVERAGE else dtype, requires_grad=False)
 
 
 def _stored_state(stored: Iterable[str]) -> dict[str, set[str]]:

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field
 
-from olmoe_train.config.choices import MuonScale
+from olmoe_train.config.choices import MuonScale, Precision
 from olmoe_train.config.variants import VariantConfig, register_variant
 from olmoe_train.model.roles import ParameterRole
 
@@ -10,6 +10,10 @@ MATRICES = (ParameterRole.matrix, ParameterRole.expert_matrix)
 """Roles of the parameters whose updates Muon and NorMuon orthogonalize."""
 ADAMW_STATE = ("exp_avg", "exp_avg_sq")
 """Moments of AdamW by torch's names, which checkpoints have, too."""
+UPDATE_ELEMENTS = 2**24
+"""Elements of a rank's shard that optimizer.moments_dtype=bf16 updates at a time, which bounds the memory."""
+GREATEST_BF16_BETA = 0.99
+"""Greatest decay rate of a moment in bf16 (optim/adamw_bf16.py)."""
 MOMENTUM = "momentum_buffer"
 ROW_MOMENT = "row_second_moment"
 """One number per row of a weight: its shape is that of the parameter without the last dimension."""
@@ -39,6 +43,11 @@ class OptimizerConfig(VariantConfig):
         shape of the parameter."""
         return ADAMW_STATE
 
+    @property
+    def state_dtype(self) -> Precision:
+        """Data type of these tensors."""
+        return Precision.fp32
+
     def rule_of(self, role: ParameterRole) -> str:
         """The name of the rule that updates the parameters of a role."""
         return self.name
@@ -66,11 +75,24 @@ class AdamWConfig(OptimizerConfig):
     """Decay rates of the running means of the gradient and of its square."""
     eps: float = 1e-8
     """Added to the denominator of the update."""
+    moments_dtype: Precision = Precision.fp32
+    """Data type in which the moments are kept. bf16: half the memory, 4 bytes per trained parameter less;
+    betas of up to 0.99. Weights and arithmetic are fp32 in any case."""
+
+    @property
+    def state_dtype(self) -> Precision:
+        return self.moments_dtype
 
     def errors(self) -> list[str]:
         errors = super().errors()
         if any(not 0 <= beta < 1 for beta in self.betas):
             errors.append(f"optimizer.betas={list(self.betas)}: each must be in [0, 1)")
+        elif self.moments_dtype is Precision.bf16 and max(self.betas) > GREATEST_BF16_BETA:
+            errors.append(
+                f"optimizer.betas={list(self.betas)}: with optimizer.moments_dtype=bf16 each must be at most "
+                f"{GREATEST_BF16_BETA}, because bf16 loses changes of a moment by less than 1/256 of it; "
+                "lower it, or set optimizer.moments_dtype=fp32"
+            )
         return errors
 
 

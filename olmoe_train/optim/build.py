@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from olmoe_train.config.choices import Precision
 from olmoe_train.config.optimizer import (
     AdamWConfig,
     MuonConfig,
@@ -13,6 +14,7 @@ from olmoe_train.config.optimizer import (
     OptimizerConfig,
     RMSpropConfig,
 )
+from olmoe_train.optim.adamw_bf16 import AdamWBf16
 from olmoe_train.optim.muon import Muon
 
 Parameters = Iterable[nn.Parameter] | list[dict[str, Any]]
@@ -20,8 +22,10 @@ Parameters = Iterable[nn.Parameter] | list[dict[str, Any]]
 
 
 def build_adamw(parameters: Parameters, cfg: AdamWConfig) -> torch.optim.Optimizer:
-    """Fused AdamW over every parameter. By default weight decay applies to all of them, norms and embeddings
-    included (arXiv 2409.02060, table 10)."""
+    """AdamW over every parameter, fused where the moments are fp32. By default weight decay applies to all of
+    them, norms and embeddings included (arXiv 2409.02060, table 10)."""
+    if cfg.moments_dtype is Precision.bf16:
+        return AdamWBf16(parameters, cfg)
     return torch.optim.AdamW(
         parameters, lr=cfg.lr, betas=cfg.betas, eps=cfg.eps, weight_decay=cfg.weight_decay, fused=True
     )

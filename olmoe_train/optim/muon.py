@@ -29,6 +29,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 from olmoe_train.config.choices import MuonScale
 from olmoe_train.config.optimizer import MOMENTUM, MUON_ELEMENTS, ROW_MOMENT, MuonConfig, NorMuonConfig
 from olmoe_train.distributed.mesh import local_tensor
+from olmoe_train.optim.skip_step import store_unless
 
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 """a, b and c of an iteration a X + b (X X^T) X + c (X X^T)^2 X."""
@@ -170,7 +171,7 @@ class Muon(torch.optim.Optimizer):
         factor = lr * self._scale(batch.rows // batch.matrices_per_row, batch.columns)
         for (weight, *_), of_weight in zip(batch.parts, direction.split(batch.sizes), strict=True):
             shrunk = weight * (1 - lr * weight_decay)
-            _store(weight, shrunk.sub_(of_weight, alpha=factor), skip)
+            store_unless(weight, shrunk.sub_(of_weight, alpha=factor), skip)
 
     def _scale(self, rows: int, columns: int) -> float:
         if isinstance(self.cfg, NorMuonConfig):
@@ -184,7 +185,7 @@ class Muon(torch.optim.Optimizer):
             total = momentum * self.cfg.momentum + gradient
             update = gradient + total * self.cfg.momentum if self.cfg.nesterov else total
             updates.append(update.to(newton_schulz_dtype(update.device)))
-            _store(momentum, total, skip)
+            store_unless(momentum, total, skip)
         return updates[0] if len(updates) == 1 else torch.cat(updates)
 
     def _direction(self, update: Tensor, batch: Batch, skip: Tensor | None) -> Tensor:
@@ -209,7 +210,7 @@ class Muon(torch.optim.Optimizer):
         moment = cfg.beta2 * whole + (1 - cfg.beta2) * mean
         new = _cut_again(moment, len(held), batch)
         for target, value in zip(kept, new.split(batch.sizes), strict=True):
-            _store(target, value, skip)
+            store_unless(target, value, skip)
         even_XMN = direction_XMN / (moment.sqrt() + cfg.eps).reshape(*direction_XMN.shape[:-1], 1)
         norm = torch.linalg.matrix_norm(even_XMN, keepdim=True).clamp(min=SMALLEST_NORM)
         return even_XMN.mul_(math.sqrt(math.prod(even_XMN.shape[-2:])) / norm).to(dtype)
@@ -218,11 +219,6 @@ class Muon(torch.optim.Optimizer):
 def zeros_of_rows(parameter: Tensor) -> Tensor:
     """Zeros, one per row of a parameter: [..., M] of [..., M, N], in its layout."""
     return torch.zeros_like(parameter.detach().select(-1, 0), memory_format=torch.contiguous_format)
-
-
-def _store(target: Tensor, value: Tensor, skip: Tensor | None) -> None:
-    """Set `target` to `value`, unless `skip` (bool scalar on the device) is true."""
-    target.copy_(value if skip is None else torch.where(skip, target, value))
 
 
 def _cut(parameter: Tensor) -> Cut | None:

@@ -150,6 +150,8 @@ CASES = [
     Case("hsdp 2x2, muon", Layout(4, 4, copies=2, optimizer="muon")),
     Case("1 rank, normuon", Layout(1, 16, optimizer="normuon")),
     Case("fsdp 4, experts 2, normuon", Layout(4, 4, experts=2, optimizer="normuon")),
+    Case("1 rank, moments in bf16", Layout(1, 16, optimizer="moments in bf16")),
+    Case("fsdp 4, experts 2, moments in bf16", Layout(4, 4, experts=2, optimizer="moments in bf16")),
     Case("zero-3 4, experts 1, lora", zero(4, stage=3, adapter="lora")),
 ]
 LAYOUTS = {case.name: case.layout for case in CASES}

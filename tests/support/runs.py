@@ -1,7 +1,9 @@
 """Complete runs of a tiny model with the real train(), in any layout."""
 
 import os
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +20,7 @@ from olmoe_train.config.choices import (
     Strategy,
 )
 from olmoe_train.config.data import MixtureSource
-from olmoe_train.config.optimizer import AdamWConfig, MuonConfig, NorMuonConfig
+from olmoe_train.config.optimizer import AdamWConfig, MuonConfig, NorMuonConfig, OptimizerConfig
 from olmoe_train.config.train import ParallelConfig, TrainConfig
 from tests.support.data import write_prepared
 from tests.support.sizes import SIZES, overrides, section
@@ -59,7 +61,11 @@ ADAPTERS: dict[str, LoraConfig] = {
     "dora": DoraConfig(rank=4, alpha=10.0),
     "nf4": LoraConfig(rank=4, alpha=10.0, quantize_base=QuantizeBase.nf4),
 }
-OPTIMIZERS = {"muon": MuonConfig, "normuon": NorMuonConfig}
+OPTIMIZERS: dict[str, Callable[..., OptimizerConfig]] = {
+    "muon": MuonConfig,
+    "normuon": NorMuonConfig,
+    "moments in bf16": partial(AdamWConfig, moments_dtype=Precision.bf16),
+}
 # By default ZeRO-3 does not partition parameters of up to 100,000 elements. Here that is every parameter.
 PARTITION_ALL = Path(__file__).with_name("partition_all.json")
 

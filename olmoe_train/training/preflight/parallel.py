@@ -144,6 +144,11 @@ def _deepspeed_optimizer_errors(cfg: TrainConfig) -> list[str]:
             f"optimizer={cfg.optimizer.name}: with parallel.strategy=deepspeed the optimizer is AdamW; set "
             "optimizer=adamw, or parallel.strategy=fsdp"
         )
+    elif cfg.optimizer.moments_dtype is Precision.bf16:
+        errors.append(
+            "optimizer.moments_dtype=bf16: with parallel.strategy=deepspeed the update is that of fused "
+            "AdamW, whose moments are fp32; set optimizer.moments_dtype=fp32, or parallel.strategy=fsdp"
+        )
     if decay is not None:
         errors.append(
             f"trainer.ema_decay={decay}: with parallel.strategy=deepspeed the fp32 weights are "
