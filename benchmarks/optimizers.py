@@ -17,9 +17,9 @@ from benchmarks.common import BareStep
 from benchmarks.loop import clocks, since
 from olmoe_train.config import compose
 from olmoe_train.config.choices import Device, Precision
-from olmoe_train.config.optimizer import AdamWConfig, MuonConfig
+from olmoe_train.config.optimizer import AdamWConfig, MuonConfig, NorMuonConfig
 
-OPTIMIZERS = {"adamw": AdamWConfig(), "muon": MuonConfig()}
+OPTIMIZERS = {"adamw": AdamWConfig(), "muon": MuonConfig(), "normuon": NorMuonConfig()}
 # Rounds that are not counted: the first ones choose kernels and allocate.
 WARM_UP = 1
 PARTS = ("step", "clipping and update")
@@ -67,11 +67,16 @@ def main() -> None:
     for part, of_part in spent.items():
         for clock, title in enumerate(("wall", "CPU")):
             seconds = {name: [pair[clock] for pair in pairs[WARM_UP:]] for name, pairs in of_part.items()}
-            ratios = [a / b for a, b in zip(seconds["muon"], seconds["adamw"], strict=True)]
+            pairs_of = {name: zip(times, seconds["adamw"], strict=True) for name, times in seconds.items()}
+            ratios = ", ".join(
+                f"{name} / adamw {statistics.median(a / b for a, b in pairs):.2f}"
+                for name, pairs in pairs_of.items()
+                if name != "adamw"
+            )
             medians = ", ".join(
                 f"{name} {1e3 * statistics.median(times):.1f} ms" for name, times in seconds.items()
             )
-            print(f"{part}, {title} time: {medians}; muon / adamw {statistics.median(ratios):.2f}")
+            print(f"{part}, {title} time: {medians}; {ratios}")
 
 
 if __name__ == "__main__":

@@ -8,8 +8,8 @@ Prints the tables of "Scaling on paper" in docs/benchmarks/memory-and-scaling.md
 from olmoe_train.config.choices import ActivationCheckpointing, Precision, Strategy
 from olmoe_train.model import OlmoeConfig
 from olmoe_train.planning.flops import train_flops_per_token
-from olmoe_train.planning.layout import ParallelLayout, count_units
-from olmoe_train.planning.memory import FP32, MicroBatch, rank_memory
+from olmoe_train.planning.layout import FP32, ParallelLayout, count_units
+from olmoe_train.planning.memory import MicroBatch, rank_memory
 from olmoe_train.planning.traffic import Links, StepTraffic, step_traffic
 
 CONFIG = OlmoeConfig(intermediate_size=1024)  # the other defaults are the released model's

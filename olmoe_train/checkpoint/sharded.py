@@ -13,7 +13,7 @@ rank's missing file. The hashes in the manifest detect both.
 import json
 import math
 import shutil
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,6 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.staging import BlockingAsyncStager
-from torch.distributed.fsdp import FSDPModule
 
 from olmoe_train.checkpoint.directory import (
     MANIFEST,
@@ -38,15 +37,19 @@ from olmoe_train.checkpoint.directory import (
     step_of,
     verify,
 )
+from olmoe_train.checkpoint.optimizer_state import make_optimizer_state
+from olmoe_train.config.choices import Weights
 from olmoe_train.distributed.collectives import Group, gather_from_all, on_rank_0
+from olmoe_train.distributed.fsdp import reshard
 from olmoe_train.distributed.mesh import local_tensor
+from olmoe_train.optim.average import AVERAGE
 from olmoe_train.utils.errors import UserError
 from olmoe_train.utils.files import fsync_path, publish_directory, write_json
 
-# AdamW's state tensors per parameter, besides the step count.
-MOMENTS = ("exp_avg", "exp_avg_sq")
 # Approximate size of a rank's files, in bytes. The writer builds each file in memory first.
 FILE_BYTES = 2 * 1024**3
+# First part of a tensor's name on disk -> which weights of the model these tensors are.
+PREFIXES = {Weights.weights: "model.", Weights.ema: f"optim.{AVERAGE}."}
 
 
 # --- writing ----------------------------------------------------------------------------------------------
@@ -205,7 +208,8 @@ def load_checkpoint(
     Args:
         directory: The checkpoint.
         model: The model to fill in place.
-        optimizer: The optimizer whose state is filled in place. None loads only the model.
+        optimizer: The optimizer whose state is filled in place, as far as its rules need what is stored
+            (optimizer_state.py). None loads only the model.
 
     Returns:
         The state that the caller of `save_checkpoint` passed.
@@ -219,9 +223,9 @@ def load_checkpoint(
     content = _read_state(directory)
     reader = HuggingFaceStorageReader(str(directory))
     stored = reader.read_metadata().state_dict_metadata
-    _reshard(model)
+    reshard(model)
     if optimizer is not None:
-        _make_optimizer_state(model, optimizer, content["adam_steps"], stored)
+        make_optimizer_state(directory, model, optimizer, content["adam_steps"], stored)
     tensors, _ = _training_tensors(model, optimizer)
     sizes = {
         name: list(entry.size) for name, entry in stored.items() if isinstance(entry, TensorStorageMetadata)
@@ -252,8 +256,12 @@ def _read_state(directory: Path) -> dict[str, Any]:
     return content
 
 
-def open_model_tensors(directory: Path) -> Callable[[str], Tensor]:
+def open_model_tensors(directory: Path, which: Weights = Weights.weights) -> Callable[[str], Tensor]:
     """Open a checkpoint of any layout in one process.
+
+    Args:
+        directory: The checkpoint.
+        which: The weights, or their average (trainer.ema_decay).
 
     Returns:
         A function that reads one full tensor of the model by name. The tensor is on the CPU, in its stored
@@ -271,7 +279,7 @@ def open_model_tensors(directory: Path) -> Callable[[str], Tensor]:
             pieces.setdefault(key, []).append((file, saved["saved_offsets"]))
 
     def read(name: str) -> Tensor:
-        key = f"model.{name}"
+        key = f"{PREFIXES[which]}{name}"
         parts = [(file.get_tensor(key), offsets) for file, offsets in pieces[key]]
         if len(parts) == 1:
             return parts[0][0]
@@ -284,13 +292,17 @@ def open_model_tensors(directory: Path) -> Callable[[str], Tensor]:
     return read
 
 
-def model_tensor_names(directory: Path) -> set[str]:
-    """Return the names of all parameters and buffers of the model in a checkpoint. For one process."""
+def model_tensor_names(directory: Path, which: Weights = Weights.weights) -> set[str]:
+    """Return the names of all parameters and buffers of the model in a checkpoint. For one process.
+
+    which=ema: only of those that have an average.
+    """
     names: set[str] = set()
     for path in Path(directory).glob("*.safetensors"):
         with safe_open(path, framework="pt") as file:
             names |= set(json.loads(file.metadata()["DCP_SHARDING_INFO"]))
-    return {name.removeprefix("model.") for name in names if name.startswith("model.")}
+    prefix = PREFIXES[which]
+    return {name.removeprefix(prefix) for name in names if name.startswith(prefix)}
 
 
 # --- what is in it ----------------------------------------------------------------------------------------
@@ -304,7 +316,7 @@ def _training_tensors(
     This works for any optimizer whose state per parameter is tensors of the parameter's shape and an optional
     step count, for example AdamW's moments or SGD's momentum.
     """
-    _reshard(model)
+    reshard(model)
     is_adapted = getattr(model, "adapter", None) is not None
     tensors, steps = {}, {}
     for name, parameter in model.named_parameters():
@@ -324,16 +336,6 @@ def _training_tensors(
     return tensors, dict(zip(steps, counts, strict=True))
 
 
-def _reshard(model: nn.Module) -> None:
-    """Give the model its sharded parameters, which the optimizer knows.
-
-    A forward pass without backward leaves gathered ones, for example the pass of the reference.
-    """
-    for unit in model.modules():
-        if isinstance(unit, FSDPModule):
-            unit.reshard()
-
-
 def persistent_buffers(model: nn.Module) -> dict[str, Tensor]:
     """Return the buffers of the training state by name. Each buffer has the same values on all ranks."""
     return {
@@ -342,31 +344,3 @@ def persistent_buffers(model: nn.Module) -> dict[str, Tensor]:
         for name, buffer in module.named_buffers(recurse=False)
         if name not in module._non_persistent_buffers_set
     }
-
-
-def _make_optimizer_state(
-    model: nn.Module, optimizer: torch.optim.Optimizer, steps: dict[str, float], stored: Iterable[str]
-) -> None:
-    """Allocate the optimizer's state in the layout of the parameters.
-
-    The optimizer itself would allocate the state only at its first step.
-
-    Args:
-        model: The model that is loaded.
-        optimizer: The optimizer that is loaded.
-        steps: Step count by parameter name.
-        stored: Names of the tensors in the checkpoint.
-    """
-    keys: dict[str, list[str]] = {}
-    for tensor_name in stored:
-        kind, _, rest = tensor_name.partition(".")
-        if kind == "optim":
-            key, _, name = rest.partition(".")
-            keys.setdefault(name, []).append(key)
-    for name, parameter in model.named_parameters():
-        state = {key: torch.zeros_like(parameter, requires_grad=False) for key in sorted(keys.get(name, ()))}
-        if name in steps:
-            step = torch.tensor(steps[name], dtype=torch.float32, device=parameter.device)
-            state = {"step": step, **state}
-        if state:
-            optimizer.state[parameter] = state

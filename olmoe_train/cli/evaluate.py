@@ -23,7 +23,7 @@ from olmoe_train.cli.evaluate_output import SourceResult, show_all, show_one, sh
 from olmoe_train.cli.model_sources import check_data, names_of_sources, open_source
 from olmoe_train.cli.ranks import HELP, end_process, on_ranks
 from olmoe_train.cli.sources import collect_sources
-from olmoe_train.config.choices import DTYPES
+from olmoe_train.config.choices import DTYPES, Weights
 from olmoe_train.config.data import DataConfig
 from olmoe_train.config.verbs import EvaluateConfig
 from olmoe_train.data.mixture import read_manifests, verify
@@ -84,7 +84,7 @@ def evaluate(cfg: EvaluateConfig, device: torch.device) -> tuple[list[SourceResu
     names, data = names_of_sources(cfg.source), text_data(cfg)
     if data is not None:
         verify(data)
-    sources = {name: open_source(name, cfg.trust_pickle, cfg.strip_prefix) for name in names}
+    sources = {name: open_source(name, cfg.trust_pickle, cfg.strip_prefix, which=cfg.which) for name in names}
     if errors := source_errors(cfg, data, sources):
         raise UserError("\n  ".join(errors))
     tasks = read_tasks(cfg.evaluation.tasks, cfg.evaluation.max_questions)
@@ -166,7 +166,8 @@ def evaluate_source(
     if evaluation.prompts:
         tokenizer = load_tokenizer(stored.tokenizer)
         samples = sample_prompts(model, tokenizer, evaluation.prompts, evaluation.sample_tokens, device)
-    return SourceResult(name, of_data, of_sets, of_tasks, samples)
+    shown = name if stored.which is Weights.weights else f"{name} (average of the weights)"
+    return SourceResult(shown, of_data, of_sets, of_tasks, samples)
 
 
 def progress(what: str, is_shown: bool) -> Callable[[Iterable[Item]], Iterable[Item]]:

@@ -12,7 +12,7 @@ import torch
 from olmoe_train.checkpoint.convert.export import with_overrides, write_adapter, write_export
 from olmoe_train.checkpoint.convert.stored_model import StoredModel, load_whole, open_stored_model
 from olmoe_train.cli.app import run_verb
-from olmoe_train.config.choices import DTYPES, BiasExport, ExportFormat, StripPrefix
+from olmoe_train.config.choices import DTYPES, BiasExport, ExportFormat, StripPrefix, Weights
 from olmoe_train.config.objective import NextTokenConfig
 from olmoe_train.config.saved_run import saved_train_config
 from olmoe_train.config.train import EvaluationConfig
@@ -35,7 +35,9 @@ def main(cfg: ExportConfig) -> None:
         for name in _WITHOUT_EFFECT_ON_ADAPTERS:
             if getattr(cfg, name) != getattr(ExportConfig, name):
                 print(f"warning: {name} has no effect: format=peft writes only the adapter, in fp32")
-    stored = open_stored_model(cfg.source, cfg.step, cfg.trust_pickle, cfg.strip_prefix is StripPrefix.auto)
+    stored = open_stored_model(
+        cfg.source, cfg.step, cfg.trust_pickle, cfg.strip_prefix is StripPrefix.auto, cfg.which
+    )
     dtype = stored.config.dtype if cfg.precision is None else DTYPES[cfg.precision]
     assert dtype is not None
     if cfg.fold is BiasExport.drop:
@@ -92,7 +94,8 @@ def output_directory(cfg: ExportConfig, stored: StoredModel) -> Path:
         return Path(cfg.out).expanduser()
     if stored.checkpoint is None:
         raise UserError(f"out is required: set out=DIR, where to write the conversion of source={cfg.source}")
-    return Path(cfg.source).expanduser() / cfg.format.value / stored.checkpoint.name
+    ending = "" if cfg.which is Weights.weights else f"-{cfg.which.value}"
+    return Path(cfg.source).expanduser() / cfg.format.value / f"{stored.checkpoint.name}{ending}"
 
 
 def run() -> int:

@@ -38,7 +38,7 @@ def main(cfg: GenerateConfig) -> None:
         raise UserError("prompt is empty: give some text to continue")
     device = resolve_device()
     model, directory = load_stored_model(
-        cfg.source, device, cfg.trust_pickle, cfg.strip_prefix is StripPrefix.auto
+        cfg.source, device, cfg.trust_pickle, cfg.strip_prefix is StripPrefix.auto, cfg.which
     )
     refuse_expert_choice(model.config)
     if cfg.chat:

@@ -7,7 +7,7 @@ import torch.distributed as dist
 
 from olmoe_train.checkpoint.convert.stored_model import StoredModel, open_stored_model, split_step
 from olmoe_train.checkpoint.directory import complete_checkpoints, step_of
-from olmoe_train.config.choices import StripPrefix
+from olmoe_train.config.choices import StripPrefix, Weights
 from olmoe_train.config.data import DataConfig
 from olmoe_train.data.manifest import Manifest
 from olmoe_train.distributed.collectives import gather_from_all
@@ -43,7 +43,13 @@ def names_of_sources(source: list[str], key: str = "source") -> list[str]:
     return names
 
 
-def open_source(name: str, trust_pickle: bool, strip_prefix: StripPrefix, key: str = "source") -> StoredModel:
+def open_source(
+    name: str,
+    trust_pickle: bool,
+    strip_prefix: StripPrefix,
+    key: str = "source",
+    which: Weights = Weights.weights,
+) -> StoredModel:
     """Open one model. Collective, if there are ranks: the first rank of a node downloads what is on the hub.
 
     Args:
@@ -51,6 +57,7 @@ def open_source(name: str, trust_pickle: bool, strip_prefix: StripPrefix, key: s
         trust_pickle: Accept weights in a pickle.
         strip_prefix: Whether to take the prefixes of wrappers off the names of the tensors.
         key: The configuration key that has the name, for messages about the hub.
+        which: The weights of a run, or their average.
 
     Raises:
         UserError: There is no such model.
@@ -58,7 +65,8 @@ def open_source(name: str, trust_pickle: bool, strip_prefix: StripPrefix, key: s
     directory, step = split_step(name)
     if is_hub_name(directory):
         directory, step = str(download(directory, step, trust_pickle, key)), None
-    return open_stored_model(directory, step or "latest", trust_pickle, strip_prefix is StripPrefix.auto)
+    strip = strip_prefix is StripPrefix.auto
+    return open_stored_model(directory, step or "latest", trust_pickle, strip, which)
 
 
 def download(name: str, revision: str | None, trust_pickle: bool, key: str) -> Path:

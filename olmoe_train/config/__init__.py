@@ -6,7 +6,13 @@ from olmoe_train.config.compose import compose
 from olmoe_train.config.data import DataConfig, MixtureSource, SourceConfig, TokenizerConfig
 from olmoe_train.config.model import ModelConfig, olmoe_config
 from olmoe_train.config.objective import NextTokenConfig, ObjectiveConfig
-from olmoe_train.config.optimizer import AdamWConfig, MuonConfig, OptimizerConfig, RMSpropConfig
+from olmoe_train.config.optimizer import (
+    AdamWConfig,
+    MuonConfig,
+    NorMuonConfig,
+    OptimizerConfig,
+    RMSpropConfig,
+)
 from olmoe_train.config.train import (
     CheckpointConfig,
     EvaluationConfig,
@@ -48,6 +54,7 @@ __all__ = [
     "MuonConfig",
     "NextTokenConfig",
     "NoAdapterConfig",
+    "NorMuonConfig",
     "ObjectiveConfig",
     "OptimizerConfig",
     "ParallelConfig",

@@ -92,6 +92,11 @@ class MuonScale(Enum):
     spectral = "spectral"
 
 
+class Weights(Enum):
+    weights = "weights"
+    ema = "ema"
+
+
 class WandbMode(Enum):
     online = "online"
     offline = "offline"

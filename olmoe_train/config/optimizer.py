@@ -2,14 +2,23 @@
 
 from dataclasses import dataclass, field
 
-from olmoe_train.config.choices import MuonScale
+from olmoe_train.config.choices import MuonScale, Precision
 from olmoe_train.config.variants import VariantConfig, register_variant
 from olmoe_train.model.roles import ParameterRole
 
 MATRICES = (ParameterRole.matrix, ParameterRole.expert_matrix)
-"""Roles of the parameters that optimizer=muon orthogonalizes."""
+"""Roles of the parameters whose updates Muon and NorMuon orthogonalize."""
+ADAMW_STATE = ("exp_avg", "exp_avg_sq")
+"""Moments of AdamW by torch's names, which checkpoints have, too."""
+UPDATE_ELEMENTS = 2**24
+"""Elements of a rank's shard that optimizer.moments_dtype=bf16 updates at a time, which bounds the memory."""
+GREATEST_BF16_BETA = 0.99
+"""Greatest decay rate of a moment in bf16 (optim/adamw_bf16.py)."""
+MOMENTUM = "momentum_buffer"
+ROW_MOMENT = "row_second_moment"
+"""One number per row of a weight: its shape is that of the parameter without the last dimension."""
 MUON_ELEMENTS = 2**25
-"""Most elements that optimizer=muon orthogonalizes at once, unless a single expert has more. It bounds the
+"""Most elements that Muon orthogonalizes at once, unless a single expert has more. It bounds the
 memory of the update: 16 matrices of OLMoE-1B-7B's experts."""
 
 
@@ -29,14 +38,15 @@ class OptimizerConfig(VariantConfig):
     max_grad_norm: float = 1.0
     """Gradients are scaled down to this global norm if theirs is larger; 0: no clipping."""
 
-    @property
-    def moments(self) -> int:
-        """Tensors of a trained parameter's shape in the optimizer's state."""
-        return 2
+    def state_of(self, role: ParameterRole) -> tuple[str, ...]:
+        """Names of the tensors in the optimizer's state of a parameter of a role. All but ROW_MOMENT have the
+        shape of the parameter."""
+        return ADAMW_STATE
 
-    def moments_of(self, role: ParameterRole) -> int:
-        """`moments` of the parameters of a role."""
-        return self.moments
+    @property
+    def state_dtype(self) -> Precision:
+        """Data type of these tensors."""
+        return Precision.fp32
 
     def rule_of(self, role: ParameterRole) -> str:
         """The name of the rule that updates the parameters of a role."""
@@ -65,11 +75,24 @@ class AdamWConfig(OptimizerConfig):
     """Decay rates of the running means of the gradient and of its square."""
     eps: float = 1e-8
     """Added to the denominator of the update."""
+    moments_dtype: Precision = Precision.fp32
+    """Data type in which the moments are kept. bf16: half the memory, 4 bytes per trained parameter less;
+    betas of up to 0.99. Weights and arithmetic are fp32 in any case."""
+
+    @property
+    def state_dtype(self) -> Precision:
+        return self.moments_dtype
 
     def errors(self) -> list[str]:
         errors = super().errors()
         if any(not 0 <= beta < 1 for beta in self.betas):
             errors.append(f"optimizer.betas={list(self.betas)}: each must be in [0, 1)")
+        elif self.moments_dtype is Precision.bf16 and max(self.betas) > GREATEST_BF16_BETA:
+            errors.append(
+                f"optimizer.betas={list(self.betas)}: with optimizer.moments_dtype=bf16 each must be at most "
+                f"{GREATEST_BF16_BETA}, because bf16 loses changes of a moment by less than 1/256 of it; "
+                "lower it, or set optimizer.moments_dtype=fp32"
+            )
         return errors
 
 
@@ -86,9 +109,8 @@ class RMSpropConfig(OptimizerConfig):
     momentum: float = 0.0
     """Decay rate of the sum of updates; 0: no momentum, and one tensor less in the optimizer's state."""
 
-    @property
-    def moments(self) -> int:
-        return 2 if self.momentum > 0 else 1
+    def state_of(self, role: ParameterRole) -> tuple[str, ...]:
+        return ("square_avg", MOMENTUM) if self.momentum > 0 else ("square_avg",)
 
     def errors(self) -> list[str]:
         errors = super().errors()
@@ -101,18 +123,13 @@ class RMSpropConfig(OptimizerConfig):
 
 
 @dataclass(frozen=True)
-class MuonConfig(OptimizerConfig):
-    """Muon for the matrices of attention and experts, AdamW for all other parameters."""
+class OrthogonalizingConfig(OptimizerConfig):
+    """What Muon and NorMuon have: momentum that is orthogonalized, and AdamW for all other parameters."""
 
-    name: str = "muon"
     momentum: float = 0.95
     """Decay rate of the sum of gradients that is orthogonalized."""
     nesterov: bool = True
     """Whether to orthogonalize the gradient plus `momentum` times that sum, in place of the sum."""
-    scale: MuonScale = MuonScale.match_rms
-    """Factor of the orthogonalized update of a matrix with m rows (outputs) and n columns (inputs).
-    match_rms: 0.2 sqrt(max(m, n)), so that learning rate and weight decay of AdamW fit (arXiv 2502.16982).
-    spectral: sqrt(m / n), so that activations change by as much in every layer (arXiv 2310.17813)."""
     ns_steps: int = 5
     """Newton-Schulz iterations."""
     adamw_lr: float | None = None
@@ -122,8 +139,8 @@ class MuonConfig(OptimizerConfig):
     adamw_eps: float = 1e-8
     """Added to the denominator of AdamW's update."""
 
-    def moments_of(self, role: ParameterRole) -> int:
-        return 1 if role in MATRICES else 2
+    def state_of(self, role: ParameterRole) -> tuple[str, ...]:
+        return (MOMENTUM,) if role in MATRICES else ADAMW_STATE
 
     def rule_of(self, role: ParameterRole) -> str:
         return self.name if role in MATRICES else AdamWConfig.name
@@ -146,6 +163,41 @@ class MuonConfig(OptimizerConfig):
         return errors
 
 
+@dataclass(frozen=True)
+class MuonConfig(OrthogonalizingConfig):
+    """Muon for the matrices of attention and experts, AdamW for all other parameters."""
+
+    name: str = "muon"
+    scale: MuonScale = MuonScale.match_rms
+    """Factor of the orthogonalized update of a matrix with m rows (outputs) and n columns (inputs).
+    match_rms: 0.2 sqrt(max(m, n)), so that learning rate and weight decay of AdamW fit (arXiv 2502.16982).
+    spectral: sqrt(m / n), so that activations change by as much in every layer (arXiv 2310.17813)."""
+
+
+@dataclass(frozen=True)
+class NorMuonConfig(OrthogonalizingConfig):
+    """Muon whose updates are divided, row by row, by a running root mean square (arXiv 2510.05491)."""
+
+    name: str = "normuon"
+    beta2: float = 0.95
+    """Decay rate of the running mean, for each row of a matrix, of the squared entries of its orthogonalized
+    updates."""
+    eps: float = 1e-8
+    """Added to the root of that mean, by which the row is divided."""
+
+    def state_of(self, role: ParameterRole) -> tuple[str, ...]:
+        return (MOMENTUM, ROW_MOMENT) if role in MATRICES else ADAMW_STATE
+
+    def errors(self) -> list[str]:
+        errors = super().errors()
+        if not 0 <= self.beta2 < 1:
+            errors.append(f"optimizer.beta2={self.beta2}: must be in [0, 1)")
+        if not self.eps > 0:
+            errors.append(f"optimizer.eps={self.eps}: must be positive")
+        return errors
+
+
 register_variant("optimizer", AdamWConfig)
 register_variant("optimizer", MuonConfig)
+register_variant("optimizer", NorMuonConfig)
 register_variant("optimizer", RMSpropConfig)

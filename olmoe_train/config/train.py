@@ -87,6 +87,10 @@ class TrainerConfig:
     activation_checkpointing: ActivationCheckpointing = ActivationCheckpointing.none
     """Which activations are recomputed in the backward pass. none: none of them. selective: all but the
     outputs of matrix products. full: all but the input of each layer."""
+    ema_decay: float | None = None
+    """Keep an exponential moving average (EMA) e of the trained weights w, in fp32: after every update, e
+    becomes d e + (1 - d) w, with this d, above 0 and below 1. Each validation also evaluates the average
+    (eval/NAME/ema_loss), and which=ema exports it. null: off."""
 
     @property
     def largest_batch_size(self) -> int:
@@ -183,7 +187,7 @@ class CheckpointConfig:
     """Steps between exports to run_dir/hf. A checkpoint is saved for each of them. 0: no exports."""
     async_save: bool = False
     """Write checkpoints in the background, from a copy in host memory (12 bytes per parameter, over all
-    ranks)."""
+    ranks; 16 with trainer.ema_decay)."""
     max_failures: int = 3
     """The run ends after this many saves in a row have failed. After fewer, it continues."""
     resume: str = "auto"

@@ -12,6 +12,7 @@ from olmoe_train.config.choices import (
     MergeDecay,
     Precision,
     StripPrefix,
+    Weights,
     XAxis,
 )
 from olmoe_train.config.data import DataConfig, TokenizerConfig
@@ -40,7 +41,7 @@ class ExportConfig:
     """Step of the run to export: a number, or latest."""
     out: str | None = None
     """Directory to write; null: hf/step-XXXXXXXX in the run directory (peft/... or olmo/... for the other
-    formats)."""
+    formats; step-XXXXXXXX-ema with which=ema)."""
     max_shard_size: str = "5GB"
     """Size limit of a safetensors file, such as 5GB or 200MB. Only for format=hf: OLMo reads a single
     file."""
@@ -68,6 +69,8 @@ class ExportConfig:
     """End-of-text token of the exported model; null: that of the source."""
     pad_token_id: int | None = None
     """Padding token of the exported model; null: that of the source."""
+    which: Weights = Weights.weights
+    """Of a run. weights: the weights. ema: their average, which a run with trainer.ema_decay keeps."""
 
 
 @dataclass(frozen=True)
@@ -102,6 +105,8 @@ class GenerateConfig:
     strip_prefix: StripPrefix = StripPrefix.none
     """auto: take the prefixes of wrappers, _orig_mod. (torch.compile) and module. (DDP), off the names of the
     tensors."""
+    which: Weights = Weights.weights
+    """Of a run. weights: the weights. ema: their average, which a run with trainer.ema_decay keeps."""
 
 
 @dataclass(frozen=True)
@@ -135,6 +140,9 @@ class EvaluateConfig:
     strip_prefix: StripPrefix = StripPrefix.none
     """auto: take the prefixes of wrappers, _orig_mod. (torch.compile) and module. (DDP), off the names of the
     tensors."""
+    which: Weights = Weights.weights
+    """Of runs; every source must then be one. weights: the weights. ema: their average, which a run with
+    trainer.ema_decay keeps."""
 
 
 @dataclass(frozen=True)

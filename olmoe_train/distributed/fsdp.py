@@ -50,6 +50,16 @@ def shard(model: OlmoeForCausalLM, mesh: Mesh, precision: Precision, parallel: P
             unit.set_force_sum_reduction_for_comms(True)
 
 
+def reshard(model: nn.Module) -> None:
+    """Give the model its sharded parameters, which the optimizer knows.
+
+    A forward pass without backward leaves gathered ones, for example the pass of the reference.
+    """
+    for unit in model.modules():
+        if isinstance(unit, FSDPModule):
+            unit.reshard()
+
+
 def _shard_layer(
     layer: OlmoeDecoderLayer, mesh: Mesh, policy: MixedPrecisionPolicy, reshard: bool
 ) -> list[FSDPModule]:

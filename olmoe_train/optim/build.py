@@ -6,7 +6,15 @@ from typing import Any
 import torch
 from torch import nn
 
-from olmoe_train.config.optimizer import AdamWConfig, MuonConfig, OptimizerConfig, RMSpropConfig
+from olmoe_train.config.choices import Precision
+from olmoe_train.config.optimizer import (
+    AdamWConfig,
+    MuonConfig,
+    NorMuonConfig,
+    OptimizerConfig,
+    RMSpropConfig,
+)
+from olmoe_train.optim.adamw_bf16 import AdamWBf16
 from olmoe_train.optim.muon import Muon
 
 Parameters = Iterable[nn.Parameter] | list[dict[str, Any]]
@@ -14,8 +22,10 @@ Parameters = Iterable[nn.Parameter] | list[dict[str, Any]]
 
 
 def build_adamw(parameters: Parameters, cfg: AdamWConfig) -> torch.optim.Optimizer:
-    """Fused AdamW over every parameter. By default weight decay applies to all of them, norms and embeddings
-    included (arXiv 2409.02060, table 10)."""
+    """AdamW over every parameter, fused where the moments are fp32. By default weight decay applies to all of
+    them, norms and embeddings included (arXiv 2409.02060, table 10)."""
+    if cfg.moments_dtype is Precision.bf16:
+        return AdamWBf16(parameters, cfg)
     return torch.optim.AdamW(
         parameters, lr=cfg.lr, betas=cfg.betas, eps=cfg.eps, weight_decay=cfg.weight_decay, fused=True
     )
@@ -39,14 +49,15 @@ def build_rmsprop(parameters: Parameters, cfg: RMSpropConfig) -> torch.optim.Opt
     )
 
 
-def build_muon(groups: Any, cfg: MuonConfig) -> torch.optim.Optimizer:
-    """Muon over the groups of `roles.parameter_groups`."""
+def build_muon(groups: Any, cfg: MuonConfig | NorMuonConfig) -> torch.optim.Optimizer:
+    """Muon or NorMuon over the groups of `roles.parameter_groups`."""
     return Muon(groups, cfg)
 
 
 OPTIMIZERS: dict[type[OptimizerConfig], Callable[[Parameters, Any], torch.optim.Optimizer]] = {
     AdamWConfig: build_adamw,
     MuonConfig: build_muon,
+    NorMuonConfig: build_muon,
     RMSpropConfig: build_rmsprop,
 }
 """Variant of `optimizer` -> its builder. A new optimizer is one configuration class and one entry here."""

@@ -1,10 +1,16 @@
-"""Muon: updates of orthogonalized momentum, for every matrix alone, in every layout (arXiv 2502.16982).
+"""Muon and NorMuon: updates of orthogonalized momentum, for every matrix alone, in every layout.
 
 For a matrix W [M, N] with gradient G:
 
     M <- mu M + G,   U = G + mu M (Nesterov) or M,   W <- W - lr (scale O + weight_decay W)
 
-O is U with its singular values replaced by values near 1, about 0.68 to 1.2, by Newton-Schulz iterations.
+O is U with its singular values replaced by values near 1, about 0.68 to 1.2, by Newton-Schulz iterations
+(arXiv 2502.16982). NorMuon then divides each row of O by the root of a running mean of its squares
+(arXiv 2510.05491):
+
+    v_r <- beta2 v_r + (1 - beta2) mean over columns of O_r^2,   O_r <- O_r / (sqrt(v_r) + eps)
+
+and its scale gives the whole matrix the root mean square 0.2, that of an update of AdamW.
 
 Shapes: X matrices, M rows (outputs), N columns (inputs). Stacked weights [E, M, N] are E matrices, and
 gate and up, [E, 2F, D], are 2 E matrices of [F, D].
@@ -21,13 +27,16 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from olmoe_train.config.choices import MuonScale
-from olmoe_train.config.optimizer import MUON_ELEMENTS, MuonConfig
+from olmoe_train.config.optimizer import MOMENTUM, MUON_ELEMENTS, ROW_MOMENT, MuonConfig, NorMuonConfig
 from olmoe_train.distributed.mesh import local_tensor
+from olmoe_train.optim.skip_step import store_unless
 
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 """a, b and c of an iteration a X + b (X X^T) X + c (X X^T)^2 X."""
 SMALLEST_NORM = 1e-7
 """Matrices with a smaller norm are not scaled up to norm 1: their update is smaller, and that of 0 is 0."""
+ADAMW_RMS = 0.2
+"""Root mean square of the update that learning rates of AdamW fit (arXiv 2502.16982)."""
 
 
 def newton_schulz_dtype(device: torch.device) -> torch.dtype:
@@ -61,7 +70,7 @@ def update_scale(rows: int, columns: int, scale: MuonScale) -> float:
     """Factor of the orthogonalized update of a matrix, whose entries have root mean square
     1 / sqrt(max(rows, columns))."""
     if scale is MuonScale.match_rms:
-        return 0.2 * math.sqrt(max(rows, columns))
+        return ADAMW_RMS * math.sqrt(max(rows, columns))
     return math.sqrt(rows / columns)
 
 
@@ -73,8 +82,9 @@ Cut = tuple[DeviceMesh, Shard]
 class Batch:
     """Matrices of one shape that are updated at once."""
 
-    parts: list[tuple[Tensor, Tensor, Tensor]]
-    """This rank's weights, gradients and momentum, each [E, M, N] as the layout cuts it."""
+    parts: list[tuple[Tensor, ...]]
+    """This rank's weights, gradients and momentum, each [E, M, N] as the layout cuts it; with NorMuon also
+    the means of the rows, [E, M]."""
     rows: int
     """M, of the whole weight."""
     columns: int
@@ -84,9 +94,14 @@ class Batch:
     cut: Cut | None
     """None: each rank holds whole matrices."""
 
+    @property
+    def sizes(self) -> list[int]:
+        """E of each part."""
+        return [len(weight) for weight, *_ in self.parts]
+
 
 class Muon(torch.optim.Optimizer):
-    """Muon for the groups whose `rule` is muon, and fused AdamW for the other groups.
+    """Muon or NorMuon for the groups whose `rule` has this name, and fused AdamW for the other groups.
 
     Where matrices are whole on a rank, the rank updates them without communication. Where FSDP2 has cut them,
     the ranks that share them exchange their parts, so that each rank orthogonalizes some matrices, whole.
@@ -96,7 +111,7 @@ class Muon(torch.optim.Optimizer):
     """As torch's fused optimizers, `step` reads `found_inf` on the device: where it is not 0, nothing changes
     (skip_step.py)."""
 
-    def __init__(self, groups: list[dict[str, Any]], cfg: MuonConfig) -> None:
+    def __init__(self, groups: list[dict[str, Any]], cfg: MuonConfig | NorMuonConfig) -> None:
         """groups: from roles.parameter_groups, with this cfg."""
         self.cfg = cfg
         super().__init__(groups, {"lr": cfg.lr, "weight_decay": cfg.weight_decay})
@@ -126,12 +141,7 @@ class Muon(torch.optim.Optimizer):
         for parameter, per_row in zip(group["params"], group["matrices_per_row"], strict=True):
             if parameter.grad is None:
                 continue
-            state = self.state[parameter]
-            if "momentum_buffer" not in state:
-                state["momentum_buffer"] = torch.zeros_like(parameter, requires_grad=False)
-            tensors = [
-                local_tensor(t.detach()) for t in (parameter, parameter.grad, state["momentum_buffer"])
-            ]
+            tensors = [local_tensor(t.detach()) for t in (parameter, parameter.grad, *self._state(parameter))]
             rows, columns = parameter.shape[-2:]
             cut = _cut(parameter)
             at_once = max(1, MUON_ELEMENTS // (rows * columns)) * (1 if cut is None else cut[0].size())
@@ -139,52 +149,76 @@ class Muon(torch.optim.Optimizer):
                 for part in zip(*(tensor.split(at_once) for tensor in tensors), strict=True):
                     yield Batch([part], rows, columns, per_row, cut)
                 continue
-            weight, gradient, momentum = (tensor.unsqueeze(0) for tensor in tensors)
             key = (rows, columns, per_row, cut)
             batch = open_batches.setdefault(key, Batch([], rows, columns, per_row, cut))
-            batch.parts.append((weight, gradient, momentum))
+            batch.parts.append(tuple(tensor.unsqueeze(0) for tensor in tensors))
             if len(batch.parts) == at_once:
                 yield open_batches.pop(key)
         yield from open_batches.values()
 
+    def _state(self, parameter: Tensor) -> list[Tensor]:
+        """The state of a parameter, zeros before its first update."""
+        state = self.state[parameter]
+        if MOMENTUM not in state:
+            state[MOMENTUM] = torch.zeros_like(parameter, requires_grad=False)
+            if isinstance(self.cfg, NorMuonConfig):
+                state[ROW_MOMENT] = zeros_of_rows(parameter)
+        return [state[key] for key in (MOMENTUM, ROW_MOMENT) if key in state]
+
     def _update(self, batch: Batch, lr: float, weight_decay: float, skip: Tensor | None) -> None:
         """Update the matrices of a batch. Collective over the ranks that share them."""
-        direction = self._direction(self._momentum(batch, skip), batch)
-        rows, columns = batch.rows // batch.matrices_per_row, batch.columns
-        factor = lr * update_scale(rows, columns, self.cfg.scale)
-        sizes = [len(weight) for weight, _, _ in batch.parts]
-        for (weight, _, _), of_weight in zip(batch.parts, direction.split(sizes), strict=True):
+        direction = self._direction(self._momentum(batch, skip), batch, skip)
+        factor = lr * self._scale(batch.rows // batch.matrices_per_row, batch.columns)
+        for (weight, *_), of_weight in zip(batch.parts, direction.split(batch.sizes), strict=True):
             shrunk = weight * (1 - lr * weight_decay)
-            _store(weight, shrunk.sub_(of_weight, alpha=factor), skip)
+            store_unless(weight, shrunk.sub_(of_weight, alpha=factor), skip)
+
+    def _scale(self, rows: int, columns: int) -> float:
+        if isinstance(self.cfg, NorMuonConfig):
+            return ADAMW_RMS
+        return update_scale(rows, columns, self.cfg.scale)
 
     def _momentum(self, batch: Batch, skip: Tensor | None) -> Tensor:
         """Add the gradients to the momentum. Returns what is to be orthogonalized, [E, M, N] as it is cut."""
         updates = []
-        for _, gradient, momentum in batch.parts:
+        for _, gradient, momentum, *_ in batch.parts:
             total = momentum * self.cfg.momentum + gradient
             update = gradient + total * self.cfg.momentum if self.cfg.nesterov else total
             updates.append(update.to(newton_schulz_dtype(update.device)))
-            _store(momentum, total, skip)
+            store_unless(momentum, total, skip)
         return updates[0] if len(updates) == 1 else torch.cat(updates)
 
-    def _direction(self, update: Tensor, batch: Batch) -> Tensor:
+    def _direction(self, update: Tensor, batch: Batch, skip: Tensor | None) -> Tensor:
         """Orthogonalize each matrix of this rank's part of the update, [E, M, N] as the layout cuts it."""
-        shape = torch.Size((len(update), batch.rows, batch.columns))
-        if batch.cut is not None:
-            mesh, placement = batch.cut
-            update = _redistribute(update, shape, mesh, placement, Shard(0))
-        matrices = update.reshape(
-            len(update) * batch.matrices_per_row, batch.rows // batch.matrices_per_row, batch.columns
-        )
-        direction = orthogonalize(matrices, self.cfg.ns_steps).reshape(update.shape)
-        if batch.cut is not None:
-            direction = _redistribute(direction, shape, mesh, Shard(0), placement)
-        return direction
+        whole = _whole(update, batch)
+        number, rows = len(whole) * batch.matrices_per_row, batch.rows // batch.matrices_per_row
+        matrices = whole.reshape(number, rows, batch.columns)
+        direction = orthogonalize(matrices, self.cfg.ns_steps)
+        if isinstance(self.cfg, NorMuonConfig):
+            direction = self._with_even_rows(direction, batch, skip, self.cfg)
+        return _cut_again(direction.reshape(whole.shape), len(update), batch)
+
+    def _with_even_rows(
+        self, direction_XMN: Tensor, batch: Batch, skip: Tensor | None, cfg: NorMuonConfig
+    ) -> Tensor:
+        """NorMuon's division of rows, by running means, and of each matrix, by its root mean square."""
+        dtype, direction_XMN = direction_XMN.dtype, direction_XMN.float()
+        kept = [rows.unsqueeze(-1) for *_, rows in batch.parts]
+        held = torch.cat(kept)  # [E, M, 1] as the layout cuts it
+        whole = _whole(held, batch)
+        mean = direction_XMN.square().mean(-1, keepdim=True).reshape(whole.shape)
+        moment = cfg.beta2 * whole + (1 - cfg.beta2) * mean
+        new = _cut_again(moment, len(held), batch)
+        for target, value in zip(kept, new.split(batch.sizes), strict=True):
+            store_unless(target, value, skip)
+        even_XMN = direction_XMN / (moment.sqrt() + cfg.eps).reshape(*direction_XMN.shape[:-1], 1)
+        norm = torch.linalg.matrix_norm(even_XMN, keepdim=True).clamp(min=SMALLEST_NORM)
+        return even_XMN.mul_(math.sqrt(math.prod(even_XMN.shape[-2:])) / norm).to(dtype)
 
 
-def _store(target: Tensor, value: Tensor, skip: Tensor | None) -> None:
-    """Set `target` to `value`, unless `skip` (bool scalar on the device) is true."""
-    target.copy_(value if skip is None else torch.where(skip, target, value))
+def zeros_of_rows(parameter: Tensor) -> Tensor:
+    """Zeros, one per row of a parameter: [..., M] of [..., M, N], in its layout."""
+    return torch.zeros_like(parameter.detach().select(-1, 0), memory_format=torch.contiguous_format)
 
 
 def _cut(parameter: Tensor) -> Cut | None:
@@ -204,8 +238,28 @@ def _cut(parameter: Tensor) -> Cut | None:
     return cuts[0] if cuts else None
 
 
-def _redistribute(local: Tensor, shape: torch.Size, mesh: DeviceMesh, now: Shard, then: Shard) -> Tensor:
+def _whole(part: Tensor, batch: Batch) -> Tensor:
+    """This rank's share of whole matrices, or of their rows, of which `part` [E, M, ...] is cut."""
+    if batch.cut is None:
+        return part
+    mesh, placement = batch.cut
+    return _redistribute(part, (len(part), batch.rows, part.shape[-1]), mesh, placement, Shard(0))
+
+
+def _cut_again(whole: Tensor, number: int, batch: Batch) -> Tensor:
+    """The reverse of `_whole`. number: E of the part."""
+    if batch.cut is None:
+        return whole
+    mesh, placement = batch.cut
+    return _redistribute(whole, (number, batch.rows, whole.shape[-1]), mesh, Shard(0), placement)
+
+
+def _redistribute(
+    local: Tensor, shape: tuple[int, int, int], mesh: DeviceMesh, now: Shard, then: Shard
+) -> Tensor:
     """This rank's part of a tensor of `shape` that is divided over the mesh as `then`, and not as `now`."""
     stride = (shape[1] * shape[2], shape[2], 1)
-    tensor = DTensor.from_local(local.contiguous(), mesh, [now], run_check=False, shape=shape, stride=stride)
+    tensor = DTensor.from_local(
+        local.contiguous(), mesh, [now], run_check=False, shape=torch.Size(shape), stride=stride
+    )
     return tensor.redistribute(placements=[then]).to_local()

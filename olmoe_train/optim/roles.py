@@ -4,6 +4,7 @@ from typing import Any
 
 from torch import nn
 
+from olmoe_train.config.choices import DTYPES
 from olmoe_train.config.optimizer import OptimizerConfig
 from olmoe_train.model.roles import ParameterRole, matrices_per_row, role_of
 from olmoe_train.utils.tables import aligned
@@ -12,8 +13,10 @@ from olmoe_train.utils.tables import aligned
 def parameter_groups(model: nn.Module, cfg: OptimizerConfig) -> list[dict[str, Any]]:
     """The parameter groups of a model for a torch optimizer, one per role that is trained.
 
-    A group has `params`, `lr` and `weight_decay`, and besides: `role` and `rule` (text), and
-    `matrices_per_row`, the number of matrices that each parameter stacks along its second to last dimension.
+    A group has `params`, `lr` and `weight_decay`, and besides: `role` and `rule` (text); `state`, the names
+    of the tensors in the optimizer's state of each parameter, and `state_dtype`, theirs; and
+    `matrices_per_row`, the number of matrices
+    that each parameter stacks along its second to last dimension.
 
     Args:
         model: The model. Frozen parameters are left out, and a parameter with two names counts by its first.
@@ -33,6 +36,8 @@ def parameter_groups(model: nn.Module, cfg: OptimizerConfig) -> list[dict[str, A
             "weight_decay": cfg.weight_decay_of(role),
             "role": role.value,
             "rule": cfg.rule_of(role),
+            "state": cfg.state_of(role),
+            "state_dtype": DTYPES[cfg.state_dtype],
             "matrices_per_row": [matrices_per_row(name) for name in parameters],
         }
         for role, parameters in of_role.items()

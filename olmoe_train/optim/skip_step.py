@@ -39,6 +39,11 @@ def step_unless(optimizer: torch.optim.Optimizer, skip: Tensor) -> None:
         optimizer.step()
 
 
+def store_unless(target: Tensor, value: Tensor, skip: Tensor | None) -> None:
+    """Set `target` to `value` in its dtype, unless `skip` (bool scalar on the device) is true."""
+    target.copy_(value if skip is None else torch.where(skip, target, value))
+
+
 @dataclass(frozen=True)
 class GuardState:
     """What resuming needs, as JSON; one entry per step of the window, at index step % WINDOW."""

@@ -17,6 +17,8 @@ from olmoe_train.model.adapters.add import quantized_weights
 from olmoe_train.model.roles import ParameterRole, role_of
 from olmoe_train.planning.adapter import AdapterPlan, meta_model
 
+FP32 = 4  # bytes per element
+
 
 @dataclass(frozen=True)
 class ParallelLayout:

@@ -11,15 +11,16 @@ heads, G width of all key heads; b bytes per element of the computation.
 from dataclasses import dataclass, fields, replace
 
 from olmoe_train.config.choices import ActivationCheckpointing, Precision
-from olmoe_train.config.optimizer import MUON_ELEMENTS, AdamWConfig, MuonConfig, OptimizerConfig
+from olmoe_train.config.optimizer import AdamWConfig, OptimizerConfig
 from olmoe_train.model import OlmoeConfig
 from olmoe_train.model.adapters.spec import ATTENTION, EMBEDDINGS, EXPERTS, LM_HEAD, AdapterSpec
 from olmoe_train.model.cross_entropy import HEAD_CHUNK_ROWS
 from olmoe_train.model.moe.expert_choice import tokens_per_expert
 from olmoe_train.planning.adapter import AdapterPlan
-from olmoe_train.planning.layout import ParallelLayout, Units, count_units
+from olmoe_train.planning.layout import FP32, ParallelLayout, Units, count_units
+from olmoe_train.planning.memory_optimizer import state_bytes, update_bytes
 
-FP32, INT64 = 4, 8  # bytes per element
+INT64 = 8  # bytes per element
 ADAMW = AdamWConfig()
 
 
@@ -32,7 +33,8 @@ class RankMemory:
     gradients: int
     """fp32 gradients, summed over the micro-batches so far: this rank's shard."""
     optimizer: int
-    """The fp32 moments of the optimizer, two for AdamW and one for Muon: this rank's shard."""
+    """The fp32 moments of the optimizer, two for AdamW and one for Muon, and the average of the weights: this
+    rank's shard. Of NorMuon also one number per row."""
     gathered: int
     """Whole weights that FSDP2 holds for the current units, and for the ones it prefetches."""
     reduction: int
@@ -87,6 +89,7 @@ def rank_memory(
     batch: MicroBatch,
     adapter: AdapterPlan | None = None,
     optimizer: OptimizerConfig = ADAMW,
+    averaged: bool = False,
 ) -> RankMemory:
     """The memory of the fullest rank, with fsdp or ddp.
 
@@ -103,6 +106,7 @@ def rank_memory(
         batch: What one rank computes at a time.
         adapter: The adapter; None: every parameter is trained.
         optimizer: The optimizer, which decides the number of moments.
+        averaged: Whether an average of the trained weights is kept (trainer.ema_decay).
 
     Returns:
         Bytes of each part.
@@ -118,7 +122,7 @@ def rank_memory(
     return RankMemory(
         parameters=units.held_bytes,
         gradients=FP32 * units.trained,
-        optimizer=sum(FP32 * n * optimizer.moments_of(role) for role, n in units.roles.items()),
+        optimizer=state_bytes(config, units.roles, optimizer) + averaged * FP32 * units.trained,
         gathered=gathered,
         reduction=reduction,
         activations=activations,
@@ -126,27 +130,6 @@ def rank_memory(
         all_to_all=exchange,
         quantized=units.quantized,
     )
-
-
-def update_bytes(config: OlmoeConfig, layout: ParallelLayout, optimizer: OptimizerConfig) -> int:
-    """Most bytes that the update of Muon allocates at a time; 0 for other optimizers, which update in place.
-
-    At most six fp32 tensors as large as the matrices that a rank orthogonalizes at once: parts of updates,
-    whole matrices, their normalized values, those of the next iteration, and two square ones in between.
-    """
-    if not isinstance(optimizer, MuonConfig):
-        return 0
-    dense = config.query_width * config.hidden_size  # q, k, v and o, of all layers
-    matrices = -(-4 * config.num_hidden_layers // layout.shard_size)
-    expert = 2 * config.intermediate_size * config.hidden_size  # gate and up
-    experts = -(-config.num_experts // (layout.expert_parallel_size * layout.expert_shard_size))
-    shared = max(1, config.shared_width * config.hidden_size)  # gate and up, of all layers
-    shared_matrices = -(-2 * config.num_hidden_layers // layout.shard_size)
-    at_once = (
-        elements * min(number, max(1, MUON_ELEMENTS // elements))
-        for elements, number in ((dense, matrices), (expert, experts), (shared, shared_matrices))
-    )
-    return 6 * FP32 * max(at_once)
 
 
 def _gathered(units: Units, layout: ParallelLayout, element: int) -> int:

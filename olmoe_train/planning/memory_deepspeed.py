@@ -11,9 +11,8 @@ from olmoe_train.config.choices import Offload, Strategy
 from olmoe_train.distributed.deepspeed_config import BUCKET
 from olmoe_train.model import OlmoeConfig
 from olmoe_train.planning.adapter import AdapterPlan
-from olmoe_train.planning.layout import ParallelLayout, Units, count_units
+from olmoe_train.planning.layout import FP32, ParallelLayout, Units, count_units
 from olmoe_train.planning.memory import (
-    FP32,
     MicroBatch,
     RankMemory,
     all_to_all_bytes,

@@ -20,8 +20,8 @@ from olmoe_train.data.stages import data_stages
 from olmoe_train.planning.adapter import adapter_counts, adapter_plan
 from olmoe_train.planning.duration import schedule_in_words, total_steps
 from olmoe_train.planning.flops import FlopsPerToken, parameter_counts, peak_flops, train_flops_per_token
-from olmoe_train.planning.layout import ParallelLayout
-from olmoe_train.planning.memory import FP32, MicroBatch, RankMemory, rank_memory
+from olmoe_train.planning.layout import FP32, ParallelLayout
+from olmoe_train.planning.memory import MicroBatch, RankMemory, rank_memory
 from olmoe_train.planning.memory_deepspeed import deepspeed_memory, host_memory, save_memory
 from olmoe_train.planning.traffic import Links, StepTraffic, step_traffic
 
@@ -121,7 +121,8 @@ def plan_memory(cfg: PlanConfig, layout: ParallelLayout, batch: MicroBatch) -> l
     adapter, batches = adapter_plan(cfg.adapter), [replace(batch, load_factor=factor) for factor in factors]
     if layout.strategy is Strategy.deepspeed:
         return [deepspeed_memory(config, layout, batch, adapter) for batch in batches]
-    return [rank_memory(config, layout, batch, adapter, cfg.optimizer) for batch in batches]
+    averaged = cfg.trainer.ema_decay is not None
+    return [rank_memory(config, layout, batch, adapter, cfg.optimizer, averaged) for batch in batches]
 
 
 def reference_memory(cfg: PlanConfig, layout: ParallelLayout, batch: MicroBatch) -> int:
@@ -262,7 +263,7 @@ def memory_lines(cfg: PlanConfig) -> list[str]:
     if host := host_memory(config, layout, batch, adapter):
         lines.append(f"  offloaded to the CPU: {host / unit:.2f} {name} per GPU")
     if cfg.checkpoint.async_save and layout.strategy is not Strategy.deepspeed:
-        # Trained weights in fp32, which are as large as their gradients, and the moments.
+        # Trained weights in fp32, which are as large as their gradients, and the optimizer's state.
         copied = memories[0].gradients + memories[0].optimizer
         lines.append(f"  copied to the CPU for checkpoint.async_save: {copied / unit:.2f} {name} per GPU")
     if layout.strategy is Strategy.deepspeed:

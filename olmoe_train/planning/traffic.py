@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from olmoe_train.config.choices import ActivationCheckpointing, Strategy
 from olmoe_train.model import OlmoeConfig
 from olmoe_train.planning.adapter import AdapterPlan
-from olmoe_train.planning.layout import ParallelLayout, count_units
-from olmoe_train.planning.memory import FP32, MicroBatch
+from olmoe_train.planning.layout import FP32, ParallelLayout, count_units
+from olmoe_train.planning.memory import MicroBatch
 
 
 @dataclass(frozen=True)

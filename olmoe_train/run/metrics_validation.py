@@ -17,6 +17,14 @@ VALIDATION: tuple[Metric, ...] = (
         "loss {:.4f}",
     ),
     Metric(
+        "eval/NAME/ema_loss",
+        "as `train/loss`",
+        "`eval/NAME/loss` of the average of the weights; with `trainer.ema_decay`",
+        Group.validation,
+        LOWER,
+        "loss of the average {:.4f}",
+    ),
+    Metric(
         "eval/NAME/perplexity",
         "none",
         "exp(loss), of `next_token` and of `evaluation.sets`",

@@ -38,6 +38,7 @@ from olmoe_train.model import OlmoeForCausalLM
 from olmoe_train.model.configuration import OlmoeConfig
 from olmoe_train.model.moe.balancing import AuxiliaryLosses, Balancer, set_router_options
 from olmoe_train.model.moe.loss_free import LossFreeBias
+from olmoe_train.optim.average import averages_as_weights, keep_average
 from olmoe_train.optim.build import build_optimizer
 from olmoe_train.optim.roles import groups_table, parameter_groups
 from olmoe_train.optim.schedule import Schedule
@@ -127,7 +128,10 @@ def build_engine(cfg: TrainConfig, device: torch.device) -> Engine:
         from olmoe_train.training.engine.deepspeed import ZeroEngine
 
         return ZeroEngine(model, device, Path(cfg.run_dir), cfg.trainer, cfg.parallel, cfg.optimizer)
-    return FsdpEngine(model, build_optimizer(groups, cfg.optimizer), cfg.optimizer.max_grad_norm, device)
+    optimizer = build_optimizer(groups, cfg.optimizer)
+    if cfg.trainer.ema_decay is not None:
+        keep_average(optimizer, cfg.trainer.ema_decay)
+    return FsdpEngine(model, optimizer, cfg.optimizer.max_grad_norm, device)
 
 
 def build_auxiliary_losses(cfg: TrainConfig, config: OlmoeConfig) -> Balancer:
@@ -381,8 +385,10 @@ def build_callbacks(
     detector = StragglerDetector(run.watchdog.peers, engine.model.lm_head, device)
     stragglers = Stragglers(detector, batches, metrics)
     tasks = build_tasks(cfg, data, engine.model.config)
+    averaged = partial(averages_as_weights, *engine.state()) if cfg.trainer.ema_decay is not None else None
     evaluate = Evaluate(
-        cfg.evaluation, data, tasks, engine.model, objective, metrics, throughput, run.watchdog, device
+        *(cfg.evaluation, data, tasks, engine.model, objective, metrics, throughput, run.watchdog, device),
+        averaged=averaged,
     )
     exports = Exports(run_dir, cfg.checkpoint.export_every)
     spikes = build_spikes(cfg, run, engine, guard, data, batches, throughput)

@@ -67,7 +67,12 @@ def test_an_unknown_key_of_a_variant_names_the_nearest() -> None:
 def test_an_unknown_variant_lists_those_there_are() -> None:
     with pytest.raises(UserError) as caught:
         compose("data.dir=x", "optimizer=adam")
-    assert [line.strip() for line in str(caught.value).splitlines()[-3:]] == ["adamw", "muon", "rmsprop"]
+    assert [line.strip() for line in str(caught.value).splitlines()[-4:]] == [
+        "adamw",
+        "muon",
+        "normuon",
+        "rmsprop",
+    ]
     assert "Available options in 'optimizer'" in str(caught.value)
 
 
@@ -103,7 +108,7 @@ def test_a_name_that_is_not_the_variant_is_refused() -> None:
     assert error.startswith("optimizer.name=sgd: the keys of this section are those of optimizer=adamw")
     assert "choose the variant with optimizer=sgd" in error
     [error] = variant_errors(TrainConfig(optimizer=OptimizerConfig()))
-    assert error == "optimizer: OptimizerConfig is no variant; use one of adamw, muon, rmsprop"
+    assert error == "optimizer: OptimizerConfig is no variant; use one of adamw, muon, normuon, rmsprop"
 
 
 def test_a_name_is_registered_once() -> None:

@@ -145,10 +145,14 @@ CASES = [
         Layout(4, 4, experts=2, checkpointing="selective", adapter="lora"),
     ),
     Case("hsdp 2x2, experts 2, lora", Layout(4, 2, experts=2, copies=2, adapter="lora")),
-    Case("1 rank, muon", Layout(1, 16, muon=True)),
-    Case("ddp 2, experts 2, muon", Layout(2, 8, "ddp", experts=2, muon=True)),
-    Case("fsdp 4, experts 2, muon", Layout(4, 4, experts=2, muon=True)),
-    Case("hsdp 2x2, muon", Layout(4, 4, copies=2, muon=True)),
+    Case("1 rank, muon", Layout(1, 16, optimizer="muon")),
+    Case("ddp 2, experts 2, muon", Layout(2, 8, "ddp", experts=2, optimizer="muon")),
+    Case("fsdp 4, experts 2, muon", Layout(4, 4, experts=2, optimizer="muon")),
+    Case("hsdp 2x2, muon", Layout(4, 4, copies=2, optimizer="muon")),
+    Case("1 rank, normuon", Layout(1, 16, optimizer="normuon")),
+    Case("fsdp 4, experts 2, normuon", Layout(4, 4, experts=2, optimizer="normuon")),
+    Case("1 rank, moments in bf16", Layout(1, 16, optimizer="moments in bf16")),
+    Case("fsdp 4, experts 2, moments in bf16", Layout(4, 4, experts=2, optimizer="moments in bf16")),
     # With one micro-batch per step, these scopes are that of the global batch.
     Case("ddp 2, experts 2, all ranks", Layout(2, 8, "ddp", experts=2, balancing="all_ranks")),
     Case("fsdp 4, experts 2, running", Layout(4, 4, experts=2, balancing="running")),
@@ -295,8 +299,8 @@ def trained(
 def reference_of(name: str) -> str:
     if adapter := LAYOUTS[name].adapter:
         return f"1 rank, {adapter}"
-    if LAYOUTS[name].muon:
-        return "1 rank, muon"
+    if LAYOUTS[name].optimizer != "adamw":
+        return f"1 rank, {LAYOUTS[name].optimizer}"
     if LAYOUTS[name].ablated:
         return "1 rank, padded, ablated"
     if LAYOUTS[name].balancing == "loss_free":

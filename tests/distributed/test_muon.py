@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from olmoe_train.config.choices import Strategy
-from olmoe_train.config.optimizer import MuonConfig
+from olmoe_train.config.optimizer import MuonConfig, NorMuonConfig, OptimizerConfig
 from olmoe_train.config.train import ParallelConfig
 from olmoe_train.distributed.mesh import local_tensor
 from olmoe_train.model import OlmoeConfig, OlmoeForCausalLM
@@ -30,8 +30,10 @@ LAYOUTS = {
 }
 
 
-def make_steps(model: OlmoeForCausalLM) -> None:
-    cfg = MuonConfig(lr=0.1)
+KINDS = (MuonConfig(lr=0.1), NorMuonConfig(lr=0.1))
+
+
+def make_steps(model: OlmoeForCausalLM, cfg: OptimizerConfig) -> None:
     optimizer = build_optimizer(parameter_groups(model, cfg), cfg)
     generator = torch.Generator().manual_seed(0)
     for _ in range(2):
@@ -44,7 +46,7 @@ def make_steps(model: OlmoeForCausalLM) -> None:
 
 
 def on_each_layout() -> dict[str, dict[str, Tensor]]:
-    """On each rank: the weights after two steps, whole, by layout; and which of them have no row here."""
+    """On each rank: the weights before and after two steps of each kind, whole, by layout and kind."""
     weights = {}
     for name, layout in LAYOUTS.items():
         model, _ = build(layout, **CUT)
@@ -52,8 +54,9 @@ def on_each_layout() -> dict[str, dict[str, Tensor]]:
             rows = [local_tensor(layer.self_attn.q_proj.weight).shape[0] for layer in model.decoder_layers]
             assert rows == [0 if dist.get_rank() == 3 else 2] * 3
         weights[f"{name}, before"] = {key: whole(value) for key, value in model.named_parameters()}
-        make_steps(model)
-        weights[name] = {key: whole(value) for key, value in model.named_parameters()}
+        for cfg in KINDS:
+            make_steps(model, cfg)
+            weights[f"{name}, {cfg.name}"] = {key: whole(value) for key, value in model.named_parameters()}
     return weights
 
 
@@ -63,7 +66,9 @@ def test_cut_matrices_move_as_whole_ones() -> None:
     for name in LAYOUTS:
         model = OlmoeForCausalLM(OlmoeConfig(**SIZES | CUT))
         model.load_state_dict(ranks[0][f"{name}, before"], strict=True)
-        make_steps(model)
-        for key, expected in model.named_parameters():
-            for weights in ranks:
-                assert (weights[name][key] - expected).norm() < 1e-6 * expected.norm(), (name, key)
+        for cfg in KINDS:
+            make_steps(model, cfg)
+            for key, expected in model.named_parameters():
+                for weights in ranks:
+                    error = (weights[f"{name}, {cfg.name}"][key] - expected).norm()
+                    assert error < 1e-6 * expected.norm(), (name, cfg.name, key)

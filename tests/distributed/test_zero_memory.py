@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from olmoe_train.checkpoint.sharded import MOMENTS
 from olmoe_train.config.adapter import LoraConfig, NoAdapterConfig
 from olmoe_train.config.choices import (
     ActivationCheckpointing,
@@ -20,6 +19,7 @@ from olmoe_train.config.choices import (
 )
 from olmoe_train.config.data import DataConfig
 from olmoe_train.config.model import ModelConfig, olmoe_config
+from olmoe_train.config.optimizer import ADAMW_STATE
 from olmoe_train.config.train import ParallelConfig, TrainConfig, TrainerConfig
 from olmoe_train.distributed.mesh import build_mesh, init_distributed, local_tensor
 from olmoe_train.optim.build import trained_parameters
@@ -118,7 +118,7 @@ def measure(directory: Path) -> dict[str, int]:
         found[name] = held() - before
         saved, adamw = engine.state()
         trained = trained_parameters(saved)
-        tensors = [*trained, *(adamw.state[p][key] for p in trained for key in MOMENTS)]
+        tensors = [*trained, *(adamw.state[p][key] for p in trained for key in ADAMW_STATE)]
         found[f"save of {name}"] = sum(local_tensor(tensor).nbytes for tensor in tensors)
         del saved, adamw, trained, tensors
         engines.append(engine)  # not everything goes with it: the next one is measured beside it

@@ -19,6 +19,7 @@ from olmoe_train.config.choices import (
     QuantizeBase,
     RouterTraining,
     Strategy,
+    Weights,
 )
 from olmoe_train.config.model import olmoe_config
 from olmoe_train.config.optimizer import AdamWConfig
@@ -153,9 +154,14 @@ def test_another_base_is_refused(adapter_config: AdapterRun, parts: Path, tmp_pa
 def test_a_peft_export_is_written_once(adapter_config: AdapterRun, tmp_path: Path) -> None:
     # 8 / 49 * 49 is not 8 in floating point.
     adapter = LoraConfig(rank=49, alpha=8.0, router=RouterTraining.full)
-    trainer = {"max_steps": 2}
+    trainer = {"max_steps": 2, "ema_decay": 0.5}
     cfg = adapter_config(tmp_path / "run", adapter, parallel=ParallelConfig(), trainer=trainer)
     run_ranks(1, run, cfg)
+    first, average = (open_stored_model(cfg.run_dir, step, which=Weights.ema).adapter for step in "12")
+    assert first is not None
+    assert average is not None
+    for name, weight in saved_weights(cfg.run_dir, 2).items():
+        assert torch.allclose(average.read(name), (first.read(name) + weight) / 2, atol=1e-7), name
     out = tmp_path / "out"
     assert write_adapter(open_stored_model(cfg.run_dir), out)
     assert not write_adapter(open_stored_model(cfg.run_dir), out)

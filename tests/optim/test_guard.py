@@ -8,7 +8,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from olmoe_train.config.optimizer import MuonConfig, RMSpropConfig
+from olmoe_train.config.choices import Precision
+from olmoe_train.config.optimizer import AdamWConfig, MuonConfig, RMSpropConfig
 from olmoe_train.config.train import TrainerConfig
 from olmoe_train.distributed.mesh import init_distributed
 from olmoe_train.optim.build import build_optimizer
@@ -65,6 +66,7 @@ OPTIMIZERS: list[Callable[[list[torch.nn.Parameter]], torch.optim.Optimizer]] = 
     lambda parameters: torch.optim.SGD(parameters, lr=0.1, fused=True),
     lambda parameters: torch.optim.Adagrad(parameters),
     lambda parameters: build_optimizer(parameters, RMSpropConfig()),
+    lambda parameters: build_optimizer(parameters, AdamWConfig(moments_dtype=Precision.bf16)),
     lambda parameters: build_optimizer(muon_group(parameters), MuonConfig()),
 ]
 

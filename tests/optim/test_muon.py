@@ -2,6 +2,7 @@
 
 import math
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,31 +12,35 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
 
+from olmoe_train.checkpoint.convert.stored_model import load_stored_model
 from olmoe_train.config.adapter import LoraConfig
-from olmoe_train.config.choices import ActivationCheckpointing, MuonScale, Precision, Strategy
+from olmoe_train.config.choices import ActivationCheckpointing, MuonScale, Precision, Strategy, Weights
 from olmoe_train.config.model import ModelConfig
-from olmoe_train.config.optimizer import AdamWConfig, MuonConfig, OptimizerConfig
+from olmoe_train.config.optimizer import AdamWConfig, MuonConfig, NorMuonConfig, OptimizerConfig
 from olmoe_train.config.train import ParallelConfig, TrainConfig, TrainerConfig
+from olmoe_train.evaluation.perplexity import evaluate_data
 from olmoe_train.model import OlmoeConfig, OlmoeForCausalLM
 from olmoe_train.model.adapters.add import add_adapter
 from olmoe_train.model.adapters.spec import TARGETS, AdapterSpec
 from olmoe_train.model.roles import ROLE_NAMES, ParameterRole, role_of
 from olmoe_train.optim import muon
+from olmoe_train.optim.average import keep_average
 from olmoe_train.optim.build import build_optimizer
 from olmoe_train.optim.muon import orthogonalize, update_scale
 from olmoe_train.optim.roles import groups_table, parameter_groups
 from olmoe_train.optim.skip_step import step_unless
 from olmoe_train.planning.layout import ParallelLayout
 from olmoe_train.planning.live_memory import LiveBytes
-from olmoe_train.planning.memory import MicroBatch, rank_memory, update_bytes
+from olmoe_train.planning.memory import MicroBatch, rank_memory
+from olmoe_train.planning.memory_optimizer import update_bytes
 from olmoe_train.training.preflight.adapter import adapter_errors
 from olmoe_train.training.preflight.parallel import parallel_errors
 from olmoe_train.utils.errors import UserError
-from tests.support.faults import config, run, same, saved_tensors, saved_weights, write_data
+from tests.support.faults import config, records, run, same, saved_tensors, saved_weights, write_data
 from tests.support.ranks import run_ranks
 from tests.support.sizes import SIZES
 
-LR, DECAY = 0.01, 0.1
+LR, DECAY, EMA_DECAY = 0.01, 0.1, 0.75
 
 
 def make_steps(optimizer: torch.optim.Optimizer, weights: list[nn.Parameter], seed: int, steps: int) -> None:
@@ -46,42 +51,51 @@ def make_steps(optimizer: torch.optim.Optimizer, weights: list[nn.Parameter], se
         optimizer.step()
 
 
-def matrix_group(weight: nn.Parameter, matrices_per_row: int = 1) -> list[dict[str, Any]]:
-    return [{"params": [weight], "rule": "muon", "matrices_per_row": [matrices_per_row]}]
+def matrix_group(weight: nn.Parameter, matrices_per_row: int = 1, rule: str = "muon") -> list[dict[str, Any]]:
+    return [{"params": [weight], "rule": rule, "matrices_per_row": [matrices_per_row]}]
 
 
-def by_definition(weight: Tensor, gradients: list[Tensor], factor: float) -> Tensor:
-    """One matrix after one update per gradient, in fp64. factor: the scale."""
+def by_definition(weight: Tensor, gradients: list[Tensor], cfg: OptimizerConfig) -> Tensor:
+    """One matrix after one update per gradient, in fp64."""
     weight, total = weight.double(), torch.zeros_like(weight, dtype=torch.float64)
+    means = torch.zeros(len(weight), 1, dtype=torch.float64)
     for gradient in gradients:
         total = 0.95 * total + gradient.double()
         x = gradient.double() + 0.95 * total
         x = x / x.square().sum().sqrt()
         for _ in range(5):
             x = 3.4445 * x - 4.7750 * x @ x.T @ x + 2.0315 * x @ x.T @ x @ x.T @ x
-        weight = weight - LR * (factor * x + DECAY * weight)
+        if isinstance(cfg, NorMuonConfig):
+            means = 0.95 * means + 0.05 * (x * x).mean(1, keepdim=True)
+            x = x / (means.sqrt() + 1e-8)
+            x = 0.2 * x / (x * x).mean().sqrt()
+        else:
+            x = 0.2 * math.sqrt(max(x.shape)) * x
+        weight = weight - LR * (x + DECAY * weight)
     return weight
 
 
 @pytest.mark.parametrize("at_once", [1, 2, 2**25])
-def test_stacked_experts_are_a_loop_over_matrices(at_once: int, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("kind", [MuonConfig, NorMuonConfig])
+def test_stacked_experts_are_a_loop_over_matrices(
+    kind: type[MuonConfig | NorMuonConfig], at_once: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """gate_up [3, 2 x 6, 8] is 6 matrices of [6, 8]; down [3, 8, 6] is 3. at_once: experts per product."""
     monkeypatch.setattr(muon, "MUON_ELEMENTS", at_once * 12 * 8)
     torch.manual_seed(0)
     for shape, per_row in (((3, 12, 8), 2), ((3, 8, 6), 1), ((8, 6), 1)):
         first, gradients = torch.randn(shape), [torch.randn(shape) for _ in range(3)]
         weight = nn.Parameter(first.clone())
-        optimizer = build_optimizer(matrix_group(weight, per_row), MuonConfig(lr=LR))
+        cfg = kind(lr=LR)
+        optimizer = build_optimizer(matrix_group(weight, per_row, cfg.name), cfg)
         for gradient in gradients:
             weight.grad = gradient.clone()
             optimizer.step()
         rows = shape[-2] // per_row
         matrices = [tensor.reshape(-1, rows, shape[-1]) for tensor in (first, *gradients)]
-        expected = torch.stack(
-            [by_definition(w, g, 0.2 * math.sqrt(8)) for w, *g in zip(*matrices, strict=True)]
-        )
+        expected = torch.stack([by_definition(w, g, cfg) for w, *g in zip(*matrices, strict=True)])
         assert torch.allclose(weight.double().view_as(expected), expected, rtol=0, atol=1e-6)
-        assert set(optimizer.state[weight]) == {"momentum_buffer"}
+        assert tuple(optimizer.state[weight]) == cfg.state_of(ParameterRole.expert_matrix)
 
 
 def test_gate_and_up_are_orthogonalized_apart() -> None:
@@ -194,12 +208,13 @@ def test_roles_without_weight_decay_keep_their_values(kind: type[OptimizerConfig
         assert torch.allclose(parameter, factor * before[name], rtol=1e-6, atol=0), name
 
 
-def test_a_skipped_step_changes_no_bit() -> None:
+@pytest.mark.parametrize("cfg", [MuonConfig(lr=LR), NorMuonConfig(lr=LR)])
+def test_a_skipped_step_changes_no_bit(cfg: OptimizerConfig) -> None:
     """Of weights and of both kinds of state, and the host reads nothing: `skip` is on the device."""
     torch.manual_seed(0)
     model = OlmoeForCausalLM(OlmoeConfig(**SIZES))
-    cfg = MuonConfig(lr=LR)
     optimizer = build_optimizer(parameter_groups(model, cfg), cfg)
+    keep_average(optimizer, EMA_DECAY)
     weights = list(model.parameters())
 
     def state() -> list[Tensor]:
@@ -221,11 +236,17 @@ def test_a_skipped_step_changes_no_bit() -> None:
     with FakeTensorMode(allow_non_fake_inputs=True):  # raises where the host reads a value
         weight = nn.Parameter(torch.empty(4, 6))
         weight.grad = torch.empty(4, 6)
-        step_unless(build_optimizer(matrix_group(weight), cfg), torch.tensor(True))
+        optimizer = build_optimizer(matrix_group(weight, rule=cfg.name), cfg)
+        keep_average(optimizer, EMA_DECAY)
+        step_unless(optimizer, torch.tensor(True))
 
 
 def test_values_out_of_range_are_named() -> None:
     assert MuonConfig().errors() == []
+    assert NorMuonConfig(beta2=1.0, eps=0.0).errors() == [
+        "optimizer.beta2=1.0: must be in [0, 1)",
+        "optimizer.eps=0.0: must be positive",
+    ]
     wrong = MuonConfig(momentum=1.0, ns_steps=0, adamw_lr=0.0, adamw_betas=(0.9, 1.0), adamw_eps=-1.0)
     assert wrong.errors() == [
         "optimizer.momentum=1.0: must be in [0, 1)",
@@ -236,15 +257,16 @@ def test_values_out_of_range_are_named() -> None:
     ]
 
 
+@pytest.mark.parametrize("kind", [MuonConfig, NorMuonConfig])
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
-def test_zero_refuses_it_with_the_reason(stage: int) -> None:
+def test_zero_refuses_it_with_the_reason(stage: int, kind: type[MuonConfig | NorMuonConfig]) -> None:
     cfg = TrainConfig(
-        optimizer=MuonConfig(no_decay=[ParameterRole.norm]),
+        optimizer=kind(no_decay=[ParameterRole.norm]),
         parallel=ParallelConfig(strategy=Strategy.deepspeed, zero_stage=stage),
         trainer=TrainerConfig(global_batch_size=8, micro_batch_size=8, precision=Precision.fp32),
     )
     refused, decay = parallel_errors(cfg, world_size=1)
-    assert refused.startswith(f"optimizer=muon with parallel.zero_stage={stage}: ")
+    assert refused.startswith(f"optimizer={kind.name} with parallel.zero_stage={stage}: ")
     reason = ("fused AdamW alone", "ends inside matrices", "ends inside matrices", "part of each parameter")
     assert reason[stage] in refused
     assert decay.startswith("optimizer.no_decay=[norm]: with parallel.strategy=deepspeed")
@@ -256,20 +278,24 @@ def test_an_adapter_refuses_it_with_the_reason() -> None:
     assert error.startswith("optimizer=muon with adapter=lora: ")
 
 
-def test_a_plan_counts_one_moment_of_matrices_and_two_of_the_rest() -> None:
+@pytest.mark.parametrize(
+    ("cfg", "rows"), [(MuonConfig(), 0), (NorMuonConfig(), 12 * 32 + 24 * (2 * 16 + 32))]
+)
+def test_a_plan_counts_one_moment_of_matrices_and_two_of_the_rest(cfg: OptimizerConfig, rows: int) -> None:
     batch = MicroBatch(1, 16, Precision.fp32, ActivationCheckpointing.none)
-    memory = rank_memory(
-        OlmoeConfig(**SIZES), ParallelLayout(Strategy.fsdp, 1), batch, optimizer=MuonConfig()
-    )
+    arguments = (OlmoeConfig(**SIZES), ParallelLayout(Strategy.fsdp, 1), batch, None, cfg)
+    memory, averaged = rank_memory(*arguments), rank_memory(*arguments, averaged=True)
     matrices, others = 12_288 + 36_864, 768 + 2 * 3_104 + 416
     assert memory.gradients == 4 * (matrices + others)
-    assert memory.optimizer == 4 * (matrices + 2 * others)
+    assert memory.optimizer == 4 * (matrices + rows + 2 * others)
+    assert averaged == replace(memory, optimizer=memory.optimizer + memory.gradients)
 
 
+@pytest.mark.parametrize("cfg", [MuonConfig(), NorMuonConfig()])
 @pytest.mark.parametrize("sizes", [{}, {"intermediate_size": 64, "num_experts": 4}])
-def test_a_plan_knows_what_the_update_allocates(sizes: dict[str, Any]) -> None:
+def test_a_plan_knows_what_the_update_allocates(sizes: dict[str, Any], cfg: OptimizerConfig) -> None:
     """Of gate and up of all experts, or of the projections of all layers; less where no matrix is cut."""
-    cfg, shapes = MuonConfig(), OlmoeConfig(**SIZES | sizes)
+    shapes = OlmoeConfig(**SIZES | sizes)
     model = OlmoeForCausalLM(shapes)
     optimizer = build_optimizer(parameter_groups(model, cfg), cfg)
     make_steps(optimizer, list(model.parameters()), 0, 1)
@@ -284,12 +310,16 @@ def test_a_plan_knows_what_the_update_allocates(sizes: dict[str, Any]) -> None:
 
 def resume_in_two_layouts(data: Path, directory: Path) -> None:
     """On each rank: a run of four steps, one that stops after two and goes on, and one that goes on in
-    another layout."""
+    another layout. All keep an average of the weights. The state of NorMuon has that of Muon, and more."""
 
     def run_to(step: int, name: str, experts: int) -> None:
-        trainer = {"max_steps": 4, "stop_at_step": step}
+        trainer = {"max_steps": 4, "stop_at_step": step, "ema_decay": EMA_DECAY}
         parallel = ParallelConfig(expert_parallel_size=experts)
-        run(config(data, directory / name, optimizer=MuonConfig(lr=1e-2), trainer=trainer, parallel=parallel))
+        run(
+            config(
+                data, directory / name, optimizer=NorMuonConfig(lr=1e-2), trainer=trainer, parallel=parallel
+            )
+        )
 
     run_to(4, "whole", 2)
     run_to(2, "parts", 2)
@@ -304,10 +334,29 @@ def resume_in_two_layouts(data: Path, directory: Path) -> None:
 def test_two_ranks_resume_bit_for_bit_and_in_another_layout(tmp_path: Path) -> None:
     run_ranks(2, resume_in_two_layouts, write_data(tmp_path / "data"), tmp_path)
     whole, parts = (saved_tensors(tmp_path / name, 4) for name in ("whole", "parts"))
-    assert sum("optim.momentum_buffer." in name for name in whole) == 2 * 2 * 6
+    for key in ("momentum_buffer", "row_second_moment"):
+        assert sum(f"optim.{key}." in name for name in whole) == 2 * 2 * 6
+    assert sum("optim.ema." in name for name in whole) == sum("s/model." in name for name in whole)
     assert same(whole, parts)
-    expected, found = (saved_weights(tmp_path / name, 4) for name in ("whole", "elsewhere"))
-    before = saved_weights(tmp_path / "parts", 2)
-    for name, weight in expected.items():
-        assert (found[name] - weight).norm() < 1e-5 * weight.norm(), name
-        assert (before[name] - weight).norm() > 1e-3 * weight.norm(), name
+    for which in Weights:
+        expected, found = (saved_weights(tmp_path / name, 4, which) for name in ("whole", "elsewhere"))
+        before = saved_weights(tmp_path / "parts", 2, which)
+        for name, weight in expected.items():
+            assert (found[name] - weight).norm() < 1e-5 * weight.norm(), name
+            assert (before[name] - weight).norm() > 1e-3 * weight.norm(), name
+    assert_averages(tmp_path / "whole", config(tmp_path / "data", tmp_path / "whole"))
+
+
+def assert_averages(run_dir: Path, cfg: TrainConfig) -> None:
+    """The averages of the steps are those of their definition, and the run logged the loss of the last."""
+    for step in (2, 3, 4):
+        average, weights = saved_weights(run_dir, step, Weights.ema), saved_weights(run_dir, step)
+        for name, before in saved_weights(run_dir, step - 1, Weights.ema).items():
+            expected = EMA_DECAY * before + (1 - EMA_DECAY) * weights[name]
+            assert torch.allclose(average[name], expected, rtol=1e-6, atol=1e-7), (step, name)
+    [logged] = records(run_dir, "eval/validation/ema_loss")
+    for which, key in ((Weights.ema, "ema_loss"), (Weights.weights, "loss")):
+        model, _ = load_stored_model(str(run_dir), torch.device("cpu"), which=which)
+        of_model = evaluate_data(model, cfg.data, cfg.evaluation, torch.device("cpu"))
+        assert logged[f"eval/validation/{key}"] == pytest.approx(of_model["validation"].loss, rel=1e-6)
+    assert logged["eval/validation/ema_loss"] != pytest.approx(logged["eval/validation/loss"], rel=1e-3)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from olmoe_train import train as train_module
 from olmoe_train.checkpoint.directory import checkpoint_path, complete_checkpoints, latest_checkpoint
 from olmoe_train.checkpoint.sharded import model_tensor_names, open_model_tensors
-from olmoe_train.config.choices import Device, Precision, Schedule, WandbMode
+from olmoe_train.config.choices import Device, Precision, Schedule, WandbMode, Weights
 from olmoe_train.config.data import DataConfig
 from olmoe_train.config.model import ModelConfig
 from olmoe_train.config.optimizer import AdamWConfig
@@ -195,12 +195,15 @@ def saved_tensors(run_dir: Path, step: int) -> dict[str, Tensor]:
     return tensors
 
 
-def saved_weights(run_dir: str | Path, step: int | None = None) -> dict[str, Tensor]:
-    """Return every weight of the checkpoint of `step`, whole, by name. Default: of the newest checkpoint."""
+def saved_weights(
+    run_dir: str | Path, step: int | None = None, which: Weights = Weights.weights
+) -> dict[str, Tensor]:
+    """Return every weight of the checkpoint of `step`, or its average, whole, by name. Default: of the newest
+    checkpoint."""
     directory = latest_checkpoint(Path(run_dir)) if step is None else checkpoint_path(Path(run_dir), step)
     assert directory is not None, f"{run_dir}: no checkpoint"
-    read = open_model_tensors(directory)
-    return {name: read(name) for name in model_tensor_names(directory)}
+    read = open_model_tensors(directory, which)
+    return {name: read(name) for name in model_tensor_names(directory, which)}
 
 
 def same(left: dict[str, Tensor], right: dict[str, Tensor]) -> bool:

@@ -1,7 +1,9 @@
 """Complete runs of a tiny model with the real train(), in any layout."""
 
 import os
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +25,7 @@ from olmoe_train.config.choices import (
     Strategy,
 )
 from olmoe_train.config.data import MixtureSource
-from olmoe_train.config.optimizer import AdamWConfig, MuonConfig
+from olmoe_train.config.optimizer import AdamWConfig, MuonConfig, NorMuonConfig, OptimizerConfig
 from olmoe_train.config.train import ParallelConfig, TrainConfig
 from tests.support.data import write_prepared
 from tests.support.sizes import SIZES, overrides, section
@@ -78,6 +80,11 @@ BALANCING: dict[str, BalancingConfig] = {
     # Both the bias and the sequence-wise loss are large enough to matter within six steps.
     "loss_free": LossFreeConfig(bias_update_rate=0.02, sequence_coef=0.1),
 }
+OPTIMIZERS: dict[str, Callable[..., OptimizerConfig]] = {
+    "muon": MuonConfig,
+    "normuon": NorMuonConfig,
+    "moments in bf16": partial(AdamWConfig, moments_dtype=Precision.bf16),
+}
 # By default ZeRO-3 does not partition parameters of up to 100,000 elements. Here that is every parameter.
 PARTITION_ALL = Path(__file__).with_name("partition_all.json")
 
@@ -102,8 +109,8 @@ class Layout:
     """A key of ADAPTERS; the run then starts from a base model."""
     compiled: bool = False
     prefetch: int = 1
-    muon: bool = False
-    """Use optimizer=muon in place of AdamW."""
+    optimizer: str = "adamw"
+    """A key of OPTIMIZERS, or adamw."""
     ablated: bool = False
     """Use the model of ABLATED."""
     balancing: str = ""
@@ -134,9 +141,9 @@ class Layout:
             return replace(cfg, model=replace(cfg.model, **ABLATED))
         if self.balancing:
             cfg = replace(cfg, balancing=BALANCING[self.balancing])
-        if self.muon:
-            clipping = cfg.optimizer.max_grad_norm
-            return replace(cfg, optimizer=MuonConfig(lr=cfg.optimizer.lr, max_grad_norm=clipping))
+        if self.optimizer in OPTIMIZERS:
+            lr, clipping = cfg.optimizer.lr, cfg.optimizer.max_grad_norm
+            return replace(cfg, optimizer=OPTIMIZERS[self.optimizer](lr=lr, max_grad_norm=clipping))
         if not self.adapter:
             return cfg
         assert isinstance(cfg.optimizer, AdamWConfig)

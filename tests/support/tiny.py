@@ -61,7 +61,7 @@ def backward(model: OlmoeForCausalLM, ids_BS: Tensor, document_offsets: Tensor |
     return total.item()
 
 
-def train_step(model: OlmoeForCausalLM, optimizer: torch.optim.AdamW, step: int) -> float:
+def train_step(model: OlmoeForCausalLM, optimizer: torch.optim.Optimizer, step: int) -> float:
     """Make one optimizer step on this rank's share of the global batch, and return the loss."""
     loss = backward(model, global_batch(step).chunk(dist.get_world_size())[dist.get_rank()])
     optimizer.step()

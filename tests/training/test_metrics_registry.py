@@ -69,6 +69,7 @@ def runs(directory: Path) -> Iterator[dict[str, Any]]:
         "data.dir": texts,
         "evaluation.sets": f"[{{name: web, dir: {texts}}}]",
         "evaluation.tasks": f"[{card}]",
+        "trainer.ema_decay": 0.9,
     }
     (directory / "grpo").mkdir()
     write_prompts(directory / "grpo")

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from olmoe_train.checkpoint.sharded import model_tensor_names, open_model_tensors, saved_state
 from olmoe_train.config.adapter import adapter_spec, quantizes_base, saved_adapter
+from olmoe_train.config.choices import Weights
 from olmoe_train.model import OlmoeConfig, OlmoeForCausalLM
 from olmoe_train.model.adapters.add import is_quantizable, magnitude_of, quantized_weights
 from olmoe_train.model.adapters.merge import merged
@@ -126,8 +127,9 @@ class SavedAdapter:
         return read
 
 
-def open_adapter(checkpoint: Path) -> SavedAdapter | None:
-    """The adapter of a training checkpoint; None if the checkpoint holds a whole model.
+def open_adapter(checkpoint: Path, which: Weights = Weights.weights) -> SavedAdapter | None:
+    """The adapter of a training checkpoint, or the average of its weights; None if the checkpoint holds a
+    whole model.
 
     Raises:
         CheckpointError: A file is missing or damaged.
@@ -144,6 +146,6 @@ def open_adapter(checkpoint: Path) -> SavedAdapter | None:
         quantizes_base(cfg),
         base,
         model["init_from"] if model.get("revision") is not None else base.path,
-        frozenset(model_tensor_names(checkpoint)),
-        open_model_tensors(checkpoint),
+        frozenset(model_tensor_names(checkpoint, which)),
+        open_model_tensors(checkpoint, which),
     )

@@ -175,6 +175,7 @@ def with_overrides(
 def model_card_of(stored: StoredModel) -> str | None:
     """The README.md of a stored model: made from the run for a training checkpoint, else its own file."""
     if stored.checkpoint is not None:
-        return model_card(stored.checkpoint.parent.parent, stored.checkpoint, stored.tokenizer)
+        run_dir = stored.checkpoint.parent.parent
+        return model_card(run_dir, stored.checkpoint, stored.tokenizer, stored.which)
     readme = stored.tokenizer / "README.md"
     return readme.read_text(encoding="utf-8") if readme.is_file() else None

@@ -9,6 +9,7 @@ from huggingface_hub import EvalResult, ModelCardData
 from omegaconf import OmegaConf
 
 from olmoe_train.checkpoint.sharded import saved_state
+from olmoe_train.config.choices import Weights
 from olmoe_train.config.model import ModelConfig, olmoe_config
 from olmoe_train.data.manifest import read_manifest
 from olmoe_train.model import OlmoeConfig
@@ -101,6 +102,11 @@ experts that were kept.
 {notes}
 """
 
+_AVERAGE = (
+    " The weights are the exponential moving average of those in training (`trainer.ema_decay`). Of the "
+    "losses below, `ema_loss` is that of this average, and all others are of the weights in training."
+)
+
 _HOW_TO_LOAD = """```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -130,7 +136,7 @@ The converter recognizes tokenizers by a hash. If it does not know this one, it 
 pre-tokenizer was not recognized`. The tokenizer splits text as GPT-2 does, so `gpt-2` is right."""
 
 
-def model_card(run_dir: Path, checkpoint: Path, tokenizer: Path) -> str:
+def model_card(run_dir: Path, checkpoint: Path, tokenizer: Path, which: Weights = Weights.weights) -> str:
     """The README.md for a training checkpoint.
 
     Args:
@@ -138,6 +144,7 @@ def model_card(run_dir: Path, checkpoint: Path, tokenizer: Path) -> str:
             configuration names are used if they exist.
         checkpoint: The checkpoint directory.
         tokenizer: The tokenizer files of the export, a directory or a tokenizer.json.
+        which: The weights, or their average. Other results than losses are known of the weights alone.
 
     Returns:
         Markdown with secrets redacted.
@@ -147,13 +154,14 @@ def model_card(run_dir: Path, checkpoint: Path, tokenizer: Path) -> str:
     model = olmoe_config(ModelConfig(**config["model"]))
     shown = {key: config[key] for key in config if key not in ("checkpoint", "logging", "run_dir")}
     name = run_dir.resolve().name
-    evaluation = _last_evaluation(run_dir / "metrics.jsonl", state["step"])
+    is_average = which is Weights.ema
+    evaluation = {} if is_average else _last_evaluation(run_dir / "metrics.jsonl", state["step"])
     card = _CARD.format(
         metadata=_metadata(name, model, evaluation),
         name=name,
         step=state["step"],
         tokens=state["tokens"],
-        what=_what(model),
+        what=_what(model) + (_AVERAGE if is_average else ""),
         how_to_load=_how_to_load(tokenizer),
         losses=_losses(run_dir / "metrics.jsonl", state["step"]),
         tasks=_tasks(evaluation),

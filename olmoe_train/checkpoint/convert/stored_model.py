@@ -3,7 +3,7 @@ directory with its training checkpoints.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from olmoe_train.checkpoint.directory import (
     step_of,
 )
 from olmoe_train.checkpoint.sharded import model_tensor_names, open_model_tensors
-from olmoe_train.config.choices import StripPrefix
+from olmoe_train.config.choices import StripPrefix, Weights
 from olmoe_train.config.initial_model import RUN_CONFIG, run_config, run_router_temperature
 from olmoe_train.model import OlmoeConfig, OlmoeForCausalLM
 from olmoe_train.model.hf.directory import assign, check_same_architecture, open_pretrained, parameter_shapes
@@ -57,6 +57,8 @@ class StoredModel:
     """The adapter that `read` adds to its base. None: the checkpoint holds a whole model."""
     bias_LE: Tensor | None = None
     """Bias in the choice of experts (balancing=loss_free), fp32. None: there is none."""
+    which: Weights = Weights.weights
+    """Whether `read` returns the weights of the checkpoint, or their average."""
 
 
 def split_step(name: str) -> tuple[str, str | None]:
@@ -68,7 +70,11 @@ def split_step(name: str) -> tuple[str, str | None]:
 
 
 def open_stored_model(
-    source: str | Path, step: str = "latest", trust_pickle: bool = False, strip_prefix: bool = False
+    source: str | Path,
+    step: str = "latest",
+    trust_pickle: bool = False,
+    strip_prefix: bool = False,
+    which: Weights = Weights.weights,
 ) -> StoredModel:
     """Open the model that `source=` names.
 
@@ -78,15 +84,21 @@ def open_stored_model(
         trust_pickle: Accept weights in a pickle, through torch.load(weights_only=True).
         strip_prefix: Take the prefixes of wrappers (`_orig_mod.`, `module.`) off the names of the tensors. A
             run's checkpoints never have such prefixes.
+        which: The weights of a run, or their average.
 
     Raises:
-        UserError: `source` is not such a directory, has no complete checkpoint of this step, is damaged or
-            quantized, or has its weights in a pickle and `trust_pickle` is false.
+        UserError: `source` is not such a directory, has no complete checkpoint of this step, no average where
+            that is asked for, is damaged or quantized, or has its weights in a pickle and `trust_pickle` is
+            false.
     """
     directory = Path(source).expanduser()
     is_hf = (directory / "config.json").is_file()
-    if (is_hf or is_olmo_directory(directory)) and step != "latest":
-        raise UserError(f"step={step}: source={directory} is not a run directory and has no steps; omit step")
+    if is_hf or is_olmo_directory(directory):
+        what = f"source={directory} is not a run directory and has no"
+        if step != "latest":
+            raise UserError(f"step={step}: {what} steps; omit step")
+        if which is not Weights.weights:
+            raise UserError(f"which={which.value}: {what} average; omit which")
     if is_hf:
         config, read = open_pretrained(OlmoeForCausalLM, directory, trust_pickle, strip_prefix)
         return StoredModel(str(directory), config, read, directory, read_generation_config(directory))
@@ -97,10 +109,17 @@ def open_stored_model(
     config.dtype = torch.float32  # training stores fp32 master weights, whatever trainer.precision is
     checkpoint = run_checkpoint(directory, step)
     name = f"{checkpoint.name} of {directory}"
-    adapter = open_adapter(checkpoint)
+    if which is Weights.ema:
+        if not model_tensor_names(checkpoint, which):
+            raise UserError(
+                f"which=ema: {name} has no average of its weights, because trainer.ema_decay was null; omit "
+                "which, or train with trainer.ema_decay"
+            )
+        name = f"the average of {name}"
+    adapter = open_adapter(checkpoint, which)
     if adapter is not None:
-        return _open_adapted(directory, name, config, checkpoint, adapter)
-    read, names = open_model_tensors(checkpoint), model_tensor_names(checkpoint)
+        return replace(_open_adapted(directory, name, config, checkpoint, adapter), which=which)
+    read, names = open_model_tensors(checkpoint, which), model_tensor_names(checkpoint)
     if extra := sorted(names - {BIAS} - parameter_shapes(OlmoeForCausalLM, config).keys()):
         raise UserError(
             f"{name} holds tensors that an OLMoE model does not have, so its outputs cannot be reproduced: "
@@ -110,7 +129,9 @@ def open_stored_model(
         *(name, config, _with_temperature(read, run_router_temperature(directory))),
         directory / RUN_TOKENIZER,
         checkpoint=checkpoint,
-        bias_LE=read(BIAS) if BIAS in names else None,
+        # The bias has no average: it is not trained by gradients.
+        bias_LE=open_model_tensors(checkpoint)(BIAS) if BIAS in names else None,
+        which=which,
     )
 
 
@@ -151,14 +172,18 @@ def _open_adapted(
 
 
 def load_stored_model(
-    source: str, device: torch.device, trust_pickle: bool = False, strip_prefix: bool = False
+    source: str,
+    device: torch.device,
+    trust_pickle: bool = False,
+    strip_prefix: bool = False,
+    which: Weights = Weights.weights,
 ) -> tuple[OlmoeForCausalLM, Path]:
     """Load the model that `source=` names onto a device.
 
     Args:
         source: As for `open_stored_model`; the newest checkpoint of a run directory is taken.
         device: Where the parameters go.
-        trust_pickle, strip_prefix: As for `open_stored_model`.
+        trust_pickle, strip_prefix, which: As for `open_stored_model`.
 
     Returns:
         The model in eval mode, in the dtype of the stored model; and the directory of its tokenizer files.
@@ -166,7 +191,7 @@ def load_stored_model(
     Raises:
         UserError: As `open_stored_model`, or a weight is not finite.
     """
-    stored = open_stored_model(source, trust_pickle=trust_pickle, strip_prefix=strip_prefix)
+    stored = open_stored_model(source, trust_pickle=trust_pickle, strip_prefix=strip_prefix, which=which)
     return load_whole(stored, device), stored.tokenizer
 
 

@@ -1,6 +1,8 @@
 """Validation before the first step, every evaluation.every steps, and after the run's last step."""
 
 import logging
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any
 
@@ -47,11 +49,13 @@ class Evaluate(Callback):
         throughput: Throughput,
         watchdog: Watchdog,
         device: torch.device,
+        averaged: Callable[[], AbstractContextManager[None]] | None = None,
     ) -> None:
+        """averaged: Gives the model the average of its weights, for a time; None: there is none."""
         self.cfg, self.data, self.model, self.objective = cfg, data, model, objective
         self.tasks = tasks
         self.metrics, self.throughput, self.watchdog = metrics, throughput, watchdog
-        self.device, self.has_warned = device, False
+        self.device, self.has_warned, self.averaged = device, False, averaged
         self.has_data = any(manifest.validation.tokens for manifest in data.manifests.values())
 
     def on_start(self, state: TrainState) -> None:
@@ -67,20 +71,29 @@ class Evaluate(Callback):
     def _evaluate(self, state: TrainState) -> None:
         if not (self.has_data or self.cfg.sets or self.tasks or self.cfg.prompts):
             return
-        results: dict[str, Validation] = {}
-        if self.has_data:
-            results = self.objective.validate(self.model, self.data, self.cfg, self.watchdog.with_heartbeat)
-        of_sets = evaluate_sets(
-            self.model, self.data.cfg, self.cfg, self.device, self.watchdog.with_heartbeat
-        )
-        results |= {name: validation_of(one) for name, one in of_sets.items()}
+        results = self._losses()
         self._warn_without_bytes(results)
+        if self.averaged is not None:
+            with self.averaged():
+                of_average = self._losses()
+            for name, one in of_average.items():
+                results[name].values["ema_loss"] = one.values["loss"]
         answers = evaluate_tasks(
             self.model, self.tasks, self.cfg.tokens_per_pass, self.device, self.watchdog.with_heartbeat
         )
         samples = self._sample() if self.cfg.prompts else {}
         self._log(state, results, answers, samples)
         self.throughput.restart(state.tokens)
+
+    def _losses(self) -> dict[str, Validation]:
+        """Results on the validation splits and on evaluation.sets, with the weights of the moment."""
+        results: dict[str, Validation] = {}
+        if self.has_data:
+            results = self.objective.validate(self.model, self.data, self.cfg, self.watchdog.with_heartbeat)
+        of_sets = evaluate_sets(
+            self.model, self.data.cfg, self.cfg, self.device, self.watchdog.with_heartbeat
+        )
+        return results | {name: validation_of(one) for name, one in of_sets.items()}
 
     def _warn_without_bytes(self, results: dict[str, Validation]) -> None:
         """Say once why losses of text have no bits per byte."""

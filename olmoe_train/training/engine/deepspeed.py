@@ -13,6 +13,7 @@ other layout.
 
 import io
 import json
+import logging
 from collections.abc import Sequence
 from contextlib import redirect_stdout
 from pathlib import Path
@@ -23,8 +24,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
-from olmoe_train.checkpoint.sharded import MOMENTS, load_checkpoint, persistent_buffers
-from olmoe_train.config.optimizer import OptimizerConfig
+from olmoe_train.checkpoint.sharded import load_checkpoint, persistent_buffers
+from olmoe_train.config.optimizer import ADAMW_STATE, OptimizerConfig
 from olmoe_train.config.train import ParallelConfig, TrainerConfig
 from olmoe_train.distributed.deepspeed_config import deepspeed_config
 from olmoe_train.distributed.expert_parallel import apply_expert_parallelism
@@ -35,6 +36,7 @@ from olmoe_train.model import OlmoeForCausalLM
 from olmoe_train.model.adapters.add import add_adapter
 from olmoe_train.optim.build import build_optimizer, scale_learning_rates, trained_parameters
 from olmoe_train.optim.clipping import clip_gradients
+from olmoe_train.optim.roles import parameter_groups as role_groups
 from olmoe_train.training.engine.base import Judge, StepOutcome
 from olmoe_train.training.engine.deepspeed_model import (
     build_zero_model,
@@ -44,6 +46,8 @@ from olmoe_train.training.engine.deepspeed_model import (
     start_deepspeed,
 )
 from olmoe_train.utils.errors import UserError
+
+log = logging.getLogger(__name__)
 
 
 class ZeroEngine:
@@ -146,9 +150,10 @@ class ZeroEngine:
             if is_expert(parameter):
                 index = (slice(None), *index[1:])  # `_read` returns only this rank's experts
             state: dict[str, Tensor] = {"step": count.cpu().clone()}
-            state |= {moment: torch.zeros_like(target, requires_grad=False) for moment in MOMENTS}
+            state |= {moment: torch.zeros_like(target, requires_grad=False) for moment in ADAMW_STATE}
             adamw.state[target] = state
-            for key, tensor in ((None, target.detach()), *((moment, state[moment]) for moment in MOMENTS)):
+            moments = ((moment, state[moment]) for moment in ADAMW_STATE)
+            for key, tensor in ((None, target.detach()), *moments):
                 local_tensor(tensor).copy_(self._read(parameter, key)[index])
         return stored, adamw
 
@@ -156,13 +161,17 @@ class ZeroEngine:
     def load(self, checkpoint: Path) -> dict[str, Any]:
         stored, adamw = self._sharded_copy()
         saved = load_checkpoint(checkpoint, stored, adamw)
-        steps = {float(state["step"]) for state in adamw.state.values()}
-        assert len(steps) <= 1, "parameters that were updated in different steps"
+        sources = trained_parameters(stored)
+        steps = [float(state["step"]) for state in adamw.state.values()]
+        # A flat partition has one step count: moments that are not those of all parameters begin anew.
+        is_whole = len(steps) == len(sources) and len(set(steps)) == 1
+        if steps and not is_whole:
+            log.warning("WARNING: with parallel.strategy=deepspeed the moments of all parameters begin anew")
         for flat in self._partitions():
-            self._adamw.state[flat]["step"].fill_(max(steps, default=0.0))
-        for parameter, source in zip(self._trained, trained_parameters(stored), strict=True):
+            self._adamw.state[flat]["step"].fill_(steps[0] if is_whole else 0.0)
+        for parameter, source in zip(self._trained, sources, strict=True):
             self._write(parameter, None, _gather(source))
-            for moment in MOMENTS if source in adamw.state else ():
+            for moment in ADAMW_STATE if is_whole else ():
                 self._write(parameter, moment, _gather(adamw.state[source][moment]))
         return saved
 
@@ -185,7 +194,7 @@ class ZeroEngine:
         stored.tie_weights()
         assert self.model.balancer is not None
         stored.set_balancer(self.model.balancer)  # the same object: its buffers are saved and loaded in place
-        adamw = build_optimizer(trained_parameters(stored), self.optimizer_config)
+        adamw = build_optimizer(role_groups(stored, self.optimizer_config), self.optimizer_config)
         assert isinstance(adamw, torch.optim.AdamW)
         return stored, adamw
 
@@ -194,7 +203,7 @@ class ZeroEngine:
         optimizer state after the first group's first step, when the other groups have none yet."""
         for flat in self._partitions():
             step = torch.tensor(0.0, dtype=torch.float32, device=flat.device)
-            self._adamw.state[flat] = {"step": step, **{key: torch.zeros_like(flat) for key in MOMENTS}}
+            self._adamw.state[flat] = {"step": step, **{key: torch.zeros_like(flat) for key in ADAMW_STATE}}
         if self.stage in (1, 2):
             self.optimizer._lazy_init_hp_params_optimizer_state()
 

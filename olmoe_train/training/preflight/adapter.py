@@ -2,7 +2,7 @@
 
 from olmoe_train.config.adapter import LoraConfig, quantizes_base
 from olmoe_train.config.choices import AdapterTarget, ExpertsBackend, RouterTraining, Strategy
-from olmoe_train.config.optimizer import MuonConfig
+from olmoe_train.config.optimizer import OrthogonalizingConfig
 from olmoe_train.config.train import TrainConfig
 from olmoe_train.model.adapters.nf4 import BLOCK
 
@@ -18,11 +18,11 @@ def adapter_errors(cfg: TrainConfig, world_size: int) -> list[str]:
             f"adapter={adapter.name}: an adapter is trained on a model, and there is none; set "
             "model.init_from to its HF directory, or adapter=none"
         )
-    if isinstance(cfg.optimizer, MuonConfig):
+    if isinstance(cfg.optimizer, OrthogonalizingConfig):
         errors.append(
-            f"optimizer=muon with adapter={adapter.name}: an adapted weight moves by the product of two "
-            "low-rank matrices, and orthogonalizing each of them does not orthogonalize it; set "
-            "optimizer=adamw, or adapter=none"
+            f"optimizer={cfg.optimizer.name} with adapter={adapter.name}: an adapted weight moves by the "
+            "product of two low-rank matrices, and orthogonalizing each of them does not orthogonalize it; "
+            "set optimizer=adamw, or adapter=none"
         )
     shared = [
         target.value

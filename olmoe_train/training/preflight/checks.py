@@ -109,6 +109,10 @@ def _trainer_errors(cfg: TrainConfig, world_size: int) -> list[str]:
             f"data.sequence_length={cfg.data.sequence_length}: must be at least 2, because the last token of "
             "a sequence has no next token to predict"
         )
+    if trainer.ema_decay is not None and not 0 < trainer.ema_decay < 1:
+        errors.append(
+            f"trainer.ema_decay={trainer.ema_decay}: must be above 0 and below 1, such as 0.999; null: off"
+        )
     return errors + batch_size_errors(cfg, world_size) + parallel_errors(cfg, world_size)
 
 

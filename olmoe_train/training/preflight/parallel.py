@@ -10,7 +10,7 @@ from olmoe_train.config.choices import (
     Precision,
     Strategy,
 )
-from olmoe_train.config.optimizer import AdamWConfig, MuonConfig
+from olmoe_train.config.optimizer import AdamWConfig, OrthogonalizingConfig
 from olmoe_train.config.train import TrainConfig
 from olmoe_train.distributed.deepspeed_config import deepspeed_config
 from olmoe_train.distributed.mesh import resolve_device
@@ -95,22 +95,7 @@ def _deepspeed_errors(cfg: TrainConfig, world_size: int) -> list[str]:
             f"{stage} with trainer.precision=bf16: DeepSpeed accumulates gradients in fp32 only from "
             "ZeRO-1 on; set parallel.zero_stage=1, or parallel.strategy=ddp"
         )
-    if isinstance(cfg.optimizer, MuonConfig):
-        errors.append(
-            f"optimizer=muon with {stage}: {MUON_WITH_ZERO[parallel.zero_stage]}; set optimizer=adamw, or "
-            "parallel.strategy=fsdp"
-        )
-    elif not isinstance(cfg.optimizer, AdamWConfig):
-        errors.append(
-            f"optimizer={cfg.optimizer.name}: with parallel.strategy=deepspeed the optimizer is AdamW; set "
-            "optimizer=adamw, or parallel.strategy=fsdp"
-        )
-    if cfg.optimizer.no_decay:
-        roles = ",".join(role.value for role in cfg.optimizer.no_decay)
-        errors.append(
-            f"optimizer.no_decay=[{roles}]: with parallel.strategy=deepspeed the parameters are grouped by "
-            "the ranks that hold copies, not by role; set optimizer.no_decay=[], or parallel.strategy=fsdp"
-        )
+    errors += _deepspeed_optimizer_errors(cfg)
     if trainer.spike_sigmas is not None:
         errors.append(
             f"trainer.spike_sigmas={trainer.spike_sigmas}: DeepSpeed reports the gradient norm only after "
@@ -142,6 +127,39 @@ def _deepspeed_errors(cfg: TrainConfig, world_size: int) -> list[str]:
             f"{stage} with trainer.activation_checkpointing=selective: the recomputation gathers weights "
             "at points where the first pass did not; set trainer.activation_checkpointing=full, or "
             "parallel.strategy=fsdp"
+        )
+    return errors
+
+
+def _deepspeed_optimizer_errors(cfg: TrainConfig) -> list[str]:
+    """What DeepSpeed cannot do with the optimizer, and with averages of the weights."""
+    stage, decay, errors = cfg.parallel.zero_stage, cfg.trainer.ema_decay, []
+    if isinstance(cfg.optimizer, OrthogonalizingConfig):
+        errors.append(
+            f"optimizer={cfg.optimizer.name} with parallel.zero_stage={stage}: {MUON_WITH_ZERO[stage]}; set "
+            "optimizer=adamw, or parallel.strategy=fsdp"
+        )
+    elif not isinstance(cfg.optimizer, AdamWConfig):
+        errors.append(
+            f"optimizer={cfg.optimizer.name}: with parallel.strategy=deepspeed the optimizer is AdamW; set "
+            "optimizer=adamw, or parallel.strategy=fsdp"
+        )
+    elif cfg.optimizer.moments_dtype is Precision.bf16:
+        errors.append(
+            "optimizer.moments_dtype=bf16: with parallel.strategy=deepspeed the update is that of fused "
+            "AdamW, whose moments are fp32; set optimizer.moments_dtype=fp32, or parallel.strategy=fsdp"
+        )
+    if decay is not None:
+        errors.append(
+            f"trainer.ema_decay={decay}: with parallel.strategy=deepspeed the fp32 weights are "
+            "in DeepSpeed's partitions, beside which no average is kept; set trainer.ema_decay=null, or "
+            "parallel.strategy=fsdp"
+        )
+    if cfg.optimizer.no_decay:
+        roles = ",".join(role.value for role in cfg.optimizer.no_decay)
+        errors.append(
+            f"optimizer.no_decay=[{roles}]: with parallel.strategy=deepspeed the parameters are grouped by "
+            "the ranks that hold copies, not by role; set optimizer.no_decay=[], or parallel.strategy=fsdp"
         )
     return errors
 
