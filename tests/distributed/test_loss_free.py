@@ -70,7 +70,7 @@ def test_a_bias_is_resumed_in_any_layout(tmp_path: Path, capsys: pytest.CaptureF
         *(elastic, replace(whole, run_dir=elastic.run_dir, parallel=zero)),
         *(running, replace(running, trainer=replace(whole.trainer, max_steps=2))),
     ]
-    found, of_rank_1 = run_ranks(2, train_each, cfgs)
+    found, of_rank_1 = run_ranks(2, train_each, cfgs, timeout=300)
     at_end, half, resumed, _, by_zero, _, refused = found
     for mine, theirs in zip(found[:5], of_rank_1[:5], strict=True):
         assert torch.equal(mine, theirs)

@@ -96,7 +96,7 @@ class ZeroEngine:
             self._start(initial, config)
         balancer: object = self.model.balancer
         if isinstance(balancer, nn.Module):
-            balancer.to(device)
+            balancer.to(device, torch.float32)  # in case DeepSpeed has rounded buffers to bf16
 
     def _start(self, initial: OlmoeForCausalLM, config: dict[str, Any]) -> None:
         self.model = build_zero_model(self.trainer, self.parallel, initial, config, self.device)
