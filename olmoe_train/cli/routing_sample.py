@@ -58,8 +58,8 @@ def open_checked(cfg: SampledRoutingConfig) -> StoredModel:
         raise UserError(f"source={cfg.source}: is a dense model, which has no experts to choose from")
     if stored.config.routing == "expert_choice":
         raise UserError(
-            f"source={cfg.source}: has model.routing=expert_choice, and here experts are judged by the tokens "
-            "that choose them"
+            f"source={cfg.source}: has model.routing=expert_choice, and here experts are judged by the "
+            "tokens that choose them"
         )
     check_data(stored.config, next(iter(read_manifests(cfg.data).values())), cfg.data)
     if errors := tokenizer_errors(cfg.source, stored.tokenizer, cfg.data):
