@@ -265,7 +265,8 @@ def open_model_tensors(directory: Path, which: Weights = Weights.weights) -> Cal
 
     Returns:
         A function that reads one full tensor of the model by name. The tensor is on the CPU, in its stored
-        dtype. The function raises KeyError if the checkpoint has no tensor of that name.
+        dtype. The average of a tensor that is not trained is the tensor. The function raises KeyError if the
+        checkpoint has no tensor of that name.
 
     Raises:
         CheckpointError: A file is missing or damaged.
@@ -280,6 +281,8 @@ def open_model_tensors(directory: Path, which: Weights = Weights.weights) -> Cal
 
     def read(name: str) -> Tensor:
         key = f"{PREFIXES[which]}{name}"
+        if key not in pieces:
+            key = f"{PREFIXES[Weights.weights]}{name}"
         parts = [(file.get_tensor(key), offsets) for file, offsets in pieces[key]]
         if len(parts) == 1:
             return parts[0][0]

@@ -10,6 +10,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from olmoe_train.checkpoint.convert.stored_model import open_stored_model
+from olmoe_train.config.choices import Weights
 from olmoe_train.config.model import olmoe_config
 from olmoe_train.config.train import TrainConfig
 from olmoe_train.model import OlmoeForCausalLM
@@ -91,7 +93,7 @@ def test_what_is_frozen_keeps_its_bits(tmp_path: Path) -> None:
     (tmp_path / "experts.yaml").write_text(f"layers: {SELECTED}")
     only = replace(
         tiny,
-        trainer=replace(tiny.trainer, train_only=str(tmp_path / "experts.yaml")),
+        trainer=replace(tiny.trainer, train_only=str(tmp_path / "experts.yaml"), ema_decay=0.5),
         optimizer=replace(tiny.optimizer, weight_decay=0.0),
         model=replace(tiny.model, init_from=str(tmp_path / "base")),
     )
@@ -116,13 +118,17 @@ def compare_with_one_process(only: TrainConfig, root: Path) -> None:
     for name in ("one", *TRAIN_ONLY):
         saved = saved_weights(root / name)
         assert saved.keys() == base.keys()
+        average = open_stored_model(root / name, which=Weights.ema)
         for parameter, before in base.items():
             layer = int(parameter.split(".")[2]) if ".experts." in parameter else -1
             experts = frozen_experts(layer) if layer in SELECTED else slice(None)
             assert torch.equal(saved[parameter][experts], before[experts]), (name, parameter)
+            assert torch.equal(average.read(parameter)[experts], before[experts]), (name, parameter)
             for expert in SELECTED.get(layer, []):
                 moved = saved[parameter][expert] - before[expert]
                 assert moved.norm() > 1e-3 * before[expert].norm(), (name, parameter, expert)
+                moved_average = average.read(parameter)[expert] - before[expert]
+                assert 0 < moved_average.norm() < moved.norm(), (name, parameter, expert)
     expected, found = saved_weights(root / "one"), saved_weights(root / "experts of fsdp")
     for parameter, weight in expected.items():
         assert (found[parameter] - weight).norm() <= 1e-5 * weight.norm(), parameter

@@ -129,8 +129,7 @@ def open_stored_model(
         *(name, config, _with_temperature(read, run_router_temperature(directory))),
         directory / RUN_TOKENIZER,
         checkpoint=checkpoint,
-        # The bias has no average: it is not trained by gradients.
-        bias_LE=open_model_tensors(checkpoint)(BIAS) if BIAS in names else None,
+        bias_LE=read(BIAS) if BIAS in names else None,
         which=which,
     )
 

@@ -1,0 +1,111 @@
+"""Every variant of the pretraining laboratory on the quickstart's model and data: one table, several seeds.
+
+    python -m benchmarks.laboratory data.dir=DIR [--out OUT] [--steps 100] [--seeds 3] [--at-once 2]
+
+Each run is `olmoe train experiment=quickstart` with the overrides of its variant, on one rank with one
+thread. The variants take turns: the first seed of all of them, then the second, so that a change of the
+machine's load meets every variant. Running the command again continues. OUT holds the runs and the table.
+"""
+
+import argparse
+import itertools
+import json
+import os
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from olmoe_train.cli.multirun import SweptRun
+from olmoe_train.reporting.run_data import read_object
+from olmoe_train.reporting.sweep import RUNS, TABLE, sweep_table
+
+ABLATIONS = (
+    "granularity_8",
+    "granularity_32",
+    "granularity_64",
+    "shared_expert",
+    "shared_expert_none",
+    "expert_choice",
+    "dense",
+    "no_z_loss",
+    "no_qk_norm",
+    "normal_init",
+    "nonparametric_norm",
+    "no_decay_norm",
+    "no_decay_embedding",
+    "adamw_eps_1e_5",
+)
+VARIANTS: dict[str, list[str]] = {
+    "quickstart": [],
+    "optimizer=muon": ["optimizer=muon"],
+    "optimizer=normuon": ["optimizer=normuon"],
+    "optimizer.moments_dtype=bf16": ["optimizer.moments_dtype=bf16"],
+    "scheduler=wsd": ["scheduler=wsd"],
+    "trainer.ema_decay=0.99": ["trainer.ema_decay=0.99"],
+    **{f"balancing={name}": [f"balancing={name}"] for name in ("loss_free", "sequence", "none")},
+    **{f"balancing.scope={name}": [f"balancing.scope={name}"] for name in ("micro_batch", "running")},
+    "balancing.router_jitter=0.01": ["balancing.router_jitter=0.01"],
+    **{f"ablation={name}": [f"ablation={name}"] for name in ABLATIONS},
+}
+"""Name of a variant -> its overrides of experiment=quickstart. On one rank all_ranks is micro_batch."""
+COMMON = [
+    "experiment=quickstart",
+    "trainer.micro_batch_size=4",
+    "trainer.device=cpu",
+    "evaluation.at_start=false",
+    "evaluation.tasks=[]",
+    "evaluation.prompts=[]",
+    "checkpoint.every=0",
+    "logging.wandb.mode=disabled",
+    "logging.details_every=0",
+]
+
+
+def train(run: SweptRun, options: argparse.Namespace) -> str:
+    """Train one run, unless an earlier command has; a line that says how it ended."""
+    run_dir = options.out / run.name
+    if read_object(run_dir / "status.json").get("state") == "done":
+        return f"{run.name}: done before"
+    result = subprocess.run(
+        [sys.executable, "-m", "olmoe_train", "train", *run.overrides, f"run_dir={run_dir}"],
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    return f"{run.name}: exit code {result.returncode}" + f"\n{result.stderr}" * (result.returncode != 0)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("overrides", nargs="*", help="further overrides of every run; data.dir is needed")
+    parser.add_argument("--out", type=Path, default=Path("runs/laboratory"))
+    for name, default in (("steps", 100), ("seeds", 3), ("at-once", 2)):
+        parser.add_argument(f"--{name}", type=int, default=default)
+    parser.add_argument("--only", nargs="+", choices=VARIANTS, default=list(VARIANTS))
+    options = parser.parse_intermixed_args()
+    options.out = options.out.resolve()
+    options.out.mkdir(parents=True, exist_ok=True)
+    common = [*COMMON, f"trainer.max_steps={options.steps}", *options.overrides]
+    runs = [
+        SweptRun({"variant": variant, "seed": str(seed)}, [*common, f"seed={seed}", *VARIANTS[variant]])
+        for seed in range(options.seeds)
+        for variant in options.only
+    ]
+    known = read_object(options.out / RUNS) | {
+        run.name: {"values": run.values, "overrides": run.overrides} for run in runs
+    }
+    (options.out / RUNS).write_text(json.dumps(known, indent=1) + "\n")
+    with ThreadPoolExecutor(options.at_once) as pool:
+        for line in pool.map(train, runs, itertools.repeat(options)):
+            print(line, flush=True)
+    table = sweep_table(options.out)
+    (options.out / TABLE).write_text(table + "\n")
+    print(table)
+
+
+if __name__ == "__main__":
+    main()
