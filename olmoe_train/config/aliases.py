@@ -18,6 +18,8 @@ ALIASES = {
     "loss.balance_scope": "balancing.scope",
 }
 """Older spelling -> today's key."""
+EMPTY_GROUPS = ("experiment", "ablation")
+"""Groups of presets that have no default."""
 
 FIRST_VARIANTS: dict[str, type[VariantConfig]] = {
     "optimizer": AdamWConfig,
@@ -37,8 +39,8 @@ def current_key(key: str) -> str:
 
 
 def current_overrides(overrides: list[str]) -> list[str]:
-    """Command-line overrides with older spellings replaced, and +ablation=NAME by ablation=NAME: the group is
-    there, and empty by default, which Hydra would call two values.
+    """Command-line overrides with older spellings replaced, and those of EMPTY_GROUPS in the form that Hydra
+    accepts: GROUP=NAME for +GROUP=NAME, which Hydra calls a second value, and nothing for GROUP=null.
 
     An override of either spelling also clears the older one, since it takes precedence over YAML files that
     still use that.
@@ -49,10 +51,11 @@ def current_overrides(overrides: list[str]) -> list[str]:
     given: dict[str, str] = {}
     result, cleared = [], []
     for override in overrides:
-        if override.startswith("+ablation="):
-            override = override.removeprefix("+")
         written, equals, value = override.partition("=")
         key = written.lstrip("+")
+        if key in EMPTY_GROUPS:
+            result += [f"{key}{equals}{value}"] if value != "null" else []
+            continue
         new = current_key(key)
         if not equals or new not in ALIASES.values():
             result.append(override)

@@ -51,6 +51,12 @@ def presets() -> dict[str, TrainConfig]:
     return {name: quickstart(f"+ablation={name}") for name in NAMES}
 
 
+def test_null_is_no_preset() -> None:
+    """As in a sweep, which compares a preset with none: ablation=null,no_z_loss."""
+    assert quickstart("ablation=null") == quickstart()
+    assert compose("data.dir=x", "experiment=null") == compose("data.dir=x")
+
+
 def test_each_changes_one_thing(presets: dict[str, TrainConfig]) -> None:
     before = flat(plain_values(quickstart()))
     for name, cfg in presets.items():
