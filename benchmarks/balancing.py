@@ -30,7 +30,8 @@ from olmoe_train.config.balancing import AuxiliaryLossConfig
 from olmoe_train.config.choices import BalanceScope
 from olmoe_train.config.train import TrainConfig
 from olmoe_train.training.batch import Batch
-from olmoe_train.training.build import build_balancer, build_data, train_batches
+from olmoe_train.training.build import build_data, train_batches
+from olmoe_train.training.build_balancer import build_balancer
 from olmoe_train.training.objectives.next_token import NextToken
 
 RANKS, MICRO_BATCHES = 2, 4

@@ -17,6 +17,7 @@ from omegaconf import OmegaConf
 
 from olmoe_train.model.roles import ParameterRole
 from olmoe_train.utils.errors import UserError
+from olmoe_train.utils.files import read_yaml_mapping
 
 LAYERS, ALSO = "layers", "also"
 ALSO_ROLES = tuple(
@@ -54,7 +55,7 @@ def read_experts(path: Path, num_layers: int, num_experts: int) -> NamedExperts:
         UserError: The file cannot be read, or does not fit the model. The message names file and key, and
             lists everything that is wrong.
     """
-    values = _values(path)
+    values = read_yaml_mapping(path, f"a file of experts has keys, such as {LAYERS}")
     errors = [
         f"{path}: {key}: there is no such key; a file of experts has {LAYERS} and {ALSO}"
         for key in values
@@ -91,18 +92,6 @@ def _layer_errors(where: str, layer: Any, experts: Any, num_layers: int, num_exp
     if len(set(experts)) < len(experts):
         return [f"{where}={experts}: names an expert twice"]
     return []
-
-
-def _values(path: Path) -> dict[str, Any]:
-    try:
-        values = OmegaConf.to_container(OmegaConf.load(path), resolve=False)
-    except FileNotFoundError:
-        raise UserError(f"{path}: there is no such file in {Path.cwd()}") from None
-    except Exception as error:  # YAML and OmegaConf raise a dozen exception types
-        raise UserError(f"{path}: cannot be read: {error}") from error
-    if not isinstance(values, dict):
-        raise UserError(f"{path}: a file of experts has keys, such as {LAYERS}; this one is a list")
-    return {str(key): value for key, value in values.items()}
 
 
 def experts_text(

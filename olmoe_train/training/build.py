@@ -1,7 +1,8 @@
-"""Builds what a run needs from its configuration. This file, build_objective.py and the loop see it whole."""
+"""Builds what a run needs from its configuration. This file, build_objective.py, build_balancer.py and the
+loop see it whole."""
 
 import logging
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -10,13 +11,6 @@ import torch
 import torch.distributed as dist
 
 from olmoe_train.checkpoint.saver import Saver
-from olmoe_train.config.balancing import (
-    AuxiliaryLossConfig,
-    BalancingConfig,
-    LossFreeConfig,
-    NoBalancingConfig,
-    SequenceLossConfig,
-)
 from olmoe_train.config.choices import DTYPES, PreferenceKind, Strategy
 from olmoe_train.config.compose import plain_values
 from olmoe_train.config.expert_file import NamedExperts, read_experts
@@ -36,8 +30,7 @@ from olmoe_train.evaluation.tasks.build import read_tasks
 from olmoe_train.evaluation.tasks.requests import EncodedTask, encode_tasks
 from olmoe_train.model import OlmoeForCausalLM
 from olmoe_train.model.configuration import OlmoeConfig
-from olmoe_train.model.moe.balancing import AuxiliaryLosses, Balancer, set_router_options
-from olmoe_train.model.moe.loss_free import LossFreeBias
+from olmoe_train.model.moe.balancing import set_router_options
 from olmoe_train.optim.average import averages_as_weights, keep_average
 from olmoe_train.optim.build import build_optimizer
 from olmoe_train.optim.roles import groups_table, parameter_groups
@@ -49,6 +42,7 @@ from olmoe_train.run.directory import Run
 from olmoe_train.run.loggers import MetricsLog, close_metrics, draws_pictures
 from olmoe_train.run.stragglers import StragglerDetector
 from olmoe_train.training.batch import Batch, StepBatches
+from olmoe_train.training.build_balancer import build_balancer
 from olmoe_train.training.callbacks.base import Callback
 from olmoe_train.training.callbacks.checkpoints import Checkpoints
 from olmoe_train.training.callbacks.evaluation import Evaluate
@@ -132,52 +126,6 @@ def build_engine(cfg: TrainConfig, device: torch.device) -> Engine:
     if cfg.trainer.ema_decay is not None:
         keep_average(optimizer, cfg.trainer.ema_decay)
     return FsdpEngine(model, optimizer, cfg.optimizer.max_grad_norm, device)
-
-
-def build_auxiliary_losses(cfg: TrainConfig, config: OlmoeConfig) -> Balancer:
-    assert isinstance(cfg.balancing, AuxiliaryLossConfig)
-    # With expert choice the load is even by construction, and the loss is only reported.
-    weighted = config.routing == "token_choice"
-    return AuxiliaryLosses(
-        config.experts_per_token,
-        cfg.loss.router_aux_loss_coef if weighted else 0.0,
-        cfg.loss.router_z_loss_coef,
-        cfg.loss.convention,
-        cfg.balancing.scope,
-    )
-
-
-def build_loss_free(cfg: TrainConfig, config: OlmoeConfig) -> Balancer:
-    assert isinstance(cfg.balancing, LossFreeConfig)
-    losses = build_sequence_loss(cfg, config, cfg.balancing.sequence_coef)
-    rate = cfg.balancing.bias_update_rate
-    return LossFreeBias(config.num_hidden_layers, config.num_experts, rate, losses)
-
-
-def build_sequence_loss(cfg: TrainConfig, config: OlmoeConfig, coef: float | None = None) -> AuxiliaryLosses:
-    """coef: weight of the sequence-wise loss; None: loss.router_aux_loss_coef."""
-    coef = cfg.loss.router_aux_loss_coef if coef is None else coef
-    z_coef, convention = cfg.loss.router_z_loss_coef, cfg.loss.convention
-    return AuxiliaryLosses(config.experts_per_token, 0.0, z_coef, convention, sequence_coef=coef)
-
-
-def build_no_balancing(cfg: TrainConfig, config: OlmoeConfig) -> Balancer:
-    return build_sequence_loss(cfg, config, coef=0.0)
-
-
-BuildBalancer = Callable[[TrainConfig, OlmoeConfig], Balancer]
-BALANCERS: dict[type[BalancingConfig], BuildBalancer] = {
-    AuxiliaryLossConfig: build_auxiliary_losses,
-    LossFreeConfig: build_loss_free,
-    SequenceLossConfig: build_sequence_loss,
-    NoBalancingConfig: build_no_balancing,
-}
-"""Variant of `balancing` -> its builder. A new balancer is one configuration class and one entry here."""
-
-
-def build_balancer(cfg: TrainConfig, config: OlmoeConfig) -> Balancer:
-    """The balancer that `balancing=...` names. config: the model's."""
-    return BALANCERS[type(cfg.balancing)](cfg, config)
 
 
 def build_data(cfg: TrainConfig) -> TrainingData:

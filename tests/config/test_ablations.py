@@ -11,7 +11,7 @@ from olmoe_train.config.model import olmoe_config
 from olmoe_train.config.train import TrainConfig
 from olmoe_train.model.configuration import OlmoeConfig
 from olmoe_train.planning.flops import parameter_counts
-from olmoe_train.training.build import build_balancer
+from olmoe_train.training.build_balancer import build_balancer
 from olmoe_train.training.compatibility import changes
 from olmoe_train.training.preflight.ablations import ablation_warnings
 from olmoe_train.training.preflight.checks import configuration_errors

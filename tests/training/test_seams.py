@@ -30,7 +30,7 @@ from olmoe_train.model.moe.router_stats import RouterStats
 from olmoe_train.optim import build as optim_build
 from olmoe_train.run.lock import RunLock
 from olmoe_train.train import train
-from olmoe_train.training import build, build_objective
+from olmoe_train.training import build_balancer, build_objective
 from olmoe_train.training.batch import Batch, Totals
 from olmoe_train.training.callbacks.base import Callback, StepReport
 from olmoe_train.training.objectives.base import Heartbeat, RouterSums, Validation
@@ -255,7 +255,7 @@ def use_bias(patch: pytest.MonkeyPatch) -> BiasConfig:
         assert isinstance(cfg.balancing, BiasConfig)
         return Bias(config, cfg.balancing.rate)
 
-    patch.setitem(build.BALANCERS, BiasConfig, build_bias)
+    patch.setitem(build_balancer.BALANCERS, BiasConfig, build_bias)
     return BiasConfig()
 
 

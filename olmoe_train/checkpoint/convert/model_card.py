@@ -186,17 +186,13 @@ def upcycled_card(
     Returns:
         Markdown with secrets redacted.
     """
-    lines = [f"- {note}" for note in notes]
-    if dense_card is not None:
-        lines += ["", "## The dense model", "", _without_metadata(dense_card)]
-    return redact_text(
-        _UPCYCLED.format(
-            what=_what(config),
-            how_to_load=_how_to_load(tokenizer),
-            source=source,
-            notes="\n".join(lines).rstrip(),
-        )
+    card = _UPCYCLED.format(
+        what=_what(config),
+        how_to_load=_how_to_load(tokenizer),
+        source=source,
+        notes="\n".join(f"- {note}" for note in notes),
     )
+    return _with_card(card, "The dense model", dense_card)
 
 
 def merged_card(
@@ -222,9 +218,7 @@ def merged_card(
         why=why,
         rows="\n".join(f"| {name} | {weight!r} |" for name, weight in sources.items()),
     )
-    if first_card is not None:
-        card += f"\n## The first source\n\n{_without_metadata(first_card).strip()}\n"
-    return redact_text(card)
+    return _with_card(card, "The first source", first_card)
 
 
 def pruned_card(
@@ -249,8 +243,13 @@ def pruned_card(
         source=source,
         notes="\n".join(f"- {note}" for note in notes),
     )
-    if source_card is not None:
-        card += f"\n## The model that was pruned\n\n{_without_metadata(source_card).strip()}\n"
+    return _with_card(card, "The model that was pruned", source_card)
+
+
+def _with_card(card: str, heading: str, of_source: str | None) -> str:
+    """The card, with that of a source as its last section if there is one; secrets redacted."""
+    if of_source is not None:
+        card += f"\n## {heading}\n\n{_without_metadata(of_source).strip()}\n"
     return redact_text(card)
 
 

@@ -10,11 +10,10 @@ from pathlib import Path
 from string import ascii_uppercase
 from typing import Any, TypeVar
 
-from omegaconf import OmegaConf
-
 from olmoe_train.evaluation.tasks.records import Record, read_records
 from olmoe_train.evaluation.tasks.task import ACCURACIES, Question, Task, TaskFormat, TaskMetric
 from olmoe_train.utils.errors import UserError
+from olmoe_train.utils.files import read_yaml_mapping
 
 _KEYS = {
     "name": str,
@@ -123,16 +122,7 @@ def read_task_file(path: Path, form: TaskFormat | None = None) -> Task:
 
 def _values(path: Path) -> dict[str, Any]:
     """The keys of a card, known and of the right type."""
-    try:
-        # Not resolved: a prompt may have ${...} in it.
-        values = OmegaConf.to_container(OmegaConf.load(path), resolve=False)
-    except FileNotFoundError:
-        raise UserError(f"{path}: there is no such file in {Path.cwd()}") from None
-    except Exception as error:  # YAML and OmegaConf raise a dozen exception types
-        raise UserError(f"{path}: cannot be read: {error}") from error
-    if not isinstance(values, dict):
-        raise UserError(f"{path}: a task file has keys, such as format: rc; this one is a list")
-    card = {str(key): value for key, value in values.items()}
+    card = read_yaml_mapping(path, "a task file has keys, such as format: rc")
     for key, value in card.items():
         if key not in _KEYS:
             raise UserError(f"{path}: {key}: there is no such key; a task file has {', '.join(_KEYS)}")
