@@ -31,7 +31,8 @@ def make_optimizer_state(
     Args:
         directory: The checkpoint, for messages.
         model: The model that is loaded.
-        optimizer: The optimizer that is loaded. Groups without `state` (optim/roles.py) take what is stored.
+        optimizer: The optimizer that is loaded. Groups that do not say their `state` (optim/roles.py) take
+            what is stored.
         steps: Step count by parameter name.
         stored: Names of the tensors in the checkpoint.
     """
@@ -46,7 +47,8 @@ def make_optimizer_state(
             averaged[0].add(bool(group.get("average")))
             averaged[1].add(AVERAGE in there)
             kept = there - {AVERAGE}
-            if kept != set(group.get("state", kept)):
+            needed = group.get("state")
+            if needed is not None and kept != set(needed):
                 others, kept = others | kept, set()
             state: dict[str, Any] = {}
             if kept and name in steps:

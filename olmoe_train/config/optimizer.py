@@ -38,10 +38,11 @@ class OptimizerConfig(VariantConfig):
     max_grad_norm: float = 1.0
     """Gradients are scaled down to this global norm if theirs is larger; 0: no clipping."""
 
-    def state_of(self, role: ParameterRole) -> tuple[str, ...]:
+    def state_of(self, role: ParameterRole) -> tuple[str, ...] | None:
         """Names of the tensors in the optimizer's state of a parameter of a role. All but ROW_MOMENT have the
-        shape of the parameter."""
-        return ADAMW_STATE
+        shape of the parameter. None: not said. A run then takes what a checkpoint has, and `olmoe plan`
+        counts as much as for AdamW."""
+        return None
 
     @property
     def state_dtype(self) -> Precision:
@@ -78,6 +79,9 @@ class AdamWConfig(OptimizerConfig):
     moments_dtype: Precision = Precision.fp32
     """Data type in which the moments are kept. bf16: half the memory, 4 bytes per trained parameter less;
     betas of up to 0.99. Weights and arithmetic are fp32 in any case."""
+
+    def state_of(self, role: ParameterRole) -> tuple[str, ...]:
+        return ADAMW_STATE
 
     @property
     def state_dtype(self) -> Precision:

@@ -14,9 +14,9 @@ def parameter_groups(model: nn.Module, cfg: OptimizerConfig) -> list[dict[str, A
     """The parameter groups of a model for a torch optimizer, one per role that is trained.
 
     A group has `params`, `lr` and `weight_decay`, and besides: `role` and `rule` (text); `state`, the names
-    of the tensors in the optimizer's state of each parameter, and `state_dtype`, theirs; and
-    `matrices_per_row`, the number of matrices
-    that each parameter stacks along its second to last dimension.
+    of the tensors in the optimizer's state of each parameter or None (OptimizerConfig.state_of), and
+    `state_dtype`, theirs; and `matrices_per_row`, the number of matrices that each parameter stacks along
+    its second to last dimension.
 
     Args:
         model: The model. Frozen parameters are left out, and a parameter with two names counts by its first.

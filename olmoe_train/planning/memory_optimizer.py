@@ -4,6 +4,7 @@ from collections.abc import Mapping
 
 from olmoe_train.config.choices import Precision
 from olmoe_train.config.optimizer import (
+    ADAMW_STATE,
     MUON_ELEMENTS,
     ROW_MOMENT,
     UPDATE_ELEMENTS,
@@ -34,7 +35,7 @@ def state_bytes(config: OlmoeConfig, roles: Mapping[ParameterRole, int], optimiz
     }
     total, element = 0, FP32 if optimizer.state_dtype is Precision.fp32 else FP32 // 2
     for role, elements in roles.items():
-        for name in optimizer.state_of(role):
+        for name in optimizer.state_of(role) or ADAMW_STATE:
             rows, of_elements = rows_in[role] if name == ROW_MOMENT else (1, 1)
             total += element * -(-elements * rows // of_elements)
     return total

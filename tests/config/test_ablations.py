@@ -82,6 +82,8 @@ def test_what_is_compared_has_equal_sizes(presets: dict[str, TrainConfig]) -> No
         sizes = experts(presets[name])
         if name.startswith(("granularity_", "shared_expert")):
             assert sizes == (2048, 256), name
+        elif name == "upcycling":  # of `dense`, whose MLP every expert starts as
+            assert sizes == (8 * 256, 2 * 256)
         else:
             assert sizes == ((256, 256) if name == "dense" else (1024, 256)), name
     assert presets["shared_expert_none"].model == presets["granularity_32"].model

@@ -15,6 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from olmoe_train.checkpoint.sharded import persistent_buffers
+from olmoe_train.config.choices import Weights
 from olmoe_train.config.model import olmoe_config
 from olmoe_train.config.train import TrainConfig
 from olmoe_train.distributed.mesh import build_mesh, init_distributed
@@ -185,6 +186,8 @@ class Result:
     """What is trained, before the first step."""
     final: dict[str, Tensor]
     """What the checkpoint holds."""
+    average: dict[str, Tensor]
+    """The average of the weights in the checkpoint; empty for runs without trainer.ema_decay."""
 
 
 # --- running one layout -----------------------------------------------------------------------------------
@@ -221,7 +224,8 @@ def train_layouts(tiny: TrainConfig, layouts: dict[str, Layout], directory: Path
         if dist.get_rank() == 0:
             final = saved_weights(run_dir)
             assert final.keys() == initial.keys()
-            results[name] = Result(metrics(run_dir), initial, final)
+            average = saved_weights(run_dir, which=Weights.ema)
+            results[name] = Result(metrics(run_dir), initial, final, average)
         dist.barrier()
     return results
 
@@ -342,6 +346,16 @@ def test_final_weights_are_the_same(trained: Callable[[str], Result], name: str)
         moved = (expected - trained(name).initial[parameter]).norm()
         assert moved > 1e-3 * expected.norm(), f"{parameter} was not trained"
         error = (found[parameter] - expected).norm() / expected.norm()
+        assert error < 1e-5, (parameter, error.item())
+
+
+@pytest.mark.parametrize("name", [name for name in IN_FP32 if LAYOUTS[name].optimizer != "adamw"])
+def test_averages_of_the_weights_are_the_same(trained: Callable[[str], Result], name: str) -> None:
+    found, reference = trained(name), trained(reference_of(name))
+    assert found.average.keys() == reference.average.keys() == reference.final.keys()
+    for parameter, expected in reference.average.items():
+        assert not torch.equal(expected, reference.final[parameter]), parameter
+        error = (found.average[parameter] - expected).norm() / expected.norm()
         assert error < 1e-5, (parameter, error.item())
 
 

@@ -110,7 +110,7 @@ class Layout:
     compiled: bool = False
     prefetch: int = 1
     optimizer: str = "adamw"
-    """A key of OPTIMIZERS, or adamw."""
+    """A key of OPTIMIZERS, whose runs also keep an average of the weights; or adamw."""
     ablated: bool = False
     """Use the model of ABLATED."""
     balancing: str = ""
@@ -143,7 +143,11 @@ class Layout:
             cfg = replace(cfg, balancing=BALANCING[self.balancing])
         if self.optimizer in OPTIMIZERS:
             lr, clipping = cfg.optimizer.lr, cfg.optimizer.max_grad_norm
-            return replace(cfg, optimizer=OPTIMIZERS[self.optimizer](lr=lr, max_grad_norm=clipping))
+            return replace(
+                cfg,
+                optimizer=OPTIMIZERS[self.optimizer](lr=lr, max_grad_norm=clipping),
+                trainer=replace(trainer, ema_decay=0.5),
+            )
         if not self.adapter:
             return cfg
         assert isinstance(cfg.optimizer, AdamWConfig)
