@@ -21,7 +21,7 @@ from olmoe_train.distributed.collectives import on_rank_0
 from olmoe_train.model import OlmoeConfig, OlmoeForCausalLM
 from olmoe_train.model.hf.directory import parameter_shapes
 from olmoe_train.model.roles import ParameterRole, role_of
-from olmoe_train.reporting.expert_choice import relevance, smallest_sets
+from olmoe_train.reporting.expert_selection import relevance, smallest_sets
 from olmoe_train.reporting.router_analysis import Array
 from olmoe_train.utils.errors import UserError
 from olmoe_train.utils.files import write_out

@@ -27,7 +27,7 @@ from olmoe_train.evaluation.perplexity import Evaluation, evaluate_data
 from olmoe_train.model import OlmoeForCausalLM
 from olmoe_train.model.ablations import refuse_export
 from olmoe_train.planning.flops import parameter_counts
-from olmoe_train.reporting.expert_choice import best_experts, removed_shares, saliency
+from olmoe_train.reporting.expert_selection import best_experts, removed_shares, saliency
 from olmoe_train.reporting.router_analysis import Array
 from olmoe_train.reporting.routing_counts import RoutingCounts
 from olmoe_train.utils.errors import UserError

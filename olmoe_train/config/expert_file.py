@@ -17,7 +17,7 @@ from omegaconf import OmegaConf
 
 from olmoe_train.model.roles import ParameterRole
 from olmoe_train.utils.errors import UserError
-from olmoe_train.utils.files import read_yaml_mapping
+from olmoe_train.utils.yaml_files import read_yaml_mapping
 
 LAYERS, ALSO = "layers", "also"
 ALSO_ROLES = tuple(

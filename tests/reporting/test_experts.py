@@ -18,7 +18,7 @@ from olmoe_train.config.expert_file import NamedExperts, read_experts
 from olmoe_train.config.surgery import ExpertsConfig
 from olmoe_train.model import OlmoeForCausalLM
 from olmoe_train.model.roles import ParameterRole
-from olmoe_train.reporting.expert_choice import relevance, smallest_sets
+from olmoe_train.reporting.expert_selection import relevance, smallest_sets
 from olmoe_train.reporting.routing_counts import zero_counts
 from olmoe_train.reporting.routing_sample import training_sample
 from olmoe_train.utils.errors import UserError

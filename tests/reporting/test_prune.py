@@ -22,7 +22,7 @@ from olmoe_train.config.data import DataConfig
 from olmoe_train.config.surgery import PruneConfig
 from olmoe_train.model import OlmoeConfig, OlmoeForCausalLM
 from olmoe_train.model.hf.pretrained import load_model
-from olmoe_train.reporting.expert_choice import best_experts, removed_shares, saliency
+from olmoe_train.reporting.expert_selection import best_experts, removed_shares, saliency
 from olmoe_train.reporting.routing_counts import count_routing
 from olmoe_train.utils.errors import UserError
 from tests.support.data import write_prepared

@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 from olmoe_train.evaluation.tasks.records import Record, read_records
 from olmoe_train.evaluation.tasks.task import ACCURACIES, Question, Task, TaskFormat, TaskMetric
 from olmoe_train.utils.errors import UserError
-from olmoe_train.utils.files import read_yaml_mapping
+from olmoe_train.utils.yaml_files import read_yaml_mapping
 
 _KEYS = {
     "name": str,
