@@ -9,16 +9,14 @@ machine's load meets every variant. Running the command again continues. OUT hol
 
 import argparse
 import itertools
-import json
 import os
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from olmoe_train.cli.multirun import SweptRun
-from olmoe_train.reporting.run_data import read_object
-from olmoe_train.reporting.sweep import RUNS, TABLE, sweep_table
+from olmoe_train.cli.multirun import SweptRun, is_done, record
+from olmoe_train.reporting.sweep import TABLE, sweep_table
 
 ABLATIONS = (
     "granularity_8",
@@ -63,10 +61,8 @@ COMMON = [
 
 
 def train(run: SweptRun, options: argparse.Namespace) -> str:
-    """Train one run, unless an earlier command has; a line that says how it ended."""
+    """Train one run; a line that says how it ended."""
     run_dir = options.out / run.name
-    if read_object(run_dir / "status.json").get("state") == "done":
-        return f"{run.name}: done before"
     result = subprocess.run(
         [sys.executable, "-m", "olmoe_train", "train", *run.overrides, f"run_dir={run_dir}"],
         env=os.environ | {"OMP_NUM_THREADS": "1"},
@@ -88,19 +84,16 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", choices=VARIANTS, default=list(VARIANTS))
     options = parser.parse_intermixed_args()
     options.out = options.out.resolve()
-    options.out.mkdir(parents=True, exist_ok=True)
     common = [*COMMON, f"trainer.max_steps={options.steps}", *options.overrides]
     runs = [
         SweptRun({"variant": variant, "seed": str(seed)}, [*common, f"seed={seed}", *VARIANTS[variant]])
         for seed in range(options.seeds)
         for variant in options.only
     ]
-    known = read_object(options.out / RUNS) | {
-        run.name: {"values": run.values, "overrides": run.overrides} for run in runs
-    }
-    (options.out / RUNS).write_text(json.dumps(known, indent=1) + "\n")
+    left = [run for run in runs if not is_done(options.out, run)]
+    record(options.out, runs)
     with ThreadPoolExecutor(options.at_once) as pool:
-        for line in pool.map(train, runs, itertools.repeat(options)):
+        for line in pool.map(train, left, itertools.repeat(options)):
             print(line, flush=True)
     table = sweep_table(options.out)
     (options.out / TABLE).write_text(table + "\n")

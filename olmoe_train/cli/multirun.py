@@ -78,9 +78,9 @@ def multirun(arguments: list[str]) -> int:
     print(f"{len(runs)} runs in {directory}: {', '.join(runs[0].values)} vary", flush=True)
     codes = []
     for number, run in enumerate(runs, 1):
-        is_done = _is_done(directory, run)
-        print(f"run {number} of {len(runs)}: {run.name}{' is done' * is_done}", flush=True)
-        code = OK if is_done else _train(flags, run, directory)
+        already_done = is_done(directory, run)
+        print(f"run {number} of {len(runs)}: {run.name}{' is done' * already_done}", flush=True)
+        code = OK if already_done else _train(flags, run, directory)
         codes.append(code)
         if code != OK:
             print(f"run {number} of {len(runs)} ended with exit code {code}: {run.name}", file=sys.stderr)
@@ -174,18 +174,24 @@ def _check(run: SweptRun) -> None:
         raise UserError(f"{run.name}: {error}") from None
 
 
-def _is_done(directory: Path, run: SweptRun) -> bool:
+def is_done(directory: Path, run: SweptRun) -> bool:
     """Whether an earlier command has completed this run, with the same overrides."""
     before = read_object(directory / RUNS).get(run.name, {})
     is_same = before.get("overrides") == run.overrides
     return is_same and read_object(directory / run.name / "status.json").get("state") == "done"
 
 
+def record(directory: Path, runs: list[SweptRun]) -> None:
+    """Add runs to those of the sweep, for its table."""
+    directory.mkdir(parents=True, exist_ok=True)
+    new = {run.name: {"values": run.values, "overrides": run.overrides} for run in runs}
+    known = read_object(directory / RUNS) | new
+    atomic_write_text(directory / RUNS, json.dumps(known, indent=1) + "\n")
+
+
 def _train(flags: list[str], run: SweptRun, directory: Path) -> int:
     """Train one run in a process of its own, and return its exit code."""
-    directory.mkdir(parents=True, exist_ok=True)
-    known = read_object(directory / RUNS) | {run.name: {"values": run.values, "overrides": run.overrides}}
-    atomic_write_text(directory / RUNS, json.dumps(known, indent=1) + "\n")
+    record(directory, [run])
     command = [sys.executable, "-m", "olmoe_train", "train", *flags, *run.overrides]
     with subprocess.Popen([*command, f"run_dir={directory / run.name}"]) as process:
         while True:
