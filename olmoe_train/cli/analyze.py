@@ -27,7 +27,6 @@ from olmoe_train.cli.app import run_verb
 from olmoe_train.cli.model_sources import names_of_sources, open_source
 from olmoe_train.cli.ranks import HELP, on_ranks
 from olmoe_train.cli.sources import collect_sources
-from olmoe_train.config.choices import DTYPES
 from olmoe_train.config.verbs import AnalyzeConfig
 from olmoe_train.data.mixture import verify
 from olmoe_train.data.source_errors import mixture_errors
@@ -181,7 +180,7 @@ def load(stored: StoredModel, cfg: AnalyzeConfig, device: torch.device) -> Olmoe
     """Load a whole model onto the device of this rank."""
     config = stored.config
     if cfg.precision is not None:
-        config.dtype = DTYPES[cfg.precision]
+        config.dtype = cfg.precision.dtype
     return load_whole(stored, device)
 
 

@@ -23,7 +23,7 @@ from olmoe_train.cli.evaluate_output import SourceResult, show_all, show_one, sh
 from olmoe_train.cli.model_sources import check_data, names_of_sources, open_source
 from olmoe_train.cli.ranks import HELP, end_process, on_ranks
 from olmoe_train.cli.sources import collect_sources
-from olmoe_train.config.choices import DTYPES, Weights
+from olmoe_train.config.choices import Weights
 from olmoe_train.config.data import DataConfig
 from olmoe_train.config.verbs import EvaluateConfig
 from olmoe_train.data.mixture import read_manifests, verify
@@ -151,7 +151,7 @@ def evaluate_source(
     evaluation, config = cfg.evaluation, stored.config
     encoded = encode_tasks(tasks, load_tokenizer(stored.tokenizer), config) if tasks else []
     if cfg.precision is not None:
-        config.dtype = DTYPES[cfg.precision]
+        config.dtype = cfg.precision.dtype
     model = load_on_ranks(stored, cfg.parallel, device)
     shows = dist.get_rank() == 0
     options = {"check_finite": dist.get_world_size() == 1, "keep_sequences": is_compared}

@@ -14,7 +14,6 @@ from olmoe_train.checkpoint.convert.stored_model import load_whole
 from olmoe_train.cli.app import run_verb
 from olmoe_train.cli.ranks import HELP, on_ranks
 from olmoe_train.cli.routing_sample import all_ranks, count_sample, open_checked, sample_facts, source_facts
-from olmoe_train.config.choices import DTYPES
 from olmoe_train.config.expert_file import experts_text
 from olmoe_train.config.surgery import ExpertsConfig
 from olmoe_train.distributed.collectives import on_rank_0
@@ -42,7 +41,7 @@ def main(cfg: ExpertsConfig) -> None:
         on_rank_0(lambda: check_out(out))
         config = stored.config
         if cfg.precision is not None:
-            config.dtype = DTYPES[cfg.precision]
+            config.dtype = cfg.precision.dtype
         counts = count_sample(load_whole(stored, device), cfg, device)
         relevance_LE = relevance(counts, cfg.select)
         sets = smallest_sets(relevance_LE, cfg.p)

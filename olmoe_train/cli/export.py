@@ -12,7 +12,7 @@ import torch
 from olmoe_train.checkpoint.convert.export import with_overrides, write_adapter, write_export
 from olmoe_train.checkpoint.convert.stored_model import StoredModel, load_whole, open_stored_model
 from olmoe_train.cli.app import run_verb
-from olmoe_train.config.choices import DTYPES, BiasExport, ExportFormat, StripPrefix, Weights
+from olmoe_train.config.choices import BiasExport, ExportFormat, StripPrefix, Weights
 from olmoe_train.config.objective import NextTokenConfig
 from olmoe_train.config.saved_run import saved_train_config
 from olmoe_train.config.train import EvaluationConfig
@@ -38,7 +38,7 @@ def main(cfg: ExportConfig) -> None:
     stored = open_stored_model(
         cfg.source, cfg.step, cfg.trust_pickle, cfg.strip_prefix is StripPrefix.auto, cfg.which
     )
-    dtype = stored.config.dtype if cfg.precision is None else DTYPES[cfg.precision]
+    dtype = stored.config.dtype if cfg.precision is None else cfg.precision.dtype
     assert dtype is not None
     if cfg.fold is BiasExport.drop:
         stored = without_bias(stored)

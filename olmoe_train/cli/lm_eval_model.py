@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from olmoe_train.checkpoint.convert.stored_model import load_whole, open_stored_model, split_step
-from olmoe_train.config.choices import DTYPES, Precision
+from olmoe_train.config.choices import Precision
 from olmoe_train.config.train import EvaluationConfig
 from olmoe_train.data.chat_template import TemplateError, open_template
 from olmoe_train.data.tokenizer import check_vocabulary, load_tokenizer, read_tokenizer_files
@@ -105,7 +105,7 @@ class OlmoeLM(LM):
         stored = open_stored_model(name, step or "latest", trust_pickle)
         refuse_expert_choice(stored.config)
         if precision is not None:
-            stored.config.dtype = DTYPES[_precision(precision)]
+            stored.config.dtype = _precision(precision).dtype
         self._device = _device(device)
         self.model = load_whole(stored, self._device)
         self.tokenizer = load_tokenizer(stored.tokenizer)

@@ -20,7 +20,6 @@ from olmoe_train.checkpoint.convert.model_card import merged_card
 from olmoe_train.cli.app import run_verb
 from olmoe_train.cli.model_sources import names_of_sources, open_source
 from olmoe_train.cli.sources import collect_sources
-from olmoe_train.config.choices import DTYPES
 from olmoe_train.config.verbs import MergeConfig
 from olmoe_train.utils.errors import UserError
 
@@ -40,7 +39,7 @@ def main(cfg: MergeConfig) -> None:
         print(f"warning: {warning}")
 
     first, out = models[0], Path(cfg.out).expanduser()
-    dtype = first.config.dtype if cfg.precision is None else DTYPES[cfg.precision]
+    dtype = first.config.dtype if cfg.precision is None else cfg.precision.dtype
     assert dtype is not None
     read = merged_reader([model.read for model in models], weights, dtype)
     merged = replace(first, read=read, checkpoint=None, adapter=None)

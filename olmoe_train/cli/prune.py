@@ -17,7 +17,6 @@ from olmoe_train.checkpoint.convert.stored_model import StoredModel, bias_error,
 from olmoe_train.cli.app import run_verb
 from olmoe_train.cli.ranks import HELP, on_ranks
 from olmoe_train.cli.routing_sample import all_ranks, count_sample, open_checked, sample_facts, source_facts
-from olmoe_train.config.choices import DTYPES
 from olmoe_train.config.expert_file import experts_text
 from olmoe_train.config.surgery import PruneConfig
 from olmoe_train.config.train import EvaluationConfig
@@ -89,7 +88,7 @@ def validation(model: OlmoeForCausalLM, cfg: PruneConfig, device: torch.device) 
 def write(cfg: PruneConfig, stored: StoredModel, kept_LN: list[list[int]], mass_L: Array, out: Path) -> None:
     """Write the directory of the pruned model."""
     pruned = pruned_model(stored, kept_LN)
-    dtype = stored.config.dtype if cfg.precision is None else DTYPES[cfg.precision]
+    dtype = stored.config.dtype if cfg.precision is None else cfg.precision.dtype
     assert dtype is not None
     kept = (
         f"Of the {stored.config.num_experts} experts of each layer {cfg.keep} were kept, by {cfg.by.value}."

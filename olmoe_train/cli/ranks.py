@@ -8,8 +8,6 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import NoReturn
 
-import torch
-
 from olmoe_train.utils.errors import UserError
 from olmoe_train.utils.exit_codes import BAD_INPUT, FAILED
 
@@ -106,6 +104,8 @@ def _count(wanted: str, on_cpu: bool) -> int:
     Raises:
         UserError: It is not a positive number or `auto`, there are fewer GPUs, or this process is a rank.
     """
+    import torch  # here: every command comes to this module, and few have --nproc
+
     flag, gpus = f"{FLAGS[0]}={wanted}", torch.cuda.device_count()
     if present := [name for name in SET_BY_TORCHRUN if name in os.environ]:
         raise UserError(

@@ -20,7 +20,6 @@ from olmoe_train.checkpoint.convert.upcycle import (
     upcycled_config,
 )
 from olmoe_train.cli.app import run_verb
-from olmoe_train.config.choices import DTYPES
 from olmoe_train.config.verbs import UpcycleConfig
 
 
@@ -40,7 +39,7 @@ def main(cfg: UpcycleConfig) -> None:
     upcycled = replace(dense, config=config, read=read, checkpoint=None)
     name = Path(cfg.source).expanduser().resolve().name
     card = upcycled_card(config, name, notes, model_card_of(dense), dense.tokenizer)
-    dtype = dense.config.dtype if cfg.precision is None else DTYPES[cfg.precision]
+    dtype = dense.config.dtype if cfg.precision is None else cfg.precision.dtype
     assert dtype is not None
     if not write_export(upcycled, out, dtype, cfg.max_shard_size, card=card):
         print(f"already upcycled, nothing to do: {out} holds what these options make of {dense.name}")

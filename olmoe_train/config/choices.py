@@ -1,17 +1,24 @@
 """The options that have a fixed set of choices, by the names that YAML and the command line use."""
 
 from enum import Enum
+from typing import TYPE_CHECKING
 
-import torch
+if TYPE_CHECKING:
+    import torch
 
 
 class Precision(Enum):
+    """Data type of the computation, or of exported weights."""
+
     bf16 = "bf16"
     fp32 = "fp32"
 
+    @property
+    def dtype(self) -> "torch.dtype":
+        # Imported here: options are read and refused, and their help is printed, without torch.
+        import torch
 
-DTYPES = {Precision.fp32: torch.float32, Precision.bf16: torch.bfloat16}
-"""Data type of the computation, or of exported weights."""
+        return torch.bfloat16 if self is Precision.bf16 else torch.float32
 
 
 class ExportFormat(Enum):

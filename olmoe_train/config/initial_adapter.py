@@ -9,7 +9,6 @@ from olmoe_train.config.adapter import FROM_FILE, DoraConfig, LoraConfig
 from olmoe_train.config.choices import AdapterScaling, AdapterTarget, RouterTraining
 from olmoe_train.config.initial_model import as_yaml
 from olmoe_train.config.model import ModelConfig, olmoe_config
-from olmoe_train.model.adapters.peft_read import read_peft
 from olmoe_train.model.adapters.spec import AdapterSpec
 from olmoe_train.utils.errors import UserError
 
@@ -42,6 +41,9 @@ def resolve_adapter(composed: DictConfig) -> None:
     if source is not None and has_model:
         model = OmegaConf.to_object(composed.model)
         assert isinstance(model, ModelConfig)
+        # Imported here: it imports torch, and most runs have no adapter_from.
+        from olmoe_train.model.adapters.peft_read import read_peft
+
         try:
             spec, _ = read_peft(Path(source).expanduser(), olmoe_config(model), headers_only=True)
         except UserError as error:

@@ -15,7 +15,6 @@ from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
@@ -25,18 +24,18 @@ from olmoe_train.model import OlmoeForCausalLM
 from olmoe_train.model.moe.block import OlmoeSparseMoeBlock
 from olmoe_train.model.moe.experts import Routing
 
-_aten = torch.ops.aten
-# Operators whose results selective checkpointing saves.
+# Operators whose results selective checkpointing saves, by name: the last one exists only after an import
+# that takes a second (model/attention.py).
 _MATRIX_PRODUCTS = frozenset(
     {
-        _aten.mm.default,
-        _aten.addmm.default,
-        _aten.bmm.default,
-        _aten._scaled_dot_product_flash_attention.default,
-        _aten._scaled_dot_product_flash_attention_for_cpu.default,
-        _aten._scaled_dot_product_efficient_attention.default,
-        _aten._scaled_dot_product_cudnn_attention.default,
-        torch.ops.torch_attn._varlen_attn.default,
+        "aten::mm",
+        "aten::addmm",
+        "aten::bmm",
+        "aten::_scaled_dot_product_flash_attention",
+        "aten::_scaled_dot_product_flash_attention_for_cpu",
+        "aten::_scaled_dot_product_efficient_attention",
+        "aten::_scaled_dot_product_cudnn_attention",
+        "torch_attn::_varlen_attn",
     }
 )
 
@@ -67,7 +66,7 @@ def checkpoint_activations(model: OlmoeForCausalLM, mode: ActivationCheckpointin
 
 def _keep_matrix_products() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
     def policy(context: Any, operator: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
-        kept = operator in _MATRIX_PRODUCTS
+        kept = operator.name() in _MATRIX_PRODUCTS
         return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE
 
     return create_selective_checkpoint_contexts(policy)

@@ -11,7 +11,6 @@ M key/value heads, H head width.
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.attention.varlen import varlen_attn
 
 from olmoe_train.model.configuration import OlmoeConfig
 from olmoe_train.model.kv_cache import KVCache
@@ -134,6 +133,9 @@ def _document_attention(q_BNSH: Tensor, k_BMSH: Tensor, v_BMSH: Tensor, offsets:
     Returns:
         Values before the output projection, [B, N, S, H].
     """
+    # Imported here: it imports TorchDynamo, which takes a second, and only GPUs come here.
+    from torch.nn.attention.varlen import varlen_attn
+
     groups = q_BNSH.shape[1] // k_BMSH.shape[1]
     if groups > 1:
         k_BMSH, v_BMSH = (t.repeat_interleave(groups, dim=1) for t in (k_BMSH, v_BMSH))

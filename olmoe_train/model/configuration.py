@@ -15,15 +15,15 @@ import json
 import math
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, ClassVar, Self
-
-import torch
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from olmoe_train.model.ablations import ABLATIONS, ablation_problems, refuse_export, routing_problems
-from olmoe_train.model.activations import ACTIVATIONS
 from olmoe_train.model.rope_parameters import ROPE_TYPES, ROPE_TYPES_WITH_ORIGINAL_LENGTH, rope_problems
 from olmoe_train.utils.errors import UserError
 from olmoe_train.utils.files import read_json_object
+
+if TYPE_CHECKING:
+    import torch
 
 DEFAULT_ROPE_THETA = 10000.0
 
@@ -104,7 +104,7 @@ class OlmoeConfig:
     initialization: str = "truncated_normal"
     # Fields that every configuration of Transformers has:
     architectures: list[str] | None = None
-    dtype: torch.dtype | None = None
+    dtype: "torch.dtype | None" = None
     output_hidden_states: bool = False
     output_attentions: bool = False
     return_dict: bool = True
@@ -276,9 +276,13 @@ def _with_current_names(values: dict[str, Any]) -> dict[str, Any]:
     return values
 
 
-def _dtype(value: Any) -> torch.dtype | None:
+def _dtype(value: Any) -> "torch.dtype | None":
     """A torch dtype from its name ("bfloat16", "torch.bfloat16") or from itself."""
-    if value is None or isinstance(value, torch.dtype):
+    if value is None:
+        return None
+    import torch  # here: a model's sizes are read and checked without torch
+
+    if isinstance(value, torch.dtype):
         return value
     dtype = getattr(torch, str(value).removeprefix("torch."), None)
     if not isinstance(dtype, torch.dtype):
@@ -304,6 +308,8 @@ def _complete_rope(values: dict[str, Any]) -> None:
 
 def _field_problems(config: OlmoeConfig) -> list[str]:
     """One message for each field whose value is invalid by itself."""
+    from olmoe_train.model.activations import ACTIVATIONS  # here: it imports torch
+
     problems = []
     for name in _POSITIVE_INTEGERS:
         value = getattr(config, name)

@@ -4,7 +4,6 @@ from typing import Any
 
 from torch import nn
 
-from olmoe_train.config.choices import DTYPES
 from olmoe_train.config.optimizer import OptimizerConfig
 from olmoe_train.model.roles import ParameterRole, matrices_per_row, role_of
 from olmoe_train.utils.tables import aligned
@@ -37,7 +36,7 @@ def parameter_groups(model: nn.Module, cfg: OptimizerConfig) -> list[dict[str, A
             "role": role.value,
             "rule": cfg.rule_of(role),
             "state": cfg.state_of(role),
-            "state_dtype": DTYPES[cfg.state_dtype],
+            "state_dtype": cfg.state_dtype.dtype,
             "matrices_per_row": [matrices_per_row(name) for name in parameters],
         }
         for role, parameters in of_role.items()

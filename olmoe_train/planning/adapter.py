@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 
 from olmoe_train.config.adapter import AdapterConfig, adapter_spec, quantizes_base
-from olmoe_train.config.choices import DTYPES, Precision
+from olmoe_train.config.choices import Precision
 from olmoe_train.model import OlmoeConfig, OlmoeForCausalLM
 from olmoe_train.model.adapters.add import add_adapter, freeze_base, quantized_weights
 from olmoe_train.model.adapters.nf4 import BLOCK
@@ -34,7 +34,7 @@ def meta_model(config: OlmoeConfig, adapter: AdapterPlan | None, precision: Prec
         model = OlmoeForCausalLM(config)
     if adapter is not None:
         add_adapter(model, adapter.spec)
-        freeze_base(model, DTYPES[precision], adapter.quantized)
+        freeze_base(model, precision.dtype, adapter.quantized)
     return model
 
 

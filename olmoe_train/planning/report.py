@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 
 from olmoe_train.config.adapter import adapter_spec
-from olmoe_train.config.choices import DTYPES, ActivationCheckpointing, Offload, Reference, Strategy
+from olmoe_train.config.choices import ActivationCheckpointing, Offload, Reference, Strategy
 from olmoe_train.config.model import olmoe_config
 from olmoe_train.config.objective import PreferenceConfig
 from olmoe_train.config.train import ParallelConfig
@@ -83,7 +83,7 @@ def gpu_peak_flops(cfg: PlanConfig) -> float:
     """Peak FLOP/s of one GPU: gpu_tflops, or that of an H100 in trainer.precision."""
     if cfg.gpu_tflops is not None:
         return cfg.gpu_tflops * 1e12
-    peak = peak_flops("H100", DTYPES[cfg.trainer.precision])
+    peak = peak_flops("H100", cfg.trainer.precision.dtype)
     assert peak is not None
     return peak
 

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 
 from olmoe_train.checkpoint.saver import Saver
-from olmoe_train.config.choices import DTYPES, PreferenceKind, Strategy
+from olmoe_train.config.choices import PreferenceKind, Strategy
 from olmoe_train.config.compose import plain_values
 from olmoe_train.config.expert_file import NamedExperts, read_experts
 from olmoe_train.config.model import olmoe_config
@@ -266,7 +266,7 @@ def build_router_analyses(
         RouterAnalysis(
             cfg.logging,
             cfg.evaluation.micro_batch_size,
-            DTYPES[cfg.trainer.precision],
+            cfg.trainer.precision.dtype,
             data,
             engine.model,
             metrics,

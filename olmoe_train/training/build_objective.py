@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from tokenizers import Tokenizer
 
-from olmoe_train.config.choices import DTYPES, ActivationCheckpointing, Strategy
+from olmoe_train.config.choices import ActivationCheckpointing, Strategy
 from olmoe_train.config.choices import Reference as ReferenceKind
 from olmoe_train.config.model import olmoe_config
 from olmoe_train.config.objective import GrpoConfig, NextTokenConfig, ObjectiveConfig, PreferenceConfig
@@ -142,7 +142,7 @@ def build_reference_model(cfg: TrainConfig, device: torch.device) -> OlmoeForCau
     mesh = build_mesh(parallel, device)
     model = meta_model(olmoe_config(cfg.model), None, cfg.trainer.precision)
     model.requires_grad_(False)
-    freeze_base(model, DTYPES[cfg.trainer.precision], quantized=False)
+    freeze_base(model, cfg.trainer.precision.dtype, quantized=False)
     model.set_experts_backend(cfg.model.experts_backend.value)
     trainer = replace(cfg.trainer, activation_checkpointing=ActivationCheckpointing.none)
     parallelize(model, trainer, parallel, mesh)

@@ -6,7 +6,7 @@ import time
 import torch
 import torch.distributed as dist
 
-from olmoe_train.config.choices import DTYPES, Precision
+from olmoe_train.config.choices import Precision
 from olmoe_train.model.adapters.spec import AdapterSpec
 from olmoe_train.model.configuration import OlmoeConfig
 from olmoe_train.planning.flops import peak_flops, train_flops_per_token
@@ -28,7 +28,7 @@ class Throughput:
         self._device = device
         self._flops_per_token = train_flops_per_token(config, sequence_length, adapter).total
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
-        self._peak_flops = peak_flops(name, DTYPES[precision])
+        self._peak_flops = peak_flops(name, precision.dtype)
         self.restart(tokens)
 
     def restart(self, tokens: int) -> None:

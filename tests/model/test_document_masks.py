@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import varlen
 
 from olmoe_train.model import OlmoeConfig, OlmoeForCausalLM, attention, transformer
 from olmoe_train.model.attention import documents_and_positions
@@ -110,7 +111,7 @@ def test_the_kernel_is_for_half_precision_on_gpus_without_dropout() -> None:
 @pytest.mark.parametrize("heads", [4, 2])
 def test_what_the_kernel_is_asked_for(monkeypatch: pytest.MonkeyPatch, heads: int) -> None:
     """There is none for the CPU: the same question is answered by attention over each document."""
-    signature = inspect.signature(attention.varlen_attn)
+    signature = inspect.signature(varlen.varlen_attn)
 
     def answer(*args: Any, **kwargs: Any) -> Tensor:
         asked = signature.bind(*args, **kwargs).arguments
@@ -128,7 +129,7 @@ def test_what_the_kernel_is_asked_for(monkeypatch: pytest.MonkeyPatch, heads: in
 
     model = make(num_key_value_heads=heads)
     expected, expected_router = packed(model)
-    monkeypatch.setattr(attention, "varlen_attn", answer)
+    monkeypatch.setattr(varlen, "varlen_attn", answer)
     monkeypatch.setattr(transformer, "has_document_kernel", lambda x, dropout: True)
     logits, router = packed(model)
     torch.testing.assert_close(logits, expected, rtol=1e-5, atol=1e-5)

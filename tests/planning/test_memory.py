@@ -11,7 +11,6 @@ from torch.distributed.fsdp import FSDPModule
 from olmoe_train.cli.plan import is_valid
 from olmoe_train.config.adapter import DoraConfig, LoraConfig
 from olmoe_train.config.choices import (
-    DTYPES,
     ActivationCheckpointing,
     AdapterTarget,
     ExpertsBackend,
@@ -196,7 +195,7 @@ def test_saved_activations_with_an_adapter_are_autograds(
         add_adapter(model, plan.spec)
         if plan.quantized:
             quantize_base(model)
-        model.to(DTYPES[precision])
+        model.to(precision.dtype)
         model.set_experts_backend("grouped_mm")
         checkpoint_activations(model, mode)
         before = {t.untyped_storage() for t in (*model.parameters(), *model.buffers())}

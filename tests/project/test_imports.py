@@ -1,6 +1,8 @@
-"""Tests and benchmarks do not import each other, and the package imports neither."""
+"""Which imports there are not: between the trees of the repository, and of torch where it only costs time."""
 
 import ast
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -27,3 +29,16 @@ def test_trees_do_not_import_each_other(tree: str, forbidden: set[str]) -> None:
     imports = {path.relative_to(ROOT).as_posix(): set(imported_packages(path)) for path in files}
     assert any("olmoe_train" in names for names in imports.values())  # the walk sees imports
     assert not {path: names & forbidden for path, names in imports.items() if names & forbidden}
+
+
+def test_what_needs_no_torch_does_not_wait_for_it() -> None:
+    """torch takes most of the time that a command needs to start, and TorchDynamo a good part of the rest."""
+    modules = ["config", "cli.app", "cli.prepare", "cli.report", "cli.ranks"]
+    code = [
+        "import sys, " + ", ".join(f"olmoe_train.{name}" for name in modules),
+        "assert 'torch' not in sys.modules",
+        "from olmoe_train.model import OlmoeModel",
+        "assert 'torch._dynamo' not in sys.modules",
+    ]
+    result = subprocess.run([sys.executable, "-c", "\n".join(code)], cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
