@@ -22,10 +22,12 @@ ABLATIONS = (
     "granularity_8",
     "granularity_32",
     "granularity_64",
+    "granularity_128",
     "shared_expert",
     "shared_expert_none",
     "expert_choice",
     "dense",
+    "upcycling",
     "no_z_loss",
     "no_qk_norm",
     "normal_init",
@@ -46,7 +48,8 @@ VARIANTS: dict[str, list[str]] = {
     "balancing.router_jitter=0.01": ["balancing.router_jitter=0.01"],
     **{f"ablation={name}": [f"ablation={name}"] for name in ABLATIONS},
 }
-"""Name of a variant -> its overrides of experiment=quickstart. On one rank all_ranks is micro_batch."""
+"""Name of a variant -> its overrides of experiment=quickstart. On one rank all_ranks is micro_batch, and
+ablation=no_load_balancing_loss is balancing=none. ablation=upcycling starts from scratch here."""
 COMMON = [
     "experiment=quickstart",
     "trainer.micro_batch_size=4",
