@@ -3,29 +3,33 @@
     python -m benchmarks.laboratory data.dir=DIR [--out OUT] [--steps 100] [--seeds 3] [--at-once 2]
 
 Each run is `olmoe train experiment=quickstart` with the overrides of its variant, on one rank with one
-thread. The variants take turns: the first seed of all of them, then the second, so that a change of the
-machine's load meets every variant. Running the command again continues. OUT holds the runs and the table.
+thread; --at-once processes train one run after the other. The variants take turns: the first seed of all of
+them, then the second, so that a change of the machine's load meets every variant. Running the command again
+continues. OUT holds the runs and the table.
 """
 
 import argparse
-import itertools
+import multiprocessing
 import os
-import subprocess
-import sys
-from concurrent.futures import ThreadPoolExecutor
+import traceback
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 from olmoe_train.cli.multirun import SweptRun, is_done, record
+from olmoe_train.config import compose
 from olmoe_train.reporting.sweep import TABLE, sweep_table
+from olmoe_train.train import train
 
 ABLATIONS = (
     "granularity_8",
     "granularity_32",
     "granularity_64",
+    "granularity_128",
     "shared_expert",
     "shared_expert_none",
     "expert_choice",
     "dense",
+    "upcycling",
     "no_z_loss",
     "no_qk_norm",
     "normal_init",
@@ -46,7 +50,8 @@ VARIANTS: dict[str, list[str]] = {
     "balancing.router_jitter=0.01": ["balancing.router_jitter=0.01"],
     **{f"ablation={name}": [f"ablation={name}"] for name in ABLATIONS},
 }
-"""Name of a variant -> its overrides of experiment=quickstart. On one rank all_ranks is micro_batch."""
+"""Name of a variant -> its overrides of experiment=quickstart. On one rank all_ranks is micro_batch, and
+ablation=no_load_balancing_loss is balancing=none. ablation=upcycling starts from scratch here."""
 COMMON = [
     "experiment=quickstart",
     "trainer.micro_batch_size=4",
@@ -60,17 +65,20 @@ COMMON = [
 ]
 
 
-def train(run: SweptRun, options: argparse.Namespace) -> str:
+def discard_output() -> None:
+    """Send what this process prints nowhere; log.txt in each run directory has it, too."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    for stream in (1, 2):
+        os.dup2(nowhere, stream)
+
+
+def train_one(overrides: list[str], run_dir: Path) -> str:
     """Train one run; a line that says how it ended."""
-    run_dir = options.out / run.name
-    result = subprocess.run(
-        [sys.executable, "-m", "olmoe_train", "train", *run.overrides, f"run_dir={run_dir}"],
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    return f"{run.name}: exit code {result.returncode}" + f"\n{result.stderr}" * (result.returncode != 0)
+    try:
+        train(compose(*overrides, f"run_dir={run_dir}"))
+    except Exception:
+        return f"{run_dir.name}: failed\n{traceback.format_exc()}"
+    return f"{run_dir.name}: done"
 
 
 def main() -> None:
@@ -92,8 +100,11 @@ def main() -> None:
     ]
     left = [run for run in runs if not is_done(options.out, run)]
     record(options.out, runs)
-    with ThreadPoolExecutor(options.at_once) as pool:
-        for line in pool.map(train, left, itertools.repeat(options)):
+    os.environ["OMP_NUM_THREADS"] = "1"  # of the processes to come
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(options.at_once, context, initializer=discard_output) as pool:
+        directories = [options.out / run.name for run in left]
+        for line in pool.map(train_one, [run.overrides for run in left], directories):
             print(line, flush=True)
     table = sweep_table(options.out)
     (options.out / TABLE).write_text(table + "\n")
