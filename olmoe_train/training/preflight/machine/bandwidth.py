@@ -91,22 +91,22 @@ def _all_to_all(group: dist.ProcessGroup, given: Tensor, out: Tensor) -> None:
 
 
 def measure(kind: Collective, device: torch.device, seconds: float) -> float:
-    """Bytes per second that a rank sends to others; the best of all sizes, and that of the slowest group.
+    """Bytes per second that a rank sends to others, in the slowest group; that of the largest size, because
+    what small ones send can be in buffers when they return.
 
     All ranks measure for about `seconds`, and at least one size.
     """
-    ranks, size, best = kind.group.size(), FIRST_BYTES, 0.0
+    ranks, size = kind.group.size(), FIRST_BYTES
     until = time.monotonic() + seconds
     while True:
         elements = size // 4 // ranks * ranks  # fp32, and equal parts for all ranks
         given, out = torch.zeros(elements, device=device), torch.zeros(elements, device=device)
         kind.run(given, out)  # connects, the first time
         took = slowest(partial(kind.run, given, out), device)
-        best = max(best, 4 * elements * kind.sent_share(ranks) / took)
         # The next size takes up to twice as long, two times.
         is_over = time.monotonic() + 4 * took > until or size >= LARGEST_BYTES[device.type]
         if agree(is_over):
-            return best
+            return 4 * elements * kind.sent_share(ranks) / took
         size *= 2
 
 

@@ -115,7 +115,7 @@ def shared_files(site: Site) -> list[Result]:
     if unlocked:
         fix = "mount it with locks (NFS: without nolock; Lustre: with flock), or start no second run in it"
         return [Result("shared_files", State.warning, f"run_dir={run_dir}: {unlocked}", fix)]
-    what = "files, renames and locks of rank 0 are seen, and rank 0 sees those of all ranks"
+    what = "run_dir is that of rank 0: files, renames and locks are seen"
     return [Result("shared_files", State.ok, what, values={"seconds": seconds})]
 
 
