@@ -21,7 +21,7 @@ from olmoe_train.utils.exit_codes import BAD_INPUT, OK
 if TYPE_CHECKING:
     import torch
 
-    from olmoe_train.training.preflight.machine.checks import Finding
+    from olmoe_train.training.preflight.machine.result import Finding
 
 
 def main(cfg: DoctorConfig) -> int:

@@ -27,7 +27,7 @@ from olmoe_train.planning.traffic import StepTraffic, Traffic
 from olmoe_train.train import train
 from olmoe_train.training.preflight.machine import together
 from olmoe_train.training.preflight.machine.bandwidth import seconds_per_step
-from olmoe_train.training.preflight.machine.checks import findings, guarded, run_checks
+from olmoe_train.training.preflight.machine.checks import run_checks
 from olmoe_train.training.preflight.machine.gpus import is_built_for, parse_links
 from olmoe_train.training.preflight.machine.network import hub, port_result, unreachable, wandb
 from olmoe_train.training.preflight.machine.resources import (
@@ -38,7 +38,7 @@ from olmoe_train.training.preflight.machine.resources import (
     run_directory,
     shared_memory,
 )
-from olmoe_train.training.preflight.machine.result import Result, Site, State
+from olmoe_train.training.preflight.machine.result import Result, Site, State, findings, guarded
 from olmoe_train.training.preflight.machine.together import clock_result
 from olmoe_train.training.preflight.machine.versions import driver_version, version_of, version_results
 from olmoe_train.utils.errors import UserError

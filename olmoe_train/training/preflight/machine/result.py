@@ -1,6 +1,7 @@
-"""What a check of a machine returns, and what it looks at."""
+"""What a check of a machine looks at and returns, and the results of all ranks together."""
 
 import os
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from enum import Enum
 
@@ -80,3 +81,60 @@ def in_units(size: float) -> str:
         if size >= bytes_of:
             return f"{size / bytes_of:,.1f} {unit}"
     return f"{size:.0f} bytes"
+
+
+Check = Callable[[Site], list[Result]]
+
+
+def guarded(check: Check, site: Site) -> list[Result]:
+    """Make a check. An error of the check itself becomes a warning."""
+    try:
+        return check(site)
+    except Exception as error:
+        name = getattr(check, "__name__", "check")
+        what = f"the check itself failed: {type(error).__name__}: {error}"
+        return [Result(name, State.warning, what, "report it, with this line")]
+
+
+@dataclass(frozen=True)
+class Finding:
+    """A result, and who found it."""
+
+    places: dict[str, list[int]]
+    """Host -> its ranks, in ascending order."""
+    result: Result
+
+    @property
+    def place(self) -> str:
+        """Hosts and ranks as text."""
+        return "; ".join(
+            f"host {host}, rank{'s' * (len(ranks) > 1)} {ranges(ranks)}"
+            for host, ranks in self.places.items()
+        )
+
+
+def findings(of_ranks: list[tuple[str, list[Result]]]) -> list[Finding]:
+    """Merge the results of ranks that differ at most in their numbers; in the order of the checks.
+
+    Args:
+        of_ranks: Host and results of each rank.
+    """
+    found: dict[tuple[str, State, str, str], Finding] = {}
+    for rank, (host, results) in enumerate(of_ranks):
+        for result in results:
+            key = (result.name, result.state, result.message, result.fix)
+            places = found.setdefault(key, Finding({}, result)).places
+            places.setdefault(host, []).append(rank)
+    order = list(dict.fromkeys(one.result.name for one in found.values()))
+    return sorted(found.values(), key=lambda one: order.index(one.result.name))
+
+
+def ranges(numbers: list[int]) -> str:
+    """Numbers in ascending order as text: 0-3, 6."""
+    parts: list[list[int]] = []
+    for number in numbers:
+        if parts and number == parts[-1][-1] + 1:
+            parts[-1].append(number)
+        else:
+            parts.append([number])
+    return ", ".join(f"{part[0]}-{part[-1]}" if len(part) > 1 else str(part[0]) for part in parts)
