@@ -40,7 +40,12 @@ from olmoe_train.training.preflight.machine.resources import (
 )
 from olmoe_train.training.preflight.machine.result import Result, Site, State, findings, guarded
 from olmoe_train.training.preflight.machine.together import clock_result
-from olmoe_train.training.preflight.machine.versions import driver_version, version_of, version_results
+from olmoe_train.training.preflight.machine.versions import (
+    driver_version,
+    required,
+    version_of,
+    version_results,
+)
 from olmoe_train.utils.errors import UserError
 from tests.support.faults import config, write_data
 from tests.support.ranks import run_ranks
@@ -121,6 +126,14 @@ def test_versions_that_do_not_go_together(
     found, text = only(version_results(cfg, versions_with(**versions)))
     assert found is state
     assert all(word in text for word in words), text
+
+
+def test_what_dependencies_require_and_missing_packages_are_warnings(cfg: TrainConfig) -> None:
+    found, text = only(required("datasets", versions_with(pyarrow="1.0"), "dependencies", State.warning))
+    assert found is State.warning
+    assert "datasets requires pyarrow" in text
+    missing = lambda name: None if name == "deepspeed" else version_of(name)  # noqa: E731
+    assert only(version_results(cfg, missing))[0] is State.warning  # fsdp does without DeepSpeed
 
 
 def test_a_conflict_concerns_only_the_runs_that_meet_it(cfg: TrainConfig) -> None:

@@ -26,8 +26,8 @@ TOKEN_BYTES = 4 * 8
 def open_files(site: Site) -> list[Result]:
     """The limit of open files suffices for the connections to all other ranks.
 
-    Each gloo group has one connection to each of its other ranks. The group of all ranks and that of
-    checkpoint.async_save have all ranks; the groups of the layout are smaller. NCCL adds some of its own.
+    A gloo group of n ranks has n + 3 files open on each of them (torch 2.13). All ranks are in the first
+    group and in that of checkpoint.async_save; the groups of the layout are smaller. NCCL adds its own.
     """
     limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
     least, enough = 64 + 2 * site.world_size, 256 + 8 * site.world_size

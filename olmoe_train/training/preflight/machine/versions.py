@@ -143,7 +143,7 @@ def versions(site: Site) -> list[Result]:
 
 def version_results(cfg: TrainConfig, version: VersionOf) -> list[Result]:
     """What is wrong with the versions that `version` gives by name; one result if nothing is."""
-    results = required(PACKAGE, version, "versions")
+    results = required(PACKAGE, version, "versions", State.failed)
     for conflict in CONFLICTS:
         concerns = conflict.machine in ("", platform.machine()) and conflict.concerns(cfg)
         if concerns and _matches(conflict.versions, version):
@@ -155,17 +155,18 @@ def version_results(cfg: TrainConfig, version: VersionOf) -> list[Result]:
 def dependencies(site: Site) -> list[Result]:
     """What this package depends on has the versions that it requires in turn, as `pip check` would find."""
     names = [Requirement(text).name for text in _requirements(PACKAGE)]
-    results = [result for name in names for result in required(name, version_of, "dependencies")]
+    results = [one for name in names for one in required(name, version_of, "dependencies", State.warning)]
     return results or [Result("dependencies", State.ok, f"{len(names)} packages have what they require")]
 
 
-def required(package: str, version: VersionOf, check: str) -> list[Result]:
-    """A failure for each requirement of a package that is not met, by the package's own metadata.
+def required(package: str, version: VersionOf, check: str, state: State) -> list[Result]:
+    """A result for each requirement of a package that is not met, by the package's own metadata.
 
     Args:
         package: Name of the package; nothing is required of one that is not installed, as in a checkout.
         version: Gives the version of a package by name.
         check: Name of the check.
+        state: Of a package with another version. A missing one is a warning: not every run uses it.
     """
     results = []
     for text in _requirements(package):
@@ -176,7 +177,8 @@ def required(package: str, version: VersionOf, check: str) -> list[Result]:
         has = f"{requirement.name} {found}" if found else f"no {requirement.name}"
         wanted = f"{requirement.name}{requirement.specifier}"
         what = f"{package} requires {wanted}, and this host has {has}"
-        results.append(Result(check, State.failed, what, f'run: pip install "{wanted}"'))
+        how = state if found else State.warning
+        results.append(Result(check, how, what, f'run: pip install "{wanted}"'))
     return results
 
 
