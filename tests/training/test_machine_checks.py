@@ -14,10 +14,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import huggingface_hub
 import pytest
 import torch
 import torch.distributed as dist
+from huggingface_hub import constants
 
 from olmoe_train.checkpoint.directory import latest_checkpoint
 from olmoe_train.cli import doctor
@@ -256,10 +256,8 @@ def test_a_server_that_answers_is_reached_whatever_it_says() -> None:
 
 
 def test_the_hub_is_needed_only_by_names_on_it(cfg: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(
-        huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:9"
-    )  # discard: nobody listens
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")  # where nobody listens
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     assert only(hub(site(cfg)))[0] is State.skipped
     named = replace(cfg, model=replace(cfg.model, init_from="nobody/no-model"))
     found, text = only(hub(site(named)))

@@ -2,6 +2,7 @@
 
 import socket
 import sys
+from functools import partial
 
 from olmoe_train.distributed.collectives import gather_from_all
 from olmoe_train.distributed.rendezvous import place_of, time_limit
@@ -59,7 +60,7 @@ def run_checks(site: Site) -> list[Finding]:
         for check in checks:
             results += guarded(check, site) if is_here else []
     for check in TOGETHER:
-        with time_limit(LIMIT_S + site.bandwidth_seconds, lambda check=check: _say_stuck(check, site)):
+        with time_limit(LIMIT_S + site.bandwidth_seconds, partial(_say_stuck, check, site)):
             results += guarded(check, site)
     return findings(gather_from_all(lambda: (socket.gethostname(), results)))
 
