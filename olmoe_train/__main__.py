@@ -8,6 +8,7 @@ from olmoe_train.utils.console import quietly
 VERBS = {
     "prepare": "turn a corpus into tokens on disk",
     "plan": "memory, traffic, layouts and duration of a training run, without running it",
+    "doctor": "check the machines of a training run before it starts",
     "train": "pretrain or fine-tune",
     "logprobs": "log-probabilities of the reference, for preference tuning",
     "report": "one HTML file about a run, or its live form",

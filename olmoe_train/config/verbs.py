@@ -16,6 +16,7 @@ from olmoe_train.config.choices import (
     XAxis,
 )
 from olmoe_train.config.data import DataConfig, TokenizerConfig
+from olmoe_train.config.doctor import DoctorConfig
 from olmoe_train.config.surgery import ExpertsConfig, PruneConfig
 from olmoe_train.config.train import EvaluationConfig, ParallelConfig, TrainConfig
 
@@ -372,6 +373,7 @@ VERBS: dict[str, type] = {
     "upcycle": UpcycleConfig,
     "merge": MergeConfig,
     "plan": PlanConfig,
+    "doctor": DoctorConfig,
     "logprobs": LogprobsConfig,
     "dashboard": DashboardConfig,
     "report": ReportConfig,

@@ -59,6 +59,7 @@ from olmoe_train.training.explain.own_batches import note_own_batches
 from olmoe_train.training.initial_weights import download_initial_weights, fill_model
 from olmoe_train.training.objectives.base import Objective
 from olmoe_train.training.preflight.checks import validate
+from olmoe_train.training.preflight.machine.start import start_warnings
 from olmoe_train.training.preflight.router_analysis import has_router_analysis
 from olmoe_train.training.resume import saved_state
 from olmoe_train.training.run_facts import run_facts
@@ -75,7 +76,7 @@ def build_run(cfg: TrainConfig) -> Run:
     Raises:
         UserError: lists everything that is wrong with the configuration.
     """
-    warnings = validate(cfg, dist.get_world_size())
+    warnings = [*validate(cfg, dist.get_world_size()), *start_warnings(cfg)]
     download_initial_weights(cfg.model)
     tokenizer = mixture_components(cfg.data)[0].directory / "tokenizer"
     return Run(cfg.run_dir, cfg.trainer.timeout, cfg.trainer.rendezvous_timeout, tokenizer, warnings)
