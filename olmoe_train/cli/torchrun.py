@@ -4,7 +4,7 @@ torchrun itself exits with 1, whatever its workers exit with. That hides two cod
 schedulers need: 2 (bad configuration: do not retry) and 75 (stopped by a signal after saving: run again). The
 arguments are those of torchrun:
 
-    python -m olmoe_train.cli.launch --standalone --nproc-per-node 2 -m olmoe_train.train run_dir=RUN ...
+    python -m olmoe_train.cli.torchrun --standalone --nproc-per-node 2 -m olmoe_train.train run_dir=RUN ...
 """
 
 import logging
