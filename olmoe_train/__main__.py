@@ -9,6 +9,7 @@ VERBS = {
     "prepare": "turn a corpus into tokens on disk",
     "plan": "memory, traffic, layouts and duration of a training run, without running it",
     "train": "pretrain or fine-tune",
+    "launch": "render a training as a SLURM job or as Kubernetes objects",
     "logprobs": "log-probabilities of the reference, for preference tuning",
     "report": "one HTML file about a run, or its live form",
     "evaluate": "validation loss and perplexity",
