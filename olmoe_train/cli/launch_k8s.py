@@ -1,9 +1,9 @@
-"""The Kubernetes objects of `olmoe launch k8s`: a TrainJob with its TrainingRuntime, a JobSet, or a PyTorchJob.
+"""The objects of `olmoe launch k8s`: a TrainJob with its TrainingRuntime, a JobSet, or a PyTorchJob.
 
-All three run the same container on every node: torchrun, which meets the other nodes at node 0. Its exit code
-decides what becomes of the training: 2 fails it at once, and 75 (stopped after saving) starts it again without
-counting. Any other failure counts towards max_restarts, and restarts all nodes. Field names and rules are those of Kubeflow Trainer
-2.3, JobSet v1alpha2 and Training Operator 1.9.
+All three run the same container on every node: torchrun, which meets the other nodes at node 0. Its exit
+code decides what becomes of the training: 2 fails it at once, and 75 (stopped after saving) starts it again
+without counting. Any other failure counts towards max_restarts, and restarts all nodes. Field names and rules
+are those of Kubeflow Trainer 2.3, JobSet 0.12 and Training Operator 1.9.
 """
 
 import re
@@ -26,8 +26,8 @@ LONGEST_NAME = 40
 """Kubernetes allows names of pods 63 characters; JobSet and Job append some 20."""
 NODE = "node"
 """Name of the replicated job and of its container: TrainJob accepts no other."""
-# Training Operator 1.9 starts a pod again, without counting, if its exit code is at least 128, and takes all other
-# codes for final. A signal reaches process 1 alone, which is this shell.
+# Training Operator 1.9 starts a pod again, without counting, if its exit code is at least 128, and takes all
+# other codes for final. A signal reaches process 1 alone, which is this shell.
 RETRY_75 = f"""\
 "$@" & child=$!
 trap 'kill -TERM "$child" 2>/dev/null' TERM INT
@@ -43,7 +43,8 @@ def k8s_errors(cfg: KubernetesConfig) -> list[str]:
     errors = []
     if not re.fullmatch(r"[a-z]([-a-z0-9]*[a-z0-9])?", cfg.name) or len(cfg.name) > LONGEST_NAME:
         errors.append(
-            f"name={cfg.name}: must be at most {LONGEST_NAME} small letters, digits and -, with a letter first"
+            f"name={cfg.name}: must be at most {LONGEST_NAME} small letters, digits and -, and start with a "
+            "letter"
         )
     if cfg.max_restarts < 0:
         errors.append(f"max_restarts={cfg.max_restarts}: must not be negative")
@@ -143,6 +144,8 @@ def _pytorchjob(cfg: KubernetesConfig, overrides: list[str]) -> list[dict[str, A
             "rdzvHost": f"{cfg.name}-worker-0",
             "rdzvPort": PORT,
             "rdzvId": cfg.name,
+            # Seconds that the others wait for the pod of node 0 if it is replaced; torchrun's default is 60.
+            "rdzvConf": [{"key": "read_timeout", "value": str(JOIN_SECONDS)}],
             "maxRestarts": cfg.max_restarts,
             "minReplicas": cfg.nodes,
             "maxReplicas": cfg.nodes,

@@ -46,8 +46,8 @@ def slurm_script(cfg: SlurmConfig, trainings: list[list[str]], is_array: bool) -
     launch = launch_directory()
     lines = [
         "#!/usr/bin/env bash",
-        f"# Rendered by `olmoe launch slurm` of olmoe-train {__version__}, for sbatch. Relative paths are relative",
-        "# to the directory of submission.",
+        f"# Rendered by `olmoe launch slurm` of olmoe-train {__version__}, for sbatch. Relative paths are",
+        "# relative to the directory of submission.",
         *(f"#SBATCH {option}" for option in _options(cfg, len(trainings) if is_array else 0)),
         f"export OLMOE_LAUNCH={shlex.quote(str(launch))}",
         f"export PATH={shlex.quote(str(Path(sys.executable).parent))}:$PATH",
@@ -68,8 +68,8 @@ def submit(script: str) -> str:
     """
     if shutil.which("sbatch") is None:
         raise UserError(
-            "--submit: there is no sbatch on this machine; run the command on a login node of the cluster, or "
-            "print the script with --print and take it there"
+            "--submit: there is no sbatch on this machine; run the command on a login node of the cluster, "
+            "where olmoe-train must be installed, too"
         )
     result = subprocess.run(
         ["sbatch", "--parsable"], input=script, capture_output=True, text=True, check=False

@@ -47,10 +47,10 @@ class LaunchConfig(TrainConfig):
 
 @dataclass(frozen=True)
 class SlurmConfig(LaunchConfig):
-    """Render a batch script that trains on SLURM, or submit it: `olmoe launch slurm [--print|--submit]`.
+    """Render a batch script that trains on SLURM, or submit it.
 
-    It accepts every key of `olmoe train` and passes them on. With `--multirun`, every combination of values is
-    a task of an array job.
+    It accepts every key of `olmoe train` and passes them on. With `--multirun`, every combination of values
+    is a task of an array job.
     """
 
     job_name: str = "olmoe"
@@ -78,7 +78,7 @@ class SlurmConfig(LaunchConfig):
 
 @dataclass(frozen=True)
 class KubernetesConfig(LaunchConfig):
-    """Render YAML that trains on Kubernetes: `olmoe launch k8s kind=trainjob image=IMAGE ... | kubectl apply -f -`.
+    """Render the YAML of a training on Kubernetes, for `kubectl apply -f -`.
 
     It accepts every key of `olmoe train` and passes them on.
     """
