@@ -10,12 +10,11 @@ the training as they were given.
 import sys
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from olmoe_train.cli.app import run_verb
 from olmoe_train.config import compose
 from olmoe_train.config.launch import KubernetesConfig, LaunchConfig, SlurmConfig, launcher_keys
-from olmoe_train.config.train import TrainConfig
 from olmoe_train.utils.errors import UserError, configuration_error
 from olmoe_train.utils.exit_codes import BAD_INPUT, OK
 
@@ -59,8 +58,8 @@ class Sweep:
 
     directory: Path
     runs: list["SweptRun"]
-    configurations: list[TrainConfig]
-    """Those of the runs; none with --config-dir, whose presets `compose` does not know."""
+    configurations: list[Any]
+    """Those of `olmoe train` of the runs; none with --config-dir, whose presets `compose` does not know."""
 
     def trainings(self, flags: list[str]) -> list[list[str]]:
         """The arguments of each training."""
@@ -116,9 +115,10 @@ def main(cfg: LaunchConfig, line: CommandLine, sweep: Sweep | None) -> None:
     if not line.submit:
         print(script, end="")
         return
+    job = submit(script)
     if sweep:
         record(sweep.directory, sweep.runs)
-    print(f"submitted job {submit(script)}")
+    print(f"submitted job {job}")
 
 
 def read_command_line(name: str, words: list[str]) -> CommandLine:

@@ -29,8 +29,8 @@ NODE = "node"
 # Training Operator 1.9 starts a pod again, without counting, if its exit code is at least 128, and takes all
 # other codes for final. A signal reaches process 1 alone, which is this shell.
 RETRY_75 = f"""\
+trap 'kill -TERM $! 2>/dev/null' TERM INT
 "$@" & child=$!
-trap 'kill -TERM "$child" 2>/dev/null' TERM INT
 code=0; wait "$child" || code=$?
 while kill -0 "$child" 2>/dev/null; do code=0; wait "$child" || code=$?; done
 [ "$code" != {STOPPED_BY_SIGNAL} ] || code=143
