@@ -9,6 +9,7 @@ the training as they were given.
 
 import sys
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -86,7 +87,8 @@ def run() -> int:
     first = sweep.trainings([])[0] if sweep else line.train
     composed = [*line.launcher, *first, *_models_left_out(line)]
     sys.argv[1:] = [*line.shown, *line.config_directory, *composed]
-    return run_verb(f"launch_{name}", SCHEMAS[name], lambda cfg: main(cfg, line, sweep), DESCRIPTIONS[name])
+    launch = partial(main, line=line, sweep=sweep)
+    return run_verb(f"launch_{name}", SCHEMAS[name], launch, DESCRIPTIONS[name])
 
 
 def main(cfg: LaunchConfig, line: CommandLine, sweep: Sweep | None) -> None:

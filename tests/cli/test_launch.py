@@ -212,7 +212,12 @@ def test_overrides_reach_the_training_as_they_are(
 
 
 def test_the_script_of_slurm() -> None:
-    more = {"time": "12:00:00", "array_limit": 3, "save_seconds": 540, "setup": ["export A=1"]}
+    more: dict[str, Any] = {
+        "time": "12:00:00",
+        "array_limit": 3,
+        "save_seconds": 540,
+        "setup": ["export A=1"],
+    }
     script = script_of([["seed=1"]], nodes=2, gpus_per_node=1, **more)
     assert re.findall(r"^#SBATCH (.+)$", script, re.MULTILINE) == [
         *("--job-name=olmoe", "--nodes=2", "--gpus-per-node=1", "--time=12:00:00", "--output=olmoe-%j.log"),
