@@ -10,6 +10,7 @@ VERBS = {
     "plan": "memory, traffic, layouts and duration of a training run, without running it",
     "doctor": "check the machines of a training run before it starts",
     "train": "pretrain or fine-tune",
+    "launch": "render a training as a SLURM job or as Kubernetes objects",
     "logprobs": "log-probabilities of the reference, for preference tuning",
     "report": "one HTML file about a run, or its live form",
     "evaluate": "validation loss and perplexity",

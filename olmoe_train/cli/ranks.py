@@ -44,8 +44,8 @@ def on_ranks(module: str, train: Callable[[], int]) -> int:
     if ranks is None:
         return train()
     # Imported here: a rank does without them.
-    from olmoe_train.cli.launch import SIGNALS, killed_by
-    from olmoe_train.cli.launch import main as launch
+    from olmoe_train.cli.torchrun import SIGNALS, killed_by
+    from olmoe_train.cli.torchrun import main as launch
     from olmoe_train.data.prepare.encode import cores
 
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores() // ranks)))

@@ -163,13 +163,14 @@ def help_text(verb: str, schema: type, description: str | None = None) -> str:
     """What `olmoe VERB --help` prints.
 
     Args:
-        verb: Name of the verb.
+        verb: Name of the verb; launch_slurm for `olmoe launch slurm`.
         schema: Its config dataclass.
         description: What the verb does; only the first paragraph is printed.
 
     Returns:
         Usage, every preset, and every key with its default and documentation.
     """
+    verb = verb.replace("_", " ")
     lines = [
         f"usage: olmoe {verb} [key=value ...] [group=preset ...]     (or python -m olmoe_train {verb})",
         "",

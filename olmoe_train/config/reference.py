@@ -36,7 +36,7 @@ def markdown_reference() -> dict[str, str]:
 
 
 def _verb_page(verb: str, schema: type) -> str:
-    lines = [f"# `olmoe {verb}`", "", inspect.cleandoc(schema.__doc__ or ""), ""]
+    lines = [f"# `olmoe {verb.replace('_', ' ')}`", "", inspect.cleandoc(schema.__doc__ or ""), ""]
     if presets := preset_groups(schema):
         choices = ", ".join(f"`{group}`" for group in presets)
         lines += [f"Groups of presets: {choices}. The [presets](presets.md) page lists them.", ""]
@@ -86,7 +86,7 @@ def _presets_page() -> str:
         "It sets only the keys shown here. All other keys keep their defaults.",
     ]
     for group in sorted(files):
-        users = ", ".join(f"`olmoe {verb}`" for verb in verbs[group])
+        users = ", ".join(f"`olmoe {verb.replace('_', ' ')}`" for verb in verbs[group])
         lines += ["", f"## {group}", "", f"Accepted by {users}."]
         for path in files[group]:
             description, body = _preset(path)

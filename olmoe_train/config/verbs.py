@@ -17,6 +17,7 @@ from olmoe_train.config.choices import (
 )
 from olmoe_train.config.data import DataConfig, TokenizerConfig
 from olmoe_train.config.doctor import DoctorConfig
+from olmoe_train.config.launch import KubernetesConfig, SlurmConfig
 from olmoe_train.config.surgery import ExpertsConfig, PruneConfig
 from olmoe_train.config.train import EvaluationConfig, ParallelConfig, TrainConfig
 
@@ -381,5 +382,7 @@ VERBS: dict[str, type] = {
     "analyze": AnalyzeConfig,
     "experts": ExpertsConfig,
     "prune": PruneConfig,
+    "launch_slurm": SlurmConfig,
+    "launch_k8s": KubernetesConfig,
 }
-"""The config dataclass of each verb."""
+"""The config dataclass of each verb; the two of `olmoe launch` are those of its launchers."""

@@ -180,5 +180,5 @@ def _advice() -> str:
         return ""
     return (
         "\n  Set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 on every node. "
-        "`python -m olmoe_train.cli.launch`, which takes the arguments of torchrun, sets it."
+        "`python -m olmoe_train.cli.torchrun`, which takes the arguments of torchrun, sets it."
     )

@@ -21,6 +21,8 @@ from typing import TypeVar
 
 import torch.distributed as dist
 
+from olmoe_train.run.heartbeat import touch_heartbeat
+
 log = logging.getLogger(__name__)
 POLL_S, WORDS_S = 0.5, 2.0
 """Seconds between two checks, and seconds to wait for the other ranks' position files."""
@@ -55,6 +57,7 @@ class Watchdog:
     def heartbeat(self, where: str) -> None:
         """Record that the rank has reached `where`, a phrase for the report."""
         self.where, self.beaten = where, time.monotonic()
+        touch_heartbeat()
 
     def with_heartbeat(self, items: Iterable[Item], where: str = "validating") -> Iterator[Item]:
         """Yield the items, with a heartbeat before each item."""

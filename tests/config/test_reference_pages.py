@@ -20,7 +20,7 @@ def pages() -> dict[str, str]:
 
 
 def test_every_verb_has_a_page(pages: dict[str, str]) -> None:
-    assert set(pages) == {*command.VERBS, "presets"}
+    assert {name.split("_")[0] for name in pages} == {*command.VERBS, "presets"}
     assert [verb for verb, schema in VERBS.items() if not schema.__doc__] == []
 
 

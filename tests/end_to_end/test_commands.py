@@ -88,7 +88,7 @@ def test_bad_configuration_is_reported_once_and_whole(quickstart: Quickstart, tm
 
 
 def test_the_last_line_names_a_killed_rank(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "olmoe_train.cli.launch", "--standalone", "--no-python"]
+    command = [sys.executable, "-m", "olmoe_train.cli.torchrun", "--standalone", "--no-python"]
     result = run(*command, "bash", "-c", "kill -KILL $BASHPID", cwd=tmp_path)
     assert result.returncode == 128 + signal.SIGKILL
     last = result.stderr.splitlines()[-1]

@@ -1,6 +1,7 @@
-"""launch/slurm.sbatch on a SLURM with two nodes."""
+"""launch/slurm.sbatch and `olmoe launch slurm` on a SLURM with two nodes."""
 
 import json
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -25,24 +26,31 @@ def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Slurm]:
         yield cluster
 
 
-def submit(slurm: Slurm, run_dir: Path, data: Path, python_path: str = "") -> str:
-    """Submit a training of a tiny model on two nodes from the repository; returns the number of the job."""
+def overrides(run_dir: Path, data: Path, **more: str) -> list[str]:
+    """A training of a tiny model."""
     changes = TINY | {
         "model.vocab_size": 64,
         "data.dir": data,
         "run_dir": run_dir,
         "trainer.max_steps": STEPS,
     }
-    overrides = [f"{key}={value}" for key, value in changes.items()]
-    environment = command_environment()
-    path = f"{python_path}:{environment['PYTHONPATH']}"
-    sbatch = ["sbatch", "--parsable", "--nodes=2", f"--output={run_dir}.log", "launch/slurm.sbatch"]
-    return slurm.run(*sbatch, *overrides, cwd=REPO, **environment | {"PYTHONPATH": path})
+    return [f"{key}={value}" for key, value in (changes | more).items()]
+
+
+def environment(python_path: str = "") -> dict[str, str]:
+    ours = command_environment()
+    return ours | {"PYTHONPATH": f"{python_path}:{ours['PYTHONPATH']}"}
+
+
+def launch(slurm: Slurm, run_dir: Path, *words: str) -> str:
+    """Submit with `olmoe launch slurm`, from outside the repository; returns the number of the job."""
+    command = [sys.executable, "-m", "olmoe_train", "launch", "slurm", "--submit", f"output={run_dir}-%j.log"]
+    return slurm.run(*command, *words, cwd=run_dir.parent, **environment()).removeprefix("submitted job ")
 
 
 def test_a_job_that_is_told_to_stop_is_requeued_and_finishes(slurm: Slurm, tmp_path: Path) -> None:
     data, run_dir = write_data(tmp_path / "data"), tmp_path / "run"
-    job = submit(slurm, run_dir, data)
+    job = launch(slurm, run_dir, "nodes=2", "gpus_per_node=0", *overrides(run_dir, data))
     wait_until(lambda: (run_dir / "metrics.jsonl").exists(), 90, "the first step")
     slurm.run(
         "scancel", "--signal=TERM", job
@@ -51,7 +59,8 @@ def test_a_job_that_is_told_to_stop_is_requeued_and_finishes(slurm: Slurm, tmp_p
     stopped = status(run_dir)
     assert (stopped["state"], stopped["reason"]) == ("stopped", "signal")
     ended = slurm.wait_for(job, 180, "COMPLETED", "FAILED", "CANCELLED")
-    assert (ended["JobState"], ended["Restarts"]) == ("COMPLETED", "1"), Path(f"{run_dir}.log").read_text()
+    log = Path(f"{run_dir}-{job}.log")
+    assert (ended["JobState"], ended["Restarts"]) == ("COMPLETED", "1"), log.read_text()
     assert status(run_dir)["state"] == "done"
     assert [record["step"] for record in metrics(run_dir)] == list(range(1, STEPS + 1))
     assert (
@@ -67,7 +76,8 @@ def test_a_node_that_dies_before_the_rendezvous_ends_the_job(slurm: Slurm, tmp_p
     # Left by an earlier attempt. It says nothing of this one, which must not be put back into the queue.
     run_dir.mkdir()
     (run_dir / "status.json").write_text(json.dumps({"state": "stopped", "reason": "signal", "time": 1.0}))
-    job = submit(slurm, run_dir, data, str(shim))
+    sbatch = ["sbatch", "--parsable", "--nodes=2", f"--output={run_dir}.log", "launch/slurm.sbatch"]
+    job = slurm.run(*sbatch, *overrides(run_dir, data), cwd=REPO, **environment(str(shim)))
     # Long before the 600 s for which torchrun waits for all nodes.
     ended = slurm.wait_for(job, 90, "COMPLETED", "FAILED", "CANCELLED")
     assert (ended["JobState"], ended["Restarts"]) == ("FAILED", "0"), Path(f"{run_dir}.log").read_text()

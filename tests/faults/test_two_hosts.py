@@ -25,11 +25,11 @@ pytestmark = [
 
 
 class Launcher:
-    """`olmoe_train.cli.launch` on one host, with one worker."""
+    """`olmoe_train.cli.torchrun` on one host, with one worker."""
 
     def __init__(self, host: Host, log: Path, *arguments: str | Path) -> None:
         program = str(REPO / "tests/faults/held.py")
-        command = [sys.executable, "-m", "olmoe_train.cli.launch", *OPTIONS, program]
+        command = [sys.executable, "-m", "olmoe_train.cli.torchrun", *OPTIONS, program]
         environment = os.environ | {"PYTHONPATH": str(REPO), "OMP_NUM_THREADS": "1"}
         self.process = subprocess.Popen(
             host.command(*command, *arguments),

@@ -46,7 +46,7 @@ class Host:
         return ["nsenter", "--target", str(self.pid), "--all", "--", *map(str, command)]
 
     def run(self, *command: str | Path) -> "subprocess.CompletedProcess[str]":
-        return subprocess.run(self.command(*command), capture_output=True, text=True, timeout=60)
+        return subprocess.run(self.command(*command), capture_output=True, text=True, timeout=180)
 
 
 @contextmanager

@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from olmoe_train.config.choices import DTYPES, Strategy
+from olmoe_train.config.choices import Strategy
 from olmoe_train.config.model import olmoe_config
 from olmoe_train.distributed.mesh import Mesh, build_mesh
 from olmoe_train.planning.adapter import adapter_plan
@@ -164,7 +164,7 @@ def compare(site: Site, measured: dict[str, float]) -> Result:
     )
     peak = None
     if site.device.type == "cuda":
-        peak = peak_flops(torch.cuda.get_device_name(), DTYPES[site.cfg.trainer.precision])
+        peak = peak_flops(torch.cuda.get_device_name(), site.cfg.trainer.precision.dtype)
     if peak is None:
         return Result("bandwidth", State.ok, what, values=values)
     flops = speed.flops_per_token.total * speed.tokens_per_step
