@@ -1,10 +1,13 @@
 """Is the cost model of `olmoe plan` right? Steps of gloo ranks, predicted and measured.
 
-    python -m benchmarks.predict_step [--rounds 7]
+    python -m benchmarks.predict_step [--rounds 5]
 
 The rates that the model needs are measured in the same processes, between the steps: FLOP/s of a model
 without any parallelism, bandwidth of collectives as large as those of a layer, and bandwidth of memory. All
 ranks share the cores of one machine, so that nothing is hidden behind computation (cost.overlap=0).
+
+Times are those of the CPU that a rank uses, its threads for gloo included, because other work on the machine
+changes them less; what a rank waits for another is not in them. Ratios of wall-clock times are printed, too.
 """
 
 import argparse
@@ -89,17 +92,21 @@ LAYOUTS = {
 }
 
 
-def seconds(work: Callable[[], None]) -> float:
-    """Time until all ranks have done it."""
+def seconds(work: Callable[[], None]) -> tuple[float, float]:
+    """Seconds of the CPU and of the clock that it takes."""
     dist.barrier()
-    started = time.perf_counter()
+    started, used = time.perf_counter(), time.process_time()
     work()
+    used = time.process_time() - used
     dist.barrier()
-    return time.perf_counter() - started
+    return used, time.perf_counter() - started
 
 
-def measure(layouts: list[Layout], rounds: int) -> dict[str, list[float]]:
-    """Seconds of each layout's step and of the work that rates follow from, by name; rounds take turns."""
+def measure(layouts: list[Layout], rounds: int) -> dict[str, tuple[float, float]]:
+    """Medians of the seconds of each layout's step and of the work that rates follow from, by name.
+
+    Rounds take turns.
+    """
     steps = [BareStep(layout.config()) for layout in layouts]
     works: dict[str, Callable[[], None]] = {
         str(layout): _step(step) for layout, step in zip(layouts, steps, strict=True)
@@ -107,13 +114,16 @@ def measure(layouts: list[Layout], rounds: int) -> dict[str, list[float]]:
     works |= {"arithmetic": _arithmetic(steps[0]), "memory": _memory()}
     if dist.get_world_size() > 1:
         works["links"] = _collectives()
-    found: dict[str, list[float]] = {name: [] for name in works}
+    found: dict[str, list[tuple[float, float]]] = {name: [] for name in works}
     for number in range(rounds + 1):
         for name, work in works.items():
             needed = seconds(work)
             if number:  # the first round warms up
                 found[name].append(needed)
-    return found
+    return {
+        name: (statistics.median(used for used, _ in values), statistics.median(clock for _, clock in values))
+        for name, values in found.items()
+    }
 
 
 def _step(step: BareStep) -> Callable[[], None]:
@@ -190,22 +200,25 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--rounds", type=int, default=5)
     rounds = parser.parse_args().rounds
-    print("| ranks | layout | measured, ms | predicted, ms | predicted / measured | arithmetic | links |")
-    print("| --- | --- | --- | --- | --- | --- | --- |")
+    columns = ("ranks", "layout", "CPU, ms", "predicted, ms", "predicted / measured", "by the clock")
+    print(f"| {' | '.join(columns)} | arithmetic | links |")
+    print(f"|{' --- |' * 8}")
     for ranks, layouts in LAYOUTS.items():
         measured = run_ranks(ranks, measure, layouts, rounds)[0]
-        medians = {name: statistics.median(values) for name, values in measured.items()}
-        rates = rates_of(medians, ranks)
+        rates = [rates_of({name: times[of] for name, times in measured.items()}, ranks) for of in (0, 1)]
         for layout in layouts:
-            cost, real = predict(layout, ranks, rates), medians[str(layout)]
+            used, clock = measured[str(layout)]
+            cost, by_clock = (predict(layout, ranks, of) for of in rates)
             links = (cost.exposed + cost.all_to_all) / cost.total
-            cells = [str(ranks), str(layout), f"{1e3 * real:.0f}", f"{1e3 * cost.total:.0f}"]
-            cells += [f"{cost.total / real:.2f}", f"{cost.arithmetic / cost.total:.0%}", f"{links:.0%}"]
-            print(f"| {' | '.join(cells)} |")
-        found = {"FLOP/s": rates.flops, "B/s of memory": rates.memory, "B/s of links": rates.links.nvlink}
-        print(", ".join(f"{value / 1e9:.2f} G{unit}" for unit, value in found.items()), flush=True)
+            cells = [str(ranks), str(layout), f"{1e3 * used:.0f}", f"{1e3 * cost.total:.0f}"]
+            cells += [f"{cost.total / used:.2f}", f"{by_clock.total / clock:.2f}"]
+            print(f"| {' | '.join([*cells, f'{cost.arithmetic / cost.total:.0%}', f'{links:.0%}'])} |")
+        for name, of in zip(("CPU", "clock"), rates, strict=True):
+            values = {"FLOP/s": of.flops, "B/s of memory": of.memory, "B/s of links": of.links.nvlink}
+            print(f"{name}:", ", ".join(f"{value / 1e9:.2f} G{unit}" for unit, value in values.items()))
+        print(flush=True)
 
 
 if __name__ == "__main__":

@@ -59,8 +59,8 @@ def test_dalys_interval_is_the_best(blocked: float) -> None:
 
 @pytest.mark.parametrize("save", [Save(60.0), Save(40.0, 300.0)], ids=["synchronous", "background"])
 def test_simulated_weeks(save: Save, tmp_path: Path) -> None:
-    """Three weeks with a failure per hour, some 500 of them: no finished checkpoint is lost (SimulatedRun), and
-    the goodput, 0.73 to 0.76, is the predicted one to 5%.
+    """Three weeks with a failure per hour, some 500 of them: no finished checkpoint is lost (SimulatedRun),
+    and the goodput, 0.73 to 0.76, is the predicted one to 5%.
 
     The time that a failure costs scatters about as much as its mean. The quarter of the time that 500 of them
     cost is known to 4.5%, and the goodput to 1.5%.
@@ -69,7 +69,7 @@ def test_simulated_weeks(save: Save, tmp_path: Path) -> None:
     run = SimulatedRun(tmp_path, 10.0, every, save, HOURLY, seed=0)
     run.run_until(3 * WEEK)
     assert run.failures > 450
-    assert run.torn > 30
+    assert run.torn > 20
     measured = 10.0 * run.finished[-1] / run.clock
     assert measured == pytest.approx(goodput(every * 10.0, save, HOURLY), rel=0.05)
 
