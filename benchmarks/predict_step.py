@@ -41,8 +41,8 @@ MODEL = ModelConfig(
     num_experts=16,
     num_experts_per_tok=4,
 )
-LENGTH, MICRO_BATCHES = 256, 2
-ELEMENTS = 4 * 2**20  # of a collective, about those of two layers
+LENGTH, MICRO_BATCHES = 64, 1
+ELEMENTS = 2**21  # of a collective, about those of a layer
 
 
 @dataclass(frozen=True)

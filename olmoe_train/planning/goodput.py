@@ -40,7 +40,7 @@ def young_interval(save: Save, failures: Failures) -> float:
 
 
 def daly_interval(save: Save, failures: Failures) -> float:
-    """Seconds of steps between saves, to higher order (Daly 2006, equation 37): with x = d / 2M
+    """Seconds of steps between saves, to higher order (Daly 2006): with x = d / 2M
 
     sqrt(2 d M) (1 + sqrt(x) / 3 + x / 9) - d, and M for saves longer than 2 M.
     """
@@ -54,7 +54,7 @@ def goodput(interval: float, save: Save, failures: Failures) -> float:
     """Goodput with a save after every `interval` seconds of steps, 0 to 1.
 
     With interval t, save d, restart R and MTBF M, a synchronous save takes the run from one checkpoint to the
-    next in M e^(R/M) (e^((t + d)/M) - 1) seconds on average (Daly 2006, equation 13).
+    next in M e^(R/M) (e^((t + d)/M) - 1) seconds on average (Daly 2006).
 
     In the background, a failure in the first w seconds of an interval goes back by two intervals. Let A be
     the time above, from a complete checkpoint to the next save, and D the time from one save to the next. An

@@ -33,7 +33,7 @@ GPUS = {
     # NVIDIA DGX B200 data sheet: 1,440 GB, 64 TB/s and NVLink 14.4 TB/s for 8 GPUs; 400 Gb/s per GPU.
     Gpu.b200: GpuSpec("B200", 180.0, 8e12, 900e9, 50e9),
     # AMD Instinct MI300X data sheet: 192 GB, 5.3 TB/s, seven links of 128 GB/s (Infinity Fabric, no NVLink).
-    # Azure ND MI300X v5: 400 Gb/s per GPU.
+    # Azure virtual machines with MI300X: 400 Gb/s per GPU.
     Gpu.mi300x: GpuSpec("MI300X", 192.0, 5.3e12, 448e9, 50e9),
 }
 
