@@ -1,6 +1,6 @@
 """Is the cost model of `olmoe plan` right? Steps of gloo ranks, predicted and measured.
 
-    python -m benchmarks.predict_step [--rounds 5]
+    python -m benchmarks.predict_step [--rounds 5] [--ranks 1 2 4]
 
 The rates that the model needs are measured in the same processes, between the steps: FLOP/s of a model
 without any parallelism, bandwidth of collectives as large as those of a layer, and bandwidth of memory. All
@@ -201,12 +201,14 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--rounds", type=int, default=5)
-    rounds = parser.parse_args().rounds
+    parser.add_argument("--ranks", type=int, nargs="+", default=list(LAYOUTS), choices=list(LAYOUTS))
+    arguments = parser.parse_args()
     columns = ("ranks", "layout", "CPU, ms", "predicted, ms", "predicted / measured", "by the clock")
     print(f"| {' | '.join(columns)} | arithmetic | links |")
     print(f"|{' --- |' * 8}")
-    for ranks, layouts in LAYOUTS.items():
-        measured = run_ranks(ranks, measure, layouts, rounds)[0]
+    for ranks in arguments.ranks:
+        layouts = LAYOUTS[ranks]
+        measured = run_ranks(ranks, measure, layouts, arguments.rounds)[0]
         rates = [rates_of({name: times[of] for name, times in measured.items()}, ranks) for of in (0, 1)]
         for layout in layouts:
             used, clock = measured[str(layout)]
