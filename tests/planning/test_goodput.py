@@ -82,7 +82,7 @@ def test_plan_of_failures_by_hand() -> None:
     # fp32 weights and two moments, 10 GB/s: read once in a restart; written and read back in a save.
     assert checkpoint_bytes(cfg) == 12 * TOTAL
     assert plan_failures(cfg, 64).restart == pytest.approx(300 + 12 * TOTAL / 1e10)
-    assert plan_save(cfg, 64, in_background=False) == Save(pytest.approx(24 * TOTAL / 1e10))
+    assert plan_save(cfg, 64, in_background=False).blocked == pytest.approx(24 * TOTAL / 1e10)
     # Each of 64 GPUs copies its part at 25 GB/s, and steps beside the save take a tenth longer; with 8 copies
     # of the model, the part is an eighth of it.
     copied = 12 * TOTAL / 25e9
