@@ -1,16 +1,23 @@
 """Scaling of OLMoE-1B-7B on H100s, on paper: what a step sends over which link, and the least time it takes.
 
 Prints the tables of "Scaling on paper" in docs/benchmarks/memory-and-scaling.md. Nothing is measured here.
+The last one is that of `olmoe plan optimise=tokens_per_day`, for several numbers of GPUs.
 
     python benchmarks/scaling.py
 """
 
 from olmoe_train.config.choices import ActivationCheckpointing, Precision, Strategy
+from olmoe_train.config.cluster import CostConfig
+from olmoe_train.config.data import DataConfig
+from olmoe_train.config.train import ParallelConfig, TrainerConfig
+from olmoe_train.config.verbs import PlanConfig
 from olmoe_train.model import OlmoeConfig
 from olmoe_train.planning.flops import train_flops_per_token
 from olmoe_train.planning.layout import FP32, ParallelLayout, count_units
 from olmoe_train.planning.memory import MicroBatch, rank_memory
+from olmoe_train.planning.ranking import Candidate, rank_layouts
 from olmoe_train.planning.traffic import Links, StepTraffic, step_traffic
+from olmoe_train.training.preflight.checks import configuration_errors
 
 CONFIG = OlmoeConfig(intermediate_size=1024)  # the other defaults are the released model's
 GLOBAL_BATCH = 1024  # sequences of 4096 tokens, as released
@@ -99,6 +106,54 @@ def print_steps() -> None:
             )
 
 
+def print_ranking() -> None:
+    """The fastest layouts by the cost model: without and with expert parallelism, and with copies."""
+    parts = ("arithmetic", "imbalance", "exposed", "all-to-all")
+    columns = (
+        "GPUs",
+        "network (GB/s)",
+        "EP",
+        "copies",
+        "micro-batch",
+        "checkpointing",
+        "GiB",
+        "10^9 tokens/day",
+    )
+    print_row(*columns, *(f"{part} (%)" for part in parts))
+    print_row(*["---"] * (len(columns) + len(parts)))
+    trainer = TrainerConfig(max_steps=1, global_batch_size=GLOBAL_BATCH, micro_batch_size=1)
+    data = DataConfig(dir="none", sequence_length=BATCH.sequence_length)
+    for gpus, network in ((8, 50.0), (64, 50.0), (64, 5.0), (256, 50.0), (256, 5.0)):
+        cost = CostConfig(network_gb_per_second=network)
+        cfg = PlanConfig(data=data, trainer=trainer, gpus=gpus, mfu=MFU, cost=cost)
+        ranking = rank_layouts(cfg, lambda tried: not configuration_errors(tried, tried.gpus))
+        for parallel, copies in ((False, False), (False, True), (True, False), (True, True)):
+            of_kind = [item for item in ranking if _is(item.cfg.parallel, parallel, copies)]
+            if of_kind and (gpus > 8 or not copies):
+                _print_candidate(of_kind[0], gpus, network, parts)
+
+
+def _is(parallel: ParallelConfig, expert_parallel: bool, copies: bool) -> bool:
+    """Whether it is a layout of fsdp of this kind."""
+    kind = (parallel.expert_parallel_size > 1, parallel.replicate_size > 1)
+    return parallel.strategy is Strategy.fsdp and kind == (expert_parallel, copies)
+
+
+def _print_candidate(item: Candidate, gpus: int, network: float, parts: tuple[str, ...]) -> None:
+    parallel, trainer, shares = item.cfg.parallel, item.cfg.trainer, item.cost.shares()
+    print_row(
+        str(gpus),
+        f"{network:g}",
+        str(parallel.expert_parallel_size),
+        str(parallel.replicate_size),
+        str(trainer.micro_batch_size),
+        trainer.activation_checkpointing.value,
+        f"{item.memory.total / GIB:.1f}",
+        f"{item.tokens_per_day / 1e9:.1f}",
+        *(f"{100 * shares[part.replace('-', '_')]:.1f}" for part in parts),
+    )
+
+
 def print_row(*cells: str) -> None:
     print(f"| {' | '.join(cells)} |")
 
@@ -107,3 +162,5 @@ if __name__ == "__main__":
     print_collectives()
     print()
     print_steps()
+    print()
+    print_ranking()

@@ -1,13 +1,19 @@
-"""Print what a training run would need: memory and traffic per GPU, which layouts fit, speed and duration.
-Nothing is allocated; no data and no GPU are needed. All keys of `olmoe train` are accepted
-(experiment=olmoe_1b_7b_0924, ...), and keys of the cluster: gpus, gpu_memory_gib, mfu.
+"""Print what a training run would need: memory and traffic per GPU, which layouts fit, speed and duration,
+and how often to save it. optimise=tokens_per_day ranks the layouts. Nothing is allocated; no data and no GPU
+are needed. All keys of `olmoe train` are accepted (experiment=olmoe_1b_7b_0924, ...), and keys of the
+cluster: gpus, gpu, mfu, cost, failures.
 """
 
 import sys
 from dataclasses import replace
 
 from olmoe_train.cli.app import run_verb
+from olmoe_train.config.choices import Optimise
 from olmoe_train.config.verbs import PlanConfig
+from olmoe_train.planning.cluster import cluster_errors
+from olmoe_train.planning.goodput_report import goodput_lines
+from olmoe_train.planning.gpus import gpu_memory_gib
+from olmoe_train.planning.ranking import best_layout, rank_layouts, ranking_lines, without_layout
 from olmoe_train.planning.report import layout_lines, memory_lines, run_lines, traffic_lines
 from olmoe_train.training.preflight.checks import configuration_errors
 from olmoe_train.utils.errors import configuration_error
@@ -24,12 +30,12 @@ def check(cfg: PlanConfig) -> None:
         value = getattr(cfg, key)
         if value is not None and value <= 0:
             errors.append(f"{key}={value}: must be positive")
+    errors += cluster_errors(cfg)
     if cfg.mfu > 1:
         errors.append(f"mfu={cfg.mfu}: is a fraction of the GPU's peak, at most 1; 40% is mfu=0.4")
-    if not 0 <= cfg.reserve_gib < cfg.gpu_memory_gib:
-        errors.append(
-            f"reserve_gib={cfg.reserve_gib}: must be at least 0 and below gpu_memory_gib={cfg.gpu_memory_gib}"
-        )
+    memory = gpu_memory_gib(cfg)
+    if not 0 <= cfg.reserve_gib < memory:
+        errors.append(f"reserve_gib={cfg.reserve_gib}: must be at least 0 and below gpu_memory_gib={memory}")
     trainer = cfg.trainer
     if trainer.max_epochs is not None and trainer.max_steps is None and trainer.max_tokens is None:
         errors.append(
@@ -37,7 +43,8 @@ def check(cfg: PlanConfig) -> None:
             "of an epoch; give trainer.max_steps or trainer.max_tokens"
         )
     if cfg.gpus > 0:
-        errors += configuration_errors(cfg, cfg.gpus)
+        chosen = cfg if cfg.optimise is Optimise.none else without_layout(cfg)
+        errors += configuration_errors(chosen, cfg.gpus)
     if errors:
         raise configuration_error(errors)
 
@@ -53,7 +60,13 @@ def main(cfg: PlanConfig) -> None:
     cfg = replace(cfg, trainer=replace(cfg.trainer, max_epochs=None))
     if cfg.trainer.train_only is not None:
         print("warning: with trainer.train_only this is an upper bound: every weight counts as trained")
-    parts = [run_lines(cfg), memory_lines(cfg), traffic_lines(cfg), layout_lines(cfg, is_valid)]
+    if cfg.optimise is Optimise.none:
+        layouts = layout_lines(cfg, is_valid)
+    else:
+        ranking = rank_layouts(cfg, is_valid)
+        layouts = ranking_lines(cfg, ranking)
+        cfg = best_layout(cfg, ranking).cfg  # the other parts are those of the best layout
+    parts = [run_lines(cfg), memory_lines(cfg), traffic_lines(cfg), layouts, goodput_lines(cfg)]
     print("\n\n".join("\n".join(lines) for lines in parts))
 
 

@@ -258,3 +258,16 @@ class Relevance(Enum):
 class PruneBy(Enum):
     frequency = "frequency"
     reap = "reap"
+
+
+class Gpu(Enum):
+    a100 = "a100"
+    h100 = "h100"
+    h200 = "h200"
+    b200 = "b200"
+    mi300x = "mi300x"
+
+
+class Optimise(Enum):
+    none = "none"
+    tokens_per_day = "tokens_per_day"

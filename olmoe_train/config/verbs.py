@@ -9,12 +9,15 @@ from olmoe_train.config.choices import (
     BiasExport,
     Device,
     ExportFormat,
+    Gpu,
     MergeDecay,
+    Optimise,
     Precision,
     StripPrefix,
     Weights,
     XAxis,
 )
+from olmoe_train.config.cluster import CostConfig, FailuresConfig
 from olmoe_train.config.data import DataConfig, TokenizerConfig
 from olmoe_train.config.doctor import DoctorConfig
 from olmoe_train.config.launch import KubernetesConfig, SlurmConfig
@@ -275,8 +278,10 @@ class PlanConfig(TrainConfig):
     """No effect: `olmoe plan` creates no weights."""
     gpus: int = 8
     """Number of GPUs of the run, one per rank."""
-    gpu_memory_gib: float = 80.0
-    """Memory of one GPU, in GiB."""
+    gpu: Gpu = Gpu.h100
+    """Kind of GPU, the SXM or OAM module: its memory, peak and bandwidths (planning/gpus.py)."""
+    gpu_memory_gib: float | None = None
+    """Memory of one GPU, in GiB; null: that of `gpu`."""
     reserve_gib: float = 6.0
     """Part of this memory that is not available for tensors, in GiB: 1 for the CUDA context and libraries,
     0.5 for the NCCL buffers of each of up to four groups of ranks, and 5% of 60 for fragmentation in the
@@ -285,8 +290,11 @@ class PlanConfig(TrainConfig):
     """Model FLOPs utilization, as a fraction of the GPU's peak. The default is that of OLMoE-1B-7B's
     pretraining: 23,600 tokens/s per GPU on H100s (arXiv 2409.02060, section 4.1.1)."""
     gpu_tflops: float | None = None
-    """Dense peak of one GPU in trainer.precision, in TFLOP/s; null: that of an H100 (SXM), 989.5 in bf16 and
-    67 in fp32."""
+    """Dense peak of one GPU in trainer.precision, in TFLOP/s; null: that of `gpu`."""
+    optimise: Optimise = Optimise.none
+    """tokens_per_day: rank the layouts of fsdp and ddp that fit by a cost model, and plan the best one."""
+    cost: CostConfig = field(default_factory=CostConfig)
+    failures: FailuresConfig = field(default_factory=FailuresConfig)
 
 
 @dataclass(frozen=True)

@@ -19,11 +19,12 @@ from olmoe_train.data.batch_sizes import BatchSizes
 from olmoe_train.data.stages import data_stages
 from olmoe_train.planning.adapter import adapter_counts, adapter_plan
 from olmoe_train.planning.duration import schedule_in_words, total_steps
-from olmoe_train.planning.flops import FlopsPerToken, parameter_counts, peak_flops, train_flops_per_token
+from olmoe_train.planning.flops import FlopsPerToken, parameter_counts, train_flops_per_token
+from olmoe_train.planning.gpus import gpu_links, gpu_memory_gib, gpu_peak_flops
 from olmoe_train.planning.layout import FP32, ParallelLayout
 from olmoe_train.planning.memory import MicroBatch, RankMemory, rank_memory
 from olmoe_train.planning.memory_deepspeed import deepspeed_memory, host_memory, save_memory
-from olmoe_train.planning.traffic import Links, StepTraffic, step_traffic
+from olmoe_train.planning.traffic import StepTraffic, step_traffic
 
 MIB, GIB = 2**20, 2**30
 MB, GB = 10**6, 10**9
@@ -77,15 +78,6 @@ def plan_speed(cfg: PlanConfig) -> Speed:
         int(sizes.tokens_after(steps)) * cfg.objective.sequences_per_sample,
         cfg.gpus * peak * cfg.mfu / flops.total,
     )
-
-
-def gpu_peak_flops(cfg: PlanConfig) -> float:
-    """Peak FLOP/s of one GPU: gpu_tflops, or that of an H100 in trainer.precision."""
-    if cfg.gpu_tflops is not None:
-        return cfg.gpu_tflops * 1e12
-    peak = peak_flops("H100", cfg.trainer.precision.dtype)
-    assert peak is not None
-    return peak
 
 
 def plan_layout(cfg: PlanConfig) -> ParallelLayout:
@@ -191,7 +183,7 @@ def largest_micro_batch(cfg: PlanConfig, layout: ParallelLayout, batch: MicroBat
 
 def fits(cfg: PlanConfig, memory: RankMemory) -> bool:
     """Whether the memory fits in a GPU, less the reserve."""
-    return memory.total <= (cfg.gpu_memory_gib - cfg.reserve_gib) * GIB
+    return memory.total <= (gpu_memory_gib(cfg) - cfg.reserve_gib) * GIB
 
 
 def run_lines(cfg: PlanConfig) -> list[str]:
@@ -279,7 +271,7 @@ def memory_lines(cfg: PlanConfig) -> list[str]:
 
 def traffic_lines(cfg: PlanConfig) -> list[str]:
     """Lines with the traffic of the configured layout per step and rank, by collective and link."""
-    layout, links = plan_layout(cfg), Links()
+    layout, links = plan_layout(cfg), gpu_links(cfg)
     if layout.strategy is Strategy.deepspeed:
         return ["traffic between GPUs: not estimated for parallel.strategy=deepspeed"]
     if cfg.gpus == 1:
@@ -302,7 +294,7 @@ def traffic_lines(cfg: PlanConfig) -> list[str]:
             f"  {kind:<16}{''.join(f'{size / unit:10.2f}' for size in sizes)}{traffic.seconds:12.3g}"
         )
     bandwidths = f"{links.nvlink / GB:g} GB/s (NVLink) and {links.network / GB:g} GB/s (network)"
-    lines.append(f"  links, per GPU and direction: {bandwidths}, those of a DGX H100")
+    lines.append(f"  links, per GPU and direction: {bandwidths}")
     lines.append(
         f"  a step takes {speed.seconds_per_step:.3g} s at mfu {cfg.mfu:.1%}; the links need at least"
     )
@@ -361,7 +353,7 @@ def _unit(memory: RankMemory) -> tuple[str, int]:
 
 def _room(cfg: PlanConfig) -> str:
     """Memory of a GPU less the reserve, in GiB, as text."""
-    return f"{cfg.gpu_memory_gib:g} - {cfg.reserve_gib:g}"
+    return f"{gpu_memory_gib(cfg):g} - {cfg.reserve_gib:g}"
 
 
 def _fits_to(cfg: PlanConfig, memories: list[RankMemory]) -> str:
