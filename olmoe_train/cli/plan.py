@@ -1,12 +1,14 @@
 """Print what a training run would need: memory and traffic per GPU, which layouts fit, speed and duration.
 Nothing is allocated; no data and no GPU are needed. All keys of `olmoe train` are accepted
-(experiment=olmoe_1b_7b_0924, ...), and keys of the cluster: gpus, gpu_memory_gib, mfu.
+(experiment=olmoe_1b_7b_0924, ...), and keys of the cluster: gpus, gpu_memory_gib, mfu. With check=true the
+run is built on fake ranks instead, and each part of it is reported.
 """
 
 import sys
 from dataclasses import replace
 
 from olmoe_train.cli.app import run_verb
+from olmoe_train.cli.plan_check import check_run
 from olmoe_train.config.verbs import PlanConfig
 from olmoe_train.planning.report import layout_lines, memory_lines, run_lines, traffic_lines
 from olmoe_train.training.preflight.checks import configuration_errors
@@ -19,17 +21,7 @@ def check(cfg: PlanConfig) -> None:
     Raises:
         UserError: The configuration is invalid; the message lists all errors.
     """
-    errors = []
-    for key in ("gpus", "gpu_memory_gib", "mfu", "gpu_tflops"):
-        value = getattr(cfg, key)
-        if value is not None and value <= 0:
-            errors.append(f"{key}={value}: must be positive")
-    if cfg.mfu > 1:
-        errors.append(f"mfu={cfg.mfu}: is a fraction of the GPU's peak, at most 1; 40% is mfu=0.4")
-    if not 0 <= cfg.reserve_gib < cfg.gpu_memory_gib:
-        errors.append(
-            f"reserve_gib={cfg.reserve_gib}: must be at least 0 and below gpu_memory_gib={cfg.gpu_memory_gib}"
-        )
+    errors = cluster_errors(cfg)
     trainer = cfg.trainer
     if trainer.max_epochs is not None and trainer.max_steps is None and trainer.max_tokens is None:
         errors.append(
@@ -42,13 +34,34 @@ def check(cfg: PlanConfig) -> None:
         raise configuration_error(errors)
 
 
+def cluster_errors(cfg: PlanConfig) -> list[str]:
+    """What is wrong with the keys that only a plan has, one message per error."""
+    errors = []
+    for key in ("gpus", "gpu_memory_gib", "mfu", "gpu_tflops"):
+        value = getattr(cfg, key)
+        if value is not None and value <= 0:
+            errors.append(f"{key}={value}: must be positive")
+    if cfg.mfu > 1:
+        errors.append(f"mfu={cfg.mfu}: is a fraction of the GPU's peak, at most 1; 40% is mfu=0.4")
+    if not 0 <= cfg.reserve_gib < cfg.gpu_memory_gib:
+        errors.append(
+            f"reserve_gib={cfg.reserve_gib}: must be at least 0 and below gpu_memory_gib={cfg.gpu_memory_gib}"
+        )
+    return errors
+
+
 def is_valid(cfg: PlanConfig) -> bool:
     """Whether `olmoe train` would accept the configuration on cfg.gpus ranks."""
     return not configuration_errors(cfg, cfg.gpus)
 
 
 def main(cfg: PlanConfig) -> None:
-    """Print the plan."""
+    """Print the plan, or check the run."""
+    if cfg.check:
+        if errors := cluster_errors(cfg):
+            raise configuration_error(errors)
+        check_run(cfg)
+        return
     check(cfg)
     cfg = replace(cfg, trainer=replace(cfg.trainer, max_epochs=None))
     if cfg.trainer.train_only is not None:

@@ -268,9 +268,9 @@ class PlanConfig(TrainConfig):
     """
 
     run_dir: str = "none"
-    """No effect: `olmoe plan` writes nothing."""
+    """Nothing is written there. With check=true it must be writable, and a checkpoint in it must fit."""
     seed: int = 0
-    """No effect: `olmoe plan` creates no weights."""
+    """No effect but with check=true on the first batch: `olmoe plan` creates no weights."""
     gpus: int = 8
     """Number of GPUs of the run, one per rank."""
     gpu_memory_gib: float = 80.0
@@ -285,6 +285,9 @@ class PlanConfig(TrainConfig):
     gpu_tflops: float | None = None
     """Dense peak of one GPU in trainer.precision, in TFLOP/s; null: that of an H100 (SXM), 989.5 in bf16 and
     67 in fp32."""
+    check: bool = False
+    """Build the run on fake ranks instead: mesh, shards, first batch, a step, the files of a checkpoint and
+    of an export. It reads data.dir, model.init_from and run_dir where they exist, and needs no GPU."""
 
 
 @dataclass(frozen=True)

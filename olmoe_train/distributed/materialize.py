@@ -1,5 +1,7 @@
 """Memory and initial values for a parallelized meta model."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Shard
@@ -60,20 +62,21 @@ def reset_buffers(model: nn.Module) -> None:
             reset()
 
 
-def shard_slices(tensor: Tensor) -> tuple[slice, ...]:
-    """Position of this rank's shard in the whole tensor.
+def shard_slices(tensor: Tensor, coordinates: Sequence[int] | None = None) -> tuple[slice, ...]:
+    """Position of one rank's shard in the whole tensor.
 
     DTensor shards a dimension into chunks of ceil(size / ranks); the last chunks are shorter or empty.
 
     Args:
         tensor: A DTensor, or a plain tensor, which is its own shard.
+        coordinates: Those of the rank in the mesh of the DTensor. None: those of this rank.
 
     Returns:
         One slice per dimension.
     """
     bounds = [(0, size) for size in tensor.shape]
     if isinstance(tensor, DTensor):
-        coordinates = tensor.device_mesh.get_coordinate()
+        coordinates = coordinates if coordinates is not None else tensor.device_mesh.get_coordinate()
         assert coordinates is not None
         for size, at, placement in zip(tensor.device_mesh.shape, coordinates, tensor.placements, strict=True):
             if isinstance(placement, Shard):
