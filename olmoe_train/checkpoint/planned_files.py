@@ -5,18 +5,21 @@ several ranks hold. DCP's own planner decides here as well. It only needs the sh
 those follow from the meshes.
 """
 
+import itertools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
+from functools import lru_cache
 
 import torch
 from torch import Tensor
+from torch.distributed import DeviceMesh
 from torch.distributed.checkpoint import DefaultSavePlanner
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorProperties
 from torch.distributed.checkpoint.planner import SavePlan, TensorWriteData, WriteItem, WriteItemType
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Placement
 
 from olmoe_train.checkpoint.sharded import file_numbers
-from olmoe_train.distributed.materialize import shard_slices
+from olmoe_train.distributed.materialize import slices_at
 
 Files = dict[str, int]
 """Bytes of the tensors of each file, by the name of the file. The header of a file is not counted."""
@@ -32,9 +35,9 @@ def planned_files(tensors: Mapping[str, Tensor], world_size: int) -> list[Files]
     Raises:
         ValueError: The shards of the ranks overlap, or leave out a part of a tensor.
     """
-    places = {name: rank_coordinates(tensor, world_size) for name, tensor in tensors.items()}
+    shards = {name: shards_of_ranks(tensor, world_size) for name, tensor in tensors.items()}
     plans = [
-        SavePlan([_write_item(name, tensor, places[name][rank]) for name, tensor in tensors.items()])
+        SavePlan([_write_item(name, tensor, shards[name][rank]) for name, tensor in tensors.items()])
         for rank in range(world_size)
     ]
     plans, _ = DefaultSavePlanner(flatten_state_dict=False).create_global_plan(plans)
@@ -45,34 +48,37 @@ def planned_files(tensors: Mapping[str, Tensor], world_size: int) -> list[Files]
         files: Files = {}
         for item in plan.items:
             name = f"shard-{rank:05d}-model-{numbers[item.index.fqn]:05d}-of-{last:05d}.safetensors"
-            assert item.tensor_data is not None
-            element = torch.empty(0, dtype=item.tensor_data.properties.dtype).element_size()
-            files[name] = files.get(name, 0) + math.prod(item.tensor_data.chunk.sizes) * element
+            data = item.tensor_data
+            assert data is not None
+            size = math.prod(data.chunk.sizes) * data.properties.dtype.itemsize
+            files[name] = files.get(name, 0) + size
         written.append(files)
     return written
 
 
-def rank_coordinates(tensor: Tensor, world_size: int) -> list[Sequence[int]]:
-    """Return each rank's coordinates in the mesh of a DTensor; of a plain tensor they are empty."""
-    if not isinstance(tensor, DTensor):
-        return [()] * world_size
-    shape = tensor.device_mesh.shape
-    ranks = tensor.device_mesh.mesh.flatten().tolist()
-    assert sorted(ranks) == list(range(world_size)), "every mesh has all ranks"
-    strides = [math.prod(shape[dim + 1 :]) for dim in range(len(shape))]
-    places: list[Sequence[int]] = [()] * world_size
-    for position, rank in enumerate(ranks):
-        places[rank] = [position // stride % size for stride, size in zip(strides, shape, strict=True)]
-    return places
+def shards_of_ranks(tensor: Tensor, world_size: int) -> list[ChunkStorageMetadata]:
+    """Return offsets and sizes of each rank's shard of a tensor; a plain tensor is every rank's own."""
+    if isinstance(tensor, DTensor):
+        return _shards(tensor.device_mesh, tensor.placements, tensor.shape)
+    return [ChunkStorageMetadata(torch.Size([0] * tensor.ndim), tensor.shape)] * world_size
 
 
-def _write_item(name: str, tensor: Tensor, coordinates: Sequence[int]) -> WriteItem:
+@lru_cache(maxsize=256)  # a parameter and its moments have the same, and so have the layers
+def _shards(
+    mesh: DeviceMesh, placements: tuple[Placement, ...], shape: torch.Size
+) -> list[ChunkStorageMetadata]:
+    sizes = mesh.shape
+    ranks = mesh.mesh.flatten().tolist()
+    shards: dict[int, ChunkStorageMetadata] = {}
+    for rank, coordinates in zip(ranks, itertools.product(*map(range, sizes)), strict=True):
+        slices = slices_at(coordinates, sizes, placements, shape)
+        offsets = torch.Size([part.start for part in slices])
+        shards[rank] = ChunkStorageMetadata(offsets, torch.Size([part.stop - part.start for part in slices]))
+    return [shards[rank] for rank in range(len(ranks))]
+
+
+def _write_item(name: str, tensor: Tensor, shard: ChunkStorageMetadata) -> WriteItem:
     """What DCP plans for a rank's shard of a tensor."""
-    slices = shard_slices(tensor, coordinates)
-    offsets = torch.Size([part.start for part in slices])
-    sizes = torch.Size([part.stop - part.start for part in slices])
     kind = WriteItemType.SHARD if isinstance(tensor, DTensor) else WriteItemType.TENSOR
-    data = TensorWriteData(
-        ChunkStorageMetadata(offsets, sizes), TensorProperties(dtype=tensor.dtype), torch.Size(tensor.shape)
-    )
-    return WriteItem(MetadataIndex(name, offsets), kind, tensor_data=data)
+    data = TensorWriteData(shard, TensorProperties(dtype=tensor.dtype), tensor.shape)
+    return WriteItem(MetadataIndex(name, shard.offsets), kind, tensor_data=data)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from olmoe_train.checkpoint.convert.stored_model import open_stored_model, run_checkpoint
 from olmoe_train.checkpoint.directory import latest_checkpoint
-from olmoe_train.checkpoint.planned_files import planned_files, rank_coordinates
+from olmoe_train.checkpoint.planned_files import planned_files, shards_of_ranks
 from olmoe_train.checkpoint.sharded import refuse_other_model, saved_state, stored_metadata, training_tensors
 from olmoe_train.config.balancing import LossFreeConfig
 from olmoe_train.config.choices import StripPrefix, Strategy
@@ -22,7 +22,6 @@ from olmoe_train.config.objective import GrpoConfig, NextTokenConfig
 from olmoe_train.config.train import TrainConfig
 from olmoe_train.config.verbs import ExportConfig
 from olmoe_train.distributed.deepspeed_config import deepspeed_config
-from olmoe_train.distributed.materialize import shard_slices
 from olmoe_train.distributed.mesh import Mesh, build_mesh
 from olmoe_train.model import OlmoeForCausalLM
 from olmoe_train.model.ablations import refuse_export
@@ -147,9 +146,8 @@ class FakeRun:
         parameters = dict(self._model.named_parameters())
         held = [0] * self.world_size
         for parameter in parameters.values():
-            for rank, coordinates in enumerate(rank_coordinates(parameter, self.world_size)):
-                slices = shard_slices(parameter, coordinates)
-                held[rank] += math.prod(part.stop - part.start for part in slices)
+            for rank, shard in enumerate(shards_of_ranks(parameter, self.world_size)):
+                held[rank] += math.prod(shard.sizes)
         total = sum(parameter.numel() for parameter in parameters.values())
         most, fewest = max(held), min(held)
         text = f"{total:,} parameters in {len(parameters):,} tensors; a rank holds {fewest:,} to {most:,}"
