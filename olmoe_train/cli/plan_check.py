@@ -22,6 +22,8 @@ from olmoe_train.training.preflight.checks import configuration_errors, run_erro
 from olmoe_train.training.preflight.parallel import deepspeed_file_errors
 from olmoe_train.utils.errors import configuration_error
 
+NO_DATA = "none"
+"""data.dir in configs/plan.yaml."""
 WIDTH = len("configuration")
 
 
@@ -38,7 +40,9 @@ def check_run(cfg: PlanConfig) -> None:
         raise configuration_error(errors)
     data = f"data read from data.dir={cfg.data.dir}"
     if missing is not None:
-        data = f"no data, because data.dir={cfg.data.dir}: {missing} does not exist"
+        data = "no data, because " + (
+            "data.dir is not given" if cfg.data.dir == NO_DATA else f"{missing} does not exist"
+        )
     _print("configuration", OK, f"all keys; {data}")
     for warning in warnings:
         print(f"  warning: {warning}")
@@ -125,4 +129,4 @@ def memory_errors(cfg: PlanConfig) -> list[str]:
 def memory_in_words(cfg: PlanConfig) -> str:
     """The memory of the fullest rank, and what there is."""
     needed = plan_memory(cfg, plan_layout(cfg), plan_micro_batch(cfg))[0].total
-    return f"{needed / GIB:,.1f} GiB, of {cfg.gpu_memory_gib:g} - {cfg.reserve_gib:g} GiB in a GPU"
+    return f"{needed / GIB:,.2f} GiB, of {cfg.gpu_memory_gib:g} - {cfg.reserve_gib:g} GiB in a GPU"

@@ -33,7 +33,7 @@ from olmoe_train.model.hf.directory import (
 )
 from olmoe_train.optim.build import build_optimizer
 from olmoe_train.optim.roles import parameter_groups
-from olmoe_train.planning.report import GB, GIB
+from olmoe_train.planning.report import GB, MB
 from olmoe_train.training.batch import Batch, count_tokens
 from olmoe_train.training.build import build_data, build_layout, build_schedule, count_steps, engine_of
 from olmoe_train.training.compatibility import check_changes, resume_fingerprint
@@ -223,7 +223,7 @@ class FakeRun:
         found = (f"rank {r} {list(b['input_ids'].shape)}" for r, b in zip(ranks, batches, strict=True))
         steps = count_steps(self.cfg, build_data(self.cfg))
         per_step = self.cfg.trainer.global_batch_size // self.cfg.trainer.micro_batch_size // self.world_size
-        text = f"{', '.join(found)} of data.dir={self.cfg.data.dir}; {_count(per_step, 'micro-batch', 'micro-batches')} a step"
+        text = f"{', '.join(found)} of data.dir={self.cfg.data.dir}; {per_step:,} of them a step"
         if isinstance(self.cfg.objective, GrpoConfig):
             self._batch = made_up_batch(self.cfg)  # the answers would be sampled first
         return f"{text}, {_count(steps, 'step', 'steps')}"
@@ -262,6 +262,7 @@ class FakeRun:
     def _left_out(self) -> str:
         """What of the step is not that of the run."""
         left_out = ["torch.compile"] if self.cfg.trainer.compile else []
+        left_out += ["bf16"] if self.buildable.trainer.precision is not self.cfg.trainer.precision else []
         objective = self.cfg.objective
         if isinstance(objective, GrpoConfig):
             left_out.append("the sampling of answers, and the loss of objective=grpo")
@@ -277,15 +278,13 @@ class FakeRun:
             raise NotBuilt("it needs the step, in which the optimizer makes its state")
         files = planned_files(self._tensors, self.world_size)
         of_ranks = [sum(of_rank.values()) for of_rank in files]
-        total = sum(of_ranks)
-        names = [name for of_rank in files for name in of_rank]
-        keep = self.cfg.checkpoint.keep
+        total, keep = sum(of_ranks), self.cfg.checkpoint.keep
         self.bytes_kept = max(1, keep) * total
-        kept = f"; checkpoint.keep={keep}: {self.bytes_kept / GB:,.1f} GB" if keep else ""
-        return (
-            f"{len(names):,} files, {names[0]} to {names[-1]}, {total / GB:,.1f} GB; a rank "
-            f"writes {min(of_ranks) / GIB:,.2f} to {max(of_ranks) / GIB:,.2f} GiB{kept}"
-        )
+        names = [name for of_rank in files for name in of_rank]
+        fewest, most = (in_bytes(value) for value in (min(of_ranks), max(of_ranks)))
+        kept = f"; checkpoint.keep={keep}: {in_bytes(self.bytes_kept)}" if keep else ""
+        each = f"each rank writes {most}" if fewest == most else f"a rank writes {fewest} to {most}"
+        return f"{_listed(names)}, {in_bytes(total)}; {each}{kept}"
 
     def list_export(self) -> str:
         """The files of an export in the format of Transformers."""
@@ -304,10 +303,10 @@ class FakeRun:
         shapes = parameter_shapes(OlmoeForCausalLM, config)
         shards = plan_shards(shapes, dtype, byte_count(ExportConfig.max_shard_size))
         total = sum(shape.numel() for shape in shapes.values()) * dtype.itemsize
-        names = [shard_name(number, len(shards)) for number in (1, len(shards))]
-        listed = names[0] if len(shards) == 1 else f"{len(shards)} files, {names[0]} to {names[-1]}"
+        names = [shard_name(number, len(shards)) for number in range(1, len(shards) + 1)]
         merged = ", the adapter merged with its base" if is_adapted else ""
-        return f"config.json and {listed}, {total / GB:,.1f} GB in {str(dtype).removeprefix('torch.')}{merged}"
+        kind = str(dtype).removeprefix("torch.")
+        return f"config.json and {_listed(names)}, {in_bytes(total)} in {kind}{merged}"
 
 
 def as_train_config(cfg: TrainConfig) -> TrainConfig:
@@ -317,3 +316,12 @@ def as_train_config(cfg: TrainConfig) -> TrainConfig:
 
 def _count(number: int, one: str, many: str) -> str:
     return f"{number:,} {one if number == 1 else many}"
+
+
+def _listed(names: list[str]) -> str:
+    return names[0] if len(names) == 1 else f"{len(names):,} files, {names[0]} to {names[-1]}"
+
+
+def in_bytes(count: int) -> str:
+    """A number of bytes in words."""
+    return f"{count / GB:,.1f} GB" if count >= GB else f"{count / MB:,.2f} MB"

@@ -1,11 +1,10 @@
 """One optimizer step of a run on fake tensors, which have a shape and a dtype, but no memory and no values.
 
-The model, its layout and its engine are those of training (training/build.py). Three things depend on values
-and are decided here: the initial weights are left out; the experts are multiplied by the grouped kernel, as on
-a GPU, because the loop over experts reads the rows of each; and with expert parallelism every rank gets an
-even share of the rows, where a real step reads from the other ranks how many rows they send.
+The model, its layout and its engine are those of training (training/build.py). What depends on values is
+decided here. The initial weights are left out. Every expert gets an even share of the rows, where a real step
+counts them, and reads from the other ranks how many rows they send.
 
-Shapes: T tokens, D hidden, E experts, K top-k, P ranks of the group, R rows that a rank sends (T x K).
+Shapes: T tokens, D hidden, E experts, K top-k, P ranks of the group, Q = E/P experts per rank.
 """
 
 from dataclasses import replace
@@ -13,9 +12,10 @@ from functools import partial
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 
-from olmoe_train.config.choices import ExpertsBackend
+from olmoe_train.config.adapter import quantizes_base
+from olmoe_train.config.choices import ExpertsBackend, Precision
 from olmoe_train.config.objective import PreferenceConfig
 from olmoe_train.config.train import TrainConfig
 from olmoe_train.distributed.expert_parallel import Exchange
@@ -23,6 +23,7 @@ from olmoe_train.distributed.materialize import reset_buffers
 from olmoe_train.distributed.mesh import Mesh
 from olmoe_train.distributed.trained_experts import mask_frozen_experts
 from olmoe_train.model import OlmoeForCausalLM
+from olmoe_train.model.adapters.experts import LoraExperts
 from olmoe_train.model.moe.block import Dispatch
 from olmoe_train.model.moe.experts import Routing, sort_by_expert
 from olmoe_train.optim.skip_step import SkipGuard
@@ -33,6 +34,7 @@ from olmoe_train.training.objectives.base import Objective
 from olmoe_train.training.objectives.next_token import NextToken
 from olmoe_train.training.objectives.preference import Preference
 from olmoe_train.training.objectives.reference import NoReference
+from olmoe_train.training.preflight.backend import backend_errors
 
 
 def without_values() -> FakeTensorMode:
@@ -41,10 +43,18 @@ def without_values() -> FakeTensorMode:
 
 
 def as_it_can_be_faked(cfg: TrainConfig) -> TrainConfig:
-    """A run's configuration without torch.compile, which compiles nothing that has no values, and with the
-    grouped kernel."""
-    model = replace(cfg.model, init_from=None, adapter_from=None, experts_backend=ExpertsBackend.grouped_mm)
-    return replace(cfg, model=model, trainer=replace(cfg.trainer, compile=False))
+    """A run's configuration without torch.compile, which compiles nothing that has no values.
+
+    Experts are multiplied by the grouped kernel where torch can say its shapes: in bf16. Otherwise a loop
+    over the experts multiplies them, in fp32, because in bf16 the loop pads the rows by their number.
+    """
+    backend, trainer = ExpertsBackend.grouped_mm, replace(cfg.trainer, compile=False)
+    model = replace(cfg.model, init_from=None, adapter_from=None, experts_backend=backend)
+    grouped = replace(cfg, model=model, trainer=trainer)
+    if trainer.precision is Precision.bf16 and not backend_errors(grouped) and not quantizes_base(cfg.adapter):
+        return grouped
+    model = replace(model, experts_backend=ExpertsBackend.loop)
+    return replace(cfg, model=model, trainer=replace(trainer, precision=Precision.fp32))
 
 
 def allocate(cfg: TrainConfig, model: OlmoeForCausalLM, mesh: Mesh) -> None:
@@ -53,11 +63,11 @@ def allocate(cfg: TrainConfig, model: OlmoeForCausalLM, mesh: Mesh) -> None:
     reset_buffers(model)
     if (named := trained_experts(cfg)) is not None:
         mask_frozen_experts(model, named, mesh)
-    if mesh.expert is not None:
-        for layer in model.decoder_layers:
-            layer.mlp.dispatch = partial(
-                _dispatch_evenly, dispatch=layer.mlp.dispatch, ranks=mesh.expert["expert"].size()
-            )
+    ranks = mesh.expert["expert"].size() if mesh.expert is not None else 1
+    for layer in model.decoder_layers:
+        layer.mlp.dispatch = partial(_dispatch_evenly, dispatch=layer.mlp.dispatch, ranks=ranks)
+        if isinstance(layer.mlp.experts, LoraExperts):
+            layer.mlp.experts.dropout = 0.0  # the host reads its seed
 
 
 def _dispatch_evenly(
@@ -70,19 +80,30 @@ def _dispatch_evenly(
     ranks: int,
     routing: Routing | None = None,
 ) -> tuple[Tensor, Tensor | None, Routing]:
-    """`dispatch` of expert_parallel.py, without its exchange of counts."""
+    """The block's own dispatch, with an even routing."""
     routing = routing or even_routing(expert_indices_TK, num_experts, ranks)
     return dispatch(x_TD, weights_TK, expert_indices_TK, num_experts, routing=routing)
 
 
 def even_routing(expert_indices_TK: Tensor, num_experts: int, ranks: int) -> Routing:
-    """The routing of a dispatch in which each of P ranks sends R / P rows to every rank."""
-    rows = expert_indices_TK.numel()
-    share = [rows // ranks + (rank < rows % ranks) for rank in range(ranks)]
-    exchange = Exchange(share, share, sort_by_expert(expert_indices_TK, num_experts))
-    arrived_N = torch.arange(rows)
-    counts_Q = torch.zeros(num_experts // ranks, dtype=torch.long)
-    return Routing(arrived_N, arrived_N, arrived_N[:, None], counts_Q, exchange=exchange)
+    """The routing of a dispatch in which every rank sends the same number of rows to every expert.
+
+    Its counts have values, which the loop over experts reads, as it reads those of a real routing.
+    """
+    local, rows = sort_by_expert(expert_indices_TK, num_experts), expert_indices_TK.numel()
+    with unset_fake_temporarily():
+        counts_Q = torch.tensor(even_shares(rows, num_experts // ranks))
+    if ranks == 1:
+        return replace(local, counts_E=counts_Q)
+    share, arrived_N = even_shares(rows, ranks), torch.arange(rows)
+    return Routing(
+        arrived_N, arrived_N, arrived_N[:, None], counts_Q, exchange=Exchange(share, share, local)
+    )
+
+
+def even_shares(total: int, parts: int) -> list[int]:
+    """Whole numbers that add up to `total` and differ by at most 1, the larger ones first."""
+    return [total // parts + (part < total % parts) for part in range(parts)]
 
 
 def objective_of(cfg: TrainConfig, model: OlmoeForCausalLM, from_data: bool, mesh: Mesh) -> Objective:
