@@ -8,7 +8,6 @@ import sys
 from dataclasses import replace
 
 from olmoe_train.cli.app import run_verb
-from olmoe_train.cli.plan_check import check_run
 from olmoe_train.config.verbs import PlanConfig
 from olmoe_train.planning.report import layout_lines, memory_lines, run_lines, traffic_lines
 from olmoe_train.training.preflight.checks import configuration_errors
@@ -60,6 +59,8 @@ def main(cfg: PlanConfig) -> None:
     if cfg.check:
         if errors := cluster_errors(cfg):
             raise configuration_error(errors)
+        from olmoe_train.cli.plan_check import check_run  # the whole of training; a plan does without it
+
         check_run(cfg)
         return
     check(cfg)

@@ -78,10 +78,8 @@ def directory_errors(run_dir: str) -> list[str]:
     if not nearest.is_dir():
         return [f"run_dir={run_dir}: {nearest} is a file, and checkpoints need a directory; give another one"]
     if _is_here(run_dir) and not os.access(nearest, os.W_OK | os.X_OK):
-        return [
-            f"run_dir={run_dir}: {nearest} is not writable, and checkpoints are written there; give another "
-            "run_dir, or change the permissions"
-        ]
+        what = f"{nearest} is not writable, and checkpoints are written there"
+        return [f"run_dir={run_dir}: {what}; give another run_dir, or change the permissions"]
     return []
 
 
@@ -105,10 +103,8 @@ def disk_warning(cfg: PlanConfig, bytes_kept: int) -> str | None:
     free = shutil.disk_usage(nearest_directory(cfg.run_dir)).free
     if free >= bytes_kept:
         return None
-    return (
-        f"run_dir={cfg.run_dir}: its disk has {free / GB:,.1f} GB free, and checkpoint.keep={cfg.checkpoint.keep} "
-        f"needs {bytes_kept / GB:,.1f} GB"
-    )
+    needed = f"checkpoint.keep={cfg.checkpoint.keep} needs {bytes_kept / GB:,.1f} GB"
+    return f"run_dir={cfg.run_dir}: its disk has {free / GB:,.1f} GB free, and {needed}"
 
 
 def memory_errors(cfg: PlanConfig) -> list[str]:
@@ -120,10 +116,10 @@ def memory_errors(cfg: PlanConfig) -> list[str]:
     fixes = [f"set trainer.micro_batch_size={most}"] if most else ["use more gpus"]
     if cfg.trainer.activation_checkpointing is not ActivationCheckpointing.full:
         fixes.append("set trainer.activation_checkpointing=full")
-    return [
-        f"gpu_memory_gib={cfg.gpu_memory_gib:g} with trainer.micro_batch_size={cfg.trainer.micro_batch_size}: "
-        f"by the plan a rank needs {memory_in_words(cfg)}; {', or '.join(fixes)}"
-    ]
+    key = (
+        f"gpu_memory_gib={cfg.gpu_memory_gib:g} with trainer.micro_batch_size={cfg.trainer.micro_batch_size}"
+    )
+    return [f"{key}: by the plan a rank needs {memory_in_words(cfg)}; {', or '.join(fixes)}"]
 
 
 def memory_in_words(cfg: PlanConfig) -> str:

@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Iterator
+import shutil
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 
 from olmoe_train.checkpoint.sharded import save_checkpoint
-from olmoe_train.cli.plan_check import check_run
+from olmoe_train.cli.plan_check import check_run, configuration_problems
 from olmoe_train.config import compose
 from olmoe_train.config.reference import config_directory
 from olmoe_train.config.train import TrainConfig
@@ -68,7 +68,7 @@ def name_tokens(data: Path, texts: list[str]) -> None:
     write_manifest(data, replace(manifest, tokenizer_sha256=hashlib.sha256(content).hexdigest()))
 
 
-def plan(*words: str, gpus: int = WORLD, **changes: Any) -> PlanConfig:
+def plan(*words: str, gpus: int = WORLD) -> PlanConfig:
     cfg = compose(*words)
     return PlanConfig(**{field.name: getattr(cfg, field.name) for field in fields(TrainConfig)}, gpus=gpus)
 
@@ -97,7 +97,11 @@ def checked(capsys: pytest.CaptureFixture[str], *words: str, gpus: int = WORLD) 
 
 @pytest.mark.parametrize("name", EXPERIMENTS)
 def test_the_recipes_pass(
-    name: str, parts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    name: str,
+    parts: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.chdir(tmp_path)  # where the recipe makes its run_dir
     words, gpus = [f"experiment={name}", "data.dir=none"], 4
@@ -129,7 +133,7 @@ def test_the_first_batch_is_that_of_the_data(words: list[str], capsys: pytest.Ca
         ),
         (
             ["parallel=ddp", "parallel.expert_parallel_size=4", "trainer.activation_checkpointing=full"],
-            "ddp: 8 copies x 1 shards; experts: 2 copies x 1 shards x 4 expert-parallel ranks",
+            "ddp: 8 copies x 1 shard; experts: 2 copies x 1 shard x 4 expert-parallel ranks",
             set(),
         ),
         (["parallel=deepspeed", "parallel.expert_parallel_size=2"], "deepspeed: 1 copy x 8 shards", {"step"}),
@@ -155,10 +159,17 @@ MISTAKES: dict[str, tuple[list[str], list[str]]] = {
         ["parallel.expert_parallel_size=3"],
         ["parallel.expert_parallel_size=3", "must divide model.num_experts=8"],
     ),
-    "copies over ranks": (["parallel.replicate_size=3"], ["parallel.replicate_size=3", "must divide the 8 ranks"]),
+    "copies over ranks": (
+        ["parallel.replicate_size=3"],
+        ["parallel.replicate_size=3", "must divide the 8 ranks"],
+    ),
     "micro-batches over ranks": (
         ["trainer.micro_batch_size=3"],
-        ["trainer.global_batch_size=16", "a multiple of trainer.micro_batch_size x ranks", "the nearest is 24"],
+        [
+            "trainer.global_batch_size=16",
+            "a multiple of trainer.micro_batch_size x ranks",
+            "the nearest is 24",
+        ],
     ),
     "sequence beyond the positions": (
         ["data.sequence_length=5000"],
@@ -178,7 +189,11 @@ MISTAKES: dict[str, tuple[list[str], list[str]]] = {
     ),
     "stage border inside a sequence": (
         ["data.stages=[{until_tokens:100,dir:.},{dir:.}]"],
-        ["data.stages[0].until_tokens=100", "no multiple of data.sequence_length=64", "the nearest: 64 or 128"],
+        [
+            "data.stages[0].until_tokens=100",
+            "no multiple of data.sequence_length=64",
+            "the nearest: 64 or 128",
+        ],
     ),
     "run beyond the last stage": (
         ["data.stages=[{until_tokens:640,dir:.}]"],
@@ -195,7 +210,11 @@ MISTAKES: dict[str, tuple[list[str], list[str]]] = {
     "run_dir is a file": (["run_dir=FILE/run"], ["run_dir=", "is a file", "give another one"]),
     "out of memory": (
         ["gpu_memory_gib"],
-        ["gpu_memory_gib=0.01", "by the plan a rank needs", "use more gpus, or set trainer.activation_checkpointing"],
+        [
+            "gpu_memory_gib=0.01",
+            "by the plan a rank needs",
+            "use more gpus, or set trainer.activation_checkpointing",
+        ],
     ),
 }
 
@@ -227,10 +246,9 @@ def test_a_mistake_is_named_before_the_check(of_base: list[str], mistake: list[s
         plan(*of_base, *mistake)
 
 
-def test_weights_of_another_shape(of_base: list[str], parts: Path, tmp_path: Path) -> None:
-    """config.json says 8 experts, and the files have 7."""
-    OlmoeForCausalLM(OlmoeConfig(**MODEL)).save_pretrained(tmp_path / "cut")
+def test_weights_that_the_files_lack(of_base: list[str], parts: Path, tmp_path: Path) -> None:
     lost = "model.layers.1.mlp.experts.7.down_proj.weight"
+    shutil.copytree(parts / "base", tmp_path / "cut")
     edit_tensors(tmp_path / "cut", lambda tensors: tensors.pop(lost))
     with pytest.raises(UserError, match=lost):
         check_run(plan(*of_base, f"model.init_from={tmp_path / 'cut'}"))
@@ -238,29 +256,36 @@ def test_weights_of_another_shape(of_base: list[str], parts: Path, tmp_path: Pat
 
 def test_data_of_another_tokenizer(of_base: list[str], parts: Path, tmp_path: Path) -> None:
     """Same size and end of text. An added token may have another name in the data."""
-    content = json.loads((parts / "base" / "tokenizer.json").read_text())
     model = tmp_path / "base"
-    OlmoeForCausalLM(OlmoeConfig(**MODEL)).save_pretrained(model)
-    (model / "tokenizer.json").write_text(json.dumps(content))
-    words = [*of_base, f"model.init_from={model}"]
+    model.mkdir()
+    for name in ("config.json", "tokenizer.json"):
+        (model / name).write_bytes((parts / "base" / name).read_bytes())
+    cfg = plan(*of_base, f"model.init_from={model}")
+    assert configuration_problems(cfg, has_data=True) == ([], [])
 
     def rename(tokenizer: dict[str, Any]) -> None:
         tokenizer["model"]["vocab"]["other"] = tokenizer["model"]["vocab"].pop("t7")
 
     edit_json(model / "tokenizer.json", rename)
-    with pytest.raises(UserError, match=r"1 ids mean other tokens.*7, which is 't7' in the data and 'other'"):
-        check_run(plan(*words))
+    (error,), _ = configuration_problems(cfg, has_data=True)
+    assert error.startswith(
+        f"model.init_from={model}: the data in data.dir={parts / 'data'} has another tokenizer"
+    )
+    assert (
+        "1 ids mean other tokens, for example 7, which is 't7' in the data and 'other' in the model" in error
+    )
+    assert "olmoe prepare tokenizer.path=" in error
     edit_json(model / "tokenizer.json", lambda one: one.update(added_tokens=[{"id": 7, "content": "other"}]))
-    check_run(plan(*words))
+    assert configuration_problems(cfg, has_data=True) == ([], [])
 
 
 @pytest.fixture
-def checkpoint(tmp_path: Path) -> Iterator[Path]:
+def checkpoint(tmp_path: Path) -> Path:
     """A checkpoint of a model with other sizes."""
     model, optimizer = build()
     save_checkpoint(tmp_path / "other", 2, model, optimizer, {"step": 2})
     dist.destroy_process_group()
-    yield tmp_path / "other" / "checkpoints" / "step-00000002"
+    return tmp_path / "other" / "checkpoints" / "step-00000002"
 
 
 def test_checkpoint_of_another_model(words: list[str], checkpoint: Path) -> None:
@@ -272,21 +297,23 @@ def test_checkpoint_of_another_model(words: list[str], checkpoint: Path) -> None
 @pytest.mark.parametrize(
     ("schedule", "said"),
     [
-        (["scheduler.warmup_fraction=null", "scheduler.warmup_steps=50"], "scheduler.warmup_steps=50: the warm-up"),
+        (
+            ["scheduler.warmup_fraction=null", "scheduler.warmup_steps=50"],
+            "scheduler.warmup_steps=50: the warm-up",
+        ),
         (["scheduler.decay_tokens=102400"], "scheduler.decay_tokens=102400: the decay ends at step 100"),
     ],
 )
-def test_a_schedule_that_is_longer_than_the_run(
-    words: list[str], capsys: pytest.CaptureFixture[str], schedule: list[str], said: str
-) -> None:
+def test_a_schedule_that_is_longer_than_the_run(words: list[str], schedule: list[str], said: str) -> None:
     """16 x 64 tokens a step; the run has 10 steps."""
-    check_run(plan(*words, "scheduler=cosine", *schedule))
-    assert f"warning: {said}" in capsys.readouterr().out
+    _, (warning,) = configuration_problems(plan(*words, "scheduler=cosine", *schedule), has_data=True)
+    assert warning.startswith(said)
+    assert "and the run at step 10" in warning
 
 
-def test_the_command_says_what_is_wrong_and_exits_with_2(tmp_path: Path) -> None:
-    done = olmoe(
-        "plan", "experiment=quickstart", "gpus=2", "check=true", "data.sequence_length=4", cwd=tmp_path
-    )
-    assert done.returncode == 0, done.stderr
-    assert "made up, [4, 4], because there is no data" in done.stdout
+def test_the_command_exits_with_2(tmp_path: Path) -> None:
+    words = ["experiment=quickstart", "gpus=2", "check=true", "data.sequence_length=5000"]
+    done = olmoe("plan", *words, cwd=tmp_path)
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: 1 error in the configuration:\n  - data.sequence_length=5000")
+    assert not list(tmp_path.iterdir())

@@ -14,7 +14,7 @@ from olmoe_train.checkpoint.directory import latest_checkpoint
 from olmoe_train.checkpoint.planned_files import planned_files, shards_of_ranks
 from olmoe_train.checkpoint.sharded import refuse_other_model, saved_state, stored_metadata, training_tensors
 from olmoe_train.config.balancing import LossFreeConfig
-from olmoe_train.config.choices import StripPrefix, Strategy
+from olmoe_train.config.choices import Strategy, StripPrefix
 from olmoe_train.config.compose import plain_values
 from olmoe_train.config.initial_model import initial_directory
 from olmoe_train.config.model import olmoe_config
@@ -68,7 +68,7 @@ class Part:
     """Of the checkpoint: bytes of all checkpoints that the run keeps, or of one if it keeps all."""
 
 
-class NotBuilt(Exception):
+class NotBuiltError(Exception):
     """A part that fake ranks cannot have; the message says why."""
 
 
@@ -92,7 +92,7 @@ def built_parts(cfg: TrainConfig, world_size: int, has_data: bool) -> Iterator[P
 def _built(name: str, build: Callable[[], str]) -> Part:
     try:
         return Part(name, OK, build())
-    except NotBuilt as reason:
+    except NotBuiltError as reason:
         return Part(name, NOT_BUILT, str(reason))
     except UserError as error:
         return Part(name, ERROR, str(error))
@@ -120,6 +120,7 @@ class FakeRun:
         self._model: OlmoeForCausalLM | None = None
         self._batch: Batch | None = None
         self._tensors: dict[str, Tensor] | None = None
+        self._base_dtype = torch.float32  # of the model that an adapter is merged with
         self.bytes_kept = 0
 
     # --- layout ---------------------------------------------------------------------------------------------
@@ -128,20 +129,20 @@ class FakeRun:
         """The meshes of training."""
         self._mesh = build_mesh(self.cfg.parallel, CPU)
         copies, shards = self._mesh.dense.shape
-        text = f"{self.cfg.parallel.strategy.value}: {_count(copies, 'copy', 'copies')} x {shards} shards"
+        text = f"{self.cfg.parallel.strategy.value}: {_grid(copies, shards)}"
         if self._mesh.expert is None:
             return text
         copies, shards, ranks = self._mesh.expert.shape
         group = self._mesh.expert["expert"].mesh.tolist()
         return (
-            f"{text}; experts: {_count(copies, 'copy', 'copies')} x {shards} shards x {ranks} expert-parallel "
-            f"ranks, of which rank 0 exchanges tokens with {group[0]} to {group[-1]}"
+            f"{text}; experts: {_grid(copies, shards)} x {ranks} expert-parallel ranks; ranks {group[0]} to "
+            f"{group[-1]} exchange tokens"
         )
 
     def build_shards(self) -> str:
         """The model in its layout."""
         if self._mesh is None:
-            raise NotBuilt("there is no mesh")
+            raise NotBuiltError("there is no mesh")
         self._model = build_layout(self.buildable, self._mesh)
         parameters = dict(self._model.named_parameters())
         held = [0] * self.world_size
@@ -161,17 +162,21 @@ class FakeRun:
         if section.init_from is None:
             return f"random, of seed={self.cfg.seed}"
         if self._model is None:
-            raise NotBuilt("there is no model to compare them with")
+            raise NotBuiltError("there is no model to compare them with")
         directory = initial_directory(section.init_from, section.revision)
         if not (directory / "config.json").is_file():
             checkpoint = run_checkpoint(directory)
-            raise NotBuilt(f"the weights of {checkpoint} are compared with the model when training starts")
+            raise NotBuiltError(
+                f"the weights of {checkpoint} are compared with the model when training starts"
+            )
         stored = open_stored_model(
             directory,
             trust_pickle=section.trust_pickle,
             strip_prefix=section.strip_prefix is StripPrefix.auto,
         )
         check_same_architecture(self._model.config, stored.config, stored.name)
+        assert stored.config.dtype is not None
+        self._base_dtype = stored.config.dtype
         text = f"the tensors of model.init_from={section.init_from} have the model's names and shapes"
         if section.adapter_from is not None:
             fitting_adapter(self._model, Path(section.adapter_from).expanduser())
@@ -187,11 +192,11 @@ class FakeRun:
             return "a new run"
         if resume == "never":
             raise UserError(
-                f"checkpoint.resume=never, but run_dir={self.cfg.run_dir} already holds {checkpoint.name}: use "
-                "another run_dir, delete this one, or set checkpoint.resume=auto to continue it"
+                f"checkpoint.resume=never, but run_dir={self.cfg.run_dir} already holds {checkpoint.name}: "
+                "use another run_dir, delete this one, or set checkpoint.resume=auto to continue it"
             )
         if self._model is None:
-            raise NotBuilt("there is no model to compare the checkpoint with")
+            raise NotBuiltError("there is no model to compare the checkpoint with")
         saved = saved_state(checkpoint)
         try:
             refuse_other_model(
@@ -231,7 +236,7 @@ class FakeRun:
     def take_step(self) -> str:
         """Forward, backward, clipping and update."""
         if self._model is None or self._mesh is None or self._batch is None:
-            raise NotBuilt("it needs the shards and the first batch")
+            raise NotBuiltError("it needs the shards and the first batch")
         is_deepspeed = self.cfg.parallel.strategy is Strategy.deepspeed
         totals = count_tokens([dict(self._batch)], False, CPU)
         batch = {name: column for name, column in self._batch.items() if name != "repetitive"}
@@ -253,9 +258,9 @@ class FakeRun:
             deepspeed_config(
                 self.cfg.trainer, self.cfg.parallel, self.cfg.optimizer.max_grad_norm, self.world_size, False
             )
-            raise NotBuilt(
-                "DeepSpeed's engine needs real ranks; its configuration was put together, and mesh, shards and "
-                "checkpoint are those in CPU memory that it starts from and saves"
+            raise NotBuiltError(
+                "DeepSpeed's engine needs real ranks; its configuration was put together, and mesh, shards "
+                "and checkpoint are those in CPU memory that it starts from and saves"
             )
         return f"forward, backward, clipping and update of one micro-batch{self._left_out()}"
 
@@ -275,7 +280,7 @@ class FakeRun:
     def list_checkpoint(self) -> str:
         """The files of a checkpoint, by rank."""
         if self._tensors is None:
-            raise NotBuilt("it needs the step, in which the optimizer makes its state")
+            raise NotBuiltError("it needs the step, in which the optimizer makes its state")
         files = planned_files(self._tensors, self.world_size)
         of_ranks = [sum(of_rank.values()) for of_rank in files]
         total, keep = sum(of_ranks), self.cfg.checkpoint.keep
@@ -292,14 +297,14 @@ class FakeRun:
         try:
             refuse_export(config.ablations)
         except UserError as error:
-            raise NotBuilt(str(error)) from None
+            raise NotBuiltError(str(error)) from None
         if isinstance(self.cfg.balancing, LossFreeConfig):
-            raise NotBuilt(
-                "balancing=loss_free: no format has a parameter for its bias; olmoe export fold=drop leaves the "
-                "bias out, and says what that changes"
+            raise NotBuiltError(
+                "balancing=loss_free: no format has a parameter for its bias; olmoe export fold=drop leaves "
+                "the bias out, and says what that changes"
             )
         is_adapted = self.cfg.adapter.name != "none"
-        dtype = torch.bfloat16 if is_adapted else torch.float32
+        dtype = self._base_dtype if is_adapted else torch.float32
         shapes = parameter_shapes(OlmoeForCausalLM, config)
         shards = plan_shards(shapes, dtype, byte_count(ExportConfig.max_shard_size))
         total = sum(shape.numel() for shape in shapes.values()) * dtype.itemsize
@@ -316,6 +321,10 @@ def as_train_config(cfg: TrainConfig) -> TrainConfig:
 
 def _count(number: int, one: str, many: str) -> str:
     return f"{number:,} {one if number == 1 else many}"
+
+
+def _grid(copies: int, shards: int) -> str:
+    return f"{_count(copies, 'copy', 'copies')} x {_count(shards, 'shard', 'shards')}"
 
 
 def _listed(names: list[str]) -> str:

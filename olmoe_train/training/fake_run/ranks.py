@@ -1,8 +1,8 @@
 """A process group of any size in one process.
 
-What torch's fake process group does otherwise than gloo: a collective returns at once and leaves its output as
-it was allocated, so nothing that is received has a meaning; no rank waits for another, so no deadlock shows;
-and what only a backend refuses, such as a dtype or an uneven all-to-all, is not refused.
+What torch's fake process group does otherwise than gloo and NCCL: a collective returns at once, as if the
+other ranks had sent nothing, or the same as this one; no rank waits for another, so no deadlock shows; and a
+dtype that a backend cannot reduce is not refused.
 """
 
 from collections.abc import Iterator
@@ -17,7 +17,7 @@ def fake_ranks(world_size: int) -> Iterator[None]:
 
     No process group may exist before; none does afterwards.
     """
-    # The import registers the backend "fake". Nothing else of torch has a public name for it.
+    # The import registers the backend "fake"; torch has no public module for it.
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
     assert not dist.is_initialized(), "the fake ranks would replace real ones"

@@ -51,7 +51,11 @@ def as_it_can_be_faked(cfg: TrainConfig) -> TrainConfig:
     backend, trainer = ExpertsBackend.grouped_mm, replace(cfg.trainer, compile=False)
     model = replace(cfg.model, init_from=None, adapter_from=None, experts_backend=backend)
     grouped = replace(cfg, model=model, trainer=trainer)
-    if trainer.precision is Precision.bf16 and not backend_errors(grouped) and not quantizes_base(cfg.adapter):
+    if (
+        trainer.precision is Precision.bf16
+        and not backend_errors(grouped)
+        and not quantizes_base(cfg.adapter)
+    ):
         return grouped
     model = replace(model, experts_backend=ExpertsBackend.loop)
     return replace(cfg, model=model, trainer=replace(trainer, precision=Precision.fp32))
@@ -96,9 +100,7 @@ def even_routing(expert_indices_TK: Tensor, num_experts: int, ranks: int) -> Rou
     if ranks == 1:
         return replace(local, counts_E=counts_Q)
     share, arrived_N = even_shares(rows, ranks), torch.arange(rows)
-    return Routing(
-        arrived_N, arrived_N, arrived_N[:, None], counts_Q, exchange=Exchange(share, share, local)
-    )
+    return Routing(arrived_N, arrived_N, arrived_N[:, None], counts_Q, exchange=Exchange(share, share, local))
 
 
 def even_shares(total: int, parts: int) -> list[int]:

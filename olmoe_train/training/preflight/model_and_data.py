@@ -155,7 +155,8 @@ def _other_vocabulary(cfg: TrainConfig, init_from: str) -> str | None:
     if not other:
         return None
     number, text = min(other)
+    example = f"{number}, which is {text!r} in the data and {texts[number]!r} in the model"
     return (
         f"the data in data.dir={cfg.data.dir} has another tokenizer than this model: {len(other):,} ids mean "
-        f"other tokens, for example {number}, which is {text!r} in the data and {texts[number]!r} in the model"
+        f"other tokens, for example {example}"
     )
