@@ -23,6 +23,7 @@ from olmoe_train.utils.errors import UserError
 from tests.support.commands import olmoe
 from tests.support.data import write_prepared
 from tests.support.hf_directories import edit_json, edit_tensors
+from tests.support.preferences import pair, write_preferences
 from tests.support.sizes import SIZES, overrides, section
 from tests.support.tiny import build
 
@@ -123,6 +124,19 @@ def test_the_first_batch_is_that_of_the_data(words: list[str], capsys: pytest.Ca
     assert "1 of them a step, 10 steps" in found["first batch"]
 
 
+@pytest.mark.parametrize("kind", ["dpo", "kto"])
+def test_preferences_of_the_data(
+    of_base: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], kind: str
+) -> None:
+    """A micro-batch of two pairs, or of two completions with two mismatched ones, is packed into rows."""
+    documents = [one for number in range(32) for one in pair([2, 3], [4, number + 5], [6, 7, 8])]
+    write_preferences(tmp_path / "data", documents, documents[:4], vocab_size=90)
+    words = [*of_base, f"data.dir={tmp_path / 'data'}", "objective=preference", f"objective.kind={kind}"]
+    found = checked(capsys, *words, "data.packing=best_fit", "data.mask_documents=true")
+    assert "rank 0 [" in found["first batch"]
+    assert found["step"].endswith("of one micro-batch; without the reference")
+
+
 @pytest.mark.parametrize(
     ("layout", "mesh", "not_built"),
     [
@@ -156,8 +170,8 @@ def test_layouts_are_built(
 
 MISTAKES: dict[str, tuple[list[str], list[str]]] = {
     "experts over ranks": (
-        ["parallel.expert_parallel_size=3"],
-        ["parallel.expert_parallel_size=3", "must divide model.num_experts=8"],
+        ["model.num_experts=6", "parallel.expert_parallel_size=4"],
+        ["parallel.expert_parallel_size=4", "must divide model.num_experts=6"],
     ),
     "copies over ranks": (
         ["parallel.replicate_size=3"],
@@ -211,7 +225,7 @@ MISTAKES: dict[str, tuple[list[str], list[str]]] = {
     "out of memory": (
         ["gpu_memory_gib"],
         [
-            "gpu_memory_gib=0.01",
+            "gpu_memory_gib=0.0001",
             "by the plan a rank needs",
             "use more gpus, or set trainer.activation_checkpointing",
         ],
@@ -224,7 +238,7 @@ def test_a_mistake_is_named(words: list[str], tmp_path: Path, name: str) -> None
     mistake, said = MISTAKES[name]
     (tmp_path / "file").touch()
     mistake = [word.replace("FILE", str(tmp_path / "file")) for word in mistake]
-    memory = {"gpu_memory_gib": 0.01, "reserve_gib": 0.0} if mistake == ["gpu_memory_gib"] else {}
+    memory = {"gpu_memory_gib": 0.0001, "reserve_gib": 0.0} if mistake == ["gpu_memory_gib"] else {}
     cfg = replace(plan(*words, *([] if memory else mistake)), **memory)
     with pytest.raises(UserError) as caught:
         check_run(cfg)

@@ -95,7 +95,7 @@ def run_warnings(cfg: TrainConfig, world_size: int, manifests: dict[str, Manifes
         *adapter_warnings(cfg),
         *train_only_warnings(cfg),
         *preference_warnings(cfg, manifests),
-        *router_analysis_warnings(cfg, manifests),
+        *(router_analysis_warnings(cfg, manifests) if manifests else []),
         *gathering_without_effect(cfg.parallel, world_size),
         *sink_warnings(cfg),
     ]
