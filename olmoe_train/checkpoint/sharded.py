@@ -99,7 +99,10 @@ def take_snapshot(
     Raises:
         FloatingPointError: On every rank, if a parameter or moment on any rank is not finite.
     """
-    tensors, adam_steps = _training_tensors(model, optimizer)
+    tensors, steps = training_tensors(model, optimizer)
+    # One copy to the host for all step counts, instead of one copy per parameter.
+    counts = torch.stack(list(steps.values())).tolist() if steps else []
+    adam_steps = dict(zip(steps, counts, strict=True))
     shards = [shard for shard in map(local_tensor, tensors.values()) if shard.numel()]
     finite = torch.stack(torch._foreach_norm(shards, math.inf)).isfinite().all() if shards else True
     bad = [rank for rank, of_rank in enumerate(gather_from_all(lambda: bool(finite))) if not of_rank]
@@ -117,7 +120,7 @@ def write_checkpoint(
     partial = directory.with_name(f".{directory.name}.partial")
     on_rank_0(lambda: _start(directory, partial), group)
     try:
-        writer = HuggingFaceStorageWriter(str(partial), _files(tensors), save_distributed=True)
+        writer = HuggingFaceStorageWriter(str(partial), file_numbers(tensors), save_distributed=True)
         _write_shards(tensors, writer, group)
         # DCP numbers the shards of rank 0 as 1. Each rank hashes its own files, which are still in its page
         # cache.
@@ -186,7 +189,7 @@ def _write_shards(tensors: dict[str, Tensor], writer: HuggingFaceStorageWriter, 
         raise RuntimeError("; ".join(failures)) from None
 
 
-def _files(tensors: Mapping[str, Tensor]) -> dict[str, int]:
+def file_numbers(tensors: Mapping[str, Tensor]) -> dict[str, int]:
     """Map each tensor name to the number of its file, counted from 1, within each rank's set of files."""
     numbers, written = {}, 0
     for name, tensor in tensors.items():
@@ -226,7 +229,20 @@ def load_checkpoint(
     reshard(model)
     if optimizer is not None:
         make_optimizer_state(directory, model, optimizer, content["adam_steps"], stored)
-    tensors, _ = _training_tensors(model, optimizer)
+    tensors, _ = training_tensors(model, optimizer)
+    refuse_other_model(directory, tensors, stored)
+    state_dict_loader.load(tensors, storage_reader=reader)
+    return content["state"]
+
+
+def refuse_other_model(directory: Path, tensors: Mapping[str, Tensor], stored: Mapping[str, Any]) -> None:
+    """Raise a UserError if a checkpoint lacks a tensor of `tensors`, or has one of another shape.
+
+    Args:
+        directory: The checkpoint.
+        tensors: Tensors by their name on disk.
+        stored: DCP's metadata of the checkpoint by name (`stored_metadata`).
+    """
     sizes = {
         name: list(entry.size) for name, entry in stored.items() if isinstance(entry, TensorStorageMetadata)
     }
@@ -236,8 +252,11 @@ def load_checkpoint(
             f"{name} is {sizes.get(name, 'absent')} there, {list(t.shape)} here" for name, t in wrong.items()
         ]
         raise UserError("\n  ".join([f"{directory} is another model's:", *lines[:5]]))
-    state_dict_loader.load(tensors, storage_reader=reader)
-    return content["state"]
+
+
+def stored_metadata(directory: Path) -> dict[str, Any]:
+    """Return DCP's metadata of the tensors of a checkpoint by name. Only the headers of files are read."""
+    return dict(HuggingFaceStorageReader(str(directory)).read_metadata().state_dict_metadata)
 
 
 def saved_state(directory: Path) -> dict[str, Any]:
@@ -311,9 +330,9 @@ def model_tensor_names(directory: Path, which: Weights = Weights.weights) -> set
 # --- what is in it ----------------------------------------------------------------------------------------
 
 
-def _training_tensors(
+def training_tensors(
     model: nn.Module, optimizer: torch.optim.Optimizer | None
-) -> tuple[dict[str, Tensor], dict[str, float]]:
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Return the tensors by their name on disk, and the optimizer's step count by parameter name.
 
     This works for any optimizer whose state per parameter is tensors of the parameter's shape and an optional
@@ -334,9 +353,7 @@ def _training_tensors(
                 tensors[f"optim.{key}.{name}"] = value
     for name, buffer in persistent_buffers(model).items():
         tensors[f"model.{name}"] = buffer
-    # One copy to the host for all step counts, instead of one copy per parameter.
-    counts = torch.stack(list(steps.values())).tolist() if steps else []
-    return tensors, dict(zip(steps, counts, strict=True))
+    return tensors, steps
 
 
 def persistent_buffers(model: nn.Module) -> dict[str, Tensor]:

@@ -1,7 +1,7 @@
 """Print what a training run would need: memory and traffic per GPU, which layouts fit, speed and duration,
 and how often to save it. optimise=tokens_per_day ranks the layouts. Nothing is allocated; no data and no GPU
-are needed. All keys of `olmoe train` are accepted (experiment=olmoe_1b_7b_0924, ...), and keys of the
-cluster: gpus, gpu, mfu, cost, failures.
+are needed. With check=true the run is built on fake ranks instead, and each part of it is reported. All keys
+of `olmoe train` are accepted (experiment=olmoe_1b_7b_0924, ...), and keys of the cluster: gpus, gpu, mfu, ...
 """
 
 import sys
@@ -12,7 +12,6 @@ from olmoe_train.config.choices import Optimise
 from olmoe_train.config.verbs import PlanConfig
 from olmoe_train.planning.cluster import cluster_errors
 from olmoe_train.planning.goodput_report import goodput_lines
-from olmoe_train.planning.gpus import gpu_memory_gib
 from olmoe_train.planning.ranking import best_layout, rank_layouts, ranking_lines, without_layout
 from olmoe_train.planning.report import layout_lines, memory_lines, run_lines, traffic_lines
 from olmoe_train.training.preflight.checks import configuration_errors
@@ -25,17 +24,7 @@ def check(cfg: PlanConfig) -> None:
     Raises:
         UserError: The configuration is invalid; the message lists all errors.
     """
-    errors = []
-    for key in ("gpus", "gpu_memory_gib", "mfu", "gpu_tflops"):
-        value = getattr(cfg, key)
-        if value is not None and value <= 0:
-            errors.append(f"{key}={value}: must be positive")
-    errors += cluster_errors(cfg)
-    if cfg.mfu > 1:
-        errors.append(f"mfu={cfg.mfu}: is a fraction of the GPU's peak, at most 1; 40% is mfu=0.4")
-    memory = gpu_memory_gib(cfg)
-    if not 0 <= cfg.reserve_gib < memory:
-        errors.append(f"reserve_gib={cfg.reserve_gib}: must be at least 0 and below gpu_memory_gib={memory}")
+    errors = cluster_errors(cfg)
     trainer = cfg.trainer
     if trainer.max_epochs is not None and trainer.max_steps is None and trainer.max_tokens is None:
         errors.append(
@@ -55,7 +44,14 @@ def is_valid(cfg: PlanConfig) -> bool:
 
 
 def main(cfg: PlanConfig) -> None:
-    """Print the plan."""
+    """Print the plan, or check the run."""
+    if cfg.check:
+        if errors := cluster_errors(cfg):
+            raise configuration_error(errors)
+        from olmoe_train.cli.plan_check import check_run  # the whole of training; a plan does without it
+
+        check_run(cfg)
+        return
     check(cfg)
     cfg = replace(cfg, trainer=replace(cfg.trainer, max_epochs=None))
     if cfg.trainer.train_only is not None:

@@ -273,9 +273,9 @@ class PlanConfig(TrainConfig):
     """
 
     run_dir: str = "none"
-    """No effect: `olmoe plan` writes nothing."""
+    """Nothing is written there. With check=true it must be writable, and a checkpoint in it must fit."""
     seed: int = 0
-    """No effect: `olmoe plan` creates no weights."""
+    """No effect but with check=true on the first batch: `olmoe plan` creates no weights."""
     gpus: int = 8
     """Number of GPUs of the run, one per rank."""
     gpu: Gpu = Gpu.h100
@@ -295,6 +295,9 @@ class PlanConfig(TrainConfig):
     """tokens_per_day: rank the layouts of fsdp and ddp that fit by a cost model, and plan the best one."""
     cost: CostConfig = field(default_factory=CostConfig)
     failures: FailuresConfig = field(default_factory=FailuresConfig)
+    check: bool = False
+    """Build the run on fake ranks instead: mesh, shards, first batch, a step, the files of a checkpoint and
+    of an export. It reads data.dir, model.init_from and run_dir where they exist, and needs no GPU."""
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,10 @@
 """Memory and initial values for a parallelized meta model."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.tensor import DTensor, Placement, Shard
 
 from olmoe_train.distributed.mesh import local_tensor
 from olmoe_train.model import OlmoeForCausalLM
@@ -61,23 +63,38 @@ def reset_buffers(model: nn.Module) -> None:
 
 
 def shard_slices(tensor: Tensor) -> tuple[slice, ...]:
-    """Position of this rank's shard in the whole tensor.
+    """Position of this rank's shard in the whole tensor, one slice per dimension.
+
+    Args:
+        tensor: A DTensor, or a plain tensor, which is its own shard.
+    """
+    if not isinstance(tensor, DTensor):
+        return tuple(slice(0, size) for size in tensor.shape)
+    coordinates = tensor.device_mesh.get_coordinate()
+    assert coordinates is not None
+    return slices_at(coordinates, tensor.device_mesh.shape, tensor.placements, tensor.shape)
+
+
+def slices_at(
+    coordinates: Sequence[int],
+    mesh_shape: Sequence[int],
+    placements: Sequence[Placement],
+    shape: Sequence[int],
+) -> tuple[slice, ...]:
+    """Position of one rank's shard in a whole DTensor, one slice per dimension.
 
     DTensor shards a dimension into chunks of ceil(size / ranks); the last chunks are shorter or empty.
 
     Args:
-        tensor: A DTensor, or a plain tensor, which is its own shard.
-
-    Returns:
-        One slice per dimension.
+        coordinates: Those of the rank in the mesh.
+        mesh_shape: Shape of the mesh.
+        placements: Those of the tensor, one per dimension of the mesh.
+        shape: Shape of the whole tensor.
     """
-    bounds = [(0, size) for size in tensor.shape]
-    if isinstance(tensor, DTensor):
-        coordinates = tensor.device_mesh.get_coordinate()
-        assert coordinates is not None
-        for size, at, placement in zip(tensor.device_mesh.shape, coordinates, tensor.placements, strict=True):
-            if isinstance(placement, Shard):
-                start, stop = bounds[placement.dim]
-                chunk = -(-(stop - start) // size)
-                bounds[placement.dim] = (min(start + at * chunk, stop), min(start + (at + 1) * chunk, stop))
+    bounds = [(0, size) for size in shape]
+    for size, at, placement in zip(mesh_shape, coordinates, placements, strict=True):
+        if isinstance(placement, Shard):
+            start, stop = bounds[placement.dim]
+            chunk = -(-(stop - start) // size)
+            bounds[placement.dim] = (min(start + at * chunk, stop), min(start + (at + 1) * chunk, stop))
     return tuple(slice(start, stop) for start, stop in bounds)

@@ -84,6 +84,17 @@ def build_run(cfg: TrainConfig) -> Run:
 
 def build_model(cfg: TrainConfig, mesh: Mesh) -> OlmoeForCausalLM:
     """The model in its layout on this rank, with its initial weights. Memory is allocated after sharding."""
+    model = build_layout(cfg, mesh)
+    materialize(model, mesh.device, cfg.seed)
+    if cfg.model.init_from is not None:
+        fill_model(model, cfg.model)
+    if (named := trained_experts(cfg)) is not None:
+        mask_frozen_experts(model, named, mesh)
+    return model
+
+
+def build_layout(cfg: TrainConfig, mesh: Mesh) -> OlmoeForCausalLM:
+    """The model in its layout on this rank, on the meta device: shapes of shards, and no memory."""
     adapter = adapter_plan(cfg.adapter)
     model = meta_model(olmoe_config(cfg.model), adapter, cfg.trainer.precision)
     if adapter is not None:
@@ -96,13 +107,7 @@ def build_model(cfg: TrainConfig, mesh: Mesh) -> OlmoeForCausalLM:
         log.info("trainer.train_only=%s: %s", cfg.trainer.train_only, trained_summary(model, named))
     blocks = (layer.mlp for layer in model.decoder_layers)
     set_router_options(blocks, cfg.balancing.router_temperature, cfg.balancing.router_jitter)
-    model = parallelize(model, cfg.trainer, cfg.parallel, mesh)
-    materialize(model, mesh.device, cfg.seed)
-    if cfg.model.init_from is not None:
-        fill_model(model, cfg.model)
-    if named is not None:
-        mask_frozen_experts(model, named, mesh)
-    return model
+    return parallelize(model, cfg.trainer, cfg.parallel, mesh)
 
 
 def trained_experts(cfg: TrainConfig) -> NamedExperts | None:
@@ -115,7 +120,11 @@ def trained_experts(cfg: TrainConfig) -> NamedExperts | None:
 
 def build_engine(cfg: TrainConfig, device: torch.device) -> Engine:
     """The engine of parallel.strategy, with the initial weights; collective."""
-    model = build_model(cfg, build_mesh(cfg.parallel, device))
+    return engine_of(cfg, build_model(cfg, build_mesh(cfg.parallel, device)), device)
+
+
+def engine_of(cfg: TrainConfig, model: OlmoeForCausalLM, device: torch.device) -> Engine:
+    """The engine of parallel.strategy for a model in its layout; collective."""
     groups = parameter_groups(model, cfg.optimizer)
     log.info("optimizer=%s:\n  %s", cfg.optimizer.name, "\n  ".join(groups_table(groups)))
     if cfg.parallel.strategy is Strategy.deepspeed:

@@ -4,6 +4,7 @@ import os
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from olmoe_train.checkpoint.convert.adapter_base import load_base
 from olmoe_train.checkpoint.convert.stored_model import bias_error, load_into, open_stored_model
@@ -68,9 +69,20 @@ def load_adapter(model: OlmoeForCausalLM, directory: Path) -> None:
     Raises:
         UserError: The adapter cannot be read, or it is another one than the model's.
     """
+    parameters = dict(model.named_parameters())
+    for name, tensor in fitting_adapter(model, directory).items():
+        assign(parameters[name], tensor)
+
+
+def fitting_adapter(model: OlmoeForCausalLM, directory: Path) -> dict[str, Tensor]:
+    """The tensors of a PEFT adapter by the names of the model's parameters.
+
+    Raises:
+        UserError: The adapter cannot be read, or it is another one than the model's.
+    """
     spec, tensors = read_peft(directory, model.config)
     parameters = dict(model.named_parameters())
     for name, tensor in tensors.items():
         if name not in parameters or parameters[name].shape != tensor.shape:
             raise UserError(f"model.adapter_from={directory}: {spec} does not fit {model.adapter}")
-        assign(parameters[name], tensor)
+    return tensors

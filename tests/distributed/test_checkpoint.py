@@ -6,12 +6,15 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from olmoe_train.checkpoint.directory import CheckpointError, checkpoint_path, latest_checkpoint
-from olmoe_train.checkpoint.sharded import load_checkpoint, save_checkpoint
+from olmoe_train.checkpoint.planned_files import planned_files
+from olmoe_train.checkpoint.sharded import load_checkpoint, save_checkpoint, training_tensors
 from olmoe_train.config.choices import Strategy
 from olmoe_train.config.train import ParallelConfig
+from olmoe_train.model import OlmoeForCausalLM
 from olmoe_train.utils.errors import UserError
 from tests.support.ranks import run_ranks
 from tests.support.tiny import build, train_step, whole, whole_state
@@ -44,8 +47,20 @@ def train_and_save(
     with torch.no_grad():  # as an evaluation does; it leaves the root's parameters gathered
         model.training_forward(torch.ones(1, 4, dtype=torch.long), torch.ones(1, 4, dtype=torch.long))
     save_checkpoint(run_dir, 2, model, optimizer, {"samples": 16})
+    compare_with_plan(run_dir, model, optimizer)
     state = whole_state(model, optimizer)
     return state, train_step(model, optimizer, 2)
+
+
+def compare_with_plan(run_dir: Path, model: OlmoeForCausalLM, optimizer: torch.optim.Optimizer) -> None:
+    """The files of a checkpoint, and the bytes of their tensors, are those that each rank plans for all."""
+    found = {}
+    for path in checkpoint_path(run_dir, 2).glob("*.safetensors"):
+        header = int.from_bytes(path.read_bytes()[:8], "little")
+        found[path.name] = path.stat().st_size - 8 - header
+    tensors, _ = training_tensors(model, optimizer)
+    planned = planned_files(tensors, dist.get_world_size())
+    assert found == {name: size for of_rank in planned for name, size in of_rank.items()}
 
 
 def resume(
@@ -56,6 +71,7 @@ def resume(
     state = load_checkpoint(checkpoint_path(run_dir, 2), model, optimizer)
     tensors = whole_state(model, optimizer)
     save_checkpoint(save_to, 2, model, optimizer, state)
+    compare_with_plan(save_to, model, optimizer)
     return state, tensors, train_step(model, optimizer, 2)
 
 

@@ -165,6 +165,11 @@ def plan_shards(shapes: dict[str, torch.Size], dtype: torch.dtype, max_bytes: in
     return shards
 
 
+def shard_name(number: int, count: int) -> str:
+    """The name of a file of weights, of `count` that are counted from 1."""
+    return WEIGHTS if count == 1 else f"model-{number:05d}-of-{count:05d}.safetensors"
+
+
 def _write_shards(
     directory: Path, shards: list[Shard], read: Callable[[str], Tensor], dtype: torch.dtype
 ) -> None:
@@ -172,7 +177,7 @@ def _write_shards(
     parameters = total_bytes = 0
     last_name, last = "", torch.empty(0)
     for number, shard in enumerate(shards, start=1):
-        file = WEIGHTS if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        file = shard_name(number, len(shards))
         tensors: dict[str, Tensor] = {}
         for hub_name, name, index in shard:
             if name != last_name:

@@ -39,6 +39,17 @@ def special_token_errors(config: OlmoeConfig, tokenizer: Path) -> list[str]:
     return errors
 
 
+def base_vocabulary(directory: Path) -> dict[str, int]:
+    """The ids of a tokenizer's vocabulary by text, without added tokens; empty if there is none in the files
+    of the directory."""
+    tokenizer = _read_json(directory / "tokenizer.json")
+    added = {token["id"] for token in tokenizer.get("added_tokens") or []}
+    vocabulary = (tokenizer.get("model") or {}).get("vocab")
+    if not isinstance(vocabulary, dict):
+        return {}
+    return {text: number for text, number in vocabulary.items() if number not in added}
+
+
 def special_tokens(directory: Path) -> dict[str, tuple[str, int]]:
     """The special tokens that the tokenizer files of a directory name.
 

@@ -2,6 +2,7 @@
 
 from olmoe_train.config.train import TrainConfig
 from olmoe_train.config.variants import variant_errors
+from olmoe_train.data.manifest import Manifest
 from olmoe_train.distributed.rendezvous import launcher_warnings
 from olmoe_train.evaluation.tasks.build import task_errors
 from olmoe_train.training.preflight.ablations import ablation_errors, ablation_warnings
@@ -43,17 +44,46 @@ def validate(cfg: TrainConfig, world_size: int) -> list[str]:
     Raises:
         UserError: lists everything that is wrong, each with key, value and fix.
     """
+    errors, manifests = run_errors(cfg, world_size, on_this_machine=True)
+    if errors:
+        raise configuration_error(errors)
+    return [*run_warnings(cfg, world_size, manifests), *launcher_warnings()]
+
+
+def run_errors(
+    cfg: TrainConfig, world_size: int, on_this_machine: bool
+) -> tuple[list[str], dict[str, Manifest]]:
+    """Check a config and the data that it names.
+
+    Args:
+        cfg: The config of the run.
+        world_size: Number of ranks.
+        on_this_machine: Whether this machine will run it, so that its device and kernels are checked.
+
+    Returns:
+        One message per error, and the manifests of the training data by the name of their source.
+    """
     of_model = model_errors(cfg)
     of_data, manifests = data_errors(cfg, check_tokens=not of_model)
     of_data += preference_data_errors(cfg, manifests)
     of_data += router_analysis_errors(cfg, manifests)
     of_data += set_errors(cfg.evaluation.sets, cfg.data, manifests)
     of_data += task_errors(cfg.evaluation.tasks)
-    errors = [*_configuration_errors(cfg, world_size, of_model), *of_data, *machine_errors(cfg)]
+    errors = [*_configuration_errors(cfg, world_size, of_model), *of_data]
+    errors += machine_errors(cfg) if on_this_machine else []
     if not errors:
         errors = [*sampling_errors(cfg), *deepspeed_file_errors(cfg, world_size), *branch_errors(cfg)]
-    if errors:
-        raise configuration_error(errors)
+    return errors, manifests
+
+
+def run_warnings(cfg: TrainConfig, world_size: int, manifests: dict[str, Manifest]) -> list[str]:
+    """Warnings about a valid config: keys that have no effect, or another one than expected.
+
+    Args:
+        cfg: The config of the run.
+        world_size: Number of ranks.
+        manifests: Those of the training data, by the name of their source; empty if there is no data.
+    """
     return [
         *keys_without_effect(cfg, manifests),
         *balancing_without_effect(cfg),
@@ -65,10 +95,9 @@ def validate(cfg: TrainConfig, world_size: int) -> list[str]:
         *adapter_warnings(cfg),
         *train_only_warnings(cfg),
         *preference_warnings(cfg, manifests),
-        *router_analysis_warnings(cfg, manifests),
+        *(router_analysis_warnings(cfg, manifests) if manifests else []),
         *gathering_without_effect(cfg.parallel, world_size),
         *sink_warnings(cfg),
-        *launcher_warnings(),
     ]
 
 

@@ -9,10 +9,10 @@ from olmoe_train.config.initial_model import initial_directory
 from olmoe_train.config.keys import documented_keys
 from olmoe_train.config.model import olmoe_config
 from olmoe_train.config.train import TrainConfig
-from olmoe_train.data.manifest import Manifest
+from olmoe_train.data.manifest import TOKENIZER, Manifest
 from olmoe_train.data.mixture import mixture_components, read_manifests, verify
 from olmoe_train.data.source_errors import mixture_errors
-from olmoe_train.model.hf.special_tokens import special_token_errors
+from olmoe_train.model.hf.special_tokens import base_vocabulary, special_token_errors
 from olmoe_train.utils.errors import UserError
 
 
@@ -134,7 +134,35 @@ def data_errors(cfg: TrainConfig, check_tokens: bool) -> tuple[list[str], dict[s
             f"{cfg.data.dir} end with token {manifest.eos_token_id}; "
             + (prepare if init_from else f"set model.eos_token_id={manifest.eos_token_id}")
         )
+    elif init_from is not None and (differs := _other_vocabulary(cfg, init_from)):
+        errors.append(f"model.init_from={init_from}: {differs}; {prepare}")
     elif check_tokens:
         # Exports carry this tokenizer, and the embedding of the padding token is not trained.
         errors += _special_token_errors(cfg, mixture_components(cfg.data)[0].directory / "tokenizer")
     return errors, manifests
+
+
+def _other_vocabulary(cfg: TrainConfig, init_from: str) -> str | None:
+    """How the ids of the data's tokenizer differ from those of the model's. None: they do not, or one of the
+    two has no tokenizer.
+
+    Tokens that were added to a vocabulary, such as the roles of a chat, may have been renamed, and more may
+    have been added.
+    """
+    try:
+        of_model = base_vocabulary(tokenizer_directory(initial_directory(init_from, cfg.model.revision)))
+        of_data = base_vocabulary(mixture_components(cfg.data)[0].directory / TOKENIZER)
+    except UserError:
+        return None  # reported elsewhere
+    if not of_model or not of_data or of_model == of_data:
+        return None
+    texts = {number: text for text, number in of_model.items()}
+    other = [(number, text) for text, number in of_data.items() if texts.get(number, text) != text]
+    if not other:
+        return None
+    number, text = min(other)
+    example = f"{number}, which is {text!r} in the data and {texts[number]!r} in the model"
+    return (
+        f"the data in data.dir={cfg.data.dir} has another tokenizer than this model: {len(other):,} ids mean "
+        f"other tokens, for example {example}"
+    )

@@ -18,6 +18,7 @@ IN_DIFFERENT_UNITS = {
     "the length of the decay": DECAY_LENGTHS,
 }
 """What keys of `scheduler` give, each in a unit of its own."""
+STOP = "trainer.stop_at_step"
 OF_WSD = (*DECAY_LENGTHS, "decay_shape")
 """Keys of `scheduler` that only kind=wsd reads."""
 
@@ -80,12 +81,38 @@ def known_last_step(cfg: TrainConfig) -> int | None:
 
 
 def schedule_warnings(cfg: TrainConfig) -> list[str]:
-    """Warnings about keys of kind=wsd that are set with another kind."""
+    """Warnings about keys of kind=wsd with another kind, and phases that the run does not complete."""
     scheduler, defaults = cfg.scheduler, SchedulerConfig()
     if scheduler.kind is Schedule.wsd:
         return []
-    return [
+    unused = [
         f"scheduler.{name} has no effect: scheduler.kind is {scheduler.kind.value}"
         for name in OF_WSD
         if getattr(scheduler, name) != getattr(defaults, name)
     ]
+    return unused + _unfinished_phases(cfg)
+
+
+def _unfinished_phases(cfg: TrainConfig) -> list[str]:
+    """Warnings about a warm-up or a decay that ends more than a step after the run."""
+    scheduler, last_step = cfg.scheduler, known_last_step(cfg)
+    if last_step is None:
+        return []
+    sizes = BatchSizes.of(cfg.trainer, cfg.data.sequence_length)
+    warmup_end, _, decay_end = warmup_and_decay_steps(scheduler, sizes, last_step)
+    if warmup_end > last_step + 1:
+        key = _key_of(cfg, ("warmup_steps", "warmup_tokens", "warmup_fraction"))
+        what = f"the warm-up ends at step {warmup_end:,.10g}, and the run at step {last_step:,}"
+        return [f"{key}: {what}, so the learning rate never reaches its peak; shorten the warm-up"]
+    if scheduler.kind is Schedule.constant or decay_end <= last_step + 1:
+        return []
+    key = _key_of(cfg, ("decay_steps", "decay_tokens"))
+    what = f"the decay ends at step {decay_end:,.10g}, and the run at step {last_step:,}"
+    fix = f"shorten the decay (null: to the end of the run), or set {STOP} to run a part of a longer run"
+    return [f"{key}: {what}, before the learning rate is at its final value; {fix}"]
+
+
+def _key_of(cfg: TrainConfig, names: tuple[str, ...]) -> str:
+    """The first of these keys of `scheduler` that is set, with its value."""
+    name = next(name for name in names if getattr(cfg.scheduler, name) is not None)
+    return f"scheduler.{name}={getattr(cfg.scheduler, name)}"

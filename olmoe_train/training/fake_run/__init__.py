@@ -1,0 +1,1 @@
+"""A run on fake ranks, without memory, values or other processes: `olmoe plan check=true`."""
