@@ -45,8 +45,8 @@ def check_run(cfg: PlanConfig) -> None:
             "data.dir is not given" if cfg.data.dir == NO_DATA else f"{missing} does not exist"
         )
     _print("configuration", OK, f"all keys; {data}")
-    for warning in warnings:
-        print(f"  warning: {warning}")
+    for line in warnings:
+        print(f"  warning: {line}")
     errors = memory_errors(cfg)
     _print("memory", ERROR if errors else OK, "" if errors else memory_in_words(cfg))
     for part in built_parts(as_train_config(cfg), cfg.gpus, missing is None):

@@ -331,7 +331,7 @@ def doctor_on_a_rank(cfg: TrainConfig, elsewhere: Path) -> list[tuple[str, str, 
     """Rank 1 has a clock that is 90 s ahead, and rank 2 has other directories of the same names."""
     rank, ranks = dist.get_rank(), dist.get_world_size()
     if rank == 1:
-        together.time = _Ahead()  # type: ignore[assignment]
+        together.time = _Ahead()  # type: ignore[assignment, attr-defined]
     if rank == 2:
         other_data = replace(cfg.data, dir=str(elsewhere / "data"))
         cfg = replace(cfg, run_dir=str(elsewhere / "run"), data=other_data)

@@ -1,7 +1,7 @@
 """What a check of a machine looks at and returns, and the results of all ranks together."""
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from enum import Enum
 
@@ -33,7 +33,7 @@ class Result:
     """What was found, with the cause; of a skipped check, why it was skipped."""
     fix: str = ""
     """What to do about it."""
-    values: dict[str, float] = field(default_factory=dict)
+    values: Mapping[str, float] = field(default_factory=dict)
     """Numbers for the JSON file, by a name that ends with the unit."""
 
 
