@@ -76,10 +76,11 @@ def _run_verb(verb: str, schema: type, main: Callable[[Any], int | None], descri
         if failure is not None:
             raise failure
     except (UserError, HydraException, OmegaConfBaseException) as error:
-        _print_once(f"error: {explain(error, schema)}")
+        _print_error(explain(error, schema))
         return BAD_INPUT
     except KeyboardInterrupt:
-        _print_once("interrupted")
+        if os.environ.get("RANK", "0") == "0":
+            print("interrupted", file=sys.stderr, flush=True)
         return 130
     except Exception as error:
         if isinstance(error, BrokenPipeError) and discard_closed_output():
@@ -102,12 +103,17 @@ def _without_cfg_job(arguments: list[str]) -> list[str]:
     return arguments
 
 
-def _print_once(message: str) -> None:
-    """Print a message on rank 0 only, because every rank meets the same error.
+def _print_error(message: str) -> None:
+    """Print an error on rank 0, or on the rank that has it alone.
 
-    The other ranks wait, because torchrun ends all ranks as soon as one of them has failed.
+    Most errors meet every rank. The ranks other than 0 wait: torchrun ends them as soon as rank 0 has failed.
+    A rank that is still there has an error that rank 0 does not have, such as a directory that only its host
+    lacks.
     """
-    if os.environ.get("RANK", "0") == "0":
-        print(redact_text(message), file=sys.stderr, flush=True)
-    else:
+    rank, place = int(os.environ.get("RANK", "0")), ""
+    if rank != 0:
         time.sleep(SECONDS_FOR_RANK_0)
+        from olmoe_train.distributed.rendezvous import place_of  # here: it imports torch
+
+        place = f"{place_of(rank)}: "
+    print(redact_text(f"error: {place}{message}"), file=sys.stderr, flush=True)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +12,7 @@ import pytest
 import torch
 
 from olmoe_train import config as schemas
+from olmoe_train.cli import app
 from olmoe_train.cli.app import run_verb
 from olmoe_train.config.balancing import AuxiliaryLossConfig
 from olmoe_train.config.choices import (
@@ -353,6 +355,22 @@ def test_what_hydra_refuses_exits_with_2(
     assert run_verb("train", TrainConfig, reached.append) == 2
     assert message in capsys.readouterr().err
     assert reached == []
+
+
+def test_a_rank_names_itself_in_an_error_that_rank_0_does_not_have(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """torchrun ends the other ranks at once if rank 0 has it, too."""
+
+    def main(cfg: TrainConfig) -> None:
+        raise UserError("data.dir=x: there is none")
+
+    monkeypatch.setattr(sys, "argv", ["train", "data.dir=x", "experiment=quickstart"])
+    monkeypatch.setattr(app, "SECONDS_FOR_RANK_0", 0.0)
+    monkeypatch.setenv("RANK", "1")
+    assert run_verb("train", TrainConfig, main) == 2
+    place = f"rank 1 (host {socket.gethostname()}, process {os.getpid()})"
+    assert capsys.readouterr().err == f"error: {place}: data.dir=x: there is none\n"
 
 
 def test_a_good_command_line_reaches_the_verb(monkeypatch: pytest.MonkeyPatch) -> None:
