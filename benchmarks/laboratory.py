@@ -5,19 +5,22 @@
 Each run is `olmoe train experiment=quickstart` with the overrides of its variant, on one rank with one
 thread; --at-once processes train one run after the other. The variants take turns: the first seed of all of
 them, then the second, so that a change of the machine's load meets every variant. Running the command again
-continues. OUT holds the runs and the table.
+continues. OUT holds the runs and the table. A run has the initial weights and the data of the quickstart with
+the same seed, so the table has the mean of their differences, too, with the smallest and the largest one.
 """
 
 import argparse
 import multiprocessing
 import os
+import statistics
 import traceback
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 from olmoe_train.cli.multirun import SweptRun, is_done, record
 from olmoe_train.config import compose
-from olmoe_train.reporting.sweep import TABLE, sweep_table
+from olmoe_train.reporting.run_data import read_object
+from olmoe_train.reporting.sweep import RUNS, TABLE, Result, read_result
 from olmoe_train.train import train
 
 ABLATIONS = (
@@ -81,6 +84,34 @@ def train_one(overrides: list[str], run_dir: Path) -> str:
     return f"{run_dir.name}: done"
 
 
+def table(out: Path) -> str:
+    """The runs of OUT as Markdown, a row per variant, the best loss first. ±: of one run, as stdev is."""
+    results: dict[str, list[Result]] = {}
+    for name, run in read_object(out / RUNS).items():  # the seeds in the same order for all variants
+        results.setdefault(run["values"]["variant"], []).append(read_result(out / name))
+    reference = results["quickstart"]
+    rows = []
+    for variant, runs in sorted(results.items(), key=lambda item: sum(run.loss for run in item[1])):
+        less = [run.loss - other.loss for run, other in zip(runs, reference, strict=True)]
+        step = [run.step_seconds / other.step_seconds for run, other in zip(runs, reference, strict=True)]
+        cells = [
+            f"`{variant}`",
+            spread([run.loss for run in runs], 3),
+            f"{statistics.fmean(less):+.3f} ({min(less):+.3f} to {max(less):+.3f})",
+            spread([run.violation for run in runs], 2),
+            f"{statistics.median(step):.2f}",
+        ]
+        rows.append(f"| {' | '.join(cells)} |")
+    head = "| variant | validation loss | less that of the quickstart | max violation | step time, relative |"
+    return "\n".join([head, "|---" * 5 + "|", *rows])
+
+
+def spread(values: list[float], digits: int) -> str:
+    """Mean ± standard deviation; the mean alone of one value."""
+    deviation = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
+    return f"{statistics.fmean(values):.{digits}f}{deviation}"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -91,6 +122,8 @@ def main() -> None:
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--only", nargs="+", choices=VARIANTS, default=list(VARIANTS))
     options = parser.parse_intermixed_args()
+    if "quickstart" not in options.only:
+        parser.error("--only: needs quickstart, which the others are compared with")
     options.out = options.out.resolve()
     common = [*COMMON, f"trainer.max_steps={options.steps}", *options.overrides]
     runs = [
@@ -106,9 +139,8 @@ def main() -> None:
         directories = [options.out / run.name for run in left]
         for line in pool.map(train_one, [run.overrides for run in left], directories):
             print(line, flush=True)
-    table = sweep_table(options.out)
-    (options.out / TABLE).write_text(table + "\n")
-    print(table)
+    (options.out / TABLE).write_text(table(options.out) + "\n")
+    print(table(options.out))
 
 
 if __name__ == "__main__":

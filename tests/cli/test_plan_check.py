@@ -105,7 +105,7 @@ def test_the_recipes_pass(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.chdir(tmp_path)  # where the recipe makes its run_dir
-    words, gpus = [f"experiment={name}", "data.dir=none"], 4
+    words, gpus = [f"experiment={name}", "data.dir=none"], 2
     if "1b_7b" in name:
         words, gpus = [*words, "model.num_hidden_layers=1"], 64
     elif name != "quickstart":
