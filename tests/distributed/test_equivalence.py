@@ -252,8 +252,9 @@ def train_each(
     belongs to the layout that raised it.
     """
     outcomes: dict[str, Result | RankError] = {}
+    together = (tiny, layouts, directory / "shared")
     try:
-        return outcomes | run_ranks(ranks, train_layouts, tiny, layouts, directory / "shared", timeout=600)[0]
+        return outcomes | run_ranks(ranks, train_layouts, *together, timeout=1500)[0]
     except RankError as error:
         shared_error = error
     for name, layout in layouts.items():
