@@ -16,10 +16,10 @@ from olmoe_train.planning.report import (
     plan_memory,
     plan_micro_batch,
 )
-from olmoe_train.training.fake_run.batches import missing_data
-from olmoe_train.training.fake_run.parts import ERROR, OK, as_train_config, built_parts
 from olmoe_train.training.preflight.branch import branch_errors
 from olmoe_train.training.preflight.checks import configuration_errors, run_errors, run_warnings
+from olmoe_train.training.preflight.fake_run.batches import missing_data
+from olmoe_train.training.preflight.fake_run.parts import ERROR, OK, as_train_config, built_parts
 from olmoe_train.training.preflight.parallel import deepspeed_file_errors
 from olmoe_train.utils.errors import configuration_error
 

@@ -37,9 +37,10 @@ from olmoe_train.planning.report import GB, MB
 from olmoe_train.training.batch import Batch, count_tokens
 from olmoe_train.training.build import build_data, build_layout, build_schedule, count_steps, engine_of
 from olmoe_train.training.compatibility import check_changes, resume_fingerprint
-from olmoe_train.training.fake_run.batches import first_batches, made_up_batch
-from olmoe_train.training.fake_run.ranks import fake_ranks
-from olmoe_train.training.fake_run.step import (
+from olmoe_train.training.initial_weights import fitting_adapter
+from olmoe_train.training.preflight.fake_run.batches import first_batches, made_up_batch
+from olmoe_train.training.preflight.fake_run.ranks import fake_ranks
+from olmoe_train.training.preflight.fake_run.step import (
     allocate,
     as_it_can_be_faked,
     fake_step,
@@ -47,7 +48,6 @@ from olmoe_train.training.fake_run.step import (
     objective_of,
     without_values,
 )
-from olmoe_train.training.initial_weights import fitting_adapter
 from olmoe_train.utils.errors import UserError
 from olmoe_train.utils.tensor_files import byte_count
 
