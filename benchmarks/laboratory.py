@@ -20,7 +20,7 @@ from pathlib import Path
 from olmoe_train.cli.multirun import SweptRun, is_done, record
 from olmoe_train.config import compose
 from olmoe_train.reporting.run_data import read_object
-from olmoe_train.reporting.sweep import RUNS, TABLE, Result, read_result
+from olmoe_train.reporting.sweep import RUNS, TABLE, Result, read_result, spread, table_line
 from olmoe_train.train import train
 
 ABLATIONS = (
@@ -101,15 +101,9 @@ def table(out: Path) -> str:
             spread([run.violation for run in runs], 2),
             f"{statistics.median(step):.2f}",
         ]
-        rows.append(f"| {' | '.join(cells)} |")
+        rows.append(table_line(cells))
     head = "| variant | validation loss | less that of the quickstart | max violation | step time, relative |"
     return "\n".join([head, "|---" * 5 + "|", *rows])
-
-
-def spread(values: list[float], digits: int) -> str:
-    """Mean ± standard deviation; the mean alone of one value."""
-    deviation = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
-    return f"{statistics.fmean(values):.{digits}f}{deviation}"
 
 
 def main() -> None:

@@ -7,6 +7,7 @@ noise. Seconds per step: median over the logged steps, validation and saves left
 
 import math
 import statistics
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -47,12 +48,15 @@ def sweep_table(directory: Path) -> str:
         else:
             unfinished.append(name)
     keys = list(dict.fromkeys(key for row in rows for key, _ in row))
-    lines = [_line([*keys, "runs", *COLUMNS]), _line([":--"] * len(keys) + ["--:"] * (1 + len(COLUMNS)))]
+    lines = [
+        table_line([*keys, "runs", *COLUMNS]),
+        table_line([":--"] * len(keys) + ["--:"] * (1 + len(COLUMNS))),
+    ]
     done = [(dict(row), results) for row, results in rows.items() if results]
     for row, results in sorted(done, key=lambda item: _order(item[1])):
         columns = zip(*((r.loss, r.violation, r.step_seconds) for r in results), strict=True)
-        cells = [_spread(column) for column in columns]
-        lines.append(_line([*(row.get(key, "") for key in keys), str(len(results)), *cells]))
+        cells = [spread(column) for column in columns]
+        lines.append(table_line([*(row.get(key, "") for key in keys), str(len(results)), *cells]))
     return "\n".join([*lines, *(f"\nNot done: {name}" for name in unfinished)])
 
 
@@ -91,13 +95,14 @@ def _order(results: list[Result]) -> float:
     return math.inf if math.isnan(loss) else loss
 
 
-def _spread(values: tuple[float, ...]) -> str:
-    """Mean ± standard deviation."""
+def spread(values: Sequence[float], digits: int = 4) -> str:
+    """Mean ± standard deviation of one value; the mean alone if there is one value, nothing if one is NaN."""
     if any(math.isnan(value) for value in values):
         return ""
-    deviation = f" ± {statistics.stdev(values):.4f}" if len(values) > 1 else ""
-    return f"{statistics.fmean(values):.4f}{deviation}"
+    deviation = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
+    return f"{statistics.fmean(values):.{digits}f}{deviation}"
 
 
-def _line(cells: list[str]) -> str:
+def table_line(cells: list[str]) -> str:
+    """A line of a table in Markdown."""
     return f"| {' | '.join(cells)} |"

@@ -320,7 +320,7 @@ def test_checkpoint_of_another_model(words: list[str], checkpoint: Path) -> None
     ],
 )
 def test_a_schedule_that_is_longer_than_the_run(words: list[str], schedule: list[str], said: str) -> None:
-    """16 x 64 tokens a step; the run has 10 steps."""
+    """16 x 64 tokens per step; the run has 10 steps."""
     _, (warning,) = configuration_problems(plan(*words, "scheduler=cosine", *schedule), has_data=True)
     assert warning.startswith(said)
     assert "and the run at step 10" in warning

@@ -36,7 +36,7 @@ def keys(cfg: PlanConfig) -> tuple[Strategy, int, int, int, ActivationCheckpoint
 
 
 def test_a_step_by_hand() -> None:
-    """OLMoE-1B-7B on 8 GPUs, EP 8, 32 micro-batches of 4 x 4096 tokens a rank, full recomputation, at 500
+    """OLMoE-1B-7B on 8 GPUs, EP 8, 32 micro-batches of 4 x 4096 tokens per rank, full recomputation, at 500
     TFLOP/s, and with the busiest expert 63% above the mean: its rank has 1 + 0.63 x 56 / (8 x 63) = 1.07
     times the rows."""
     load = rank_load(OLMOE_1B_7B, 8, max_violation=0.63)
