@@ -70,7 +70,7 @@ def _continue(model: OlmoeForCausalLM, device: torch.device, directory: Path, cf
         length += 1
         # `step` returns None while the bytes so far end in the middle of a character.
         print(decoder.step(tokenizer, int(token_B)) or "", end="", flush=True)
-    print()
+    print(flush=True)
     warn_of_length(model.config, length)  # after the text, which it would interrupt
 
 

@@ -2,6 +2,7 @@
 
 import copy
 import difflib
+import functools
 import re
 from dataclasses import FrozenInstanceError, fields, is_dataclass
 from enum import Enum
@@ -58,6 +59,7 @@ def _plain(value: Any) -> Any:
     return value.name if isinstance(value, Enum) else value
 
 
+@functools.cache  # a fifth of the time of composing
 def register_schema(verb: str, schema: type) -> None:
     """Make the schema of a verb known to Hydra; configs/<verb>.yaml starts from `<verb>_schema`.
 

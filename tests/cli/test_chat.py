@@ -19,6 +19,7 @@ from olmoe_train.config.verbs import GenerateConfig
 from olmoe_train.data.chat_template import open_template
 from olmoe_train.utils.errors import UserError
 from olmoe_train.utils.exit_codes import BAD_INPUT, CLOSED_OUTPUT, OK
+from tests.support import fork_server
 from tests.support.chat_templates import CHATML, EOS, IM_END, SPECIAL, TEMPLATES, write_tokenizer
 from tests.support.commands import command_environment
 from tests.support.talkers import write_babbler, write_reciter
@@ -150,7 +151,15 @@ def test_what_is_refused_and_what_has_no_effect(tmp_path: Path, caplog: pytest.L
 
 
 def generate(directory: Path, *options: str) -> list[str]:
-    return [sys.executable, "-m", "olmoe_train", "generate", f"source={directory}", "chat=true", *options]
+    return [
+        fork_server.python(),
+        "-m",
+        "olmoe_train",
+        "generate",
+        f"source={directory}",
+        "chat=true",
+        *options,
+    ]
 
 
 def piped(*command: str, lines: bytes, stdout: int = subprocess.PIPE) -> subprocess.CompletedProcess[bytes]:

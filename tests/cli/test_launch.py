@@ -16,6 +16,7 @@ from olmoe_train.cli import launch
 from olmoe_train.cli.launch_k8s import k8s_errors, k8s_yaml
 from olmoe_train.cli.launch_slurm import slurm_errors, slurm_script
 from olmoe_train.config.launch import KubernetesConfig, KubernetesKind, SlurmConfig
+from tests.support import fork_server
 from tests.support.commands import REPO, command_environment
 from tests.support.faults import status, write_data
 from tests.support.hosts import wait_until
@@ -260,13 +261,14 @@ def test_the_containers_of_two_nodes_train_and_save_when_one_is_evicted(tmp_path
     variables = {entry["name"]: entry.get("value", "") for entry in container["env"]}
     here = {"PET_MASTER_ADDR": "localhost", "OLMOE_HEARTBEAT_FILE": str(heartbeat)}
     here["PET_MASTER_PORT"] = str(20000 + os.getpid() % 10000)
-    command = [sys.executable, *container["command"][1:]]
+    command = [fork_server.python(), *container["command"][1:]]
     probe = [word.replace(variables["OLMOE_HEARTBEAT_FILE"], str(heartbeat))
              for word in container["livenessProbe"]["exec"]["command"]]  # fmt: skip
     assert subprocess.run(probe).returncode == 0, "before the first heartbeat the node is alive"
     pods = []
     for node in range(2):
-        environment = command_environment() | variables | here | {"PET_NODE_RANK": str(node)}
+        here |= {"PET_NODE_RANK": str(node), "PYTHON_EXEC": fork_server.python()}
+        environment = command_environment() | variables | here
         log = (tmp_path / f"{node}.log").open("w")
         pods.append(subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT))
     try:

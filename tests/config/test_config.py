@@ -3,7 +3,6 @@
 import dataclasses
 import os
 import socket
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -39,6 +38,7 @@ from olmoe_train.config.train import (
 from olmoe_train.training.preflight.backend import backend_errors
 from olmoe_train.training.preflight.checks import validate
 from olmoe_train.utils.errors import UserError
+from tests.support.commands import olmoe
 from tests.support.data import write_prepared
 
 
@@ -314,12 +314,6 @@ def test_every_option_is_documented(verb: str) -> None:
     text = help_text(verb, schema)
     assert all(f"  {key} = {default}\n" in text for key, default, _ in rows)
     assert f"usage: olmoe {verb}" in text
-
-
-def olmoe(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
-    environment = os.environ | {"PYTHONPATH": str(Path(schemas.__file__).parents[2])}
-    command = [sys.executable, "-m", "olmoe_train", *arguments]
-    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=120)
 
 
 @pytest.mark.slow

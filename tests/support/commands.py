@@ -1,10 +1,15 @@
-"""Run the commands as a user does: each in a separate process, from a directory outside the repository."""
+"""Run the commands as a user does: each in a separate process, from a directory outside the repository.
+
+Commands of Python are forks of one process that has imported torch (fork_server.py). The tests of the
+quickstart, of the wheel and of faults start processes as a user's shell does.
+"""
 
 import os
 import subprocess
 import sys
 from pathlib import Path
 
+from tests.support import fork_server
 from tests.support.sizes import SIZES, overrides, section
 
 REPO = Path(__file__).parents[2]
@@ -28,10 +33,13 @@ def run(
     *command: str | Path, cwd: Path, stdin: str = "", **environment: str
 ) -> subprocess.CompletedProcess[str]:
     """Run a command to its end, with this interpreter's scripts first on PATH and one thread per process."""
+    words = [str(part) for part in command]
+    if words[0] == sys.executable and words[1] != "-c":
+        words[0] = fork_server.python()
     return subprocess.run(
-        [str(part) for part in command],
+        words,
         cwd=cwd,
-        env=command_environment() | environment,
+        env=command_environment() | {"PYTHON_EXEC": fork_server.python()} | environment,  # of torchrun
         input=stdin,
         capture_output=True,
         text=True,
@@ -40,7 +48,7 @@ def run(
 
 
 def olmoe(*arguments: str, cwd: Path, stdin: str = "") -> subprocess.CompletedProcess[str]:
-    return run(Path(sys.executable).with_name("olmoe"), *arguments, cwd=cwd, stdin=stdin)
+    return run(sys.executable, "-m", "olmoe_train", *arguments, cwd=cwd, stdin=stdin)
 
 
 def train_command(*overrides: str, ranks: int = 2) -> list[str]:
