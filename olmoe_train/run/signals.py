@@ -8,6 +8,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable
+from typing import Any
 
 STOP = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 # One Ctrl-C can arrive as several signals: one from the terminal, and others forwarded by torchrun.
@@ -18,7 +19,10 @@ END = b"\0"
 
 
 class Signals:
-    """Receives signals from construction to `close`.
+    """Receives signals from construction to `close`, where the run is in the main thread.
+
+    Python gives signals to the main thread alone. A program that runs the training in another thread, as Ray
+    Train's workers do, handles the signals of its process.
 
     A thread reads every signal as it arrives. It does so even while the main thread waits in a collective,
     during which Python does not call signal handlers.
@@ -31,6 +35,9 @@ class Signals:
         """
         self.stop_requested = False
         self._leave = leave
+        self._before: dict[int, Any] = {}
+        if threading.current_thread() is not threading.main_thread():
+            return
         self._read, self._write = os.pipe()
         os.set_blocking(self._write, False)
         signal.set_wakeup_fd(self._write, warn_on_full_buffer=False)

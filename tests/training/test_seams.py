@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -320,6 +321,15 @@ def test_a_run_that_raises_leaves_the_process_as_it_was(data: Path, tmp_path: Pa
     assert (status(tmp_path)["state"], "PlannedError" in status(tmp_path)["reason"]) == ("failed", True)
     RunLock(tmp_path).close()  # nobody holds it
     assert train(cfg).step == 4  # continues from step 2 in the same process
+
+
+def test_a_run_in_a_thread_leaves_the_signals_to_the_program(data: Path, tmp_path: Path) -> None:
+    """As Ray Train's workers do it: Python gives signals to the main thread alone."""
+    handler = signal.getsignal(signal.SIGTERM)
+    cfg = config(data, tmp_path, **ONE_RANK)
+    with ThreadPoolExecutor(1) as pool:
+        assert pool.submit(train, cfg).result().step == 4
+    assert signal.getsignal(signal.SIGTERM) == handler
 
 
 NOTEBOOK = """
