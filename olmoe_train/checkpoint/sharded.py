@@ -42,6 +42,7 @@ from olmoe_train.config.choices import Weights
 from olmoe_train.distributed.collectives import Group, gather_from_all, on_rank_0
 from olmoe_train.distributed.fsdp import reshard
 from olmoe_train.distributed.mesh import local_tensor
+from olmoe_train.distributed.rendezvous import place_of
 from olmoe_train.optim.average import AVERAGE
 from olmoe_train.utils.errors import UserError
 from olmoe_train.utils.files import fsync_path, publish_directory, write_json
@@ -185,8 +186,9 @@ def _write_shards(tensors: dict[str, Tensor], writer: HuggingFaceStorageWriter, 
     try:
         state_dict_saver.save(tensors, storage_writer=writer, process_group=group)
     except CheckpointException as error:  # derives from BaseException, not from Exception
-        failures = (f"rank {r}: {type(e).__name__}: {e}" for r, (e, _) in error.failures.items())
-        raise RuntimeError("; ".join(failures)) from None
+        places = gather_from_all(lambda: place_of(dist.get_rank()), group)
+        failures = (f"{places[rank]}: {type(e).__name__}: {e}" for rank, (e, _) in error.failures.items())
+        raise RuntimeError(f"{writer.path}: {'; '.join(failures)}") from None
 
 
 def file_numbers(tensors: Mapping[str, Tensor]) -> dict[str, int]:

@@ -10,7 +10,9 @@ arguments are those of torchrun:
 import logging
 import os
 import signal
+import socket
 import sys
+from argparse import Namespace
 
 from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
@@ -20,10 +22,11 @@ from torch.distributed.elastic.rendezvous.api import (
     RendezvousError,
     RendezvousTimeoutError,
 )
+from torch.distributed.run import determine_local_world_size, parse_args, parse_min_max_nnodes
 from torch.distributed.run import main as torchrun
-from torch.distributed.run import parse_args
 
 from olmoe_train.cli.run_status import run_status
+from olmoe_train.distributed.rendezvous import ELASTIC_RANKS
 from olmoe_train.utils.errors import UserError
 from olmoe_train.utils.exit_codes import BAD_INPUT, FAILED, STOPPED_BY_SIGNAL
 
@@ -52,12 +55,14 @@ def main(arguments: list[str]) -> int:
     os.environ.setdefault("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
     logging.getLogger("torch.distributed.elastic.multiprocessing.api").addFilter(_adds_something)
     options = parse_args(arguments)
+    if ranks := _elastic_ranks(options):
+        os.environ[ELASTIC_RANKS] = ",".join(map(str, ranks))
     for restarts_left in range(options.max_restarts, -1, -1):
         try:
             torchrun(arguments)
         except ChildFailedError as error:
-            failure = _first_failure(error)
-            _report(failure)
+            rank, failure = _first_failure(error)
+            _report(rank, failure)
             # A worker that a signal killed has the negative number of the signal; shells report 128 + number.
             return failure.exitcode if failure.exitcode > 0 else 128 - failure.exitcode
         except SignalException as error:
@@ -67,7 +72,8 @@ def main(arguments: list[str]) -> int:
                 STOPPED_BY_SIGNAL if stopped_and_saved(options.training_script_args) else 128 + error.sigval
             )
         except RendezvousError as error:
-            _say(f"error: {_no_rendezvous(error)} (--rdzv-endpoint={options.rdzv_endpoint})")
+            what = f"host {socket.gethostname()}: {_no_rendezvous(error)}"
+            _say(f"error: {what} (--rdzv-endpoint={options.rdzv_endpoint})")
             if not isinstance(error, RendezvousConnectionError) or not restarts_left:
                 return FAILED
             _say(f"starting again; {restarts_left} of --max-restarts={options.max_restarts} left")
@@ -88,13 +94,26 @@ def _adds_something(record: logging.LogRecord) -> bool:
     return not record.msg.startswith("Sending process")
 
 
-def _first_failure(error: ChildFailedError) -> ProcessFailure:
-    """The failure that came first. torchrun looks at the workers ten times a second, and may find several."""
+def _elastic_ranks(options: Namespace) -> list[int]:
+    """The numbers of ranks that --nnodes=MIN:MAX allows; empty for one number of nodes.
+
+    Args:
+        options: Those of torchrun.
+    """
+    fewest, most = parse_min_max_nnodes(options.nnodes)
+    if fewest >= most:
+        return []
+    of_node = determine_local_world_size(options.nproc_per_node)
+    return [nodes * of_node for nodes in range(fewest, most + 1)]
+
+
+def _first_failure(error: ChildFailedError) -> tuple[int, ProcessFailure]:
+    """The rank that failed first, and how. torchrun looks ten times a second, and may find several."""
     # Nothing kills a worker because another one failed. The others, which have lost it, exit with 1.
-    return min(error.failures.values(), key=lambda one: (one.exitcode != -signal.SIGKILL, one.timestamp))
+    return min(error.failures.items(), key=lambda one: (one[1].exitcode != -signal.SIGKILL, one[1].timestamp))
 
 
-def _report(failure: ProcessFailure) -> None:
+def _report(rank: int, failure: ProcessFailure) -> None:
     """Say which worker failed first, if the worker itself may not have said it."""
     if failure.exitcode in TOLD_BY_THE_WORKERS:
         return
@@ -102,7 +121,7 @@ def _report(failure: ProcessFailure) -> None:
     if failure.exitcode < 0:
         how = f"was killed by {signal.Signals(-failure.exitcode).name}"
     _say(
-        f"error: the process with local rank {failure.local_rank} (process {failure.pid}) {how}; "
+        f"error: rank {rank} (host {socket.gethostname()}, process {failure.pid}) {how}; "
         "see above, and status.json and log.txt in run_dir"
     )
 

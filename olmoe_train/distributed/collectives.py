@@ -6,6 +6,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
+from olmoe_train.distributed.rendezvous import place_of
 from olmoe_train.utils.errors import UserError
 
 Result = TypeVar("Result")
@@ -33,7 +34,7 @@ def gather_from_all(work: Callable[[], Result], group: Group = None) -> list[Res
 
     Raises:
         UserError: `work` raised this UserError on a rank.
-        RuntimeError: `work` raised another exception on a rank; the message names the rank.
+        RuntimeError: `work` raised another exception on a rank; the message names rank and host.
     """
     outcome: Result | Exception
     try:
@@ -41,7 +42,7 @@ def gather_from_all(work: Callable[[], Result], group: Group = None) -> list[Res
     except UserError as error:
         outcome = error
     except Exception as error:
-        outcome = RuntimeError(f"rank {dist.get_rank()}: {type(error).__name__}: {error}")
+        outcome = RuntimeError(f"{place_of(dist.get_rank())}: {type(error).__name__}: {error}")
     outcomes: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(outcomes, outcome, group)
     for result in outcomes:

@@ -17,6 +17,8 @@ from olmoe_train.utils.errors import UserError
 from olmoe_train.utils.exit_codes import FAILED
 
 TIMEOUT_KEY = "trainer.rendezvous_timeout"
+ELASTIC_RANKS = "OLMOE_ELASTIC_RANKS"
+"""Environment variable with the numbers of ranks that the launcher may start, as 8,16,24, if not one."""
 POLL_S = 0.05
 """Seconds between two looks of rank 0 at who has come."""
 

@@ -203,7 +203,7 @@ def record_failure(run_dir: Path, error: BaseException) -> None:
     reason = f"{type(error).__name__}: {error}"
     if not isinstance(error, UserError):
         gone = ended_ranks(ranks)
-        reason = f"rank {dist.get_rank()}: {reason}" + (f" ({gone})" if gone else "")
+        reason = f"{place_of(dist.get_rank())}: {reason}" + (f" ({gone})" if gone else "")
     _record(run_dir, reason)
 
 

@@ -2,7 +2,8 @@
 
 A collective waits for its slowest rank, so all ranks hang when one rank hangs. A watchdog thread on each
 rank detects a missing heartbeat. The thread writes the rank's position to run_dir/stalled/, which all nodes
-share, and ends the process. One of the ranks writes the report.
+share, and ends the process. One of the ranks writes the report; a rank of each other host prints the
+reason.
 """
 
 import faulthandler
@@ -16,6 +17,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import TypeVar
 
@@ -24,10 +26,12 @@ import torch.distributed as dist
 from olmoe_train.run.heartbeat import touch_heartbeat
 
 log = logging.getLogger(__name__)
-POLL_S, WORDS_S = 0.5, 2.0
-"""Seconds between two checks, and seconds to wait for the other ranks' position files."""
+POLL_S, WORDS_S, PROBE_S = 0.5, 2.0, 3.0
+"""Seconds between two checks; to wait for the other ranks' position files; and to wait for a connection."""
 FRAMES = 12
 RANKS = "ranks.json"
+WAITS, CUT = "waits for other ranks", "has no connection to"
+"""Phrases of a position, by which the report finds what held up the run."""
 PF_EXITING = 0x4  # from linux/sched.h; a bit of the flags in /proc/PID/stat
 Item = TypeVar("Item")
 
@@ -75,7 +79,7 @@ class Watchdog:
             # A rank that is stuck outside of Python may never run this loop again. This timer is C code and
             # needs no Python thread. It writes to a file descriptor, which the stderr of a notebook or a test
             # may not have; hence __stderr__.
-            limit = self.timeout + POLL_S + WORDS_S
+            limit = self.timeout + POLL_S + WORDS_S + PROBE_S
             faulthandler.dump_traceback_later(limit, exit=True, file=sys.__stderr__ or sys.stderr)
             if "TORCHELASTIC_RUN_ID" in os.environ and os.getppid() != self.launcher:
                 os._exit(1)  # torchrun has ended, so nothing can stop or restart this rank
@@ -92,12 +96,18 @@ class Watchdog:
         words = self.directory / f".rank-{self.rank:05d}"
         words.write_text(self._words(), encoding="utf-8")
         words.rename(self.directory / words.name[1:])
-        until = time.monotonic() + WORDS_S
+        until = time.monotonic() + WORDS_S + PROBE_S  # another rank may still wait for a connection
         while len(self._heard()) < len(self.peers) and time.monotonic() < until:
             time.sleep(POLL_S / 5)
-        if self.rank == min(self._heard()):
-            self.give_up(self._report())
+        heard, here = self._heard(), socket.gethostname()
+        if self.rank == min(heard):
+            self._log_stacks(heard)
+            self.give_up(self._reason(heard))
             self._end_the_silent()
+        elif self.rank == min(rank for rank in heard if self.peers[rank][0] == here):
+            # Nothing else says on this host why its ranks have ended.
+            with suppress(OSError):
+                print(f"ERROR: {self._reason(heard)}", file=sys.__stderr__ or sys.stderr, flush=True)
         else:
             time.sleep(POLL_S)  # torchrun ends every rank when one rank exits
         os._exit(1)
@@ -105,13 +115,31 @@ class Watchdog:
     def _words(self) -> str:
         """Return the rank's position as one line, followed by the stack of its main thread.
 
-        The first line also says whether the rank waits for other ranks.
+        The first line also says whether the rank waits for other ranks, and whether it cannot reach rank 0.
         """
         frames = traceback.extract_stack(sys._current_frames()[self._main or 0])[-FRAMES:]
         waiting = any("/torch/distributed/" in frame.filename for frame in frames[-3:])
         at = f"{frames[-1].name} ({Path(frames[-1].filename).name}:{frames[-1].lineno})"
-        doing = "waits for other ranks in" if waiting else "is in"
-        return f"{self.where}: {doing} {at}\n" + "".join(traceback.format_list(frames))
+        position = f"{self.where}: {WAITS if waiting else 'is'} in {at}"
+        if waiting and (reason := self._cut_off()):
+            position += f", and {CUT} rank 0 (host {self.peers[0][0]}): {reason}"
+        return f"{position}\n" + "".join(traceback.format_list(frames))
+
+    def _cut_off(self) -> str:
+        """Why there is no way to the host of rank 0; empty: there is one, or none is known.
+
+        The address is that of the store at which the ranks met.
+        """
+        host, port = os.environ.get("MASTER_ADDR"), os.environ.get("MASTER_PORT")
+        if self.peers[0][0] == socket.gethostname() or host is None or port is None:
+            return ""
+        try:
+            socket.create_connection((host, int(port)), PROBE_S).close()
+        except ConnectionError:
+            return ""  # the host answers that nobody is there
+        except OSError as error:
+            return f"{host}:{port}: {error.strerror or error}"
+        return ""
 
     def _heard(self) -> dict[int, str]:
         return {
@@ -119,15 +147,23 @@ class Watchdog:
             for path in self.directory.glob("rank-*")
         }
 
-    def _report(self) -> str:
-        """Log the stack of every rank and return the reason for the stall in one sentence."""
-        heard, suspects = self._heard(), []
+    def _positions(self, heard: dict[int, str]) -> Iterator[tuple[str, str]]:
+        """(name, position) of each rank."""
+        silent = "does not answer: dead, frozen, stuck outside of Python, or on a host that is cut off"
         for rank, (host, pid) in enumerate(self.peers):
-            text = heard.get(rank, "does not answer: dead, frozen, or stuck outside of Python\n")
-            log.error("rank %d (host %s, process %d): %s", rank, host, pid, text.rstrip())
+            yield f"rank {rank} (host {host}, process {pid})", heard.get(rank, silent)
+
+    def _log_stacks(self, heard: dict[int, str]) -> None:
+        for name, text in self._positions(heard):
+            log.error("%s: %s", name, text.rstrip())
+
+    def _reason(self, heard: dict[int, str]) -> str:
+        """The reason for the stall in one sentence."""
+        suspects = []
+        for name, text in self._positions(heard):
             first = text.splitlines()[0]
-            if "waits for other ranks" not in first:
-                suspects.append(f"rank {rank} (host {host}, process {pid}), {first}")
+            if WAITS not in first or CUT in first:
+                suspects.append(f"{name}, {first}")
         if not suspects:
             suspects = ["all ranks wait for each other; the stacks are in the log"]
         return f"no progress for trainer.timeout={self.timeout:g} s. Held up by {'; '.join(suspects)}"

@@ -123,16 +123,16 @@ def resume_fingerprint(
     return {
         "config": redact(config),
         "schedule": effect,
-        "balancing": _counted_together(config),
+        "balancing": counted_together(config, dist.get_world_size()),
         "fingerprint": data.fingerprint(),
         "base": None if base is None else asdict(base),
     }
 
 
-def _counted_together(config: dict[str, Any]) -> dict[str, Any]:
+def counted_together(config: dict[str, Any], ranks: int) -> dict[str, Any]:
     """Return what a loss with a scope of SCOPES_OF_A_PASS depends on besides the configuration.
     Empty: there is no such loss, or one pass is the whole step."""
-    trainer, ranks = config["trainer"], dist.get_world_size()
+    trainer = config["trainer"]
     sequences = trainer["micro_batch_size"]
     if config["balancing"].get("scope") not in SCOPES_OF_A_PASS or not config["loss"]["router_aux_loss_coef"]:
         return {}
@@ -226,7 +226,7 @@ def changes_the_result(key: str, config: dict[str, Any]) -> bool:
 
     The micro-batch size affects the weights only if the load-balancing loss has a weight and is computed per
     micro-batch. Where it is computed over the micro-batches of all ranks, their size and number are compared
-    by `_counted_together`. The keys of the schedule count as no change, because the schedule itself is
+    by `counted_together`. The keys of the schedule count as no change, because the schedule itself is
     compared.
     """
     if (

@@ -12,6 +12,7 @@ from olmoe_train.checkpoint.directory import (
     CheckpointError,
     complete_checkpoints,
     incomplete_checkpoints,
+    read_manifest,
     set_aside,
     verify,
 )
@@ -53,8 +54,33 @@ def resume(
             quarantine(run.path, checkpoint, error)
             continue
         log.info("resumed from %s", checkpoint)
+        if change := change_of_ranks(checkpoint, saved["config"], fingerprint["config"]):
+            log.info("%s", change)
         return saved
     return branch(cfg, run, engine, fingerprint) if cfg.branch_from is not None else None
+
+
+def change_of_ranks(checkpoint: Path, before: dict[str, Any], now: dict[str, Any]) -> str:
+    """Say that other ranks train on than those that saved the checkpoint; empty if their number is the same.
+
+    Args:
+        checkpoint: What was loaded.
+        before: The configuration of the run that saved it.
+        now: The configuration of this run.
+    """
+    ranks = dist.get_world_size()
+    was = read_manifest(checkpoint).get("world_size", ranks)
+    if was == ranks:
+        return ""
+    size = now["trainer"]["global_batch_size"]
+    passes = [
+        size / (count * config["trainer"]["micro_batch_size"])
+        for count, config in ((was, before), (ranks, now))
+    ]
+    return (
+        f"the number of ranks has changed from {was} to {ranks}, and the micro-batches of each rank in a "
+        f"step of {size} sequences from {passes[0]:g} to {passes[1]:g}; batches and their order are the same"
+    )
 
 
 def branch(cfg: CheckpointConfig, run: Run, engine: Engine, fingerprint: dict[str, Any]) -> dict[str, Any]:

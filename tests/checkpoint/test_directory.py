@@ -180,7 +180,7 @@ def save_with_a_full_disk_on_rank_1(run_dir: Path) -> str:
             raise OSError(28, "No space left on device")
 
         training.entry_of = full
-    with pytest.raises(RuntimeError, match=r"rank 1: OSError: .*No space left on device"):
+    with pytest.raises(RuntimeError, match=r"rank 1 \(host .+\): OSError: .*No space left on device"):
         save_checkpoint(run_dir, 7, model, optimizer, {})
     return "raised"
 

@@ -92,7 +92,7 @@ def test_the_last_line_names_a_killed_rank(tmp_path: Path) -> None:
     result = run(*command, "bash", "-c", "kill -KILL $BASHPID", cwd=tmp_path)
     assert result.returncode == 128 + signal.SIGKILL
     last = result.stderr.splitlines()[-1]
-    assert re.match(r"error: the process with local rank 0 \(process \d+\) was killed by SIGKILL; see ", last)
+    assert re.match(r"error: rank 0 \(host .+, process \d+\) was killed by SIGKILL; see ", last)
 
 
 def test_a_missing_source_is_the_users_to_mend(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from socket import gethostname
 
 import pytest
 import torch
@@ -86,7 +87,7 @@ def test_signals_save_on_all_ranks_and_a_killed_rank_is_named(data_dir: Path, tm
         _, errors = process.communicate(timeout=60)
         assert process.returncode == 1
     last = errors.splitlines()[-1]
-    assert last.startswith(f"error: the process with local rank 1 (process {victim}) was killed by SIGKILL;")
+    assert last.startswith(f"error: rank 1 (host {gethostname()}, process {victim}) was killed by SIGKILL;")
     assert "ChildFailedError" not in errors  # the traceback of rank 0, which lost rank 1, is there
 
 

@@ -1,8 +1,9 @@
-"""For torchrun: `held.py DATA RUN_DIR` trains the tiny model.
+"""For torchrun: `held.py DATA RUN_DIR [CHANGES]` trains the tiny model. CHANGES: of `config`, as JSON.
 
 Rank 0 waits before step N while RUN_DIR/hold-N exists.
 """
 
+import json
 import sys
 import time
 from functools import partial
@@ -22,4 +23,5 @@ def wait(run_dir: Path, step: int) -> None:
 if __name__ == "__main__":
     torch.set_num_threads(1)
     data, run_dir = Path(sys.argv[1]), Path(sys.argv[2])
-    sys.exit(run(config(data, run_dir), partial(BeforeStep, partial(wait, run_dir))))
+    changes = json.loads(sys.argv[3]) if len(sys.argv) > 3 else {}
+    sys.exit(run(config(data, run_dir, **changes), partial(BeforeStep, partial(wait, run_dir))))

@@ -101,7 +101,8 @@ class BeforeStep(Callback):
         self.act(state.step + 1)
 
     def on_step(self, state: TrainState, report: StepReport) -> None:
-        self.act(state.step + 1)
+        if not report.is_last:
+            self.act(state.step + 1)
 
 
 def at_step(rank: int, step: int, act: Callable[[], None]) -> Callback:

@@ -38,9 +38,15 @@ class Host:
         holder = subprocess.Popen(["unshare", *NAMESPACES, "bash", "-c", BOOT, "bash", name, str(names)])
         stack.callback(holder.wait)
         stack.callback(holder.kill)
+        self.holder = holder
         self.pid = wait_for_child(holder.pid)
         while self.run("hostname").stdout.strip() != name or "lo:" not in self.run("ip", "-o", "link").stdout:
             time.sleep(0.02)
+
+    def kill(self) -> None:
+        """End all processes of the host."""
+        self.holder.kill()
+        self.holder.wait()
 
     def command(self, *command: str | Path) -> list[str]:
         return ["nsenter", "--target", str(self.pid), "--all", "--", *map(str, command)]
@@ -49,19 +55,57 @@ class Host:
         return subprocess.run(self.command(*command), capture_output=True, text=True, timeout=180)
 
 
-@contextmanager
-def two_hosts(scratch: Path) -> Iterator[tuple[Host, Host]]:
-    """hostA and hostB, with a cable between them. scratch: for their /etc/hosts."""
-    names = scratch / "hosts"
-    names.write_text("127.0.0.1 localhost\n10.77.0.1 hostA\n10.77.0.2 hostB\n")
-    with ExitStack() as stack:
-        a, b = Host("hostA", names, stack), Host("hostB", names, stack)
-        cable = f"ip link add eth0 netns {a.pid} type veth peer name eth0 netns {b.pid}"
+class Network:
+    """Hosts on one switch, which outlives them. A cable can be pulled, and a host replaced."""
+
+    def __init__(self, scratch: Path, stack: ExitStack, **addresses: str) -> None:
+        """
+        Args:
+            scratch: For the /etc/hosts of the hosts.
+            stack: Ends the hosts.
+            addresses: By the name of the host.
+        """
+        self.addresses, self.stack, self.names = addresses, stack, scratch / "hosts"
+        lines = ["127.0.0.1 localhost", *(f"{address} {name}" for name, address in addresses.items())]
+        self.names.write_text("".join(f"{line}\n" for line in lines))
+        self.switch = Host("switch", self.names, stack)
+        must(self.switch, "ip", "link", "add", "bridge", "type", "bridge")
+        must(self.switch, "ip", "link", "set", "bridge", "up")
+        self.hosts: dict[str, Host] = {}
+        for name in addresses:
+            self.start(name)
+
+    def start(self, name: str) -> Host:
+        """A host with this name, connected; in the place of one that was killed, if there was one."""
+        self.switch.run("ip", "link", "delete", name)
+        host = self.hosts[name] = Host(name, self.names, self.stack)
+        cable = f"ip link add {name} netns {self.switch.pid} type veth peer name eth0 netns {host.pid}"
         subprocess.run(cable.split(), check=True)
-        for host, address in ((a, "10.77.0.1"), (b, "10.77.0.2")):
-            subprocess.run(host.command("ip", "address", "add", f"{address}/24", "dev", "eth0"), check=True)
-            subprocess.run(host.command("ip", "link", "set", "eth0", "up"), check=True)
-        yield a, b
+        must(self.switch, "ip", "link", "set", name, "master", "bridge")
+        must(host, "ip", "address", "add", f"{self.addresses[name]}/24", "dev", "eth0")
+        must(host, "ip", "link", "set", "eth0", "up")
+        self.plug_in(name)
+        return host
+
+    def pull_out(self, name: str) -> None:
+        must(self.switch, "ip", "link", "set", name, "down")
+
+    def plug_in(self, name: str) -> None:
+        must(self.switch, "ip", "link", "set", name, "up")
+
+
+@contextmanager
+def network(scratch: Path) -> Iterator[Network]:
+    """hostA and hostB on one switch. scratch: for their /etc/hosts."""
+    with ExitStack() as stack:
+        yield Network(scratch, stack, hostA="10.77.0.1", hostB="10.77.0.2")
+
+
+def must(host: Host, *command: str | Path) -> str:
+    """Run a command on the host, which must succeed; returns what it prints."""
+    result = host.run(*command)
+    assert result.returncode == 0, result.stdout + result.stderr
+    return result.stdout
 
 
 def children(pid: int) -> list[int]:

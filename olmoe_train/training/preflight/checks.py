@@ -11,6 +11,7 @@ from olmoe_train.training.preflight.backend import backend_errors, machine_error
 from olmoe_train.training.preflight.balancing import balancing_errors, balancing_without_effect
 from olmoe_train.training.preflight.batch_sizes import batch_size_errors, batch_size_warnings
 from olmoe_train.training.preflight.branch import branch_errors, branch_warnings
+from olmoe_train.training.preflight.elastic import elastic_errors
 from olmoe_train.training.preflight.evaluation import sampling_errors, set_errors
 from olmoe_train.training.preflight.model_and_data import data_errors, model_errors
 from olmoe_train.training.preflight.parallel import deepspeed_file_errors, parallel_errors
@@ -42,9 +43,11 @@ def validate(cfg: TrainConfig, world_size: int) -> list[str]:
         Warnings: keys that are set and have no effect in this run, and a launcher that cannot restart nodes.
 
     Raises:
-        UserError: lists everything that is wrong, each with key, value and fix.
+        UserError: lists everything that is wrong, each with key, value and fix; also for other
+            numbers of ranks that the launcher may start.
     """
     errors, manifests = run_errors(cfg, world_size, on_this_machine=True)
+    errors += elastic_errors(cfg, world_size)
     if errors:
         raise configuration_error(errors)
     return [*run_warnings(cfg, world_size, manifests), *launcher_warnings()]
