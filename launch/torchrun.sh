@@ -4,7 +4,7 @@
 #   NNODES=4 RDZV_ENDPOINT=node-0:29400 RDZV_ID=olmoe-1 ./launch/torchrun.sh experiment=...
 # Variables:
 #   NPROC_PER_NODE  processes a node            (default: its GPUs, or 1)
-#   NNODES          nodes                       (default: 1)
+#   NNODES          nodes; 2:4 is elastic       (default: 1)
 #   RDZV_ENDPOINT   host:port of any one node   (needed with NNODES > 1)
 #   RDZV_ID         a name that only this job has  (default: olmoe)
 # Exit codes are the training's own: 2 bad configuration, 75 stopped by a signal after saving (start again to continue).

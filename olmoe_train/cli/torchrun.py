@@ -57,6 +57,8 @@ def main(arguments: list[str]) -> int:
     options = parse_args(arguments)
     if ranks := _elastic_ranks(options):
         os.environ[ELASTIC_RANKS] = ",".join(map(str, ranks))
+        if not options.max_restarts:
+            _say(f"warning: --nnodes={options.nnodes}, --max-restarts=0: the first lost node ends the run")
     for restarts_left in range(options.max_restarts, -1, -1):
         try:
             torchrun(arguments)

@@ -1,6 +1,7 @@
 """launch/slurm.sbatch and `olmoe launch slurm` on a SLURM with two nodes."""
 
 import json
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -48,8 +49,8 @@ def launch(slurm: Slurm, run_dir: Path, *words: str) -> str:
     return slurm.run(*command, *words, cwd=run_dir.parent, **environment()).removeprefix("submitted job ")
 
 
-def test_a_job_that_is_told_to_stop_is_requeued_and_finishes(slurm: Slurm, tmp_path: Path) -> None:
-    data, run_dir = write_data(tmp_path / "data"), tmp_path / "run"
+def test_a_job_outlives_a_stop_and_the_loss_of_a_node(slurm: Slurm, tmp_path: Path) -> None:
+    data, run_dir, twin = write_data(tmp_path / "data"), tmp_path / "run", tmp_path / "twin"
     job = launch(slurm, run_dir, "nodes=2", "gpus_per_node=0", *overrides(run_dir, data))
     wait_until(lambda: (run_dir / "metrics.jsonl").exists(), 90, "the first step")
     slurm.run(
@@ -58,14 +59,25 @@ def test_a_job_that_is_told_to_stop_is_requeued_and_finishes(slurm: Slurm, tmp_p
     slurm.wait_for(job, 60, "PENDING")
     stopped = status(run_dir)
     assert (stopped["state"], stopped["reason"]) == ("stopped", "signal")
+
+    wait_until(lambda: len(metrics(run_dir)) > stopped["step"], 120, "a step of the second start")
+    slurm.lose("node-1")
+    slurm.wait_for(job, 120, "PENDING")
+    slurm.start("node-1")
     ended = slurm.wait_for(job, 180, "COMPLETED", "FAILED", "CANCELLED")
-    log = Path(f"{run_dir}-{job}.log")
-    assert (ended["JobState"], ended["Restarts"]) == ("COMPLETED", "1"), log.read_text()
+    log = Path(f"{run_dir}-{job}.log").read_text()
+    assert (ended["JobState"], ended["Restarts"]) == ("COMPLETED", "2"), log
+    assert "srun: error: Node failure on node-1" in log
     assert status(run_dir)["state"] == "done"
+    resumed = f"resumed from {run_dir}/checkpoints/step-{stopped['step']:08d}"
+    assert (run_dir / "log.txt").read_text().count(resumed) == 2
+    # Equal to one host and one rank.
+    alone = [sys.executable, "-m", "olmoe_train", "train", *overrides(twin, data)]
+    subprocess.run(alone, env=environment(), check=True, capture_output=True, timeout=180)
     assert [record["step"] for record in metrics(run_dir)] == list(range(1, STEPS + 1))
-    assert (
-        f"resumed from {run_dir}/checkpoints/step-{stopped['step']:08d}" in (run_dir / "log.txt").read_text()
-    )
+    for name in ("train/loss", "train/grad_norm"):
+        ours, of_twin = ([record[name] for record in metrics(one)] for one in (run_dir, twin))
+        assert ours == pytest.approx(of_twin, rel=1e-4), name
 
 
 def test_a_node_that_dies_before_the_rendezvous_ends_the_job(slurm: Slurm, tmp_path: Path) -> None:

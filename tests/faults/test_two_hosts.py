@@ -1,6 +1,7 @@
 """Two hosts: a rank or a launcher dies while the other host does not notice, and the run goes on."""
 
 import os
+import re
 import signal
 from pathlib import Path
 
@@ -8,8 +9,10 @@ import pytest
 
 from olmoe_train.checkpoint.directory import checkpoint_path
 from tests.support.faults import assert_same_end, saved_steps, status
-from tests.support.hosts import network, reason_to_skip, wait_until
+from tests.support.hosts import must, network, reason_to_skip, wait_until
 from tests.support.launcher import Launcher
+from tests.support.runs import TINY
+from tests.support.sizes import overrides
 
 pytestmark = [
     pytest.mark.slow,
@@ -46,3 +49,23 @@ def test_a_rank_and_then_each_launcher_die(data: Path, twin: Path, tmp_path: Pat
         assert f"resumed from {checkpoint_path(run_dir, step)}" in log
     assert_same_end(run_dir, twin)
     assert status(run_dir)["state"] == "done"
+
+
+def test_doctor_names_a_slow_link_and_a_full_disk(data: Path, tmp_path: Path) -> None:
+    run_dir, doctor = tmp_path / "run", ("-m", "olmoe_train.cli.doctor")
+    run_dir.mkdir()
+    keys = {"model.vocab_size": 64, "data.dir": data, "run_dir": run_dir, "bandwidth_seconds": 1}
+    logs = {"hostA": tmp_path / "a.log", "hostB": tmp_path / "b.log"}
+    with network(tmp_path) as cluster:
+        slow = "tc qdisc add dev eth0 root tbf rate 10mbit burst 16kb latency 50ms"
+        must(cluster.hosts["hostB"], *slow.split())
+        must(cluster.hosts["hostB"], "mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", run_dir)
+        both = [
+            Launcher(host, logs[name], *overrides(TINY | keys), program=doctor)
+            for name, host in cluster.hosts.items()
+        ]
+        assert [launcher.process.wait(timeout=180) for launcher in both] == [2, 2]
+    text = logs["hostA"].read_text()
+    assert re.search(r"warning  links +slow: .*hostB to hostA: [\d.]+ MB/s;", text), text
+    assert re.search(rf"failed +disk_space +host hostB, rank 1: run_dir={run_dir}: 64.0 KiB free", text), text
+    assert re.search(r"failed +shared_files +host hostB, rank 1: .+another directory than on rank 0", text)

@@ -1,4 +1,4 @@
-"""`olmoe_train.cli.torchrun` on a host of `hosts.py`, with one worker that runs faults/held.py."""
+"""`olmoe_train.cli.torchrun` on a host of `hosts.py`, with one worker."""
 
 import os
 import signal
@@ -9,28 +9,35 @@ from pathlib import Path
 from tests.support.hosts import Host, wait_for_child, wait_until
 
 REPO = Path(__file__).parents[2]
+HELD = (str(REPO / "tests/faults/held.py"),)
 # Seconds between two signs of life. A host that gives none three times is taken for dead.
 KEEP_ALIVE = "keep_alive_interval=1"
 
 
 class Launcher:
     def __init__(
-        self, host: Host, log: Path, *arguments: str | Path, nodes: str = "2", rendezvous: str = KEEP_ALIVE
+        self,
+        host: Host,
+        log: Path,
+        *arguments: str | Path,
+        nodes: str = "2",
+        rendezvous: str = KEEP_ALIVE,
+        program: tuple[str, ...] = HELD,
     ) -> None:
         """
         Args:
             host: Where it runs.
             log: What launcher and worker print; appended to.
-            arguments: Of faults/held.py.
+            arguments: Of the program.
             nodes: torchrun's --nnodes.
             rendezvous: torchrun's --rdzv-conf.
+            program: As torchrun takes it.
         """
         options = [
             *(f"--nnodes={nodes}", "--nproc-per-node=1", "--max-restarts=3", f"--rdzv-conf={rendezvous}"),
             *("--rdzv-backend=c10d", "--rdzv-endpoint=hostA:29400", "--rdzv-id=test"),
         ]
-        program = str(REPO / "tests/faults/held.py")
-        command = [sys.executable, "-m", "olmoe_train.cli.torchrun", *options, program]
+        command = [sys.executable, "-m", "olmoe_train.cli.torchrun", *options, *program]
         # LOGLEVEL: torchrun then says when it has seen another host.
         changes = {"PYTHONPATH": str(REPO), "OMP_NUM_THREADS": "1", "LOGLEVEL": "INFO"}
         self.process = subprocess.Popen(

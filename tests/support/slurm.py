@@ -27,6 +27,7 @@ SwitchType=switch/none
 MpiDefault=none
 ReturnToService=2
 KillWait=5
+SlurmdTimeout=10
 StateSaveLocation={directory}/state
 SlurmdSpoolDir={directory}/spool-%n
 SlurmctldPidFile={directory}/slurmctld.pid
@@ -48,9 +49,20 @@ mkdir -p /run/munge
 mount -t tmpfs tmpfs /run/munge
 chown munge:munge /run/munge
 runuser -u munge -- munged
-slurmctld -c
-slurmd -N node-0
-slurmd -N node-1"""
+slurmctld -c"""
+# The processes of node $1: its daemon; of each step the tasks, by their environment, and their parent.
+PROCESSES = """
+for process in /proc/[0-9]*; do
+    pid=${process#/proc/}
+    case $(tr '\\0' ' ' < $process/cmdline) in
+        "slurmd -N $1 "*) echo "$pid"; continue ;;
+    esac 2>/dev/null
+    if tr '\\0' '\\n' < $process/environ | grep -qx "SLURMD_NODENAME=$1"; then
+        echo "$pid"
+        parent=$(cut -d ' ' -f 4 < $process/stat)
+        case $(cat /proc/$parent/comm) in slurmstepd) echo "$parent" ;; esac
+    fi
+done 2>/dev/null"""
 
 
 class Slurm:
@@ -65,6 +77,20 @@ class Slurm:
         result = self.host.run(*words)
         assert result.returncode == 0, result.stdout + result.stderr
         return result.stdout.strip()
+
+    def start(self, node: str) -> None:
+        """Start the daemon of a node, in place of a lost one."""
+        for pid in self._processes(node):
+            self.host.run("kill", "-KILL", pid)
+        self.run("slurmd", "-N", node)
+
+    def lose(self, node: str) -> None:
+        """Stop all processes of a node, as if its network were cut: the daemon, and those of jobs."""
+        self.host.run("kill", "-STOP", *self._processes(node))
+
+    def _processes(self, node: str) -> list[str]:
+        """Process IDs, as the machine numbers them."""
+        return self.host.run("bash", "-c", PROCESSES, "bash", node).stdout.split()
 
     def job(self, number: str) -> dict[str, str]:
         """What `scontrol show job` prints, by name."""
@@ -89,6 +115,8 @@ def slurm_cluster(directory: Path) -> Iterator[Slurm]:
     with ExitStack() as stack:
         slurm = Slurm(Host("slurm", names, stack), configuration)
         slurm.run("bash", "-c", START)
+        for node in ("node-0", "node-1"):
+            slurm.start(node)
         until = time.monotonic() + 30
         while slurm.run("sinfo", "-h", "-t", "idle", "-o", "%D") != "2":
             assert time.monotonic() < until, slurm.run("sinfo")

@@ -8,6 +8,7 @@ from olmoe_train.distributed.collectives import gather_from_all
 from olmoe_train.distributed.rendezvous import place_of, time_limit
 from olmoe_train.training.preflight.machine.bandwidth import bandwidth
 from olmoe_train.training.preflight.machine.gpus import cuda, gpu_links, gpu_memory
+from olmoe_train.training.preflight.machine.links import links
 from olmoe_train.training.preflight.machine.network import hub, ports, wandb
 from olmoe_train.training.preflight.machine.resources import (
     disk_space,
@@ -43,7 +44,7 @@ ON_HOSTS: tuple[Check, ...] = (
 )
 """Checks of a host, made by its first rank."""
 ON_RANKS: tuple[Check, ...] = (gpu_memory,)
-TOGETHER: tuple[Check, ...] = (same_versions, data, clocks, shared_files, bandwidth)
+TOGETHER: tuple[Check, ...] = (same_versions, data, clocks, shared_files, links, bandwidth)
 """Checks that all ranks make together."""
 LIMIT_S = 120.0
 """Longest time for one of the checks that ranks make together, beyond that of measuring."""
