@@ -17,4 +17,4 @@ class DoctorConfig(TrainConfig):
     """JSON file to write, with all results; null: none."""
     bandwidth_seconds: float = 15.0
     """Longest time for measuring the bandwidths of all-reduce, all-gather and all-to-all, in seconds; 0: they
-    are not measured."""
+    are not measured, and the links between hosts are not either."""

@@ -54,18 +54,19 @@ def test_a_rank_and_then_each_launcher_die(data: Path, twin: Path, tmp_path: Pat
 def test_doctor_names_a_slow_link_and_a_full_disk(data: Path, tmp_path: Path) -> None:
     run_dir, doctor = tmp_path / "run", ("-m", "olmoe_train.cli.doctor")
     run_dir.mkdir()
-    keys = {"model.vocab_size": 64, "data.dir": data, "run_dir": run_dir, "bandwidth_seconds": 1}
+    keys = {"model.vocab_size": 64, "data.dir": data, "run_dir": run_dir, "bandwidth_seconds": 0.1}
     logs = {"hostA": tmp_path / "a.log", "hostB": tmp_path / "b.log"}
     with network(tmp_path) as cluster:
         slow = "tc qdisc add dev eth0 root tbf rate 10mbit burst 16kb latency 50ms"
         must(cluster.hosts["hostB"], *slow.split())
         must(cluster.hosts["hostB"], "mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", run_dir)
+        words = overrides(TINY | keys)
         both = [
-            Launcher(host, logs[name], *overrides(TINY | keys), program=doctor)
+            Launcher(host, logs[name], *words, restarts=0, program=doctor)
             for name, host in cluster.hosts.items()
         ]
         assert [launcher.process.wait(timeout=180) for launcher in both] == [2, 2]
     text = logs["hostA"].read_text()
-    assert re.search(r"warning  links +slow: .*hostB to hostA: [\d.]+ MB/s;", text), text
+    assert re.search(r"warning +links +host hostA, rank 0: slow: hostB to hostA: [\d.]+ MB/s;", text), text
     assert re.search(rf"failed +disk_space +host hostB, rank 1: run_dir={run_dir}: 64.0 KiB free", text), text
     assert re.search(r"failed +shared_files +host hostB, rank 1: .+another directory than on rank 0", text)

@@ -22,6 +22,7 @@ class Launcher:
         *arguments: str | Path,
         nodes: str = "2",
         rendezvous: str = KEEP_ALIVE,
+        restarts: int = 3,
         program: tuple[str, ...] = HELD,
     ) -> None:
         """
@@ -31,10 +32,12 @@ class Launcher:
             arguments: Of the program.
             nodes: torchrun's --nnodes.
             rendezvous: torchrun's --rdzv-conf.
+            restarts: torchrun's --max-restarts.
             program: As torchrun takes it.
         """
         options = [
-            *(f"--nnodes={nodes}", "--nproc-per-node=1", "--max-restarts=3", f"--rdzv-conf={rendezvous}"),
+            *(f"--nnodes={nodes}", "--nproc-per-node=1", f"--max-restarts={restarts}"),
+            f"--rdzv-conf={rendezvous}",
             *("--rdzv-backend=c10d", "--rdzv-endpoint=hostA:29400", "--rdzv-id=test"),
         ]
         command = [sys.executable, "-m", "olmoe_train.cli.torchrun", *options, *program]

@@ -24,8 +24,8 @@ def links(site: Site) -> list[Result]:
     """The rate from each host to the next one, the last one to the first. Collective; on rank 0."""
     places = gather_from_all(lambda: (site.local_rank, socket.gethostname()))
     firsts = [rank for rank, (local_rank, _) in enumerate(places) if local_rank == 0]
-    if len(firsts) == 1:
-        return [] if site.rank else [Result("links", State.skipped, "one host")]
+    if reason := "one host" if len(firsts) == 1 else "" if site.bandwidth_seconds else "bandwidth_seconds=0":
+        return [] if site.rank else [Result("links", State.skipped, reason)]
     pairs = list(zip(firsts, [*firsts[1:], firsts[0]], strict=True))
     rates = {}
     for source, target in pairs:
