@@ -3,6 +3,7 @@
 import json
 import re
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -41,14 +42,14 @@ def test_a_run_goes_on_with_the_hosts_that_are_there(data: Path, tmp_path: Path)
     changes = CHANGES | {"trainer": {"max_steps": STEPS, "timeout": TIMEOUT_S}}
     arguments = (data, run_dir, json.dumps(changes))
     a_log, b_log, log = tmp_path / "a.log", tmp_path / "b.log", run_dir / "log.txt"
-    elastic = {"nodes": "1:2", "rendezvous": f"{KEEP_ALIVE},last_call_timeout=3"}
+    launch = partial(Launcher, nodes="1:2", rendezvous=f"{KEEP_ALIVE},last_call_timeout=3")
 
     def said(file: Path, text: str, seconds: float) -> None:
         wait_until(lambda: text in file.read_text(), seconds, f"{text!r} in {file.name}")
 
     with network(tmp_path) as cluster:
-        first = Launcher(cluster.hosts["hostA"], a_log, *arguments, **elastic)
-        Launcher(cluster.hosts["hostB"], b_log, *arguments, **elastic)
+        first = launch(cluster.hosts["hostA"], a_log, *arguments)
+        launch(cluster.hosts["hostB"], b_log, *arguments)
         wait_until(lambda: 2 in saved_steps(run_dir), 120, "step 2")
 
         cluster.pull_out("hostB")
@@ -67,7 +68,7 @@ def test_a_run_goes_on_with_the_hosts_that_are_there(data: Path, tmp_path: Path)
         cluster.hosts["hostB"].kill()
 
         host_b = cluster.start("hostB")
-        second = Launcher(host_b, b_log, *arguments, **elastic)
+        second = launch(host_b, b_log, *arguments)
         said(a_log, "Detected 1 new nodes", 90)
         time.sleep(1)  # until the worker has the signal to save
         holds.pop(0).unlink()

@@ -3,6 +3,7 @@
 import socket
 import statistics
 import time
+from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -29,8 +30,8 @@ def links(site: Site) -> list[Result]:
     pairs = list(zip(firsts, [*firsts[1:], firsts[0]], strict=True))
     rates = {}
     for source, target in pairs:
-        rate = _rate(site, source, target) if site.rank in (source, target) else 0.0
-        rates[source, target] = gather_from_all(lambda rate=rate: rate)[source]
+        measure = partial(_rate, site, source, target) if site.rank in (source, target) else float
+        rates[source, target] = gather_from_all(measure)[source]
     named = {f"{places[source][1]} to {places[target][1]}": rate for (source, target), rate in rates.items()}
     return [] if site.rank else [link_result(named)]
 
@@ -38,6 +39,7 @@ def links(site: Site) -> list[Result]:
 def _rate(site: Site, source: int, target: int) -> float:
     """Bytes per second that `source` sends, until `target` has answered; 0 on `target`."""
     size, flag = FIRST_BYTES, torch.zeros(1, device=site.device)
+    is_connected = False
     while True:
         message = torch.zeros(size // 4, device=site.device)  # fp32
         if site.rank == target:
@@ -52,12 +54,13 @@ def _rate(site: Site, source: int, target: int) -> float:
             dist.recv(flag, target)
             flag.item()  # on a GPU, waits for it
             took = time.perf_counter() - started
-            is_last = took > ENOUGH_S or size >= LARGEST_BYTES
+            is_last = is_connected and (took > ENOUGH_S or size >= LARGEST_BYTES)
             flag.fill_(float(is_last))
             dist.send(flag, target)
             if is_last:
                 return size / took
-        size *= 2
+        size *= 2 if is_connected else 1
+        is_connected = True  # by the first message, which is not timed
 
 
 def link_result(rates: dict[str, float]) -> Result:
@@ -66,7 +69,7 @@ def link_result(rates: dict[str, float]) -> Result:
     slow = {
         name: rate for name, rate in rates.items() if rate < SLOW_BYTES_PER_S or rate < SLOW_SHARE * median
     }
-    values = {f"{name}_bytes_per_second": rate for name, rate in rates.items()}
+    values = {f"{name.replace(' ', '_')}_bytes_per_second": rate for name, rate in rates.items()}
     if not slow:
         name = min(rates, key=rates.__getitem__)
         what = f"the slowest of {len(rates)} links is {name}: {rates[name] / 1e9:.3g} GB/s"
