@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -135,7 +136,7 @@ def test_each_alert_comes_once(told: tuple[Path, dict[str, Any]], pieces: list[O
         "router collapse: entropy",
         "failed after step 4",
     ]
-    assert alerts[2][1] == "rank 0: DiedError: of old age"
+    assert re.fullmatch(r"rank 0 \(host .+, process \d+\): DiedError: of old age", alerts[2][1])
     assert alerts[1][1].startswith("step 2: router/entropy is only ")
     records = read_records(run_dir / "metrics.jsonl")
     recorded = [(row["step"], one["name"]) for row in records for one in row.get("alerts", [])]
