@@ -7,7 +7,8 @@ from typing import Any
 
 HIDDEN = "[redacted]"
 _SECRET_NAME = re.compile(
-    r"(^|[_-])(api[_-]?key|access[_-]?key|token|secret|password|passwd|credentials?)$", re.IGNORECASE
+    r"(^|[_-])(api[_-]?key|access[_-]?key(?:[_-]?id)?|token|secret|password|passwd|credentials?)$",
+    re.IGNORECASE,
 )
 _SECRET_VALUE = re.compile(
     r"\b(?:hf_[A-Za-z0-9]{16,}"  # Hugging Face
@@ -15,7 +16,7 @@ _SECRET_VALUE = re.compile(
     r"|sk-[A-Za-z0-9_-]{20,}"
     r"|AKIA[A-Z0-9]{16}"
     r"|(?<=://)[^/\s:@]+:[^/\s@]+(?=@)"  # user:password of a URL
-    r"|(?<=[?&])(?:[\w-]*(?:token|key|secret|password|signature|sig))=[^&\s'\"]+)",
+    r"|(?<=[?&])(?:[\w-]*(?:token|key|secret|password|signature|sig|credential))=[^&\s'\"]+)",
     re.IGNORECASE,
 )
 # Shorter values of environment variables are ordinary words, which would be cut out of normal text.
