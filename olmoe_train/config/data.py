@@ -174,8 +174,9 @@ class DataStage:
 @dataclass(frozen=True)
 class DataConfig:
     dir: str = MISSING
-    """Directory of prepared tokens, which `olmoe prepare` writes. With data.mixture: the directory that the
-    sources' directories are relative to."""
+    """Directory of prepared tokens, which `olmoe prepare` writes, or the URL of such a directory in an object
+    store (s3://, gs://, hf:// or file://), whose shards are read block by block through cache_dir. With
+    data.mixture: the directory that the sources' directories are relative to."""
     format: DataFormat = DataFormat.prepared
     """prepared: data.dir contains the tokens. olmo: token files that dolma or OLMo wrote (data.source.paths:
     raw .npy files without a header) are used in place; `olmoe prepare` reads them once and writes an index of
@@ -207,6 +208,15 @@ class DataConfig:
     """Before training, compare the hash of every file in data.dir. This reads all files."""
     num_workers: int = 0
     """Loader worker processes per rank; 0: the training process loads the data."""
+    cache_dir: str = "~/.cache/olmoe-train"
+    """Directory of this machine for what is read of data in an object store. Runs may share it."""
+    cache_gb: float = 20.0
+    """Most GB (10^9 bytes) of shards in cache_dir, with up to 16 processes of this machine; the blocks that
+    were not used for the longest time are deleted. An order of samples that is random needs room for all
+    shards, or reads blocks again and again."""
+    cache_block_kib: int = 1024
+    """Part of a shard that one request reads from an object store, in KiB. If the shards do not fit into
+    cache_gb, a size nearer to that of a sample reads less."""
     source: SourceConfig = field(default_factory=SourceConfig)
 
 

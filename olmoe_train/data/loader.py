@@ -25,6 +25,7 @@ from olmoe_train.data.mixture import has_sources, mixture_components, read_manif
 from olmoe_train.data.packing import ALGORITHM
 from olmoe_train.data.preferences import COMPLETIONS, PAIRS, CollatePreferences, PreferenceSequences
 from olmoe_train.data.prompts import PROMPTS, CollatePrompts, PromptSequences
+from olmoe_train.data.remote import local_directory
 from olmoe_train.data.sample_order import ORDER, sample_for
 from olmoe_train.data.sequences import Sequences, mask_repetition
 from olmoe_train.data.stages import StagedSchedule, data_stages
@@ -281,7 +282,7 @@ class EvalSequences(Dataset[Sample]):
     FILLER = -1
 
     def __init__(self, data: DataConfig, form: SampleForm = SEQUENCE_OR_PAIR, first_document: int = 0):
-        split = open_split(data.dir, "validation")
+        split = open_split(local_directory(data, data.dir), "validation")
         self.sequences = _open(split, data, True, form, first_document)
 
     def __len__(self) -> int:

@@ -268,7 +268,7 @@ def _check_inside(relative: str) -> None:
         raise ValueError(f"shard path {relative!r} leaves the prepared directory")
 
 
-def damaged(path: Path, problem: str, directory: Path) -> UserError:
+def damaged(path: Path | str, problem: str, directory: Path) -> UserError:
     """The error for a file of prepared data that is not what the manifest says."""
     return UserError(
         f"{path}: {problem}.\n  The prepared data is damaged: restore the file, "

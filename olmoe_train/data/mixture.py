@@ -17,6 +17,7 @@ from pathlib import Path
 from olmoe_train.config.choices import DataFormat
 from olmoe_train.config.data import DataConfig, DataStage, MixtureSource
 from olmoe_train.data.manifest import Manifest, read_manifest
+from olmoe_train.data.remote import last_name, local_directory, resolve
 from olmoe_train.data.tokens import verify_hashes
 from olmoe_train.utils.errors import UserError
 
@@ -101,7 +102,7 @@ def mixture_components(data: DataConfig) -> list[MixtureComponent]:
         return list(found.values())
     if data.mixture:
         return mixture_of(data, data.mixture)
-    return [MixtureComponent(VALIDATION, Path(data.dir).expanduser(), 1.0, None)]
+    return [MixtureComponent(VALIDATION, local_directory(data, data.dir), 1.0, None)]
 
 
 def stage_components(data: DataConfig, stage: DataStage) -> list[MixtureComponent]:
@@ -111,12 +112,12 @@ def stage_components(data: DataConfig, stage: DataStage) -> list[MixtureComponen
 
 def mixture_of(data: DataConfig, mixture: list[MixtureSource]) -> list[MixtureComponent]:
     """List the sources of one mixture."""
-    root, found = Path(data.dir).expanduser(), []
+    found = []
     for source in mixture:
-        directory = root / Path(source.dir).expanduser()
+        path = resolve(data.dir, source.dir)
         weight = source.weight if source.weight is not None else source.tokens
-        name = source.name or directory.name or directory.resolve().name
-        found.append(MixtureComponent(name, directory, float(weight or 0), source.tokens))
+        name = source.name or last_name(path)
+        found.append(MixtureComponent(name, local_directory(data, path), float(weight or 0), source.tokens))
     return found
 
 

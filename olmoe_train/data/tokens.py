@@ -1,4 +1,4 @@
-"""Prepared tokens on disk: reading a split through memory maps.
+"""Prepared tokens: reading a split through memory maps, or of an object store through blocks.
 
 docs/reference/data-format.md describes the format.
 
@@ -26,6 +26,10 @@ from olmoe_train.data.manifest import (
     read_manifest,
     shard_files,
 )
+from olmoe_train.data.remote import RemoteArray, RemoteFiles, count_up_to, remote_files
+from olmoe_train.utils.errors import UserError
+from olmoe_train.utils.object_store import join
+from olmoe_train.utils.redaction import redact_text
 
 
 class TokenSplit:
@@ -41,6 +45,15 @@ class TokenSplit:
         self.name = name
         self.shards: tuple[Shard, ...] = getattr(manifest, name).shards
         self.dtype = DTYPES[manifest.dtype]
+        self.remote = remote_files(directory)
+        """Where the files are, if they are in an object store."""
+        if self.remote is not None and manifest.tokens_in_place:
+            raise UserError(
+                f"{redact_text(self.remote.url)}: data.format=olmo names token files by their paths on one "
+                "machine, so it cannot be read from a store"
+            )
+        self._remote_sizes = self.remote.sizes(name) if self.remote is not None and self.shards else {}
+        self._hashes = {path: sha256 for shard in self.shards for path, sha256 in shard_files(shard)}
         for shard in self.shards:
             self._check_size(shard.path, shard.tokens * self.dtype.itemsize)
             self._check_size(shard.ends_path, shard.documents * ENDS_DTYPE.itemsize)
@@ -53,14 +66,25 @@ class TokenSplit:
         self.has_mask = any(shard.mask_path is not None for shard in self.shards)
         self._starts = np.cumsum([0, *(shard.tokens for shard in self.shards)])
         self._first_documents = np.cumsum([0, *(shard.documents for shard in self.shards)])
-        self._maps: dict[str, np.ndarray] = {}
+        self._maps: dict[str, np.ndarray | RemoteArray] = {}
 
     def _check_size(self, relative: str, expected: int) -> None:
-        path = self.directory / relative
-        if not path.is_file():
+        path = self.path_of(relative)
+        size = self._size_of(relative)
+        if size is None:
             raise damaged(path, "missing", self.directory)
-        if (size := path.stat().st_size) != expected:
+        if size != expected:
             raise damaged(path, f"{size:,} bytes, but {MANIFEST} says {expected:,}", self.directory)
+
+    def _size_of(self, relative: str) -> int | None:
+        if self.remote is not None:
+            return self._remote_sizes.get(relative)
+        path = self.directory / relative
+        return path.stat().st_size if path.is_file() else None
+
+    def path_of(self, relative: str) -> Path | str:
+        """The path or URL of a file, for messages."""
+        return self.directory / relative if self.remote is None else join(self.remote.url, relative)
 
     def __len__(self) -> int:
         return int(self._starts[-1])
@@ -100,7 +124,7 @@ class TokenSplit:
         """Return the number of the document that the token at `position` belongs to."""
         ((shard, _, first, _),) = self._parts(position, position + 1)
         ends = self._map(self.shards[shard].ends_path, ENDS_DTYPE)
-        within = np.searchsorted(ends, np.array(first, ENDS_DTYPE), side="right")
+        (within,) = count_up_to(ends, np.array([first], ENDS_DTYPE))
         return int(self._first_documents[shard]) + int(within)
 
     def packed_origin(self, document: int) -> tuple[Shard, int, int | None]:
@@ -126,8 +150,7 @@ class TokenSplit:
         found = []
         for shard, at, first, last in self._parts(start, stop):
             ends = self._map(self.shards[shard].ends_path, ENDS_DTYPE)
-            # Bounds of the index's dtype: with any other, searchsorted would convert the whole index.
-            low, high = np.searchsorted(ends, np.array([first, last], ENDS_DTYPE), side="right")
+            low, high = count_up_to(ends, np.array([first, last], ENDS_DTYPE))
             found.append(ends[low:high].astype(np.int64) + (start + at - first))
         starts = np.concatenate([np.empty(0, np.int64), *found])
         return starts[starts < stop]
@@ -166,10 +189,19 @@ class TokenSplit:
                 yield shard, at - start, at - base, end - base
             at, shard = end, shard + 1
 
-    def _map(self, relative: str, dtype: np.dtype[Any]) -> np.ndarray:
+    def _map(self, relative: str, dtype: np.dtype[Any]) -> np.ndarray | RemoteArray:
         if relative not in self._maps:
-            self._maps[relative] = np.memmap(self.directory / relative, dtype, mode="r")
+            self._maps[relative] = (
+                np.memmap(self.directory / relative, dtype, mode="r")
+                if self.remote is None
+                else self.remote_array(self.remote, relative, dtype)
+            )
         return self._maps[relative]
+
+    def remote_array(self, remote: RemoteFiles, relative: str, dtype: np.dtype[Any]) -> RemoteArray:
+        """A file of the split in an object store."""
+        length = self._remote_sizes[relative] // dtype.itemsize
+        return RemoteArray(remote, relative, self._hashes[relative], dtype, length)
 
     def _check_ids(self, part: np.ndarray, shard: int, offset: int) -> None:
         if part.size and int(part.max()) >= self.manifest.vocab_size:
@@ -177,7 +209,7 @@ class TokenSplit:
             problem = (
                 f"token {offset + at:,} is {part[at]}, beyond the vocabulary of {self.manifest.vocab_size:,}"
             )
-            raise damaged(self.directory / self.shards[shard].path, problem, self.directory)
+            raise damaged(self.path_of(self.shards[shard].path), problem, self.directory)
 
     def __getstate__(self) -> dict[str, Any]:
         # Pickling a memory map would copy all of its contents. Loader workers open their own maps.
@@ -188,6 +220,20 @@ def open_split(directory: str | Path, name: str) -> TokenSplit:
     """Open the split "train" or "validation" of a prepared directory. UserError if missing or damaged."""
     directory = Path(directory).expanduser()
     return TokenSplit(directory, read_manifest(directory), name)
+
+
+def _verify_remote(split: TokenSplit) -> int:
+    """Compare the files of a split in an object store with the manifest, and return their number."""
+    files = [file for shard in split.shards for file in shard_files(shard)]
+    for relative, expected in files:
+        assert split.remote is not None
+        array, digest = split.remote_array(split.remote, relative, MASK_DTYPE), hashlib.sha256()
+        for number in range(array.blocks):
+            digest.update(array.block(number))
+        if digest.hexdigest() != expected:
+            problem = "its contents changed since it was prepared (hash)"
+            raise damaged(split.path_of(relative), problem, split.directory)
+    return len(files)
 
 
 def verify_hashes(directory: str | Path) -> int:
@@ -201,12 +247,10 @@ def verify_hashes(directory: str | Path) -> int:
     """
     directory = Path(directory).expanduser()
     manifest = read_manifest(directory)
-    files = [
-        file
-        for name in ("train", "validation")
-        for shard in TokenSplit(directory, manifest, name).shards
-        for file in shard_files(shard)
-    ]
+    splits = [TokenSplit(directory, manifest, name) for name in ("train", "validation")]
+    if splits[0].remote is not None:
+        return sum(_verify_remote(split) for split in splits)
+    files = [file for split in splits for shard in split.shards for file in shard_files(shard)]
     if manifest.source_files is not None:
         files.append((manifest.source_files.path, manifest.source_files.sha256))
     for relative, expected in files:

@@ -21,6 +21,7 @@ from olmoe_train.config.data import DataConfig
 from olmoe_train.config.train import EvaluationConfig
 from olmoe_train.data.loader import build_eval_batches
 from olmoe_train.data.mixture import VALIDATION, mixture_components, only_directory, read_manifests
+from olmoe_train.data.remote import local_directory
 from olmoe_train.data.token_bytes import token_bytes_or_reason
 from olmoe_train.distributed.collectives import gather_from_all
 from olmoe_train.model import OlmoeForCausalLM
@@ -136,7 +137,7 @@ def evaluate_sets(
     bytes_V, _ = token_bytes_or_reason(data) if cfg.sets else (None, None)
     results = {}
     for one in cfg.sets:
-        batches = with_heartbeat(_batches(data, Path(one.dir).expanduser(), cfg))
+        batches = with_heartbeat(_batches(data, local_directory(data, one.dir), cfg))
         results[one.name] = evaluate_model(model, batches, device, check_finite, bytes_V, keep_sequences)
     return results
 

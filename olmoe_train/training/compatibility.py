@@ -36,6 +36,9 @@ SAFE_TO_CHANGE = (
     "data.stages",
     "data.verify_hashes",
     "data.num_workers",
+    "data.cache_dir",
+    "data.cache_gb",
+    "data.cache_block_kib",
     "data.source",
     "objective.reference",  # where the same log-probabilities come from
     "objective.logprobs_dir",  # their hashes are compared

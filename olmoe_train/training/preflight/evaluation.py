@@ -8,6 +8,7 @@ from olmoe_train.config.data import DataConfig
 from olmoe_train.config.train import EvaluationSet, TrainConfig
 from olmoe_train.data.manifest import MANIFEST, Manifest, read_manifest
 from olmoe_train.data.mixture import VALIDATION, mixture_components
+from olmoe_train.data.remote import local_directory
 from olmoe_train.data.tokenizer import check_vocabulary, load_tokenizer
 from olmoe_train.data.tokens import verify_hashes
 from olmoe_train.utils.errors import UserError
@@ -64,7 +65,7 @@ def set_errors(sets: list[EvaluationSet], data: DataConfig, manifests: dict[str,
         try:
             errors += [
                 f"{key}: {error}"
-                for error in _data_errors(Path(one.dir).expanduser(), data, [*manifests.values()])
+                for error in _data_errors(local_directory(data, one.dir), data, [*manifests.values()])
             ]
         except UserError as error:
             errors.append(f"{key}: {error}")
