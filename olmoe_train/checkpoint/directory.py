@@ -88,8 +88,14 @@ def superseded(run_dir: Path, keep: int, keep_every: int = 0) -> list[Path]:
         keep_every: Also keep every checkpoint whose step is a multiple of this number of steps. 0 keeps only
             the newest ones.
     """
-    older = complete_checkpoints(run_dir)[keep:] if keep else []
-    return [path for path in older if not (keep_every and step_of(path) % keep_every == 0)]
+    paths = {step_of(path): path for path in complete_checkpoints(run_dir)}
+    return [paths[step] for step in superseded_steps(list(paths), keep, keep_every)]
+
+
+def superseded_steps(steps: list[int], keep: int, keep_every: int) -> list[int]:
+    """Return those of the complete steps, given newest first, that retention no longer keeps."""
+    older = steps[keep:] if keep else []
+    return [step for step in older if not (keep_every and step % keep_every == 0)]
 
 
 def delete(checkpoints: list[Path]) -> None:
@@ -128,11 +134,26 @@ def read_manifest(directory: Path) -> dict[str, Any]:
         CheckpointError: The manifest is missing or damaged, or it lists a file outside of `directory`.
     """
     try:
-        manifest = json.loads((directory / MANIFEST).read_text(encoding="utf-8"))
-        names = list(manifest["files"])
-        assert all(entry.keys() == {"bytes", "xxh3_128"} for entry in manifest["files"].values())
+        content = (directory / MANIFEST).read_bytes()
     except OSError as error:
         raise CheckpointError(f"{directory}: no readable {MANIFEST}: {error.strerror}") from None
+    return parse_manifest(content, str(directory))
+
+
+def parse_manifest(content: bytes, directory: str) -> dict[str, Any]:
+    """Return what the bytes of a manifest.json hold.
+
+    Args:
+        content: The bytes.
+        directory: Path or URL of the checkpoint, for messages.
+
+    Raises:
+        CheckpointError: The manifest is damaged, or it lists a file outside of the checkpoint.
+    """
+    try:
+        manifest: dict[str, Any] = json.loads(content)
+        names = list(manifest["files"])
+        assert all(entry.keys() == {"bytes", "xxh3_128"} for entry in manifest["files"].values())
     except (ValueError, KeyError, TypeError, AttributeError, AssertionError):
         raise CheckpointError(f"{directory}: {MANIFEST} is damaged") from None
     if any(Path(name).name != name for name in names):

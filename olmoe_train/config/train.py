@@ -191,12 +191,20 @@ class CheckpointConfig:
     max_failures: int = 3
     """The run ends after this many saves in a row have failed. After fewer, it continues."""
     resume: str = "auto"
-    """auto: continue from the newest complete checkpoint in run_dir, if there is one. never: start a new run
-    in an empty run_dir. A path: continue from that checkpoint directory."""
+    """auto: continue from the newest complete checkpoint in run_dir or upload_to, if there is one. never:
+    start a new run in an empty run_dir. A path: continue from that checkpoint directory."""
     branch_from: str | None = None
     """Start this run from a checkpoint of another run, RUN_DIR@STEP, or from its newest, RUN_DIR: with its
     weights, moments, position in the data, and metrics. The scheduler and the length of the run may differ.
     The other run is only read. A branch resumes from its own checkpoints."""
+    upload_to: str | None = None
+    """URL of this run in an object store (s3://, gs://, hf:// or file://): each checkpoint is also uploaded
+    there in the background, with the configuration and the records of the run. checkpoint.resume=auto
+    downloads the newest complete one if run_dir has none as new; checkpoint.keep and keep_every hold there,
+    too. Credentials come from the environment. null: none."""
+    upload_wait: float = 300.0
+    """Longest time to wait for the last upload when the run ends or is stopped by a signal, in seconds. Only
+    with checkpoint.upload_to."""
     allow_changes: list[str] = field(default_factory=list)
     """Keys or sections, such as [optimizer.lr], that may differ from the checkpoint's although they change
     the result of the run."""

@@ -52,6 +52,7 @@ from olmoe_train.training.callbacks.router_analysis import RouterAnalysis
 from olmoe_train.training.callbacks.spikes import Spikes
 from olmoe_train.training.callbacks.stages import Stages
 from olmoe_train.training.callbacks.stragglers import Stragglers
+from olmoe_train.training.callbacks.uploads import Uploads
 from olmoe_train.training.details import StepDetails
 from olmoe_train.training.engine.base import Engine
 from olmoe_train.training.engine.fsdp import FsdpEngine
@@ -321,8 +322,8 @@ def build_callbacks(
 
     Logging comes first, so that a step's line is in the log before anything that follows from the step.
     Stragglers are compared once logging has waited for the device, and then spikes are explained. Validation
-    comes before the save of the same step, as a save may end the run. `extra` callbacks come last, when the
-    step is complete and saved.
+    comes before the save of the same step, as a save may end the run; uploads wait for that save. `extra`
+    callbacks come last, when the step is complete and saved.
     """
     run_dir, device = Path(cfg.run_dir), engine.device
     metrics = build_metrics(cfg, run, engine.model.config, data, state.step)
@@ -353,8 +354,10 @@ def build_callbacks(
     analyses = build_router_analyses(cfg, run, engine, data, metrics, throughput)
     callbacks: list[Callback] = [logging, stragglers, *spikes, evaluate, *analyses, exports]
 
+    uploads = [Uploads(cfg.checkpoint, run, metrics)] if cfg.checkpoint.upload_to is not None else []
+
     def on_save(checkpoint: Path) -> None:
-        for callback in [*callbacks, *extra]:
+        for callback in [*callbacks, *uploads, *extra]:
             callback.on_save(checkpoint)
 
     saver = Saver(cfg.checkpoint, run_dir, engine.state, state.step, on_save)
@@ -367,4 +370,4 @@ def build_callbacks(
         lambda now: saved_state(now, guard, [*callbacks, *extra], fingerprint),
     )
     stages: list[Callback] = [Stages(data)] if cfg.data.stages else []
-    return [*callbacks, *stages, checkpoints, EndOfLog(run, metrics), *extra]
+    return [*callbacks, *stages, checkpoints, *uploads, EndOfLog(run, metrics), *extra]

@@ -10,12 +10,13 @@ import torch.distributed as dist
 from olmoe_train.checkpoint.branch import begin_branch, branch_checkpoint
 from olmoe_train.checkpoint.directory import (
     CheckpointError,
-    complete_checkpoints,
     incomplete_checkpoints,
+    latest_checkpoint,
     read_manifest,
     set_aside,
     verify,
 )
+from olmoe_train.checkpoint.remote import complete_steps, download_newest
 from olmoe_train.checkpoint.sharded import saved_state as read_saved_state
 from olmoe_train.config.train import CheckpointConfig
 from olmoe_train.distributed.collectives import gather_from_all, on_rank_0
@@ -26,6 +27,7 @@ from olmoe_train.training.compatibility import BRANCH_MAY_CHANGE, check_changes
 from olmoe_train.training.engine.base import Engine
 from olmoe_train.training.state import TrainState
 from olmoe_train.utils.errors import UserError
+from olmoe_train.utils.redaction import redact_text
 
 log = logging.getLogger(__name__)
 
@@ -42,7 +44,7 @@ def resume(
     Raises:
         UserError: checkpoint.resume names a damaged checkpoint, or this run computes something else.
     """
-    for checkpoint in checkpoints_to_resume(run.path, cfg.resume):
+    while (checkpoint := checkpoint_to_resume(cfg, run)) is not None:
         try:
             check_changes(read_saved_state(checkpoint), fingerprint, cfg.allow_changes, checkpoint)
             saved = engine.load(checkpoint)
@@ -132,19 +134,36 @@ def start_callbacks(callbacks: list[Callback], saved: dict[str, Any] | None, sta
         callback.on_start(state)
 
 
-def checkpoints_to_resume(run_dir: Path, choice: str) -> list[Path]:
-    """What checkpoint.resume (auto, never, or a directory) asks for, newest first; the same on all ranks."""
-    if choice not in ("auto", "never"):
-        return [Path(choice)]
-    on_rank_0(lambda: _quarantine_incomplete(run_dir))
-    found: list[Any] = [complete_checkpoints(run_dir)]
+def checkpoint_to_resume(cfg: CheckpointConfig, run: Run) -> Path | None:
+    """What checkpoint.resume (auto, never, or a directory) asks for, the same on all ranks; None: nothing.
+
+    A newer checkpoint in checkpoint.upload_to is downloaded first.
+    """
+    if cfg.resume not in ("auto", "never"):
+        return Path(cfg.resume)
+    on_rank_0(lambda: _quarantine_incomplete(run.path))
+    url = cfg.upload_to
+    if url is not None:
+        on_rank_0(lambda: _download_newest(url, cfg.resume, run))
+    found: list[Any] = [latest_checkpoint(run.path)]
     dist.broadcast_object_list(found)
-    if choice == "never" and found[0]:
+    if cfg.resume == "never" and found[0] is not None:
         raise UserError(
-            f"checkpoint.resume=never, but run_dir={run_dir} already holds {found[0][0].name}: "
+            f"checkpoint.resume=never, but run_dir={run.path} already holds {found[0].name}: "
             "use another run_dir, delete this one, or checkpoint.resume=auto to continue it"
         )
     return found[0]
+
+
+def _download_newest(url: str, choice: str, run: Run) -> None:
+    if choice == "never":
+        if (found := next(complete_steps(url), None)) is not None:
+            raise UserError(
+                f"checkpoint.resume=never, but checkpoint.upload_to={redact_text(url)} already holds step "
+                f"{found[0]}: use another URL, or checkpoint.resume=auto to continue it"
+            )
+        return
+    download_newest(url, run.path, lambda: run.watchdog.heartbeat("downloading a checkpoint"))
 
 
 def quarantine(run_dir: Path, checkpoint: Path, error: Exception) -> None:

@@ -14,6 +14,7 @@ from olmoe_train.training.preflight.branch import branch_errors, branch_warnings
 from olmoe_train.training.preflight.elastic import elastic_errors
 from olmoe_train.training.preflight.evaluation import sampling_errors, set_errors
 from olmoe_train.training.preflight.model_and_data import data_errors, model_errors
+from olmoe_train.training.preflight.object_stores import store_errors, store_warnings
 from olmoe_train.training.preflight.parallel import deepspeed_file_errors, parallel_errors
 from olmoe_train.training.preflight.preference import (
     preference_data_errors,
@@ -101,6 +102,7 @@ def run_warnings(cfg: TrainConfig, world_size: int, manifests: dict[str, Manifes
         *(router_analysis_warnings(cfg, manifests) if manifests else []),
         *gathering_without_effect(cfg.parallel, world_size),
         *sink_warnings(cfg),
+        *store_warnings(cfg),
     ]
 
 
@@ -123,6 +125,7 @@ def _configuration_errors(cfg: TrainConfig, world_size: int, of_model: list[str]
         *preference_errors(cfg),
         *stages_errors(cfg),
         *sink_errors(cfg),
+        *store_errors(cfg),
     ]
 
 
@@ -173,6 +176,8 @@ def _positive(cfg: TrainConfig) -> dict[str, float]:
         "evaluation.tokens_per_pass": cfg.evaluation.tokens_per_pass,
         "evaluation.sample_tokens": cfg.evaluation.sample_tokens,
         "checkpoint.max_failures": cfg.checkpoint.max_failures,
+        "data.cache_gb": cfg.data.cache_gb,
+        "data.cache_block_kib": cfg.data.cache_block_kib,
     }
     return {key: value for key, value in values.items() if value is not None}
 

@@ -1,0 +1,84 @@
+"""Runs that upload to a store that fails: they go on, and continue elsewhere as if undisturbed."""
+
+from collections.abc import Iterator
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch.distributed as dist
+
+from olmoe_train.checkpoint.remote import complete_steps
+from olmoe_train.config.train import CheckpointConfig, ParallelConfig
+from olmoe_train.train import train
+from olmoe_train.training.callbacks import uploads
+from olmoe_train.utils.errors import UserError
+from olmoe_train.utils.object_store import join
+from tests.support.faults import alerts, assert_same_end, config, metrics, saved_steps
+from tests.support.s3 import BUCKET, KEY_ID, SECRET, Fault, FaultyS3, faulty_s3
+
+RUN = join(BUCKET, "runs", "one")
+ONE_RANK: dict[str, Any] = {"parallel": ParallelConfig(), "model": {"attention_dropout": 0.3}}
+
+
+@pytest.fixture
+def s3(monkeypatch: pytest.MonkeyPatch) -> Iterator[FaultyS3]:
+    with faulty_s3(monkeypatch) as server:
+        yield server
+
+
+def steps() -> list[int]:
+    return [step for step, _ in complete_steps(RUN)]
+
+
+def trained(data: Path, run_dir: Path, **changes: Any) -> int:
+    step = train(config(data, run_dir, **ONE_RANK | changes)).step
+    dist.destroy_process_group()
+    return step
+
+
+def test_a_run_continues_on_another_machine_from_what_was_uploaded(
+    s3: FaultyS3, data: Path, tmp_path: Path
+) -> None:
+    twin, first, second = tmp_path / "twin", tmp_path / "first", tmp_path / "second"
+    uploading = CheckpointConfig(every=2, keep=2, upload_to=RUN)
+    assert trained(data, twin) == 6
+    s3.faults = [Fault("500", "PUT", times=3), Fault("reset", "PUT", times=2), Fault("500", "GET", times=2)]
+    assert trained(data, first, checkpoint=uploading, trainer={"stop_at_step": 4}) == 4
+    assert steps() == [4, 2] == sorted(saved_steps(first), reverse=True)
+    assert not alerts(first)
+
+    s3.faults = [Fault("cut", "GET.*step-00000004", times=3)]
+    assert trained(data, second, checkpoint=uploading) == 6
+    assert_same_end(second, twin)
+    assert steps() == [6, 4] == sorted(saved_steps(second), reverse=True)
+    log = (second / "log.txt").read_text() + (first / "log.txt").read_text()
+    assert f"uploaded step-00000006 to {RUN}" in log
+    assert KEY_ID not in log
+    assert SECRET not in log
+    assert not list(second.glob(f"{uploads.STAGING}/*"))
+
+    never = replace(uploading, resume="never")
+    with pytest.raises(UserError, match=r"checkpoint.upload_to=s3://bucket/runs/one already holds step 6"):
+        trained(data, tmp_path / "third", checkpoint=never)
+    dist.destroy_process_group()
+
+
+def test_a_store_that_refuses_or_stalls_never_stops_a_run(s3: FaultyS3, data: Path, tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    run = partial(trained, data, run_dir)
+    s3.faults = [Fault("403", "PUT", times=99)]
+    refused = CheckpointConfig(every=2, keep=2, upload_to=RUN)
+    assert run(checkpoint=refused, trainer={"stop_at_step": 4}) == 4
+    assert alerts(run_dir) == ["failed upload"]
+    assert "access is refused" in (run_dir / "log.txt").read_text()
+    assert steps() == []
+
+    s3.faults = [Fault("stall", "PUT.*step-00000004", times=99)]  # the start goes on with the newest
+    assert run(checkpoint=replace(refused, upload_wait=0.3)) == 6
+    assert "was not finished within checkpoint.upload_wait=0.3 s" in (run_dir / "log.txt").read_text()
+    assert [record["step"] for record in metrics(run_dir)] == [1, 2, 3, 4, 5, 6]
+    s3.faults = []
+    assert run(checkpoint=refused) == 6
+    assert steps()[0] == 6
