@@ -8,6 +8,7 @@ not exist.
 
 import logging
 import re
+import shutil
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -18,13 +19,16 @@ from olmoe_train.checkpoint.directory import (
     CheckpointError,
     checkpoint_path,
     entry_of,
+    is_complete,
     latest_checkpoint,
     parse_manifest,
     step_of,
     superseded_steps,
 )
+from olmoe_train.model.hf.remote import remote_directory
 from olmoe_train.utils import object_store
-from olmoe_train.utils.files import atomic_write_text, fsync_path, publish_directory
+from olmoe_train.utils.errors import UserError
+from olmoe_train.utils.files import atomic_write_text, file_lock, fsync_path, publish_directory
 from olmoe_train.utils.object_store import join
 from olmoe_train.utils.redaction import redact_text
 
@@ -183,6 +187,49 @@ def _download_verified(url: str, path: Path, entry: dict[str, Any], on_progress:
             return
         path.unlink()
     raise CheckpointError(f"{redact_text(url)}: damaged, its contents are not what {MANIFEST} says")
+
+
+def fetch_model(url: str, step: str, trust_pickle: bool) -> tuple[Path, str]:
+    """Bring the model of a source in a store into the cache. Processes of one machine wait for each other.
+
+    Args:
+        url: An HF directory, or a run directory as `upload_checkpoint` makes it.
+        step: Which checkpoint of a run: a step number, or "latest".
+        trust_pickle: Whether weights in a pickle are wanted.
+
+    Returns:
+        The directory, and the step in it.
+
+    Raises:
+        UserError: There is no such model.
+        StoreError: The store does not answer.
+    """
+    if url.startswith("file://"):
+        return Path(url.removeprefix("file://")), step
+    there = object_store.list_files(url)
+    if "config.json" in there:
+        return remote_directory(url, trust_pickle), step
+    shown = redact_text(url)
+    if "config.yaml" not in there:
+        raise UserError(f"source={shown}: neither an HF directory (config.json) nor a run (config.yaml)")
+    found = dict(complete_steps(url))
+    number = next(iter(found), None) if step == "latest" else int(step) if step.isdecimal() else None
+    if number not in found:
+        steps = ", ".join(map(str, found)) or "none"
+        raise UserError(f"source={shown}, step={step}: no such complete checkpoint; complete steps: {steps}")
+    assert number is not None
+    directory, manifest = object_store.cached_directory("runs", url), found[number]
+    with file_lock(directory / ".lock"):
+        atomic_write_text(directory / "config.yaml", object_store.read(join(url, "config.yaml")).decode())
+        (directory / "tokenizer").mkdir(exist_ok=True)
+        for name in object_store.list_files(join(url, "tokenizer")):
+            content = object_store.read(join(url, "tokenizer", name))
+            atomic_write_text(directory / "tokenizer" / name, content.decode())
+        path = checkpoint_path(directory, number)
+        if not is_complete(path) or (path / MANIFEST).read_bytes() != manifest:
+            shutil.rmtree(path, ignore_errors=True)
+            download_checkpoint(url, number, manifest, directory)
+    return directory, str(number)
 
 
 def retire(url: str, keep: int, keep_every: int) -> None:

@@ -4,13 +4,17 @@ of the weights.
 """
 
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import torch
 
 from olmoe_train.checkpoint.convert.export import with_overrides, write_adapter, write_export
 from olmoe_train.checkpoint.convert.stored_model import StoredModel, load_whole, open_stored_model
+from olmoe_train.checkpoint.remote import upload_directory
 from olmoe_train.cli.app import run_verb
 from olmoe_train.config.choices import BiasExport, ExportFormat, StripPrefix, Weights
 from olmoe_train.config.objective import NextTokenConfig
@@ -21,14 +25,22 @@ from olmoe_train.data.mixture import VALIDATION
 from olmoe_train.distributed.mesh import resolve_device
 from olmoe_train.evaluation.perplexity import evaluate_data
 from olmoe_train.utils.errors import UserError
+from olmoe_train.utils.object_store import is_remote, missing_package, url_error
+from olmoe_train.utils.redaction import redact_text
 
 SEQUENCES_COMPARED = 32
 """Validation sequences of each source on which fold=drop compares the model with and without its bias."""
+_LAST = {
+    ExportFormat.hf: "config.json",
+    ExportFormat.olmo: "config.yaml",
+    ExportFormat.peft: "adapter_config.json",
+}
+"""The file that makes an export valid."""
 _WITHOUT_EFFECT_ON_ADAPTERS = ("max_shard_size", "precision", "tokenizer", "eos_token_id", "pad_token_id")
 
 
 def main(cfg: ExportConfig) -> None:
-    """Export the model, and print where it is and how large."""
+    """Export the model."""
     if cfg.format is ExportFormat.olmo and cfg.max_shard_size != ExportConfig.max_shard_size:
         print(f"warning: max_shard_size={cfg.max_shard_size} has no effect: format=olmo writes a single file")
     if cfg.format is ExportFormat.peft:
@@ -42,7 +54,12 @@ def main(cfg: ExportConfig) -> None:
     assert dtype is not None
     if cfg.fold is BiasExport.drop:
         stored = without_bias(stored)
-    out = output_directory(cfg, stored)
+    with local_output(cfg, stored) as out:
+        write(cfg, stored, out, dtype)
+
+
+def write(cfg: ExportConfig, stored: StoredModel, out: Path, dtype: torch.dtype) -> None:
+    """Write the export, and print where it is and how large."""
     if cfg.format is ExportFormat.peft:
         dtype = torch.float32
         written = write_adapter(stored, out)
@@ -53,7 +70,8 @@ def main(cfg: ExportConfig) -> None:
         print(f"already exported, nothing to do: {out} holds {stored.name}")
         return
     size = sum(path.stat().st_size for path in out.iterdir())
-    print(f"exported {stored.name} to {out} ({size / 10**6:,.1f} MB, {str(dtype).removeprefix('torch.')})")
+    place = redact_text(cfg.out) if cfg.out is not None and is_remote(cfg.out) else out
+    print(f"exported {stored.name} to {place} ({size / 10**6:,.1f} MB, {str(dtype).removeprefix('torch.')})")
 
 
 def without_bias(stored: StoredModel) -> StoredModel:
@@ -82,6 +100,21 @@ def without_bias(stored: StoredModel) -> StoredModel:
         f"{with_bias.loss:.4f} with it ({difference:+.4f}), over {data}"
     )
     return dropped
+
+
+@contextmanager
+def local_output(cfg: ExportConfig, stored: StoredModel) -> Iterator[Path]:
+    """The directory to write. For a URL it is a temporary one, which is uploaded when the block ends."""
+    if cfg.out is None or not is_remote(cfg.out):
+        yield output_directory(cfg, stored)
+        return
+    if (error := url_error("out", cfg.out) or missing_package("out", cfg.out)) is not None:
+        raise UserError(error)
+    with TemporaryDirectory(prefix="olmoe-export-") as temporary:
+        out = Path(temporary) / "export"
+        yield out
+        print(f"uploading to {redact_text(cfg.out)}")
+        upload_directory(out, cfg.out, _LAST[cfg.format])
 
 
 def output_directory(cfg: ExportConfig, stored: StoredModel) -> Path:

@@ -7,6 +7,7 @@ import torch.distributed as dist
 
 from olmoe_train.checkpoint.convert.stored_model import StoredModel, open_stored_model, split_step
 from olmoe_train.checkpoint.directory import complete_checkpoints, step_of
+from olmoe_train.checkpoint.remote import complete_steps
 from olmoe_train.config.choices import StripPrefix, Weights
 from olmoe_train.config.data import DataConfig
 from olmoe_train.data.manifest import Manifest
@@ -14,6 +15,7 @@ from olmoe_train.distributed.collectives import gather_from_all
 from olmoe_train.model import OlmoeConfig
 from olmoe_train.model.hf.hub import PICKLE_FILES, SMALL_FILES, WEIGHT_FILES, hub_snapshot, is_hub_name
 from olmoe_train.utils.errors import UserError
+from olmoe_train.utils.object_store import is_remote
 
 ALL_STEPS = "all"
 
@@ -36,7 +38,10 @@ def names_of_sources(source: list[str], key: str = "source") -> list[str]:
         if step != ALL_STEPS:
             names.append(one)
             continue
-        steps = [step_of(path) for path in reversed(complete_checkpoints(Path(directory).expanduser()))]
+        if is_remote(directory):
+            steps = sorted(step for step, _ in complete_steps(directory))
+        else:
+            steps = [step_of(path) for path in reversed(complete_checkpoints(Path(directory).expanduser()))]
         if not steps:
             raise UserError(f"{key}={one}: {directory} has no complete checkpoint")
         names += [f"{directory}@{step}" for step in steps]

@@ -11,10 +11,19 @@ from olmoe_train.config.choices import DataFormat
 from olmoe_train.config.verbs import PrepareConfig
 from olmoe_train.data.prepare.olmo_files import index_olmo_files
 from olmoe_train.data.prepare.pipeline import prepare
+from olmoe_train.utils.errors import UserError
+from olmoe_train.utils.object_store import is_remote
+from olmoe_train.utils.redaction import redact_text
 
 
 def main(cfg: PrepareConfig) -> None:
     """Prepare the corpus, or index token files of OLMo (data.format=olmo)."""
+    if is_remote(cfg.data.dir):
+        raise UserError(
+            f"data.dir={redact_text(cfg.data.dir)}: `olmoe prepare` writes to this machine. Set data.dir "
+            "to a directory, copy it to the store, for example with `aws s3 cp --recursive`, and train with the "
+            "URL"
+        )
     if cfg.data.format is DataFormat.olmo:
         index_olmo_files(cfg)
     else:

@@ -208,8 +208,9 @@ class DataConfig:
     """Before training, compare the hash of every file in data.dir. This reads all files."""
     num_workers: int = 0
     """Loader worker processes per rank; 0: the training process loads the data."""
-    cache_dir: str = "~/.cache/olmoe-train"
-    """Directory of this machine for what is read of data in an object store. Runs may share it."""
+    cache_dir: str | None = None
+    """Directory of this machine for what is read of data in an object store. Runs may share it. null: that of
+    the environment variable OLMOE_TRAIN_CACHE, or ~/.cache/olmoe-train."""
     cache_gb: float = 20.0
     """Most GB (10^9 bytes) of shards in cache_dir, with up to 16 processes of this machine; the blocks that
     were not used for the longest time are deleted. An order of samples that is random needs room for all

@@ -14,8 +14,10 @@ from olmoe_train.config.keys import config_directory
 from olmoe_train.config.model import NOT_ARCHITECTURE, ModelConfig, olmoe_config
 from olmoe_train.model.configuration import OlmoeConfig
 from olmoe_train.model.hf.hub import SMALL_FILES, hub_snapshot, is_hub_name
+from olmoe_train.model.hf.remote import remote_directory
 from olmoe_train.model.olmo_config import is_olmo_directory, read_olmo_config
 from olmoe_train.utils.errors import UserError
+from olmoe_train.utils.object_store import is_remote
 
 RUN_CONFIG = "config.yaml"
 ARCHITECTURE = [name for name in vars(ModelConfig()) if name not in NOT_ARCHITECTURE]
@@ -77,14 +79,16 @@ def resolve_model(composed: DictConfig) -> None:
 
 
 def initial_directory(init_from: str, revision: str | None) -> Path:
-    """The directory that `model.init_from` means. For a name on the hub: that of its commit in the cache,
-    with all files but the weights.
+    """The directory that `model.init_from` means. For a name on the hub or a URL: one in the cache, with all
+    files but the weights.
 
     Raises:
-        UserError: The hub does not provide the model.
+        UserError: The hub or the store does not provide the model.
     """
     if is_hub_name(init_from):
         return hub_snapshot(init_from, revision, SMALL_FILES)
+    if is_remote(init_from):
+        return remote_directory(init_from, weights=False, key="model.init_from")
     return Path(init_from).expanduser()
 
 

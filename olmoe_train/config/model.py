@@ -12,9 +12,9 @@ from olmoe_train.model.configuration import OlmoeConfig
 class ModelConfig:
     init_from: str | None = None
     """Where the initial weights come from: an HF directory, a run directory (the weights of its newest
-    checkpoint), an original OLMo checkpoint, or a model's name on the Hugging Face hub. Its configuration
-    decides the architecture, the vocabulary, the special tokens and RoPE; a key that contradicts it is
-    refused, except attention_dropout. null: random weights."""
+    checkpoint), an original OLMo checkpoint, a model's name on the Hugging Face hub, or the URL of an HF
+    directory in an object store. Its configuration decides the architecture, the vocabulary, the special
+    tokens and RoPE; a key that contradicts it is refused, except attention_dropout. null: random weights."""
     revision: str | None = None
     """Branch, tag or commit of a model on the hub; null: main, or in a run that continues, the commit from
     which it started. A run records the commit."""

@@ -45,8 +45,8 @@ class ExportConfig:
     step: str = "latest"
     """Step of the run to export: a number, or latest."""
     out: str | None = None
-    """Directory to write; null: hf/step-XXXXXXXX in the run directory (peft/... or olmo/... for the other
-    formats; step-XXXXXXXX-ema with which=ema)."""
+    """Directory or URL (s3://...) to write; null: hf/step-XXXXXXXX in the run directory (peft/... or olmo/...
+    for the other formats; step-XXXXXXXX-ema with which=ema)."""
     max_shard_size: str = "5GB"
     """Size limit of a safetensors file, such as 5GB or 200MB. Only for format=hf: OLMo reads a single
     file."""

@@ -5,9 +5,7 @@ directory: it has the manifest, the tokenizer, the list of source files, and rem
 shards are.
 """
 
-import hashlib
 import json
-import re
 from bisect import bisect_right
 from dataclasses import dataclass
 from functools import lru_cache
@@ -58,17 +56,15 @@ def local_directory(data: DataConfig, path: str) -> Path:
         raise UserError(error)
     if path.startswith("file://"):
         return Path(path.removeprefix("file://"))
-    cache = Path(data.cache_dir).expanduser().absolute()
-    return _mirrored(path.rstrip("/"), cache, int(data.cache_gb * 1e9), data.cache_block_kib * 1024)
+    root = object_store.cache_root(data.cache_dir)
+    return _mirrored(path.rstrip("/"), root, int(data.cache_gb * 1e9), data.cache_block_kib * 1024)
 
 
 @lru_cache
 def _mirrored(url: str, cache: Path, limit_bytes: int, block_bytes: int) -> Path:
     """Bring the small files here: once in a process, and one process of the machine after the other."""
-    digest = hashlib.sha256(url.encode()).hexdigest()[:12]
-    name = re.sub(r"[^\w.-]", "_", last_name(url))
-    directory = cache / _DIRECTORIES / f"{name}-{digest}"
     try:
+        directory = object_store.cached_directory(_DIRECTORIES, url, cache)
         (directory / TOKENIZER).mkdir(parents=True, exist_ok=True)
         with file_lock(directory / ".lock"):
             _copy_small_files(url, directory)

@@ -16,7 +16,9 @@ from olmoe_train.model import OlmoeForCausalLM
 from olmoe_train.model.adapters.peft_read import read_peft
 from olmoe_train.model.hf.directory import assign, check_same_architecture
 from olmoe_train.model.hf.hub import PICKLE_FILES, SMALL_FILES, WEIGHT_FILES, hub_snapshot, is_hub_name
+from olmoe_train.model.hf.remote import remote_directory
 from olmoe_train.utils.errors import UserError
+from olmoe_train.utils.object_store import is_remote
 
 
 def download_initial_weights(model: ModelConfig) -> None:
@@ -28,6 +30,9 @@ def download_initial_weights(model: ModelConfig) -> None:
     Raises:
         UserError: The hub does not provide the model, or ranks have found different commits of it.
     """
+    if model.init_from is not None and is_remote(model.init_from):
+        url = model.init_from
+        gather_from_all(lambda: remote_directory(url, model.trust_pickle, key="model.init_from"))
     if model.init_from is None or not is_hub_name(model.init_from):
         return
     name = model.init_from

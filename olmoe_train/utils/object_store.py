@@ -8,8 +8,11 @@ a URL.
 """
 
 import errno
+import hashlib
 import logging
+import os
 import random
+import re
 import time
 from collections.abc import Callable, Iterable
 from contextlib import suppress
@@ -32,6 +35,8 @@ CONNECT_TIMEOUT_S, READ_TIMEOUT_S = 10, 60
 RANGE_BYTES = 64 * 1024**2
 """Bytes that one request of a download reads."""
 
+CACHE_VARIABLE = "OLMOE_TRAIN_CACHE"
+_VERSION_MARKS = ("ETag", "etag", "md5Hash", "generation", "blob_id", "LastModified", "mtime")
 _PACKAGES = {"s3": "s3fs", "gs": "gcsfs"}
 _EXTRAS = {"s3": "s3", "gs": "gcs"}
 _CREDENTIALS = {
@@ -105,6 +110,35 @@ def join(url: str, *names: str) -> str:
 def list_files(url: str) -> dict[str, int]:
     """The sizes in bytes of the objects directly in `url`, by name; {} if there is nothing."""
     return {name: int(entry["size"]) for name, entry in _list(url) if entry["type"] != "directory"}
+
+
+def list_versions(url: str) -> dict[str, tuple[int, str]]:
+    """(size in bytes, what changes with the contents) of the objects directly in `url`, by name."""
+    found = {}
+    for name, entry in _list(url):
+        if entry["type"] != "directory":
+            marks = [str(entry[mark]) for mark in _VERSION_MARKS if entry.get(mark) is not None]
+            found[name] = (int(entry["size"]), " ".join([str(entry["size"]), *marks]))
+    return found
+
+
+def cache_root(directory: str | None = None) -> Path:
+    """The directory of this machine for what is read of stores.
+
+    Args:
+        directory: None: the environment variable OLMOE_TRAIN_CACHE, or ~/.cache/olmoe-train.
+    """
+    root = directory or os.environ.get(CACHE_VARIABLE) or "~/.cache/olmoe-train"
+    return Path(root).expanduser().absolute()
+
+
+def cached_directory(kind: str, url: str, root: Path | None = None) -> Path:
+    """The directory in the cache, made if it is missing, for `url`. Its parent is named `kind`."""
+    name = re.sub(r"[^\w.-]", "_", url.rstrip("/").rpartition("/")[2])
+    digest = hashlib.sha256(url.rstrip("/").encode()).hexdigest()[:12]
+    directory = (root or cache_root()) / kind / f"{name}-{digest}"
+    directory.mkdir(parents=True, exist_ok=True)
+    return directory
 
 
 def list_directories(url: str) -> list[str]:

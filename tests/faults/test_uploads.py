@@ -9,13 +9,19 @@ from typing import Any
 import pytest
 import torch.distributed as dist
 
+from olmoe_train.checkpoint.convert.stored_model import open_stored_model
 from olmoe_train.checkpoint.remote import complete_steps
+from olmoe_train.cli.export import main as export
+from olmoe_train.cli.model_sources import names_of_sources
+from olmoe_train.config.initial_model import initial_directory, stored_architecture
 from olmoe_train.config.train import CheckpointConfig, ParallelConfig
+from olmoe_train.config.verbs import ExportConfig
 from olmoe_train.train import train
 from olmoe_train.training.callbacks import uploads
+from olmoe_train.utils import object_store
 from olmoe_train.utils.errors import UserError
 from olmoe_train.utils.object_store import join
-from tests.support.faults import alerts, assert_same_end, config, metrics, saved_steps
+from tests.support.faults import alerts, assert_same_end, config, metrics, same, saved_steps, saved_weights
 from tests.support.s3 import BUCKET, KEY_ID, SECRET, Fault, FaultyS3, faulty_s3
 
 RUN = join(BUCKET, "runs", "one")
@@ -38,8 +44,29 @@ def trained(data: Path, run_dir: Path, **changes: Any) -> int:
     return step
 
 
+def assert_models_are_read_from_the_store(s3: FaultyS3, run_dir: Path) -> None:
+    """The newest checkpoint of the run, and its export, written to the store."""
+    weights, out = saved_weights(run_dir), join(BUCKET, "exports", "hf")
+    stored = open_stored_model(RUN)
+    assert same({name: stored.read(name) for name in weights}, weights)
+    assert names_of_sources([f"{RUN}@all"]) == [f"{RUN}@4", f"{RUN}@6"]
+    with pytest.raises(UserError, match="step=5: no such complete checkpoint; complete steps: 6, 4"):
+        open_stored_model(RUN, "5")
+    s3.faults = [Fault("500", "PUT.*exports", times=2), Fault("cut", "GET.*exports.*safetensors", times=2)]
+    export(ExportConfig(source=RUN, out=out))
+    assert [line for line in s3.requests if "PUT /bucket/exports" in line][-1].endswith("config.json")
+    exported = open_stored_model(out)
+    assert same({name: exported.read(name) for name in weights}, weights)
+    assert stored_architecture(initial_directory(out, None)).num_experts == stored.config.num_experts
+    s3.requests.clear()
+    open_stored_model(out)
+    assert s3.count("GET.*safetensors") == 0  # it is in the cache
+    object_store.write(join(out, "config.json"), b"{}")
+    assert (initial_directory(out, None) / "config.json").read_bytes() == b"{}"
+
+
 def test_a_run_continues_on_another_machine_from_what_was_uploaded(
-    s3: FaultyS3, data: Path, tmp_path: Path
+    s3: FaultyS3, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     twin, first, second = tmp_path / "twin", tmp_path / "first", tmp_path / "second"
     uploading = CheckpointConfig(every=2, keep=2, upload_to=RUN)
@@ -58,6 +85,9 @@ def test_a_run_continues_on_another_machine_from_what_was_uploaded(
     assert KEY_ID not in log
     assert SECRET not in log
     assert not list(second.glob(f"{uploads.STAGING}/*"))
+
+    monkeypatch.setenv("OLMOE_TRAIN_CACHE", str(tmp_path / "cache"))
+    assert_models_are_read_from_the_store(s3, second)
 
     never = replace(uploading, resume="never")
     with pytest.raises(UserError, match=r"checkpoint.upload_to=s3://bucket/runs/one already holds step 6"):

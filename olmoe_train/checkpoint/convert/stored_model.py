@@ -20,6 +20,7 @@ from olmoe_train.checkpoint.directory import (
     latest_checkpoint,
     step_of,
 )
+from olmoe_train.checkpoint.remote import fetch_model
 from olmoe_train.checkpoint.sharded import model_tensor_names, open_model_tensors
 from olmoe_train.config.choices import StripPrefix, Weights
 from olmoe_train.config.initial_model import RUN_CONFIG, run_config, run_router_temperature
@@ -30,6 +31,7 @@ from olmoe_train.model.hf.special_tokens import read_generation_config
 from olmoe_train.model.moe.loss_free import BIAS, LossFreeBias, fixed_bias
 from olmoe_train.model.olmo_config import is_olmo_directory
 from olmoe_train.utils.errors import UserError
+from olmoe_train.utils.object_store import is_remote
 from olmoe_train.utils.tensor_files import first_few
 
 RUN_TOKENIZER = "tokenizer"
@@ -79,7 +81,8 @@ def open_stored_model(
     """Open the model that `source=` names.
 
     Args:
-        source: A Hugging Face directory, an OLMo checkpoint, or a run directory.
+        source: A Hugging Face directory, an OLMo checkpoint, or a run directory; or the URL of a Hugging Face
+            or run directory, which is brought into the cache.
         step: Which checkpoint of a run directory: a step number, or "latest". All its files are verified.
         trust_pickle: Accept weights in a pickle, through torch.load(weights_only=True).
         strip_prefix: Take the prefixes of wrappers (`_orig_mod.`, `module.`) off the names of the tensors. A
@@ -91,6 +94,8 @@ def open_stored_model(
             that is asked for, is damaged or quantized, or has its weights in a pickle and `trust_pickle` is
             false.
     """
+    if is_remote(source):
+        source, step = fetch_model(str(source), step, trust_pickle)
     directory = Path(source).expanduser()
     is_hf = (directory / "config.json").is_file()
     if is_hf or is_olmo_directory(directory):

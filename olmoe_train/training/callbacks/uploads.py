@@ -63,8 +63,8 @@ class Uploads(Callback):
             self._changed.notify_all()
         if skipped is not None and skipped != links:
             log.warning(
-                "WARNING: %s is not uploaded, because uploads take longer than checkpoint.every=%d steps; next "
-                "is %s",
+                "WARNING: %s is not uploaded, because uploads take longer than checkpoint.every=%d steps; "
+                "next is %s",
                 *(skipped.name, self.cfg.every, checkpoint.name),
             )
             _discard(skipped)
