@@ -20,9 +20,8 @@ def main(cfg: PrepareConfig) -> None:
     """Prepare the corpus, or index token files of OLMo (data.format=olmo)."""
     if is_remote(cfg.data.dir):
         raise UserError(
-            f"data.dir={redact_text(cfg.data.dir)}: `olmoe prepare` writes to this machine. Set data.dir "
-            "to a directory, copy it to the store, for example with `aws s3 cp --recursive`, and train with the "
-            "URL"
+            f"data.dir={redact_text(cfg.data.dir)}: `olmoe prepare` writes to this machine. Give a "
+            "directory, copy it to the store, for example with `aws s3 cp --recursive`, and train with its URL"
         )
     if cfg.data.format is DataFormat.olmo:
         index_olmo_files(cfg)

@@ -202,7 +202,7 @@ class CheckpointConfig:
     there in the background, with the configuration and the records of the run. checkpoint.resume=auto
     downloads the newest complete one if run_dir has none as new; checkpoint.keep and keep_every hold there,
     too. Credentials come from the environment. null: none."""
-    upload_wait: float = 300.0
+    upload_wait: float = 120.0
     """Longest time to wait for the last upload when the run ends or is stopped by a signal, in seconds. Only
     with checkpoint.upload_to."""
     allow_changes: list[str] = field(default_factory=list)
