@@ -161,7 +161,7 @@ def download_checkpoint(
         if path.name not in files:
             path.unlink()
     log.info(
-        "downloading %s (%.1f GB)", redact_text(source), sum(one["bytes"] for one in files.values()) / 1e9
+        "downloading %s (%.1f MB)", redact_text(source), sum(one["bytes"] for one in files.values()) / 1e6
     )
     with ThreadPoolExecutor(_DOWNLOADS) as pool:
         jobs = [

@@ -40,7 +40,8 @@ _WITHOUT_EFFECT_ON_ADAPTERS = ("max_shard_size", "precision", "tokenizer", "eos_
 
 
 def main(cfg: ExportConfig) -> None:
-    """Export the model."""
+    """Export the model, and print where it is and how large."""
+    _check_url(cfg.out)
     if cfg.format is ExportFormat.olmo and cfg.max_shard_size != ExportConfig.max_shard_size:
         print(f"warning: max_shard_size={cfg.max_shard_size} has no effect: format=olmo writes a single file")
     if cfg.format is ExportFormat.peft:
@@ -55,23 +56,26 @@ def main(cfg: ExportConfig) -> None:
     if cfg.fold is BiasExport.drop:
         stored = without_bias(stored)
     with local_output(cfg, stored) as out:
-        write(cfg, stored, out, dtype)
-
-
-def write(cfg: ExportConfig, stored: StoredModel, out: Path, dtype: torch.dtype) -> None:
-    """Write the export, and print where it is and how large."""
-    if cfg.format is ExportFormat.peft:
-        dtype = torch.float32
-        written = write_adapter(stored, out)
+        if cfg.format is ExportFormat.peft:
+            dtype = torch.float32
+            written = write_adapter(stored, out)
+        else:
+            stored = with_overrides(stored, cfg.tokenizer, cfg.eos_token_id, cfg.pad_token_id)
+            written = write_export(stored, out, dtype, cfg.max_shard_size, cfg.format)
+        size = sum(path.stat().st_size for path in out.iterdir())
+    place = out if cfg.out is None else redact_text(cfg.out)
+    if written:
+        kind = str(dtype).removeprefix("torch.")
+        print(f"exported {stored.name} to {place} ({size / 10**6:,.1f} MB, {kind})")
     else:
-        stored = with_overrides(stored, cfg.tokenizer, cfg.eos_token_id, cfg.pad_token_id)
-        written = write_export(stored, out, dtype, cfg.max_shard_size, cfg.format)
-    if not written:
-        print(f"already exported, nothing to do: {out} holds {stored.name}")
-        return
-    size = sum(path.stat().st_size for path in out.iterdir())
-    place = redact_text(cfg.out) if cfg.out is not None and is_remote(cfg.out) else out
-    print(f"exported {stored.name} to {place} ({size / 10**6:,.1f} MB, {str(dtype).removeprefix('torch.')})")
+        print(f"already exported, nothing to do: {place} holds {stored.name}")
+
+
+def _check_url(out: str | None) -> None:
+    if out is not None and is_remote(out):
+        error = url_error("out", out) or missing_package("out", out)
+        if error is not None:
+            raise UserError(error)
 
 
 def without_bias(stored: StoredModel) -> StoredModel:
@@ -108,8 +112,6 @@ def local_output(cfg: ExportConfig, stored: StoredModel) -> Iterator[Path]:
     if cfg.out is None or not is_remote(cfg.out):
         yield output_directory(cfg, stored)
         return
-    if (error := url_error("out", cfg.out) or missing_package("out", cfg.out)) is not None:
-        raise UserError(error)
     with TemporaryDirectory(prefix="olmoe-export-") as temporary:
         out = Path(temporary) / "export"
         yield out

@@ -21,7 +21,7 @@ def main(cfg: PrepareConfig) -> None:
     if is_remote(cfg.data.dir):
         raise UserError(
             f"data.dir={redact_text(cfg.data.dir)}: `olmoe prepare` writes to this machine. Give a "
-            "directory, copy it to the store, for example with `aws s3 cp --recursive`, and train with its URL"
+            "directory, copy it to the store, such as by `aws s3 cp --recursive`, and train with its URL"
         )
     if cfg.data.format is DataFormat.olmo:
         index_olmo_files(cfg)

@@ -52,7 +52,8 @@ def local_directory(data: DataConfig, path: str) -> Path:
     """
     if not is_remote(path):
         return Path(path).expanduser()
-    if (error := object_store.url_error("data.dir", path)) is not None:
+    error = object_store.url_error("data.dir", path) or object_store.missing_package("data.dir", path)
+    if error is not None:
         raise UserError(error)
     if path.startswith("file://"):
         return Path(path.removeprefix("file://"))

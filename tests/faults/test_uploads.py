@@ -18,6 +18,7 @@ from olmoe_train.config.train import CheckpointConfig, ParallelConfig
 from olmoe_train.config.verbs import ExportConfig
 from olmoe_train.train import train
 from olmoe_train.training.callbacks import uploads
+from olmoe_train.training.preflight.checks import validate
 from olmoe_train.utils import object_store
 from olmoe_train.utils.errors import UserError
 from olmoe_train.utils.object_store import join
@@ -112,3 +113,29 @@ def test_a_store_that_refuses_or_stalls_never_stops_a_run(s3: FaultyS3, data: Pa
     s3.faults = []
     assert run(checkpoint=refused) == 6
     assert steps()[0] == 6
+
+
+def test_keys_that_cannot_work_with_a_store_are_refused(data: Path, tmp_path: Path) -> None:
+    cfg = config(
+        *(data, tmp_path / "run"),
+        run_dir="s3://bucket/run",
+        checkpoint={"upload_to": "here", "upload_wait": 900.0, "resume": "s3://bucket/run"},
+        data={"dir": "s3://me:hunter22@bucket/prepared", "cache_gb": 0.0},
+    )
+    with pytest.raises(UserError) as error:
+        validate(cfg, 2)
+    text = str(error.value)
+    for part in (
+        "run_dir=s3://bucket/run: must be a directory of this machine",
+        "checkpoint.upload_to=here: must be a URL",
+        "checkpoint.upload_wait=900: must be at least 0 and less than trainer.timeout",
+        "checkpoint.resume=s3://bucket/run: must be auto, never",
+        "data.cache_gb=0.0: must be positive",
+        "data.dir=s3://[redacted]@bucket/prepared: credentials do not belong into a URL",
+    ):
+        assert part in text
+    assert "hunter22" not in text
+    cfg = config(data, tmp_path / "run", data={"cache_gb": 3.0}, checkpoint={"upload_wait": 3.0})
+    warnings = validate(cfg, 2)
+    assert "data.cache_gb has no effect: all data is on this machine" in warnings
+    assert "checkpoint.upload_wait has no effect: checkpoint.upload_to is null" in warnings

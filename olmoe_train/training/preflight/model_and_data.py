@@ -14,6 +14,7 @@ from olmoe_train.data.mixture import mixture_components, read_manifests, verify
 from olmoe_train.data.source_errors import mixture_errors
 from olmoe_train.model.hf.special_tokens import base_vocabulary, special_token_errors
 from olmoe_train.utils.errors import UserError
+from olmoe_train.utils.object_store import is_remote
 
 
 def model_errors(cfg: TrainConfig) -> list[str]:
@@ -32,7 +33,7 @@ def model_errors(cfg: TrainConfig) -> list[str]:
     init_from = cfg.model.init_from
     if init_from is not None:
         errors += _init_from_errors(cfg, init_from, check_tokens=not errors)
-    if cfg.checkpoint.resume not in ("auto", "never"):
+    if cfg.checkpoint.resume not in ("auto", "never") and not is_remote(cfg.checkpoint.resume):
         errors += _resume_errors(Path(cfg.checkpoint.resume))
     return errors + _allowed_changes_errors(cfg.checkpoint.allow_changes)
 
