@@ -18,7 +18,7 @@ import sys
 import tempfile
 import time
 import urllib.request
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -58,7 +58,9 @@ def start_server() -> subprocess.Popen[bytes]:
     raise RuntimeError("moto's server did not start")
 
 
-def measure(variants: dict[str, Callable[[], object]], rounds: int, before: Callable[[], None]) -> Measured:
+def measure(
+    variants: Mapping[str, Callable[[], object]], rounds: int, before: Callable[[], None]
+) -> Measured:
     """Run each variant once per round, all of them in turn, with `before` in front of each."""
     found: Measured = {name: [] for name in variants}
     for number in range(rounds + 1):

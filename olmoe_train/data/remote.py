@@ -143,8 +143,7 @@ class RemoteArray:
             assert step == 1, index
             return self._read(start, max(start, stop))
         at = index + self._length if index < 0 else index
-        if not 0 <= at < self._length:  # bisect and iteration rely on it
-            raise IndexError(index)
+        assert 0 <= at < self._length, index
         return self._read(at, at + 1)[0]
 
     def _read(self, start: int, stop: int) -> np.ndarray:

@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -80,7 +81,7 @@ def test_tokens_are_those_of_the_disk_whatever_the_store_does(
         Fault("cut", "GET.*(npy|u64)", times=3),
         Fault("slow", "GET.*npy", times=1),
     ]
-    changes = {"mask_documents": True, "num_workers": workers}
+    changes: dict[str, Any] = {"mask_documents": True, "num_workers": workers}
     expected = batches_of(replace(local, **changes))
     assert_same_batches(batches_of(replace(remote, **changes)), expected)
     assert TrainingData(local, 7).fingerprint() == TrainingData(remote, 7).fingerprint()
@@ -120,7 +121,9 @@ def test_masks_packing_and_mixtures_read_the_same(s3: FaultyS3, tmp_path: Path) 
 
 
 def blocks_of(remote: DataConfig) -> list[Path]:
-    return sorted(path for path in (Path(remote.cache_dir) / "blocks").glob("*/*") if path.suffix != ".tmp")
+    return sorted(
+        path for path in (Path(str(remote.cache_dir)) / "blocks").glob("*/*") if path.suffix != ".tmp"
+    )
 
 
 def test_a_damaged_block_is_fetched_again(
@@ -143,12 +146,16 @@ def test_a_damaged_block_is_fetched_again(
 
 
 def test_the_cache_stays_within_its_limit_and_forgets_what_was_not_used(tmp_path: Path) -> None:
+
+    def lost() -> bytes:
+        raise AssertionError("the block in use was deleted")
+
     limit, size = 80_000, 500  # a process looks again after 1/128: 625 bytes
     for name in ("a", "b"):  # two processes
         cache = BlockCache(tmp_path, limit)
         for number in range(200):
             cache.get(f"{name}{number:04d}", lambda: os.urandom(size))
-            BlockCache(tmp_path, limit).get("a0000", lambda: b"never read again")
+            BlockCache(tmp_path, limit).get("a0000", (lambda: b"") if number == 0 else lost)
             if number % 10 == 0:
                 total = sum(path.stat().st_size for path in tmp_path.glob("*/*"))
                 assert total <= limit

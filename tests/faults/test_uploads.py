@@ -139,3 +139,16 @@ def test_keys_that_cannot_work_with_a_store_are_refused(data: Path, tmp_path: Pa
     warnings = validate(cfg, 2)
     assert "data.cache_gb has no effect: all data is on this machine" in warnings
     assert "checkpoint.upload_wait has no effect: checkpoint.upload_to is null" in warnings
+
+
+def test_retention_here_does_not_take_a_checkpoint_from_its_upload(
+    s3: FaultyS3, data: Path, tmp_path: Path
+) -> None:
+    s3.faults = [Fault("stall", "PUT.*step-00000001/shard-00001")]  # meanwhile, all other steps are saved
+    keep_one = CheckpointConfig(every=1, keep=1, upload_to=RUN)
+    assert trained(data, tmp_path, checkpoint=keep_one) == 6
+    log = (tmp_path / "log.txt").read_text()
+    assert f"uploaded step-00000001 to {RUN}" in log
+    assert "is not uploaded, because uploads take longer than checkpoint.every=1 steps; next is" in log
+    assert steps() == [6]
+    assert not alerts(tmp_path)

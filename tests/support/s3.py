@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
-from moto.server import DomainDispatcherApplication, create_backend_app
+from moto.moto_server.werkzeug_app import DomainDispatcherApplication, create_backend_app
 from werkzeug.serving import WSGIRequestHandler, make_server
 
 from olmoe_train.utils import object_store
@@ -59,7 +59,9 @@ class FaultyS3:
         if fault.kind.isdecimal():
             code = {"403": "AccessDenied", "500": "InternalError", "503": "SlowDown"}[fault.kind]
             start(f"{fault.kind} {code}", [("Content-Type", "application/xml")])
-            return [f"<Error><Code>{code}</Code><Message>injected</Message></Error>".encode()]
+            return [
+                f"<Error><Code>{code}</Code><Message>injected for {KEY_ID} {SECRET}</Message></Error>".encode()
+            ]
         connection: socket.socket = environ["werkzeug.socket"]
         if fault.kind == "reset":
             connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))

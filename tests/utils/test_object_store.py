@@ -109,3 +109,14 @@ def test_files_of_this_machine_appear_whole(tmp_path: Path) -> None:
     object_store.upload(source, url)
     assert object_store.read(url, 1, 3) == TEXT[1:3]
     assert object_store.list_files(f"file://{tmp_path}/new") == {"object": len(TEXT)}
+
+
+@pytest.mark.parametrize(
+    ("status", "is_transient"),
+    [(500, True), (503, True), (429, True), (408, True), (400, False), (404, False)],
+)
+def test_answers_of_other_stores_are_retried_by_their_status(status: int, is_transient: bool) -> None:
+    class HttpError(OSError):  # as gcsfs raises it
+        code = status
+
+    assert object_store._is_transient(HttpError("injected")) is is_transient
