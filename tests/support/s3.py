@@ -59,9 +59,8 @@ class FaultyS3:
         if fault.kind.isdecimal():
             code = {"403": "AccessDenied", "500": "InternalError", "503": "SlowDown"}[fault.kind]
             start(f"{fault.kind} {code}", [("Content-Type", "application/xml")])
-            return [
-                f"<Error><Code>{code}</Code><Message>injected for {KEY_ID} {SECRET}</Message></Error>".encode()
-            ]
+            message = f"injected for {KEY_ID} {SECRET}"  # a server may say so
+            return [f"<Error><Code>{code}</Code><Message>{message}</Message></Error>".encode()]
         connection: socket.socket = environ["werkzeug.socket"]
         if fault.kind == "reset":
             connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
