@@ -55,6 +55,8 @@ class FaultyS3:
                 fault.times -= 1
         if fault is None:
             return self._moto(environ, start)
+        if fault.kind in ("stall", "slow", "cut"):
+            return _disturbed(b"".join(self._moto(environ, start)), fault.kind, environ["werkzeug.socket"])
         environ["wsgi.input"].read(int(environ.get("CONTENT_LENGTH") or 0))
         if fault.kind.isdecimal():
             code = {"403": "AccessDenied", "500": "InternalError", "503": "SlowDown"}[fault.kind]
@@ -62,12 +64,10 @@ class FaultyS3:
             message = f"injected for {KEY_ID} {SECRET}"  # a server may say so
             return [f"<Error><Code>{code}</Code><Message>{message}</Message></Error>".encode()]
         connection: socket.socket = environ["werkzeug.socket"]
-        if fault.kind == "reset":
-            connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-            connection.close()
-            return []
-        body = b"".join(self._moto(environ, start))
-        return _disturbed(body, fault.kind, connection)
+        assert fault.kind == "reset"
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        connection.close()
+        return []
 
     def count(self, matching: str) -> int:
         """Number of requests so far that match."""
