@@ -32,6 +32,8 @@ FIRST_WAIT_S, LONGEST_WAIT_S = 0.25, 30.0
 REQUEST_ATTEMPTS = 4
 """Attempts of one HTTP request of s3fs, within an operation: a part of a large upload is sent again alone."""
 CONNECT_TIMEOUT_S, READ_TIMEOUT_S = 10, 60
+_JITTER = random.Random()
+"""Of its own: checkpoints hold the state of the global generator."""
 RANGE_BYTES = 64 * 1024**2
 """Bytes that one request of a download reads."""
 
@@ -220,7 +222,7 @@ def _atomically(files: Any, path: str, put: Callable[[str], None]) -> None:
     if "file" not in files.protocol:
         put(path)
         return
-    temporary = f"{path}.{random.getrandbits(32):08x}.tmp"
+    temporary = f"{path}.{os.getpid():x}-{time.monotonic_ns():x}.tmp"
     put(temporary)
     files.mv(temporary, path)
 
@@ -245,7 +247,7 @@ def _with_retries(url: str, operation: Callable[[Any, str], Result]) -> Result:
             if attempt == ATTEMPTS:
                 message = f"{shown}: failed {ATTEMPTS} times, the last time with {reason}"
                 raise StoreError(message) from None
-            wait = min(LONGEST_WAIT_S, FIRST_WAIT_S * 2 ** (attempt - 1)) * random.uniform(0.5, 1.0)
+            wait = min(LONGEST_WAIT_S, FIRST_WAIT_S * 2 ** (attempt - 1)) * _JITTER.uniform(0.5, 1.0)
             # A single error is no news: stores ask clients to retry.
             level = logging.WARNING if attempt > 1 else logging.DEBUG
             message = "warning: %s: attempt %d of %d failed (%s); the next one is in %.1f s"
