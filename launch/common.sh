@@ -50,18 +50,25 @@ ensure_olmo_eval() {
     fi
 }
 
-# ensure_browser: installs Debian's chromium for the tests of the HTML report, where that is possible: as root with
-# apt-get. Elsewhere those tests are skipped unless there is a browser.
-ensure_browser() {
-    local name
-    for name in chromium chromium-browser google-chrome-stable google-chrome; do
-        ! command -v "$name" >/dev/null || return 0
+# ensure_programs: installs Debian's programs that tests need, where that is possible: as root with apt-get. Elsewhere the
+# tests without their program are skipped. chromium: of the HTML report, by any of its names; slurm-wlm and munge: a SLURM
+# with two nodes; iproute2 and procps: hosts in namespaces.
+ensure_programs() {
+    local name packages=()
+    for name in chromium chromium-browser google-chrome-stable google-chrome none; do
+        ! command -v "$name" >/dev/null || break
     done
-    if [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null; then
-        echo "== installing chromium for the tests of the HTML report (once)"
-        { apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends chromium; } \
-            >/dev/null 2>&1 || echo "chromium could not be installed: the tests that need a browser are skipped"
-    fi
+    [ "$name" != none ] || packages+=(chromium)
+    command -v slurmctld >/dev/null && command -v munged >/dev/null || packages+=(slurm-wlm munge)
+    command -v ip >/dev/null && command -v tc >/dev/null || packages+=(iproute2)
+    command -v sysctl >/dev/null || packages+=(procps)
+    [ ${#packages[@]} != 0 ] && [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null || return 0
+    echo "== installing for the tests (once): ${packages[*]}"
+    apt-get update -qq >/dev/null 2>&1 || true
+    for name in "${packages[@]}"; do  # one by one: a package that cannot be had keeps back no other
+        DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends "$name" >/dev/null 2>&1 \
+            || echo "$name could not be installed: the tests that need it are skipped"
+    done
 }
 
 # share_cores PROCESSES: one thread a core and no more, however many processes share them, unless the user said otherwise.

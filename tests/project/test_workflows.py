@@ -24,7 +24,13 @@ def test_newest_releases_are_tested_every_week() -> None:
     assert (day, month) == ("*", "*")
     assert weekday.isdecimal()
     commands = [step["run"] for step in newest["jobs"]["test"]["steps"] if "run" in step]
-    assert commands == ["launch/test_newest.sh"]
+    assert commands == ['sudo -E env "PATH=$PATH" launch/test_newest.sh']
+
+
+def test_ci_runs_as_root() -> None:
+    """Without root, the tests of two hosts and of SLURM are skipped."""
+    commands = [step.get("run") for step in workflow("ci")["jobs"]["test"]["steps"]]
+    assert commands[-1] == 'sudo -E env "PATH=$PATH" .ci/run'
 
 
 def test_both_scripts_run_the_same_checks_and_one_of_them_pins() -> None:
