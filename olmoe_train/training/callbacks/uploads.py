@@ -17,6 +17,7 @@ from olmoe_train.checkpoint.convert.export import hf_directory
 from olmoe_train.checkpoint.directory import latest_checkpoint
 from olmoe_train.checkpoint.remote import retire, upload_checkpoint, upload_directory, upload_run_files
 from olmoe_train.config.train import CheckpointConfig
+from olmoe_train.distributed.rendezvous import place_of
 from olmoe_train.run.directory import Run
 from olmoe_train.run.loggers import MetricsLog
 from olmoe_train.training.callbacks.base import Callback
@@ -113,7 +114,7 @@ class Uploads(Callback):
                 self._upload(self._current)
                 self.failure = None
             except Exception as error:  # whatever it is, the checkpoint is on the disk, and training goes on
-                self.failure = redact_text(str(error))
+                self.failure = f"{place_of(0)}: {redact_text(str(error))}"
                 log.warning(
                     "WARNING: uploading %s failed; training goes on: %s", self._current.name, self.failure
                 )
