@@ -40,9 +40,13 @@ def _main() -> int:
         print(f"error: no verb {verb!r}; there are {', '.join(VERBS)}", file=sys.stderr)
         return 2
     del sys.argv[1]
-    # Only the verb that runs is imported, because train imports much that generate does not need.
-    module = "olmoe_train.train" if verb == "train" else f"olmoe_train.cli.{verb}"
-    return import_module(module).run()
+    # Imported here: the list of verbs does without Hydra, and a verb without what the others need.
+    from olmoe_train.cli.help import module_of, verb_help
+
+    if verb != "launch" and ("-h" in sys.argv or "--help" in sys.argv):
+        print(verb_help(verb))
+        return 0
+    return import_module(module_of(verb)).run()
 
 
 if __name__ == "__main__":

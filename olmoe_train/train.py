@@ -10,9 +10,9 @@ from collections.abc import Iterable
 from functools import partial
 
 from olmoe_train.cli.app import run_verb
-from olmoe_train.cli.multirun import HELP as MULTIRUN_HELP
+from olmoe_train.cli.help import description
 from olmoe_train.cli.multirun import is_multirun, multirun
-from olmoe_train.cli.ranks import HELP, on_ranks
+from olmoe_train.cli.ranks import on_ranks
 from olmoe_train.config.compose import plain_values
 from olmoe_train.config.train import TrainConfig
 from olmoe_train.distributed.mesh import init_distributed
@@ -122,8 +122,8 @@ def main(cfg: TrainConfig) -> int:
 def run() -> int:
     if is_multirun(sys.argv[1:]):
         return multirun(sys.argv[1:])
-    description = f"Pretrain or fine-tune OLMoE.\n{HELP}\n{MULTIRUN_HELP}"
-    return on_ranks("olmoe_train.train", partial(run_verb, "train", TrainConfig, main, description))
+    train_here = partial(run_verb, "train", TrainConfig, main, description("train", __doc__))
+    return on_ranks("olmoe_train.train", train_here)
 
 
 if __name__ == "__main__":

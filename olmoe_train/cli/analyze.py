@@ -24,8 +24,9 @@ from olmoe_train.cli.analyze_sources import (
     name_with_reference,
 )
 from olmoe_train.cli.app import run_verb
+from olmoe_train.cli.help import description
 from olmoe_train.cli.model_sources import names_of_sources, open_source
-from olmoe_train.cli.ranks import HELP, on_ranks
+from olmoe_train.cli.ranks import on_ranks
 from olmoe_train.cli.sources import collect_sources
 from olmoe_train.config.verbs import AnalyzeConfig
 from olmoe_train.data.mixture import verify
@@ -252,8 +253,10 @@ def _of_reference(record: Record, section: str) -> list[Any]:
 def run() -> int:
     """Run `olmoe analyze` with the command line; returns the exit code."""
     sys.argv[1:] = collect_sources(sys.argv[1:])
-    description = f"{__doc__}\n{HELP}"
-    return on_ranks("olmoe_train.cli.analyze", partial(run_verb, "analyze", AnalyzeConfig, main, description))
+    return on_ranks(
+        "olmoe_train.cli.analyze",
+        partial(run_verb, "analyze", AnalyzeConfig, main, description("analyze", __doc__)),
+    )
 
 
 if __name__ == "__main__":

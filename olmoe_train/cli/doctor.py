@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from olmoe_train.cli.app import run_verb
-from olmoe_train.cli.ranks import HELP, end_process, on_ranks
+from olmoe_train.cli.help import description
+from olmoe_train.cli.ranks import end_process, on_ranks
 from olmoe_train.config.doctor import DoctorConfig
 from olmoe_train.utils.errors import UserError
 from olmoe_train.utils.exit_codes import BAD_INPUT, OK
@@ -97,8 +98,10 @@ def lines(found: "list[Finding]") -> list[str]:
 
 def run() -> int:
     """Run `olmoe doctor` with the command line; returns the exit code."""
-    description = f"{__doc__}\n{HELP}"
-    return on_ranks("olmoe_train.cli.doctor", partial(run_verb, "doctor", DoctorConfig, main, description))
+    return on_ranks(
+        "olmoe_train.cli.doctor",
+        partial(run_verb, "doctor", DoctorConfig, main, description("doctor", __doc__)),
+    )
 
 
 if __name__ == "__main__":

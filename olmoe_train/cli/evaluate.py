@@ -20,8 +20,9 @@ from olmoe_train.checkpoint.convert.sharded_model import load_on_ranks
 from olmoe_train.checkpoint.convert.stored_model import StoredModel
 from olmoe_train.cli.app import run_verb
 from olmoe_train.cli.evaluate_output import SourceResult, show_all, show_one, show_overlaps, write_results
+from olmoe_train.cli.help import description
 from olmoe_train.cli.model_sources import check_data, names_of_sources, open_source
-from olmoe_train.cli.ranks import HELP, end_process, on_ranks
+from olmoe_train.cli.ranks import end_process, on_ranks
 from olmoe_train.cli.sources import collect_sources
 from olmoe_train.config.choices import Weights
 from olmoe_train.config.data import DataConfig
@@ -219,9 +220,9 @@ def warn(cfg: EvaluateConfig, data: DataConfig | None, results: list[SourceResul
 def run() -> int:
     """Run `olmoe evaluate` with the command line; returns the exit code."""
     sys.argv[1:] = collect_sources(sys.argv[1:])
-    description = f"{__doc__}\n{HELP}"
     return on_ranks(
-        "olmoe_train.cli.evaluate", partial(run_verb, "evaluate", EvaluateConfig, main, description)
+        "olmoe_train.cli.evaluate",
+        partial(run_verb, "evaluate", EvaluateConfig, main, description("evaluate", __doc__)),
     )
 
 

@@ -12,7 +12,8 @@ from pathlib import Path
 
 from olmoe_train.checkpoint.convert.stored_model import load_whole
 from olmoe_train.cli.app import run_verb
-from olmoe_train.cli.ranks import HELP, on_ranks
+from olmoe_train.cli.help import description
+from olmoe_train.cli.ranks import on_ranks
 from olmoe_train.cli.routing_sample import all_ranks, count_sample, open_checked, sample_facts, source_facts
 from olmoe_train.config.expert_file import experts_text
 from olmoe_train.config.surgery import ExpertsConfig
@@ -99,8 +100,10 @@ def table(config: OlmoeConfig, sets: list[list[int]], relevance_LE: Array) -> li
 
 def run() -> int:
     """Run `olmoe experts` with the command line; returns the exit code."""
-    description = f"{__doc__}\n{HELP}"
-    return on_ranks("olmoe_train.cli.experts", partial(run_verb, "experts", ExpertsConfig, main, description))
+    return on_ranks(
+        "olmoe_train.cli.experts",
+        partial(run_verb, "experts", ExpertsConfig, main, description("experts", __doc__)),
+    )
 
 
 if __name__ == "__main__":

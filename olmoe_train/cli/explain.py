@@ -19,7 +19,8 @@ from olmoe_train.checkpoint.branch import checkpoint_before
 from olmoe_train.checkpoint.directory import complete_checkpoints
 from olmoe_train.checkpoint.sharded import load_checkpoint, saved_state
 from olmoe_train.cli.app import run_verb
-from olmoe_train.cli.ranks import HELP, on_ranks
+from olmoe_train.cli.help import description
+from olmoe_train.cli.ranks import on_ranks
 from olmoe_train.config.verbs import ExplainConfig
 from olmoe_train.data.batch_sizes import BatchSizes
 from olmoe_train.data.fingerprint import stream_changes
@@ -212,8 +213,10 @@ def number(value: float | None, form: str) -> str:
 
 def run() -> int:
     """Run `olmoe explain` with the command line; returns the exit code."""
-    description = f"{__doc__}\n{HELP}"
-    return on_ranks("olmoe_train.cli.explain", partial(run_verb, "explain", ExplainConfig, main, description))
+    return on_ranks(
+        "olmoe_train.cli.explain",
+        partial(run_verb, "explain", ExplainConfig, main, description("explain", __doc__)),
+    )
 
 
 if __name__ == "__main__":

@@ -11,7 +11,8 @@ import torch
 import torch.distributed as dist
 
 from olmoe_train.cli.app import run_verb
-from olmoe_train.cli.ranks import HELP, on_ranks
+from olmoe_train.cli.help import description
+from olmoe_train.cli.ranks import on_ranks
 from olmoe_train.config.choices import Reference
 from olmoe_train.config.objective import PreferenceConfig
 from olmoe_train.config.verbs import LogprobsConfig
@@ -70,9 +71,9 @@ def build_reference_or_adapted(cfg: LogprobsConfig, device: torch.device) -> Olm
 
 def run() -> int:
     """Run `olmoe logprobs` with the command line; returns the exit code."""
-    description = f"{__doc__}\n{HELP}"
     return on_ranks(
-        "olmoe_train.cli.logprobs", partial(run_verb, "logprobs", LogprobsConfig, main, description)
+        "olmoe_train.cli.logprobs",
+        partial(run_verb, "logprobs", LogprobsConfig, main, description("logprobs", __doc__)),
     )
 
 

@@ -15,7 +15,8 @@ from olmoe_train.checkpoint.convert.model_card import pruned_card
 from olmoe_train.checkpoint.convert.prune import pruned_model
 from olmoe_train.checkpoint.convert.stored_model import StoredModel, bias_error, load_whole, open_stored_model
 from olmoe_train.cli.app import run_verb
-from olmoe_train.cli.ranks import HELP, on_ranks
+from olmoe_train.cli.help import description
+from olmoe_train.cli.ranks import on_ranks
 from olmoe_train.cli.routing_sample import all_ranks, count_sample, open_checked, sample_facts, source_facts
 from olmoe_train.config.expert_file import experts_text
 from olmoe_train.config.surgery import PruneConfig
@@ -145,8 +146,9 @@ def record(
 
 def run() -> int:
     """Run `olmoe prune` with the command line; returns the exit code."""
-    description = f"{__doc__}\n{HELP}"
-    return on_ranks("olmoe_train.cli.prune", partial(run_verb, "prune", PruneConfig, main, description))
+    return on_ranks(
+        "olmoe_train.cli.prune", partial(run_verb, "prune", PruneConfig, main, description("prune", __doc__))
+    )
 
 
 if __name__ == "__main__":

@@ -35,7 +35,9 @@ def test_what_needs_no_torch_does_not_wait_for_it() -> None:
     """torch takes most of the time that a command needs to start, and TorchDynamo a good part of the rest."""
     modules = ["config", "cli.app", "cli.prepare", "cli.report", "cli.ranks"]
     code = [
-        "import sys, " + ", ".join(f"olmoe_train.{name}" for name in modules),
+        "import sys, olmoe_train.__main__, " + ", ".join(f"olmoe_train.{name}" for name in modules),
+        "sys.argv = ['olmoe', 'train', '--help']",
+        "assert olmoe_train.__main__.main() == 0",
         "assert 'torch' not in sys.modules",
         "from olmoe_train.model import OlmoeModel",
         "assert 'torch._dynamo' not in sys.modules",
