@@ -91,6 +91,10 @@ class TrainerConfig:
     """Keep an exponential moving average (EMA) e of the trained weights w, in fp32: after every update, e
     becomes d e + (1 - d) w, with this d, above 0 and below 1. Each validation also evaluates the average
     (eval/NAME/ema_loss), and which=ema exports it. null: off."""
+    fused_backward: bool = False
+    """Update each parameter in the backward pass, as soon as its gradient is there, and free the gradient: 4
+    bytes per trained parameter less, and the same weights. Only for one rank, one micro-batch per step,
+    optimizer=adamw and optimizer.max_grad_norm=0."""
 
     @property
     def largest_batch_size(self) -> int:

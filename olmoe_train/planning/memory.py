@@ -31,7 +31,8 @@ class RankMemory:
     parameters: int
     """fp32 master weights, and frozen weights in the precision of the computation: this rank's shard."""
     gradients: int
-    """fp32 gradients, summed over the micro-batches so far: this rank's shard."""
+    """fp32 gradients, summed over the micro-batches so far: this rank's shard. 0 with
+    trainer.fused_backward: those of one layer are in `reduction`."""
     optimizer: int
     """The fp32 moments of the optimizer, two for AdamW and one for Muon, and the average of the weights: this
     rank's shard. Of NorMuon also one number per row."""
@@ -90,6 +91,7 @@ def rank_memory(
     adapter: AdapterPlan | None = None,
     optimizer: OptimizerConfig = ADAMW,
     averaged: bool = False,
+    fused_backward: bool = False,
 ) -> RankMemory:
     """The memory of the fullest rank, with fsdp or ddp.
 
@@ -107,6 +109,7 @@ def rank_memory(
         adapter: The adapter; None: every parameter is trained.
         optimizer: The optimizer, which decides the number of moments.
         averaged: Whether an average of the trained weights is kept (trainer.ema_decay).
+        fused_backward: Whether each gradient is freed when its parameter is updated, in the backward pass.
 
     Returns:
         Bytes of each part.
@@ -117,16 +120,19 @@ def rank_memory(
     exchange = all_to_all_bytes(config, batch)
     activations = saved_activations(config, batch, adapter) + recomputed_activations(config, batch)
     temporaries = temporary_bytes(config, batch, reduction + exchange, adapter)
-    # When the optimizer makes its update, none of these is allocated any more.
-    of_backward = gathered + reduction + exchange + activations
+    update = update_bytes(config, layout, optimizer)
+    if fused_backward:
+        temporaries += update
+    else:  # when the optimizer makes its update, none of these is allocated any more
+        temporaries = max(temporaries, update - (gathered + reduction + exchange + activations))
     return RankMemory(
         parameters=units.held_bytes,
-        gradients=FP32 * units.trained,
+        gradients=0 if fused_backward else FP32 * units.trained,
         optimizer=state_bytes(config, units.roles, optimizer) + averaged * FP32 * units.trained,
         gathered=gathered,
         reduction=reduction,
         activations=activations,
-        temporaries=max(temporaries, update_bytes(config, layout, optimizer) - of_backward),
+        temporaries=temporaries,
         all_to_all=exchange,
         quantized=units.quantized,
     )

@@ -108,8 +108,8 @@ def _memory(cfg: PlanConfig) -> RankMemory:
     config, layout = olmoe_config(cfg.model), plan_layout(cfg)
     load = rank_load(config, layout.expert_parallel_size, cfg.cost.max_violation)
     batch = replace(plan_micro_batch(cfg), load_factor=load)
-    averaged = cfg.trainer.ema_decay is not None
-    return rank_memory(config, layout, batch, adapter_plan(cfg.adapter), cfg.optimizer, averaged)
+    averaged, fused = cfg.trainer.ema_decay is not None, cfg.trainer.fused_backward
+    return rank_memory(config, layout, batch, adapter_plan(cfg.adapter), cfg.optimizer, averaged, fused)
 
 
 def _candidate(cfg: PlanConfig, memory: RankMemory) -> Candidate:

@@ -113,8 +113,8 @@ def plan_memory(cfg: PlanConfig, layout: ParallelLayout, batch: MicroBatch) -> l
     adapter, batches = adapter_plan(cfg.adapter), [replace(batch, load_factor=factor) for factor in factors]
     if layout.strategy is Strategy.deepspeed:
         return [deepspeed_memory(config, layout, batch, adapter) for batch in batches]
-    averaged = cfg.trainer.ema_decay is not None
-    return [rank_memory(config, layout, batch, adapter, cfg.optimizer, averaged) for batch in batches]
+    averaged, fused = cfg.trainer.ema_decay is not None, cfg.trainer.fused_backward
+    return [rank_memory(config, layout, batch, adapter, cfg.optimizer, averaged, fused) for batch in batches]
 
 
 def reference_memory(cfg: PlanConfig, layout: ParallelLayout, batch: MicroBatch) -> int:

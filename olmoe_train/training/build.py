@@ -136,7 +136,7 @@ def engine_of(cfg: TrainConfig, model: OlmoeForCausalLM, device: torch.device) -
     optimizer = build_optimizer(groups, cfg.optimizer)
     if cfg.trainer.ema_decay is not None:
         keep_average(optimizer, cfg.trainer.ema_decay)
-    return FsdpEngine(model, optimizer, cfg.optimizer.max_grad_norm, device)
+    return FsdpEngine(model, optimizer, cfg.optimizer.max_grad_norm, device, cfg.trainer.fused_backward)
 
 
 def build_data(cfg: TrainConfig) -> TrainingData:

@@ -52,6 +52,7 @@ SAFE_TO_CHANGE = (
     "trainer.spike_sigmas",
     "trainer.compile",
     "trainer.activation_checkpointing",
+    "trainer.fused_backward",
     "parallel",
     "checkpoint",
     "logging",

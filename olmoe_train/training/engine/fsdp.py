@@ -11,6 +11,7 @@ from olmoe_train.checkpoint.sharded import load_checkpoint
 from olmoe_train.model import OlmoeForCausalLM
 from olmoe_train.optim.build import scale_learning_rates
 from olmoe_train.optim.clipping import clip_gradients
+from olmoe_train.optim.fused_backward import FusedBackward
 from olmoe_train.optim.skip_step import step_unless
 from olmoe_train.training.engine.base import Judge, StepOutcome
 
@@ -24,7 +25,10 @@ class FsdpEngine:
         optimizer: torch.optim.Optimizer,
         max_grad_norm: float,
         device: torch.device,
+        fused_backward: bool = False,
     ) -> None:
+        """fused_backward: update in the backward pass (optim/fused_backward.py)."""
+        self.fused = FusedBackward(optimizer, device) if fused_backward else None
         self.model, self.optimizer, self.device = model, optimizer, device
         self.max_grad_norm = max_grad_norm
 
@@ -40,9 +44,15 @@ class FsdpEngine:
         assert isinstance(self.model, FSDPModule)
         # Over shards with every micro-batch, so that gradients stay sharded; over replicas once per step.
         self.model.set_requires_all_reduce(last)
-        loss.backward()
+        if self.fused is not None:
+            self.fused.backward(loss)
+        else:
+            loss.backward()
 
     def step(self, judge: Judge) -> StepOutcome:
+        if self.fused is not None:
+            grad_norm = self.fused.grad_norm()
+            return StepOutcome(grad_norm, judge(grad_norm))
         grad_norm = clip_gradients(self.model.parameters(), self.max_grad_norm)
         skipped = judge(grad_norm)
         step_unless(self.optimizer, skipped)

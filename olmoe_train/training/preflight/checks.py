@@ -13,6 +13,7 @@ from olmoe_train.training.preflight.batch_sizes import batch_size_errors, batch_
 from olmoe_train.training.preflight.branch import branch_errors, branch_warnings
 from olmoe_train.training.preflight.elastic import elastic_errors
 from olmoe_train.training.preflight.evaluation import sampling_errors, set_errors
+from olmoe_train.training.preflight.fused_backward import fused_backward_errors
 from olmoe_train.training.preflight.model_and_data import data_errors, model_errors
 from olmoe_train.training.preflight.object_stores import store_errors, store_warnings
 from olmoe_train.training.preflight.parallel import deepspeed_file_errors, parallel_errors
@@ -114,6 +115,7 @@ def configuration_errors(cfg: TrainConfig, world_size: int) -> list[str]:
 def _configuration_errors(cfg: TrainConfig, world_size: int, of_model: list[str]) -> list[str]:
     return [
         *_trainer_errors(cfg, world_size),
+        *fused_backward_errors(cfg, world_size),
         *schedule_errors(cfg),
         *of_model,
         *variant_errors(cfg),

@@ -55,7 +55,7 @@ def keys_without_effect(cfg: TrainConfig, manifests: dict[str, Manifest]) -> lis
             f"logging.explain_spikes has no effect: objective={cfg.objective.name} explains no spikes"
         )
     warnings += _initial_weights_without_effect(cfg.model)
-    if cfg.optimizer.max_grad_norm == 0:
+    if cfg.optimizer.max_grad_norm == 0 and not cfg.trainer.fused_backward:
         warnings.append("optimizer.max_grad_norm=0: gradients are not clipped")
     return warnings
 
