@@ -1,9 +1,10 @@
-"""The models that benchmarks/gpu_step.py compares, upon the same parameters, and whether they agree."""
+"""The models that benchmarks/gpu_step.py and on_gpu.py compare, upon the same parameters, and whether they agree."""
 
 import argparse
 import gc
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -148,14 +149,35 @@ def loss_and_gradients(model: nn.Module, loss: Loss, ids_BS: Tensor) -> tuple[fl
     return value.item(), gradients
 
 
-def check_parity(args: argparse.Namespace) -> bool:
-    """Two layers, one sequence. Against Transformers in fp32, the loss of each backend is off by at most 1e-3
-    of it, and each parameter's gradient by at most 1.5 times what Transformers in bf16 is, and 0.01."""
+@dataclass(frozen=True)
+class Parity:
+    """How far a variant in bf16 is off Transformers in fp32, relative."""
+
+    name: str
+    loss: float
+    gradients: dict[str, float]
+    """By parameter."""
+    tolerances: dict[str, float]
+    """Of the gradients: 1.5 times what Transformers in bf16 is off, and 0.01."""
+
+    @property
+    def beyond(self) -> list[str]:
+        """Parameters whose gradient is too far off."""
+        return [name for name, error in self.gradients.items() if not error <= self.tolerances[name]]
+
+    @property
+    def passed(self) -> bool:
+        """The loss may be off by 1e-3 of it."""
+        return self.loss <= 1e-3 and not self.beyond
+
+
+def parity(args: argparse.Namespace) -> list[Parity] | None:
+    """Two layers, one sequence: each backend, and Transformers in bf16, which comes last. None where there is
+    no transformers."""
     ours = build(args, min(2, args.layers or 2))
     twin = transformers_twin(ours, args)
     if twin is None:
-        print("parity: not checked, transformers is not installed")
-        return True
+        return None
     ids_BS = random_ids(args, 1)
     losses = {f"ours, {name}": our_loss(ours, name, router=False) for name in args.backends}
     losses["transformers"] = their_loss(twin, router=False)
@@ -168,18 +190,24 @@ def check_parity(args: argparse.Namespace) -> bool:
         name: {key: off(gradients[key], value) for key, value in reference.items()}
         for name, (_, gradients) in results.items()
     }
-    right = True
-    for name, (loss, _) in results.items():
-        of_loss = abs(loss - exact) / exact
-        beyond = [
-            key for key, error in errors[name].items() if error > 1.5 * errors["transformers"][key] + 0.01
-        ]
-        passed = of_loss <= 1e-3 and not beyond
-        right &= passed
-        worst = max(errors[name].values())
-        verdict = "passed" if passed else f"FAILED {beyond}"
-        print(f"parity: {name}: loss {of_loss:.1e} off fp32, gradients at most {worst:.1e}: {verdict}")
-    return right
+    tolerances = {key: 1.5 * error + 0.01 for key, error in errors["transformers"].items()}
+    return [
+        Parity(name, abs(loss - exact) / exact, errors[name], tolerances)
+        for name, (loss, _) in results.items()
+    ]
+
+
+def check_parity(args: argparse.Namespace) -> bool:
+    """Print `parity`, and return whether all passed; true where there is nothing to compare with."""
+    found = parity(args)
+    if found is None:
+        print("parity: not checked, transformers is not installed")
+        return True
+    for each in found:
+        verdict = "passed" if each.passed else f"FAILED {each.beyond}"
+        worst = max(each.gradients.values())
+        print(f"parity: {each.name}: loss {each.loss:.1e} off fp32, gradients at most {worst:.1e}: {verdict}")
+    return all(each.passed for each in found)
 
 
 def off(value: Tensor, reference: Tensor) -> float:

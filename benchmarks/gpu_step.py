@@ -61,6 +61,13 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+    parser.add_argument("--profile", action="store_true", help="a table of kernels for every variant")
+    add_shape(parser)
+    return parser.parse_args()
+
+
+def add_shape(parser: argparse.ArgumentParser) -> None:
+    """The options of gpu_step.py and on_gpu.py: OLMoE-1B-7B unless they say otherwise."""
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--layers", type=int, help="default: as many of 16 as fit")
     parser.add_argument("--micro-batch", type=int, default=1, help="sequences a forward pass")
@@ -69,11 +76,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--backends", nargs="+", default=list(BACKENDS), choices=BACKENDS)
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True)
-    parser.add_argument("--profile", action="store_true", help="a table of kernels for every variant")
     for name, value in (("hidden", 2048), ("width", 1024), ("experts", 64), ("top-k", 8), ("heads", 16)):
         parser.add_argument(f"--{name}", type=int, default=value)
     parser.add_argument("--vocabulary", type=int, default=50304)
-    return parser.parse_args()
 
 
 def check_host_syncs(args: argparse.Namespace, model: OlmoeForCausalLM) -> None:
@@ -121,9 +126,14 @@ def interleaved(
     return results
 
 
-def time_expert_layer(args: argparse.Namespace, model: OlmoeForCausalLM, theirs: Any | None) -> None:
-    """Router and experts of the first layer, forward and backward, on as many tokens as a micro-batch has."""
-    tokens = args.micro_batch * args.sequence
+def time_expert_layer(
+    args: argparse.Namespace, model: OlmoeForCausalLM, theirs: Any | None
+) -> dict[str, float]:
+    """Router and experts of the first layer, forward and backward, on as many tokens as a micro-batch has.
+
+    Returns:
+        Median seconds of every variant.
+    """
     x_BSD = torch.randn(args.micro_batch, args.sequence, args.hidden, device=args.device).bfloat16()
     x_BSD.requires_grad_()
     gradient_BSD = torch.randn_like(x_BSD)
@@ -144,9 +154,7 @@ def time_expert_layer(args: argparse.Namespace, model: OlmoeForCausalLM, theirs:
         steps["transformers"] = step(theirs.model.layers[0].mlp, None)
     results = interleaved(args, steps)
     model.zero_grad()
-    flops = (
-        18 * tokens * args.top_k * args.hidden * args.width
-    )  # 3 matrices, 3 products of each, 2 a multiply-add
+    flops = expert_layer_flops(args)
     print()
     print_row("expert layer", "ms", *RATE, "x transformers")
     print_row(*["---"] * 5)
@@ -158,6 +166,13 @@ def time_expert_layer(args: argparse.Namespace, model: OlmoeForCausalLM, theirs:
             *rate(args, flops * speed),
             ratio(speed, speeds.get("transformers")),
         )
+    return {name: 1 / speed for name, speed in speeds.items()}
+
+
+def expert_layer_flops(args: argparse.Namespace) -> int:
+    """3 matrices, 3 products of each, 2 a multiply-add."""
+    tokens = args.micro_batch * args.sequence
+    return int(18 * tokens * args.top_k * args.hidden * args.width)
 
 
 Timed = dict[str, tuple[float, float]]  # seconds of a micro-batch's forward and backward, and of an update
@@ -186,9 +201,15 @@ def time_steps(args: argparse.Namespace, losses: dict[str, Loss], optimizer: tor
     }
 
 
-def compare_steps(args: argparse.Namespace, models: list[Any], losses: dict[str, Loss]) -> None:
+def compare_steps(
+    args: argparse.Namespace, models: list[Any], losses: dict[str, Loss]
+) -> tuple[dict[int, Timed], dict[str, float | None]]:
     """Every variant's whole step; with fewer than 16 layers a second time with half of them, so that a layer
-    and what is not layers are told apart. models: upon the same parameters."""
+    and what is not layers are told apart. models: upon the same parameters.
+
+    Returns:
+        Times by number of layers, those of 16 layers computed where fewer were measured; and peak memory.
+    """
     model = models[0]
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=1e-4, betas=(0.9, 0.95), weight_decay=0.1, fused=True
@@ -202,13 +223,16 @@ def compare_steps(args: argparse.Namespace, models: list[Any], losses: dict[str,
             part = time_steps(args, {name: losses[name] for name in whole}, optimizer)
     peaks = {name: peak_memory(args, losses[name]) for name in whole}
     print_steps(args, f"{layers} layers", layers, whole, peaks)
+    found = {layers: whole}
     if part:
         names = [name for name in whole if name in part]
         at_16 = {name: extrapolate(whole[name], part[name], layers, half) for name in names}
         print_steps(args, f"{RELEASED_LAYERS} layers, computed", RELEASED_LAYERS, at_16, {})
+        found[RELEASED_LAYERS] = at_16
     if args.profile:
         for name in whole:
             profile(args, name, losses[name])
+    return found, peaks
 
 
 def extrapolate(
@@ -248,13 +272,10 @@ def print_steps(
     args: argparse.Namespace, title: str, layers: int, times: Timed, peaks: dict[str, float | None]
 ) -> None:
     """tokens/s: of forward and backward, and with an update every UPDATE_EVERY tokens."""
-    tokens = args.micro_batch * args.sequence
-    passes = max(1, UPDATE_EVERY // tokens)
-    flops = train_flops_per_token(OlmoeConfig(**fields(args, layers)), args.sequence).total
+    flops, speeds = flops_per_token(args, layers), tokens_per_second(args, times)
     print(f"\n{title}: {flops / 1e9:.3f} GFLOP per token")
     print_row("step", "pass, ms", "update, ms", "tokens/s", *RATE, "pass, peak GiB", "x transformers")
     print_row(*["---"] * 8)
-    speeds = {name: passes * tokens / (passes * one + update) for name, (one, update) in times.items()}
     for name, (one, update) in times.items():
         peak = peaks.get(name)
         print_row(
@@ -268,14 +289,28 @@ def print_steps(
         )
 
 
+def flops_per_token(args: argparse.Namespace, layers: int) -> float:
+    return train_flops_per_token(OlmoeConfig(**fields(args, layers)), args.sequence).total
+
+
+def tokens_per_second(args: argparse.Namespace, times: Timed) -> dict[str, float]:
+    """With an update every UPDATE_EVERY tokens."""
+    tokens = args.micro_batch * args.sequence
+    passes = max(1, UPDATE_EVERY // tokens)
+    return {name: passes * tokens / (passes * one + update) for name, (one, update) in times.items()}
+
+
 RATE = ("TFLOP/s", "of peak")
 
 
 def rate(args: argparse.Namespace, flops_a_second: float) -> tuple[str, str]:
-    peak = None
-    if args.device != "cpu":
-        peak = peak_flops(torch.cuda.get_device_name(), torch.bfloat16)
+    peak = peak_of(args)
     return f"{flops_a_second / 1e12:.4g}", "-" if peak is None else f"{flops_a_second / peak:.1%}"
+
+
+def peak_of(args: argparse.Namespace) -> float | None:
+    """FLOP/s of the device in bf16 by its data sheet; None where it is not known."""
+    return None if args.device == "cpu" else peak_flops(torch.cuda.get_device_name(), torch.bfloat16)
 
 
 def ratio(speed: float, of_transformers: float | None) -> str:
@@ -300,6 +335,17 @@ def main() -> int:
     right = check_parity(args)
     layers = fitting_layers(args)
     model = build(args, layers)
+    twin, models, losses = variants(args, model)
+    check_host_syncs(args, model)
+    time_expert_layer(args, model, twin)
+    compare_steps(args, models, losses)
+    return 0 if right else 1
+
+
+def variants(
+    args: argparse.Namespace, model: OlmoeForCausalLM
+) -> tuple[Any | None, list[Any], dict[str, Loss]]:
+    """Transformers' model, all models, and the loss of every variant, all upon the parameters of `model`."""
     twin = transformers_twin(model, args)
     compiled = build_compiled(args, model) if args.compile else None
     losses = {f"ours, {name}": our_loss(model, name) for name in args.backends}
@@ -307,10 +353,7 @@ def main() -> int:
         losses[f"ours, {args.backends[0]}, compiled"] = our_loss(compiled, args.backends[0])
     if twin is not None:
         losses["transformers"] = their_loss(twin)
-    check_host_syncs(args, model)
-    time_expert_layer(args, model, twin)
-    compare_steps(args, [each for each in (model, compiled, twin) if each is not None], losses)
-    return 0 if right else 1
+    return twin, [each for each in (model, compiled, twin) if each is not None], losses
 
 
 if __name__ == "__main__":
