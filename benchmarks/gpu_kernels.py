@@ -6,6 +6,7 @@ import statistics
 import time
 from collections.abc import Callable
 from importlib import metadata
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
@@ -199,7 +200,7 @@ def documents(args: argparse.Namespace, report: Report) -> None:
     CPU a mask."""
     length = args.sequence
     ends = [0, length // 4, length // 2 - 3, length // 2 + 1, length]
-    bounds = list(zip(ends[:-1], ends[1:], strict=True))
+    bounds = list(pairwise(ends))
 
     def targets_of(ids_BS: Tensor) -> Tensor:
         return torch.cat([shift_labels(ids_BS[:, start:end]) for start, end in bounds], dim=1)

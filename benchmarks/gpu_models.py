@@ -1,4 +1,4 @@
-"""The models that benchmarks/gpu_step.py and on_gpu.py compare, upon the same parameters, and whether they agree."""
+"""The models that benchmarks/gpu_step.py and on_gpu.py compare, upon the same parameters."""
 
 import argparse
 import gc

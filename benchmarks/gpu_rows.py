@@ -31,7 +31,7 @@ class Row:
     """Why it failed or was skipped."""
 
 
-class Skip(Exception):
+class Skip(Exception):  # noqa: N818 - no error
     """Raised by a part that cannot run here; the message is the reason."""
 
 

@@ -1,4 +1,4 @@
-"""Parts of benchmarks/on_gpu.py: speed against Transformers and sonic-moe, memory against the plan, a profile."""
+"""Parts of benchmarks/on_gpu.py: speed against Transformers and sonic-moe, memory, profile."""
 
 import argparse
 from collections import Counter
@@ -15,6 +15,7 @@ from benchmarks.gpu_models import (
     build,
     fields,
     fitting_layers,
+    free_memory,
     our_loss,
     random_ids,
     transformers_twin,
@@ -114,6 +115,7 @@ def memory(args: argparse.Namespace, report: Report) -> None:
     """The peak of a trainer's step against what `olmoe plan` says, with FSDP2 on one rank: fp32 masters and
     moments, 16 bytes per parameter, so fewer layers than the part `step`."""
     for mode in ActivationCheckpointing:
+        free_memory(args)
         layers = _planned_layers(args, mode)
         planned = _planned(args, layers, mode)
         measured = _measured(args, layers, mode)
@@ -160,8 +162,6 @@ def _measured(args: argparse.Namespace, layers: int, mode: ActivationCheckpointi
         return live.peak
     steps(2, torch.cuda.reset_peak_memory_stats)
     peak = torch.cuda.max_memory_allocated()
-    del engine
-    torch.cuda.empty_cache()
     return peak
 
 

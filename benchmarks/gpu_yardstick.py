@@ -1,4 +1,4 @@
-"""What the paths of benchmarks/on_gpu.py are held against: the same weights and tokens in fp32, without layout.
+"""What the paths of benchmarks/on_gpu.py are held against: the same weights and tokens in fp32.
 
 The weights are values that bf16 represents, so that a difference is one of the computation.
 """
@@ -20,6 +20,7 @@ from olmoe_train.config.adapter import AdapterConfig, NoAdapterConfig
 from olmoe_train.config.choices import Precision, Strategy
 from olmoe_train.config.optimizer import AdamWConfig, OptimizerConfig
 from olmoe_train.config.train import ParallelConfig, TrainerConfig
+from olmoe_train.distributed.fsdp import reshard
 from olmoe_train.distributed.materialize import reset_buffers, shard_slices
 from olmoe_train.distributed.mesh import Mesh, build_mesh, init_distributed, local_tensor
 from olmoe_train.distributed.parallelize import parallelize
@@ -200,4 +201,5 @@ def check_update(report: Report, what: str, engine: Any, ids_BS: Tensor, loss: f
     assert not outcome.skipped, "the gradient is not finite"
     with torch.no_grad():
         after = loss_of_engine(engine, ids_BS).item() * torch.distributed.get_world_size()
+    reshard(engine.model)  # else the model has its gathered parameters in bf16
     report.check(f"{what}: loss after an update / before", after / loss, 1.0)

@@ -1,9 +1,9 @@
 """Everything that only a GPU can show, in one command: are the CUDA paths right, and how fast are they?
 
-Needs torch >= 2.11, numpy, safetensors and the olmoe_train beside it: no Hydra, no installation, no data. Where
-transformers, sonic-moe, deepspeed or xxhash are missing, what needs them is skipped, and the table says so.
+Needs torch >= 2.11, numpy, safetensors and the olmoe_train beside it: no Hydra, no installation, no data.
+Where transformers, sonic-moe, deepspeed or xxhash are missing, what needs them is skipped, and the table says so.
 
-    python benchmarks/on_gpu.py --out DIR                      # OLMoE-1B-7B's shape
+    python benchmarks/on_gpu.py --out DIR                 # OLMoE-1B-7B's shape
     python benchmarks/on_gpu.py --out DIR --device cpu         # a tiny shape, gloo in place of NCCL: try it out
 
 The work is cut into parts. Each runs in a process of its own and writes DIR/PART.json; what it prints is in
@@ -75,7 +75,7 @@ TINY = {
 }
 """Defaults of --device cpu."""
 LEAST = 60.0
-"""Seconds that must be left of a call for another part to start, of a call of 8 minutes; less of a shorter one."""
+"""Seconds of a call of 8 minutes that must be left for another part to start; less of a shorter call."""
 
 
 def parse() -> argparse.Namespace:
