@@ -161,8 +161,7 @@ def _measured(args: argparse.Namespace, layers: int, mode: ActivationCheckpointi
             steps(2, lambda: setattr(live, "peak", 0))
         return live.peak
     steps(2, torch.cuda.reset_peak_memory_stats)
-    peak = torch.cuda.max_memory_allocated()
-    return peak
+    return torch.cuda.max_memory_allocated()
 
 
 # --- profile ----------------------------------------------------------------------------------------------

@@ -1,10 +1,11 @@
 """Everything that only a GPU can show, in one command: are the CUDA paths right, and how fast are they?
 
 Needs torch >= 2.11, numpy, safetensors and the olmoe_train beside it: no Hydra, no installation, no data.
-Where transformers, sonic-moe, deepspeed or xxhash are missing, what needs them is skipped, and the table says so.
+Where transformers, sonic-moe, deepspeed or xxhash are missing, what needs them is skipped, and the table says
+so.
 
     python benchmarks/on_gpu.py --out DIR                 # OLMoE-1B-7B's shape
-    python benchmarks/on_gpu.py --out DIR --device cpu         # a tiny shape, gloo in place of NCCL: try it out
+    python benchmarks/on_gpu.py --out DIR --device cpu     # a tiny shape, gloo in place of NCCL: try it out
 
 The work is cut into parts. Each runs in a process of its own and writes DIR/PART.json; what it prints is in
 DIR/PART.log. A call starts no more parts after --minutes; the same command again goes on with the parts that
@@ -33,8 +34,8 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from benchmarks.bare import replace_missing
-from benchmarks.gpu_rows import Report, Row, Skip, Status
+from benchmarks.bare import replace_missing  # noqa: E402 - needs the path
+from benchmarks.gpu_rows import Report, Row, Skip, Status  # noqa: E402
 
 PARTS = {
     "machine": "gpu_kernels.machine",
