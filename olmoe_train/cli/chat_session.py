@@ -10,7 +10,7 @@ import torch
 from tokenizers import Tokenizer
 from tokenizers.decoders import DecodeStream
 
-from olmoe_train.config.verbs import GenerateConfig
+from olmoe_train.config.generate import GenerateConfig
 from olmoe_train.data.chat_template import ASSISTANT, ChatTemplate, Message, TemplateError, open_template
 from olmoe_train.data.tokenizer import check_vocabulary, load_tokenizer, read_tokenizer_files
 from olmoe_train.model import OlmoeForCausalLM
@@ -158,21 +158,7 @@ def open_session(
         UserError: There is no tokenizer or chat template, or the template refuses the system message.
     """
     tokenizer = load_tokenizer(directory)
-    files = read_tokenizer_files(directory, origin=str(directory))
-    if files.chat_template is None:
-        raise UserError(
-            f"{directory}: no chat template, which chat=true needs (chat_template.jinja, or chat_template in "
-            "tokenizer_config.json).\n  Copy the chat_template.jinja of the model there, or continue a text: "
-            "prompt=TEXT without chat=true."
-        )
-    template = open_template(
-        files.chat_template,
-        files.special_tokens,
-        datetime.date.today().isoformat(),
-        f"the chat template of {directory}",
-        kwargs=cfg.chat_template_kwargs,
-        kwargs_key="chat_template_kwargs",
-    )
+    template = open_chat_template(directory, cfg)
     system = _system_messages(cfg)
     if system:
         try:
@@ -182,6 +168,29 @@ def open_session(
     stops = sorted({*stop_tokens(model), *end_of_turn_tokens(template, tokenizer)})
     generator = torch.Generator(device).manual_seed(cfg.seed)
     return ChatSession(model, device, directory, tokenizer, template, stops, cfg, generator, system)
+
+
+def open_chat_template(directory: Path, cfg: GenerateConfig) -> ChatTemplate:
+    """Open the chat template of a model's directory, with the variables of the configuration.
+
+    Raises:
+        UserError: There is none, or it does not read one of the variables.
+    """
+    files = read_tokenizer_files(directory, origin=str(directory))
+    if files.chat_template is None:
+        raise UserError(
+            f"{directory}: no chat template, which a conversation needs (chat_template.jinja, or "
+            "chat_template in tokenizer_config.json).\n  Copy the chat_template.jinja of the model there, or "
+            "continue a text: a prompt without chat=true."
+        )
+    return open_template(
+        files.chat_template,
+        files.special_tokens,
+        datetime.date.today().isoformat(),
+        f"the chat template of {directory}",
+        kwargs=cfg.chat_template_kwargs,
+        kwargs_key="chat_template_kwargs",
+    )
 
 
 def end_of_turn_tokens(template: ChatTemplate, tokenizer: Tokenizer) -> set[int]:

@@ -1,10 +1,11 @@
 """Continue a prompt with a Hugging Face directory or a run's newest checkpoint, or talk to it (chat=true).
-Text is printed as it is generated.
+Text is printed as it is generated. prompts=FILE continues the prompts of a file.
 """
 
 import logging
 import re
 import sys
+from dataclasses import fields
 from pathlib import Path
 
 import torch
@@ -15,8 +16,9 @@ from olmoe_train.checkpoint.convert.stored_model import load_stored_model
 from olmoe_train.cli.app import run_verb
 from olmoe_train.cli.chat import converse
 from olmoe_train.cli.chat_session import open_session
+from olmoe_train.cli.generate_prompts import Encoder, continue_all, open_output, read_records
 from olmoe_train.config.choices import StripPrefix
-from olmoe_train.config.verbs import GenerateConfig
+from olmoe_train.config.generate import GenerateConfig
 from olmoe_train.data.tokenizer import check_vocabulary, load_tokenizer
 from olmoe_train.distributed.mesh import resolve_device
 from olmoe_train.model import OlmoeForCausalLM
@@ -30,21 +32,43 @@ DEFAULT_NEW_TOKENS = 64
 
 
 def main(cfg: GenerateConfig) -> None:
-    """Print the prompt and, token by token, its continuation; or hold a conversation."""
+    """Print the prompt and, token by token, its continuation; or continue a file; or hold a conversation."""
     _warn_of_unused_keys(cfg)
+    if cfg.prompts is not None:
+        _continue_file(cfg)
+        return
     if cfg.prompt is None and not cfg.chat:
-        raise UserError("prompt is missing: give text to continue (prompt=TEXT), or talk (chat=true)")
+        raise UserError(
+            "prompt is missing: give text to continue (prompt=TEXT), or a file of prompts (prompts=FILE), or "
+            "talk (chat=true)"
+        )
     if cfg.prompt is not None and not cfg.prompt.strip():
         raise UserError("prompt is empty: give some text to continue")
+    model, device, directory = _load(cfg)
+    if cfg.chat:
+        converse(open_session(model, device, directory, cfg), cfg.prompt)
+    else:
+        _continue(model, device, directory, cfg)
+
+
+def _load(cfg: GenerateConfig) -> tuple[OlmoeForCausalLM, torch.device, Path]:
+    """The model, where it is, and the directory of its tokenizer files."""
     device = resolve_device()
     model, directory = load_stored_model(
         cfg.source, device, cfg.trust_pickle, cfg.strip_prefix is StripPrefix.auto, cfg.which
     )
     refuse_expert_choice(model.config)
-    if cfg.chat:
-        converse(open_session(model, device, directory, cfg), cfg.prompt)
-    else:
-        _continue(model, device, directory, cfg)
+    return model, device, directory
+
+
+def _continue_file(cfg: GenerateConfig) -> None:
+    if cfg.prompt is not None:
+        raise UserError("prompt and prompts are both given: continue one text or a file of them")
+    records = read_records(cfg)
+    with open_output(cfg.out, records) as output:
+        model, device, directory = _load(cfg)
+        encoder = Encoder(model, directory, cfg, DEFAULT_NEW_TOKENS)
+        continue_all(model, device, encoder, records, output, cfg)
 
 
 def _continue(model: OlmoeForCausalLM, device: torch.device, directory: Path, cfg: GenerateConfig) -> None:
@@ -77,10 +101,16 @@ def _continue(model: OlmoeForCausalLM, device: torch.device, directory: Path, cf
 def _warn_of_unused_keys(cfg: GenerateConfig) -> None:
     """Warn of keys that are set and have no effect."""
     sampling = ("top_k", "top_p", "seed") if cfg.temperature == 0 else ()
-    talking = () if cfg.chat else ("system", "chat_template_kwargs")
-    for names, reason in ((sampling, "temperature=0 does not sample"), (talking, "chat=false")):
+    talking = () if cfg.chat or cfg.prompts is not None else ("system", "chat_template_kwargs")
+    from_file = ("out", "batch_size", "max_batch_tokens") if cfg.prompts is None else ()
+    defaults = {one.name: one.default for one in fields(cfg)} | {"chat_template_kwargs": {}}
+    for names, reason in (
+        (sampling, "temperature=0 does not sample"),
+        (talking, "chat=false"),
+        (from_file, "there is no file of prompts (prompts=FILE)"),
+    ):
         for name in names:
-            if getattr(cfg, name) not in (None, 0, {}):
+            if getattr(cfg, name) != defaults[name]:
                 log.warning("warning: %s=%s has no effect: %s", name, getattr(cfg, name), reason)
 
 

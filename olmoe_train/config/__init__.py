@@ -4,6 +4,7 @@ from olmoe_train.config.adapter import AdapterConfig, NoAdapterConfig
 from olmoe_train.config.balancing import AuxiliaryLossConfig, BalancingConfig
 from olmoe_train.config.compose import compose
 from olmoe_train.config.data import DataConfig, MixtureSource, SourceConfig, TokenizerConfig
+from olmoe_train.config.generate import GenerateConfig
 from olmoe_train.config.model import ModelConfig, olmoe_config
 from olmoe_train.config.objective import NextTokenConfig, ObjectiveConfig
 from olmoe_train.config.optimizer import (
@@ -29,7 +30,6 @@ from olmoe_train.config.variants import VariantConfig, register_variant
 from olmoe_train.config.verbs import (
     EvaluateConfig,
     ExportConfig,
-    GenerateConfig,
     PlanConfig,
     PrepareConfig,
     UpcycleConfig,

@@ -20,6 +20,7 @@ from olmoe_train.config.choices import (
 from olmoe_train.config.cluster import CostConfig, FailuresConfig
 from olmoe_train.config.data import DataConfig, TokenizerConfig
 from olmoe_train.config.doctor import DoctorConfig
+from olmoe_train.config.generate import GenerateConfig
 from olmoe_train.config.launch import KubernetesConfig, SlurmConfig
 from olmoe_train.config.surgery import ExpertsConfig, PruneConfig
 from olmoe_train.config.train import EvaluationConfig, ParallelConfig, TrainConfig
@@ -74,42 +75,6 @@ class ExportConfig:
     """End-of-text token of the exported model; null: that of the source."""
     pad_token_id: int | None = None
     """Padding token of the exported model; null: that of the source."""
-    which: Weights = Weights.weights
-    """Of a run. weights: the weights. ema: their average, which a run with trainer.ema_decay keeps."""
-
-
-@dataclass(frozen=True)
-class GenerateConfig:
-    """Continue a prompt, or talk, with a Hugging Face directory or the newest checkpoint of a run."""
-
-    source: str = MISSING
-    """HF directory, run directory (its newest checkpoint), or original OLMo checkpoint."""
-    prompt: str | None = None
-    """Text to continue. With chat=true: the user's first message; null: it is read, as all others are."""
-    max_new_tokens: int | None = None
-    """Greatest number of tokens to generate; with chat=true, per answer. null: 64, with chat=true 1024."""
-    temperature: float = 0.0
-    """Temperature of the softmax to sample from; 0: always take the most probable token."""
-    top_k: int | None = None
-    """Sample only from the k most probable tokens; null: no limit."""
-    top_p: float | None = None
-    """Sample only from the smallest set of tokens whose probabilities sum to top_p; null: no limit."""
-    seed: int = 0
-    """Seed of the sampling."""
-    chat: bool = False
-    """Hold a conversation, with the chat template of the model. Each line of the input is a message of the
-    user, and the answers are printed. In a terminal, /help lists commands."""
-    system: str | None = None
-    """The system message of the conversation; null: none but what the chat template has itself."""
-    chat_template_kwargs: dict[str, Any] = field(default_factory=dict)
-    """Variables for the chat template, as apply_chat_template of Transformers takes them: {enable_thinking:
-    false}. They should be those that the model was trained with."""
-    trust_pickle: bool = False
-    """Read weights from a pickle (pytorch_model.bin, or OLMo's model.pt) with
-    torch.load(weights_only=True)."""
-    strip_prefix: StripPrefix = StripPrefix.none
-    """auto: take the prefixes of wrappers, _orig_mod. (torch.compile) and module. (DDP), off the names of the
-    tensors."""
     which: Weights = Weights.weights
     """Of a run. weights: the weights. ema: their average, which a run with trainer.ema_decay keeps."""
 

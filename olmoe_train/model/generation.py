@@ -204,6 +204,21 @@ def sample_token(
     """
     if temperature == 0:
         return logits_BV.argmax(-1)
+    probability_BV = restrict(logits_BV, temperature, top_k, top_p).softmax(-1)
+    return torch.multinomial(probability_BV, 1, generator=generator).squeeze(-1)
+
+
+def restrict(logits_BV: Tensor, temperature: float, top_k: int | None, top_p: float | None) -> Tensor:
+    """Divide logits by the temperature, and give those that are not to be sampled the value -inf.
+
+    Args:
+        logits_BV: fp32 [B, V].
+        temperature: Above 0.
+        top_k, top_p: As for `generate`.
+
+    Returns:
+        The logits to sample from, fp32 [B, V].
+    """
     logits_BV = logits_BV / temperature
     if top_k is not None:
         smallest_kept_B1 = logits_BV.topk(min(top_k, logits_BV.shape[-1])).values[:, -1:]
@@ -214,7 +229,23 @@ def sample_token(
         # A token is dropped if the more likely ones already reach top_p, so the first token is always kept.
         dropped_BV = probability_BV.cumsum(-1) - probability_BV >= top_p
         logits_BV = logits_BV.masked_fill(dropped_BV.scatter(-1, order_BV, dropped_BV), -torch.inf)
-    return torch.multinomial(logits_BV.softmax(-1), 1, generator=generator).squeeze(-1)
+    return logits_BV
+
+
+def token_at(log_probs_BV: Tensor, uniform_B: Tensor) -> Tensor:
+    """Sample from given random numbers: the first token whose cumulative probability passes the number.
+
+    Args:
+        log_probs_BV: Logarithms of the probabilities.
+        uniform_B: fp64, uniform in [0, 1).
+
+    Returns:
+        Token ids, int64 [B].
+    """
+    cumulative_BV = log_probs_BV.double().exp().cumsum(-1)
+    point_B1 = uniform_B[:, None] * cumulative_BV[:, -1:]
+    token_B1 = torch.searchsorted(cumulative_BV, point_B1, right=True)
+    return token_B1.clamp(max=log_probs_BV.shape[1] - 1).squeeze(1)
 
 
 def refuse_expert_choice(config: OlmoeConfig) -> None:
@@ -243,6 +274,11 @@ def _check_arguments(
         raise UserError(
             f"max_new_tokens={max_new_tokens} must be at least 1 (max_length counts the prompt, too)"
         )
+    check_sampling(temperature, top_k, top_p)
+
+
+def check_sampling(temperature: float, top_k: int | None, top_p: float | None) -> None:
+    """Raise a UserError if an option of sampling has no meaning."""
     if temperature < 0:
         raise UserError(f"temperature={temperature} must not be negative; 0 means greedy decoding")
     if top_k is not None and top_k < 1:
@@ -268,7 +304,12 @@ def warn_of_length(config: OlmoeConfig, tokens: int) -> None:
 
 def stop_tokens(model: LanguageModel) -> list[int]:
     """End-of-text tokens of generation_config.json, or of the model's configuration without such a file."""
-    return _special_tokens(model, None, None)[0]
+    return end_tokens(model, None)
+
+
+def end_tokens(model: LanguageModel, eos_token_id: int | Sequence[int] | None) -> list[int]:
+    """The end-of-text tokens that generate's argument means."""
+    return _special_tokens(model, eos_token_id, None)[0]
 
 
 def _special_tokens(

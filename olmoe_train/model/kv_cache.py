@@ -82,6 +82,84 @@ def _append(buffer: Tensor, used: int, new: Tensor) -> Tensor:
     return buffer
 
 
+class RowCache:
+    """Keys and values of rows of different lengths; the `past_key_values` of a step."""
+
+    def __init__(self) -> None:
+        self._buffers: list[tuple[Tensor, Tensor]] = []
+        """Keys and values of each layer, [rows of the buffer, M, positions of the buffer, H]."""
+        self._position_B = torch.empty(0)
+        self._longest = 0
+
+    def add(self, packed: KVCache, lengths: list[int], used: int, rows: int, positions: int) -> None:
+        """Append prompts as rows.
+
+        Args:
+            packed: Keys and values of the prompts, laid end to end, [1, M, T, H] per layer.
+            lengths: Tokens of each prompt.
+            used: Number of rows before.
+            rows: Rows that a new buffer has, if one is needed: at least those before and the new ones.
+            positions: Positions that every row must have place for.
+        """
+        for layer in range(len(packed)):
+            parts = packed[layer]
+            if layer == len(self._buffers):
+                self._buffers.append((parts[0].new_empty(0), parts[1].new_empty(0)))
+            buffers = self._buffers[layer]
+            if buffers[0].shape[0] < used + len(lengths) or buffers[0].shape[2] < positions:
+                first, second = (
+                    _resized(buffer, part, used, rows, positions)
+                    for buffer, part in zip(buffers, parts, strict=True)
+                )
+                self._buffers[layer] = buffers = first, second
+            for buffer, part in zip(buffers, parts, strict=True):
+                for row, piece in enumerate(part[0].split(lengths, dim=1), start=used):
+                    buffer[row, :, : piece.shape[1]] = piece
+
+    def move(self, source: int, to: int, length: int) -> None:
+        """Copy the first `length` positions of a row over those of another row."""
+        for buffers in self._buffers:
+            for buffer in buffers:
+                buffer[to, :, :length] = buffer[source, :, :length]
+
+    def at(self, position_B: Tensor, longest: int) -> "RowCache":
+        """The cache, to which the next step appends one position per row.
+
+        Args:
+            position_B: int64, the position of each row's new token.
+            longest: The largest of them, plus one.
+        """
+        self._position_B, self._longest = position_B, longest
+        return self
+
+    def update(self, key: Tensor, value: Tensor, layer_idx: int) -> tuple[Tensor, Tensor]:
+        """Store the keys and values of one new token per row, [B, M, 1, H]; see KVCache.update.
+
+        Returns:
+            Keys and values [B, M, C, H]. Positions after a row's new token hold any finite value.
+        """
+        batch = len(self._position_B)
+        row_B = torch.arange(batch, device=key.device)
+        buffers = self._buffers[layer_idx]
+        for buffer, new in zip(buffers, (key, value), strict=True):
+            buffer[row_B, :, self._position_B] = new[:, :, 0]
+        keys, values = (buffer[:batch, :, : self._longest] for buffer in buffers)
+        return keys, values
+
+    def get_seq_length(self) -> int:
+        """Number of positions of the longest row before the step."""
+        return self._longest - 1
+
+
+def _resized(buffer: Tensor, like: Tensor, used: int, rows: int, positions: int) -> Tensor:
+    # Zeros, because attention multiplies what its mask hides by 0, and 0 * NaN is NaN.
+    resized = like.new_zeros(rows, like.shape[1], positions, like.shape[3])
+    if used:
+        kept = min(positions, buffer.shape[2])
+        resized[:used, :, :kept] = buffer[:used, :, :kept]
+    return resized
+
+
 def one_cache(past_key_values: KVCache | None, cache: KVCache | None) -> KVCache | None:
     """The cache that either name of the argument gives."""
     if past_key_values is not None and cache is not None:

@@ -20,7 +20,8 @@ from torch import Tensor
 
 from olmoe_train.model.configuration import OlmoeConfig
 
-_TYPES_THAT_DEPEND_ON_LENGTH = ("dynamic", "longrope")
+TYPES_THAT_DEPEND_ON_LENGTH = ("dynamic", "longrope")
+"""RoPE types whose frequencies depend on the largest position of the batch."""
 
 
 def rotary_cos_sin(config: OlmoeConfig, position_ids_BS: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -36,7 +37,7 @@ def rotary_cos_sin(config: OlmoeConfig, position_ids_BS: Tensor, dtype: torch.dt
         cos and sin, each [B, S, H] of `dtype`. Channels i and i + P have the same value.
     """
     length = None
-    if config.rope_parameters["rope_type"] in _TYPES_THAT_DEPEND_ON_LENGTH:
+    if config.rope_parameters["rope_type"] in TYPES_THAT_DEPEND_ON_LENGTH:
         length = int(position_ids_BS.max()) + 1
     frequency_P, scale = rope_frequencies(config, length, position_ids_BS.device)
     angle_BSP = position_ids_BS[..., None].float() * frequency_P

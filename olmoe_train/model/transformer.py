@@ -7,6 +7,7 @@ The model does not depend on ranks. distributed/parallelize.py applies sharding,
 torch.compile to the modules from outside.
 """
 
+from collections.abc import Sequence
 from functools import partial
 from typing import Any, cast
 
@@ -24,6 +25,7 @@ from olmoe_train.model.attention import (
 from olmoe_train.model.configuration import OlmoeConfig
 from olmoe_train.model.cross_entropy import IGNORE_INDEX, shift_labels
 from olmoe_train.model.decoder_layer import OlmoeDecoderLayer
+from olmoe_train.model.decoding import generate_batch
 from olmoe_train.model.generation import generate, refuse_expert_choice
 from olmoe_train.model.head import OlmoeHead
 from olmoe_train.model.hf.pretrained import OlmoePreTrainedModel
@@ -400,6 +402,11 @@ class OlmoeForCausalLM(OlmoePreTrainedModel):
         """Generate tokens after `input_ids` [B, S]; for the options and the result see
         olmoe_train.model.generation.generate."""
         return generate(self, input_ids, **options)
+
+    def generate_batch(self, prompts: Sequence[Sequence[int]], **options: Any) -> list[list[int]]:
+        """Continue prompts of any lengths with continuous batching; for the options and the result see
+        olmoe_train.model.decoding.generate_batch."""
+        return generate_batch(self, prompts, self.lm_head.weight.device, **options)
 
 
 def _given(value: bool | None, default: bool) -> bool:

@@ -15,7 +15,7 @@ from tokenizers import Tokenizer
 from olmoe_train.checkpoint.convert.stored_model import load_stored_model
 from olmoe_train.cli.chat_session import ChatSession, Ending, end_of_turn_tokens, open_session
 from olmoe_train.cli.generate import main
-from olmoe_train.config.verbs import GenerateConfig
+from olmoe_train.config.generate import GenerateConfig
 from olmoe_train.data.chat_template import open_template
 from olmoe_train.utils.errors import UserError
 from olmoe_train.utils.exit_codes import BAD_INPUT, CLOSED_OUTPUT, OK

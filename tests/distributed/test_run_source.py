@@ -23,9 +23,10 @@ from olmoe_train.cli.export import main as export
 from olmoe_train.cli.generate import main as generate
 from olmoe_train.config.choices import Device, Precision, Strategy
 from olmoe_train.config.data import DataConfig
+from olmoe_train.config.generate import GenerateConfig
 from olmoe_train.config.model import ModelConfig
 from olmoe_train.config.train import EvaluationConfig, EvaluationSet, ParallelConfig, TrainConfig
-from olmoe_train.config.verbs import EvaluateConfig, ExportConfig, GenerateConfig
+from olmoe_train.config.verbs import EvaluateConfig, ExportConfig
 from olmoe_train.data.tokenizer import load_tokenizer, train_tokenizer
 from olmoe_train.evaluation.perplexity import Evaluation, evaluate_model
 from olmoe_train.model import OlmoeConfig, OlmoeForCausalLM

@@ -57,7 +57,7 @@ def read_records(path: Path, form: TaskFormat) -> Iterator[Record]:
 
 
 def _record(line: bytes, where: str, form: TaskFormat) -> Record:
-    fields = _parsed(line, where)
+    fields = json_object(line, where)
     for key in fields:
         if key not in _FIELDS:
             raise UserError(
@@ -75,7 +75,8 @@ def _record(line: bytes, where: str, form: TaskFormat) -> Record:
     return Record(asked, verbatim, choices, gold, where)
 
 
-def _parsed(line: bytes, where: str) -> dict[str, Any]:
+def json_object(line: bytes, where: str) -> dict[str, Any]:
+    """Parse a line that has to be a JSON object. UserError, with `where` (path:line), if it is none."""
     try:
         fields = json.loads(line.decode("utf-8"))
     except UnicodeDecodeError as error:
@@ -103,7 +104,7 @@ def _asked(fields: dict[str, Any], where: str, form: TaskFormat) -> tuple[str, b
             "it is"
         )
     (key,) = given
-    _check_text(fields[key], key, where)
+    check_text(fields[key], key, where)
     if key == "query" and not fields[key].strip():
         raise UserError(f"{where}: query is empty; give the question")
     if key == "context" and form is TaskFormat.mc:
@@ -120,7 +121,7 @@ def _choices(fields: dict[str, Any], where: str, form: TaskFormat) -> tuple[str,
         found = json_type(choices) if "choices" in fields else "missing"
         raise UserError(f"{where}: choices is {found}; give a list of strings")
     for index, choice in enumerate(choices):
-        _check_text(choice, f"choices[{index}]", where)
+        check_text(choice, f"choices[{index}]", where)
         if not choice.strip():
             raise UserError(f"{where}: choices[{index}] is empty; give some text, or leave it out")
         if choice.removeprefix(" ") in [other.removeprefix(" ") for other in choices[:index]]:
@@ -136,7 +137,7 @@ def _choices(fields: dict[str, Any], where: str, form: TaskFormat) -> tuple[str,
     return tuple(choices)
 
 
-def _check_text(value: Any, key: str, where: str) -> None:
+def check_text(value: Any, key: str, where: str) -> None:
     if not isinstance(value, str):
         raise UserError(f"{where}: {key} is {json_type(value)}; give a string")
     try:

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from olmoe_train.model import OlmoeForCausalLM
-from olmoe_train.model.generation import stream_tokens
+from olmoe_train.model.generation import stream_tokens, token_at
 from olmoe_train.model.moe.routing_record import OWN_CHOICE, record_routing
 from olmoe_train.training.objectives.log_probs import without_dropout
 
@@ -53,10 +53,7 @@ class Draws:
 
     def choose(self, log_probs_NV: Tensor, position: int) -> Tensor:
         """The tokens at a position: the first whose cumulative probability passes the uniform number."""
-        cumulative_NV = log_probs_NV.double().exp().cumsum(-1)
-        point_N1 = self.uniform_NC[:, position, None] * cumulative_NV[:, -1:]
-        token_N1 = torch.searchsorted(cumulative_NV, point_N1, right=True)
-        return token_N1.clamp(max=log_probs_NV.shape[1] - 1).squeeze(1)
+        return token_at(log_probs_NV, self.uniform_NC[:, position])
 
 
 def _key(parts: tuple[int, ...]) -> int:

@@ -19,9 +19,10 @@ from olmoe_train.cli.generate import main as generate
 from olmoe_train.cli.upcycle import main as upcycle
 from olmoe_train.config.choices import ExportFormat, Precision, StripPrefix
 from olmoe_train.config.data import DataConfig
+from olmoe_train.config.generate import GenerateConfig
 from olmoe_train.config.model import olmoe_config
 from olmoe_train.config.train import ParallelConfig
-from olmoe_train.config.verbs import EvaluateConfig, ExportConfig, GenerateConfig, UpcycleConfig
+from olmoe_train.config.verbs import EvaluateConfig, ExportConfig, UpcycleConfig
 from olmoe_train.data.tokenizer import load_tokenizer, train_tokenizer
 from olmoe_train.model import OlmoeForCausalLM
 from olmoe_train.train import train
