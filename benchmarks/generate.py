@@ -1,5 +1,5 @@
-"""Greedy decoding: against Transformers' generate on the same weights, and with the cache against
-recomputation.
+"""Greedy decoding: against Transformers' generate on the same weights, with the cache against recomputation,
+and many uneven prompts with continuous batching (--only prompts).
 
 Whatever is compared takes turns, so that other work on the machine meets all alike; medians, and the median
 of the ratios of neighbours. In float32 the tokens must be the same ones.
@@ -9,11 +9,16 @@ N P + N (N - 1) / 2 without. A position of a long pass costs less than one of a 
 so the factor to expect is the time of N bare passes of recomputation's mean length over that of one bare pass
 of the prompt and N - 1 of a single token behind a cache.
 
-    python -m benchmarks.generate [--rounds 7] [--threads 2] [--prompt 128] [--new 64]
+Uneven prompts: 8 to 128 tokens each, and one token in 50 ends a completion, after 128 tokens at most. The
+peer decodes them with `generate`, in batches of prompts sorted by length and padded on the left. Only tokens up to
+the end of a completion count.
+
+    python -m benchmarks.generate [--rounds 7] [--threads 2] [--prompt 128] [--new 64] [--only prompts]
 """
 
 import argparse
 import os
+import random
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -137,12 +142,77 @@ def against_recomputation(options: argparse.Namespace) -> None:
         )
 
 
+def uneven_prompts(options: argparse.Namespace) -> None:
+    """Time both ways to continue the same prompts."""
+    draw = random.Random(0)
+    stops = draw.sample(range(2, VOCABULARY), VOCABULARY // 50)
+    prompts = [
+        [draw.randrange(2, VOCABULARY) for _ in range(draw.randint(8, 128))] for _ in range(options.prompts)
+    ]
+    print("| model | dtype | rows | ours, tokens/s | Transformers, tokens/s | ours / theirs |")
+    print("|---|---|---|---|---|---|")
+    for name, shape in SHAPES.items():
+        for dtype in (torch.float32, torch.bfloat16):
+            ours, theirs = models(shape, dtype)
+            limits: dict[str, Any] = {"max_new_tokens": 128, "eos_token_id": stops}
+
+            def mine(model: OlmoeForCausalLM = ours, limits: Any = limits) -> list[list[int]]:
+                return model.generate_batch(prompts, batch_size=options.rows, **limits)
+
+            def padded(model: Any = theirs, limits: Any = limits) -> list[list[int]]:
+                return in_sorted_batches(model, prompts, options.rows, limits)
+
+            ways = [mine, padded]
+            expected, found = mine(), padded()
+            if dtype is torch.float32 and expected != found:
+                raise SystemExit(f"{name}: other tokens than Transformers'")
+            times = in_turns(ways, options.rounds)
+            tokens = [sum(map(len, way())) for way in ways]
+            rates = [count / statistics.median(found) for count, found in zip(tokens, times, strict=True)]
+            # In bf16 the completions differ in length, so the rates are compared and not the times.
+            share = ratio(times[1], times[0]) * tokens[0] / tokens[1]
+            print(
+                f"| {name} | {str(dtype)[6:]} | {options.rows} | {rates[0]:,.0f} | {rates[1]:,.0f} "
+                f"| {share:.2f} |",
+                flush=True,
+            )
+
+
+def in_sorted_batches(model: Any, prompts: list[list[int]], rows: int, limits: Any) -> list[list[int]]:
+    """Transformers' generate, with left padding. Prompts of like lengths share a batch."""
+    order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
+    found: list[list[int]] = [[] for _ in prompts]
+    for start in range(0, len(order), rows):
+        batch = order[start : start + rows]
+        longest = max(len(prompts[index]) for index in batch)
+        ids = torch.zeros(len(batch), longest, dtype=torch.long)
+        mask = torch.zeros_like(ids)
+        for row, index in enumerate(batch):
+            ids[row, longest - len(prompts[index]) :] = torch.tensor(prompts[index])
+            mask[row, longest - len(prompts[index]) :] = 1
+        out = model.generate(ids, attention_mask=mask, do_sample=False, pad_token_id=0, **limits)
+        for index, tokens in zip(batch, out[:, longest:].tolist(), strict=True):
+            end = next(
+                (at + 1 for at, token in enumerate(tokens) if token in limits["eos_token_id"]), len(tokens)
+            )
+            found[index] = tokens[:end]
+    return found
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    for name, default in (("rounds", 7), ("threads", 2), ("prompt", 128), ("new", 64)):
+    for name, default in (
+        ("rounds", 7),
+        ("threads", 2),
+        ("prompt", 128),
+        ("new", 64),
+        ("prompts", 48),
+        ("rows", 16),
+    ):
         parser.add_argument(f"--{name}", type=int, default=default)
+    parser.add_argument("--only", choices=["same", "cache", "prompts"])
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     torch.manual_seed(0)
@@ -151,8 +221,10 @@ def main() -> None:
         f"prompt {options.prompt}, {options.new} new tokens, {options.rounds} rounds, "
         f"load average {os.getloadavg()[0]:.1f}\n"
     )
-    against_transformers(options)
-    against_recomputation(options)
+    parts = {"same": against_transformers, "cache": against_recomputation, "prompts": uneven_prompts}
+    for name, part in parts.items():
+        if options.only in (None, name):
+            part(options)
 
 
 if __name__ == "__main__":
