@@ -10,8 +10,8 @@ so the factor to expect is the time of N bare passes of recomputation's mean len
 of the prompt and N - 1 of a single token behind a cache.
 
 Uneven prompts: 8 to 128 tokens each, and one token in 50 ends a completion, after 128 tokens at most. The
-peer decodes them with `generate`, in batches of prompts sorted by length and padded on the left. Only tokens up
-to the end of a completion count.
+peer decodes them with `generate`, in batches of prompts sorted by length and padded on the left. Only tokens
+up to the end of a completion count.
 
     python -m benchmarks.generate [--rounds 7] [--threads 2] [--prompt 128] [--new 64] [--only prompts]
 """

@@ -91,7 +91,7 @@ BAD = {
     "[1]": "is a JSON list; each line is one JSON object",
     "{}": "has neither prompt nor messages; give a text as prompt, or a conversation as messages",
     '{"prompt": "a", "messages": []}': "has both prompt and messages",
-    '{"prompt": 3}': "prompt is a number; give a string",
+    '{"prompt": 3}': "prompt is number; give a string",
     '{"prompt": " "}': "prompt is empty; give some text to continue",
     '{"prompt": "a", "max_new_tokens": 0}': "max_new_tokens is 0; give a number of at least 1",
     '{"prompt": "a", "tokens": 3}': "has a field 'tokens', which the result of the record gets; rename it",
