@@ -112,8 +112,6 @@ def _messages(value: Any, where: str, cfg: GenerateConfig) -> list[dict[str, Any
         messages = messages_of(value, "messages")
     except FormError as error:
         raise UserError(f"{where}: {error}") from None
-    if not messages:
-        raise UserError(f"{where}: messages is empty; give at least the user's message")
     if messages[-1]["role"] == ASSISTANT:
         raise UserError(f"{where}: the last message is the assistant's, which is to be written; leave it out")
     return messages if messages[0]["role"] == "system" else [*_system(cfg), *messages]

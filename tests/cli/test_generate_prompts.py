@@ -95,7 +95,7 @@ BAD = {
     '{"prompt": " "}': "prompt is empty; give some text to continue",
     '{"prompt": "a", "max_new_tokens": 0}': "max_new_tokens is 0; give a number of at least 1",
     '{"prompt": "a", "tokens": 3}': "has a field 'tokens', which the result of the record gets; rename it",
-    '{"messages": []}': "messages is empty; give at least the user's message",
+    '{"messages": []}': "its 'messages' has no message",
     '{"messages": [{"role": "assistant", "content": "a"}]}': "the last message is the assistant's, which is",
     '{"messages": [{"role": "user"}]}': "message 1 has no 'content'",
 }
