@@ -64,5 +64,5 @@ def replace_missing() -> list[str]:
     for name in missing:
         sys.modules.pop(name, None)
     if missing:
-        sys.meta_path.insert(0, _Finder(missing))  # type: ignore[arg-type]
+        sys.meta_path.insert(0, _Finder(missing))
     return missing

@@ -114,7 +114,7 @@ def _on_rank(args: argparse.Namespace, rank: int, directory: Path) -> None:
     backend = "gloo" if args.device == "cpu" else "cpu:gloo,cuda:nccl"
     if args.device != "cpu":
         torch.cuda.set_device(rank)
-    store = dist.FileStore(str(directory / "store"), 2)
+    store = dist.FileStore(str(directory / "store"), 2)  # type: ignore[attr-defined]
     dist.init_process_group(backend, store=store, rank=rank, world_size=2)
     report = Report()
     _expert_parallel(args, report)

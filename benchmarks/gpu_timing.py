@@ -215,7 +215,7 @@ def profile(args: argparse.Namespace, report: Report) -> None:
         _top(report, {event.key: event.self_cpu_time_total for event in events})
         report.skip("time between kernels", "a CPU runs operators one after the other")
         return
-    device = torch.autograd.DeviceType.CUDA
+    device = torch.autograd.DeviceType.CUDA  # type: ignore[attr-defined]
     kernels = [
         Kernel(event.name, event.time_range.start, event.time_range.end)
         for event in found.events() or []

@@ -47,7 +47,7 @@ def test_a_loss_that_depends_on_the_number_of_ranks_is_refused(monkeypatch: pyte
 def test_the_launcher_hands_on_the_numbers_of_ranks(
     monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setenv(ELASTIC_RANKS, "")  # the launcher sets it, and the tests after this one must not see it
+    monkeypatch.setenv(ELASTIC_RANKS, "")  # what the launcher sets must not outlive the test
     program = ["--no-python", "bash", "-c", f"echo ranks ${ELASTIC_RANKS}"]
     here = ["--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0", "--nproc-per-node=2"]
     assert launch([*here, "--nnodes=1:3", "--rdzv-conf=last_call_timeout=1", *program]) == 0
