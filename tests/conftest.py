@@ -1,12 +1,16 @@
-"""The seed of random draws, and the marker `ranks`. The other marker and what both mean: pyproject.toml."""
+"""The seed of random draws, a local S3, and the marker `ranks`; pyproject.toml says what the markers mean."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 import torch
 
 from tests.support import ranks
+
+if TYPE_CHECKING:
+    from tests.support.s3 import FaultyS3
 
 TESTS = Path(__file__).parent
 
@@ -31,3 +35,12 @@ def pytest_collection_modifyitems(items: Iterable[pytest.Item]) -> None:
 def pytest_runtest_setup(item: pytest.Item) -> None:
     torch.manual_seed(0)  # draws do not depend on the tests that ran before
     ranks.allowed = item.get_closest_marker("ranks") is not None
+
+
+@pytest.fixture
+def s3(monkeypatch: pytest.MonkeyPatch) -> "Iterator[FaultyS3]":
+    """A local S3 with an empty bucket, which the environment names."""
+    from tests.support.s3 import faulty_s3  # few tests need moto's server
+
+    with faulty_s3(monkeypatch) as server:
+        yield server

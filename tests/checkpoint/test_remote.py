@@ -7,7 +7,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -22,16 +21,10 @@ from olmoe_train.checkpoint.remote import (
 )
 from olmoe_train.utils import object_store
 from olmoe_train.utils.object_store import join
-from tests.support.s3 import BUCKET, Fault, FaultyS3, faulty_s3
+from tests.support.s3 import BUCKET, Fault, FaultyS3
 
 RUN = join(BUCKET, "runs", "one")
 SIZE = 100_000
-
-
-@pytest.fixture
-def s3(monkeypatch: pytest.MonkeyPatch) -> Iterator[FaultyS3]:
-    with faulty_s3(monkeypatch) as server:
-        yield server
 
 
 def saved(run_dir: Path, step: int) -> Path:

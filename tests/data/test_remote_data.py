@@ -4,7 +4,6 @@ import itertools
 import logging
 import os
 import time
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -25,16 +24,10 @@ from olmoe_train.utils import object_store
 from olmoe_train.utils.errors import UserError
 from olmoe_train.utils.object_store import join
 from tests.support.data import add_loss_mask, write_prepared
-from tests.support.s3 import BUCKET, Fault, FaultyS3, faulty_s3
+from tests.support.s3 import BUCKET, Fault, FaultyS3
 
 URL = join(BUCKET, "prepared", "web")
 LENGTH = 64
-
-
-@pytest.fixture
-def s3(monkeypatch: pytest.MonkeyPatch) -> Iterator[FaultyS3]:
-    with faulty_s3(monkeypatch) as server:
-        yield server
 
 
 @pytest.fixture

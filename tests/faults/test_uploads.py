@@ -1,6 +1,5 @@
 """Runs that upload to a store that fails: they go on, and continue elsewhere as if undisturbed."""
 
-from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -23,16 +22,10 @@ from olmoe_train.utils import object_store
 from olmoe_train.utils.errors import UserError
 from olmoe_train.utils.object_store import join
 from tests.support.faults import alerts, assert_same_end, config, metrics, same, saved_steps, saved_weights
-from tests.support.s3 import BUCKET, KEY_ID, SECRET, Fault, FaultyS3, faulty_s3
+from tests.support.s3 import BUCKET, KEY_ID, SECRET, Fault, FaultyS3
 
 RUN = join(BUCKET, "runs", "one")
 ONE_RANK: dict[str, Any] = {"parallel": ParallelConfig(), "model": {"attention_dropout": 0.3}}
-
-
-@pytest.fixture
-def s3(monkeypatch: pytest.MonkeyPatch) -> Iterator[FaultyS3]:
-    with faulty_s3(monkeypatch) as server:
-        yield server
 
 
 def steps() -> list[int]:

@@ -28,15 +28,19 @@ from typing import Any
 
 REPO = Path(__file__).parents[2]
 COMMANDS = ("evaluate", "explain", "export", "generate", "logprobs", "plan", "prepare", "torchrun", "upcycle")
-PRELOAD = [
+# What forks share, also those of ranks.py. Optimizers import torch._dynamo. DeepSpeed imports Inductor at its
+# first step, which would take over a second of each fork.
+IMPORTS = [
     "torch",
     "torch._dynamo",
     "torch._inductor.compile_fx",
     "torch.distributed.tensor",
     "deepspeed",
     "olmoe_train.train",
-    *(f"olmoe_train.cli.{command}" for command in COMMANDS),
 ]
+ENVIRONMENT = {"DS_ACCELERATOR": "cpu", "TORCH_WARM_POOL": "0"}
+"""Of a process that forks, which must have no threads: DeepSpeed reads the first when it is imported, and
+Inductor the second."""
 
 
 @functools.cache
@@ -47,13 +51,11 @@ def python() -> str:
     executable, address = directory / "python", directory / "socket"
     executable.write_text(f'#!/bin/sh\nexec "{sys.executable}" -I -S "{__file__}" run "{address}" "$@"\n')
     executable.chmod(0o755)
-    # DeepSpeed reads DS_ACCELERATOR when it is imported, and Inductor TORCH_WARM_POOL: a server that forks
-    # must have no threads.
-    own = {"PYTHONPATH": str(REPO), "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "TORCH_WARM_POOL": "0"}
+    own = {"PYTHONPATH": str(REPO), "OMP_NUM_THREADS": "1"}
     server = subprocess.Popen(
         [sys.executable, "-m", "tests.support.fork_server", "serve", str(address)],
         cwd=REPO,
-        env=os.environ | own,
+        env=os.environ | ENVIRONMENT | own,
         stdin=subprocess.PIPE,  # its end of file ends the server
         stdout=subprocess.PIPE,
         text=True,
@@ -69,7 +71,7 @@ def python() -> str:
 
 def serve(address: str) -> list[str]:
     """Fork a process per connection. Returns in that process: the command line to run."""
-    for module in PRELOAD:
+    for module in [*IMPORTS, *(f"olmoe_train.cli.{command}" for command in COMMANDS)]:
         import_module(module)
     gc.freeze()  # a collection need not visit what was imported
     listener = socket.socket(socket.AF_UNIX)

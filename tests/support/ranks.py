@@ -20,17 +20,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
-# The fork server imports these modules once for all ranks of all tests, before the server has any thread.
-# With "spawn" every rank would spend about five seconds on importing torch. Optimizers import torch._dynamo.
-# DeepSpeed, which imports Inductor at its first step, would take over a second of each rank.
-PRELOAD = [
-    "torch",
-    "torch._dynamo",
-    "torch._inductor.compile_fx",
-    "torch.distributed.tensor",
-    "olmoe_train.train",
-    "deepspeed",
-]
+from tests.support.fork_server import ENVIRONMENT, IMPORTS
+
 # Seconds to wait, after the first failure, for the failures of the other ranks. A killed rank reports
 # nothing, and the first report may come from a rank that lost its connection to the killed rank.
 GRACE = 1.0
@@ -58,10 +49,11 @@ def run_ranks(world_size: int, fn: Callable[..., Any], *args: Any, timeout: floa
     """
     assert allowed, "a test that starts ranks needs @pytest.mark.ranks"
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(PRELOAD)
+    # Once for all ranks of all tests. With "spawn" every rank would spend five seconds on importing torch.
+    context.set_forkserver_preload(IMPORTS)
     with pytest.MonkeyPatch.context() as environment:
-        environment.setenv("DS_ACCELERATOR", "cpu")  # DeepSpeed reads it when it is imported,
-        environment.setenv("TORCH_WARM_POOL", "0")  # and Inductor this: a fork server must have no threads
+        for name, value in ENVIRONMENT.items():
+            environment.setenv(name, value)
         forkserver.ensure_running()
     ranks, readers = [], []
     with tempfile.TemporaryDirectory() as scratch:

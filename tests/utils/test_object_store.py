@@ -1,7 +1,6 @@
 """Object stores over HTTP: what is retried, what is not, and what messages say."""
 
 import logging
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -9,15 +8,9 @@ import pytest
 from olmoe_train.utils import object_store
 from olmoe_train.utils.errors import UserError
 from olmoe_train.utils.object_store import StoreError, join, url_error
-from tests.support.s3 import BUCKET, KEY_ID, SECRET, Fault, FaultyS3, faulty_s3
+from tests.support.s3 import BUCKET, KEY_ID, SECRET, Fault, FaultyS3
 
 TEXT = bytes(range(256)) * 400
-
-
-@pytest.fixture
-def s3(monkeypatch: pytest.MonkeyPatch) -> Iterator[FaultyS3]:
-    with faulty_s3(monkeypatch) as server:
-        yield server
 
 
 @pytest.mark.parametrize("kind", ["500", "503", "reset", "cut", "slow", "stall"])
